@@ -1,0 +1,159 @@
+"""Settings: what a `config.json` says, frozen, read by attribute or by key.
+
+A part (model, scheduler, image processor) declares its settings as a frozen dataclass derived from
+`Config`, whose fields carry the names, order and defaults of the published format. A config also
+remembers which fields were given and which keys it did not know (`foreign`), so that settings pass
+from one scheduler to another, and back to disk, without loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+from .errors import InputError, InputTypeError
+
+
+def one_of(default: Any, *others: Any) -> Any:
+    """A field with a default and the only other values that the part can honour."""
+    return field(default=default, metadata={"allowed": (default, *others)})
+
+
+only = one_of
+"""A field that the format has and every published checkpoint leaves at this one value."""
+
+
+@dataclass(frozen=True, eq=False)
+class Config(Mapping[str, Any]):
+    """The settings of one part. Raises `InputError` for a value that the part cannot honour."""
+
+    given: ClassVar[frozenset[str]] = frozenset()
+    foreign: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, *args: Any, **settings: Any) -> Self:
+        """From constructor arguments; an unknown keyword is a `TypeError`."""
+        known = [f.name for f in fields(cls)]
+        if len(args) > len(known) or (unknown := sorted(set(settings) - set(known))):
+            what = f"unexpected argument {unknown[0]!r}" if len(args) <= len(known) else f"{len(args)} arguments"
+            raise InputTypeError(f"{cls.__name__}: {what}; it takes {', '.join(known)}")
+        if twice := set(settings) & set(known[: len(args)]):
+            raise InputTypeError(f"{cls.__name__}: {sorted(twice)[0]!r} came both by position and by name")
+        return cls.read({**dict(zip(known, args, strict=False)), **settings})
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any], **changes: Any) -> Self:
+        """From a mapping such as a `config.json` or another part's config.
+
+        Values that were only defaults over there are left to this class's own defaults; keys this
+        class does not know are kept in `foreign`.
+        """
+        if isinstance(settings, Config):
+            settings = settings.explicit()
+        defaults = settings.get("_use_default_values", ())
+        values = {key: value for key, value in settings.items() if key not in defaults} | changes
+        known = {f.name for f in fields(cls)} & values.keys()
+        config = cls(**{name: values[name] for name in known})
+        foreign = {k: v for k, v in values.items() if k not in known | {"_class_name", "_use_default_values"}}
+        config.__dict__.update(given=frozenset(known), foreign=MappingProxyType(foreign))
+        return config
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata.get("allowed")
+            if allowed and not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
+                choices = " or ".join(map(repr, allowed))
+                raise InputError(f"{type(self).__name__}: {f.name}={value!r} is not supported; it can be {choices}")
+
+    def __getitem__(self, key: str) -> Any:
+        if any(key == f.name for f in fields(self)):
+            return getattr(self, key)
+        return self.foreign[key]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.foreign[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no setting {name!r}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (f.name for f in fields(self))
+        yield from self.foreign
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __reduce__(self):
+        return _restore, (type(self), {f.name: getattr(self, f.name) for f in fields(self)}, self.given, dict(self.foreign))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, nested configs included, ready for JSON."""
+        return {key: plain(value) for key, value in self.items()}
+
+    def explicit(self) -> dict[str, Any]:
+        """Only what was given, foreign keys included: what carries over to another class."""
+        return {key: value for key, value in self.items() if key in self.given or key in self.foreign}
+
+    def to_json_string(self) -> str:
+        """The text of a `config.json`: keys sorted, two spaces, a newline at the end."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def _restore(cls: type[Config], values: dict[str, Any], given: frozenset[str], foreign: dict[str, Any]) -> Config:
+    config = cls(**values)
+    config.__dict__.update(given=given, foreign=MappingProxyType(foreign))
+    return config
+
+
+def plain(value: Any) -> Any:
+    """Configs to dictionaries, tuples and arrays to lists: what JSON can hold."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+class Configured:
+    """A part that is made from settings: by keyword, by position, or from a whole `Config`."""
+
+    config_class: ClassVar[type[Config]]
+    config: Config
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "config_class" in cls.__dict__:  # so that help() and editors list the settings
+            cls.__signature__ = inspect.signature(cls.config_class)  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__()
+        if len(args) == 1 and not settings and (given := as_settings(args[0])) is not None:
+            self.config = given if isinstance(given, self.config_class) else self.config_class.read(given)
+        else:
+            self.config = self.config_class.of(*args, **settings)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
+        """A part with these settings (and random weights, if it has any); `changes` come on top."""
+        settings = as_settings(config)
+        if settings is None:
+            raise InputTypeError(f"config: {type(config).__name__} came; a config or a dictionary would do")
+        return cls(cls.config_class.read(settings, **changes))
+
+    def register_to_config(self, **changes: Any) -> None:
+        """Write changed settings into `config`, as a fork does that has changed a loaded part."""
+        self.config = self.config_class.read(self.config, **changes)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.config.to_json_string().rstrip()}"
+
+
+def as_settings(value: Any) -> Mapping[str, Any] | None:
+    """A config of ours, a dictionary, or a config object of another library, as a mapping; else None."""
+    if isinstance(value, Mapping):
+        return value
+    return value.to_dict() if callable(getattr(value, "to_dict", None)) and not isinstance(value, type) else None

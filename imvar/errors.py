@@ -1,0 +1,40 @@
+"""What can go wrong, by whose fault.
+
+Every error names the argument, file or key, what came and what would do. `InputError` is also a
+`ValueError` and `CheckpointError` also an `OSError`, so code that catches those goes on working.
+"""
+
+from pathlib import Path
+
+
+class ImvarError(Exception):
+    """The root of every error that imvar raises on purpose."""
+
+
+class InputError(ImvarError, ValueError):
+    """An argument has a value that cannot do what was asked."""
+
+
+class InputTypeError(InputError, TypeError):
+    """An argument is of a type that cannot do what was asked."""
+
+
+class CheckpointError(ImvarError, OSError):
+    """A checkpoint cannot be found, read, written or used.
+
+    Attributes: `reason`, in words; `path`, the file or folder; `key`, the tensor or config field.
+    """
+
+    def __init__(self, reason: str, *, path: str | Path | None = None, key: str | None = None):
+        self.reason, self.path, self.key = reason, None if path is None else Path(path), key
+        super().__init__(": ".join(str(part) for part in (path, key, reason) if part is not None))
+
+    def __reduce__(self):
+        return _checkpoint_error, (self.reason, self.path, self.key)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _checkpoint_error(reason: str, path: Path | None, key: str | None) -> CheckpointError:
+    return CheckpointError(reason, path=path, key=key)

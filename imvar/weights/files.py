@@ -1,0 +1,81 @@
+"""Files: where a checkpoint lies, what its folders hold, and how files are written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, InputTypeError
+
+
+def locate(source: str | Path, *, patterns: list[str], revision: str | None = None, cache_dir: str | Path | None = None,
+           local_files_only: bool = False, token: str | bool | None = None) -> Path:
+    """The folder of a checkpoint: `source` itself, or a snapshot of that hub repository.
+
+    Only files that match `patterns` are fetched. Raises `CheckpointError` where nothing is found.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputTypeError(f"checkpoint: {type(source).__name__} came; a folder or a hub id such as 'owner/name' would do")
+    if Path(source).is_dir():
+        return Path(source)
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError("no such folder (and not a hub id, which looks like 'owner/name')", path=name)
+    from huggingface_hub import snapshot_download  # a second of imports, paid only by those who download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, token=token,
+                                      local_files_only=local_files_only, allow_patterns=patterns))
+    except Exception as error:
+        at = f"{name} (revision {revision})" if revision else name
+        raise CheckpointError(
+            "not in the cache, and the hub could not be reached or does not have it: connect once so that it is "
+            f"downloaded, or give the folder of a copy ({type(error).__name__}: {first_line(error)})", path=at) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a `CheckpointError` that says what is there instead."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError("no such file", path=path) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot be read as JSON: {first_line(error)}", path=path) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"holds a JSON {type(value).__name__}, not an object", path=path)
+    return value
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` fill a temporary neighbour, then rename it over `path`: never half a file.
+
+    Renaming also keeps a file intact that is mapped into memory, as loaded weights are.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
