@@ -1,0 +1,253 @@
+"""What the schedulers share: noise tables, timesteps, predictions, and checks on what a caller hands in.
+
+`alpha` is the share of signal left in x_t, DDIM's alpha_t and DDPM's cumulative product. It stays a
+0-d float32 tensor on the CPU: next to a tensor of any dtype and device it counts as a number, and
+Python floats would compute in double, a last bit away from the reference.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Config, one_of
+from ..errors import InputError, InputTypeError
+from ..outputs import SchedulerOutput
+from ..weights.pretrained import Pretrained
+
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class Sampler(Protocol):
+    """All that the pipeline asks of a scheduler; any object that has these five will do."""
+
+    timesteps: Any
+
+    @property
+    def init_noise_sigma(self) -> float | Tensor: ...
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None: ...
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor: ...
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, /) -> SchedulerOutput | tuple[Tensor, ...]: ...
+
+
+# Checks
+
+
+def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
+    """A whole number between bounds, as an int."""
+    needed = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise InputTypeError(f"{name}={value!r}: {needed} would do")
+    if not low <= number <= high:
+        raise InputError(f"{name}={value!r}: {needed} would do")
+    return number
+
+
+def real(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> float:
+    """A number between bounds; NaN is between none."""
+    if isinstance(value, bool) or not isinstance(value, (Real, Tensor, np.ndarray)):
+        raise InputTypeError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
+    if not low <= float(value) <= high:
+        raise InputError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
+    return float(value)
+
+
+# Tables
+
+
+def make_betas(config: SchedulerConfig) -> Tensor:
+    """The variance that each training timestep adds: (num_train_timesteps,) float32."""
+    start, end, steps = config.beta_start, config.beta_end, config.num_train_timesteps
+    if config.trained_betas is not None:
+        return torch.tensor(np.asarray(config.trained_betas), dtype=torch.float32)
+    if config.beta_schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float32)
+    if config.beta_schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    time = np.arange(steps + 1) / steps
+    alpha = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # equation 17 of arXiv:2102.09672
+    return torch.tensor(np.minimum(1 - alpha[1:] / alpha[:-1], 0.999), dtype=torch.float32)
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas shifted and scaled so that the last timestep is pure noise: algorithm 1 of arXiv:2305.08891."""
+    signal = (1 - betas).cumprod(0).sqrt()
+    first, last = signal[0], signal[-1]
+    alpha = ((signal - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([alpha[:1], alpha[1:] / alpha[:-1]])
+
+
+def space_timesteps(config: Any, steps: int) -> np.ndarray:
+    """`steps` of the training timesteps, the noisiest first: table 2 of arXiv:2305.08891."""
+    total = config.num_train_timesteps
+    if config.timestep_spacing == "linspace":
+        return np.linspace(0, total - 1, steps)[::-1]
+    if config.timestep_spacing == "leading":
+        return np.arange(steps)[::-1] * (total // steps) + config.steps_offset
+    return np.arange(total, 0, -total / steps).round()[:steps] - 1  # rounding may leave one too many, timestep -1
+
+
+# What a network predicts, section 2.4 of arXiv:2202.00512: x = signal x0 + noise eps, v = signal eps - noise x0
+
+
+def to_x0(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
+    """The clean sample that a network's output implies at x."""
+    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+    if kind == "epsilon":
+        return (x - noise * output) / signal
+    return signal * x - noise * output if kind == "v_prediction" else output
+
+
+def to_eps(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
+    """The noise that a network's output implies at x."""
+    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+    if kind == "sample":
+        return (x - signal * output) / noise
+    return signal * output + noise * x if kind == "v_prediction" else output
+
+
+def randn(shape: Sequence[int], generator: Generators | None = None, *,
+          dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+    """Standard normal noise, drawn on the generator's device; a list of generators draws one row each.
+
+    Raises `InputTypeError` for what is no generator, `InputError` for a list of another length.
+    """
+    if generator is None:
+        return torch.randn(*shape, dtype=dtype, device=device)
+    generators = [generator] if isinstance(generator, torch.Generator) else generator
+    if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
+        raise InputTypeError(f"generator={generator!r}: torch.Generator().manual_seed(42), or a list, would do")
+    if len(generators) not in (1, shape[0]):
+        raise InputError(f"generator: {len(generators)} came for a batch of {shape[0]}; one, or one each, would do")
+    part = (shape[0] // len(generators), *shape[1:])
+    drawn = [torch.randn(*part, generator=g, dtype=dtype, device=g.device) for g in generators]
+    return torch.cat(drawn).to(device)
+
+
+# The classes
+
+
+@dataclass(frozen=True, eq=False)
+class SchedulerConfig(Config):
+    """The settings that every scheduler begins with. Raises `InputError` for values out of range."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = one_of("linear", "scaled_linear", "squaredcos_cap_v2")
+    trained_betas: Sequence[float] | np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps = count("num_train_timesteps", self.num_train_timesteps)
+        real("beta_start", self.beta_start)
+        real("beta_end", self.beta_end)
+        count("steps_offset", getattr(self, "steps_offset", 0), low=0)
+        if self.trained_betas is None:
+            return
+        try:
+            betas = np.asarray(self.trained_betas, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(f"trained_betas={self.trained_betas!r}: a list of numbers would do") from error
+        if betas.shape != (steps,) or not ((betas >= 0) & (betas <= 1)).all():
+            raise InputError(f"trained_betas: shape {betas.shape}, values {betas.min(initial=1):g} to "
+                             f"{betas.max(initial=0):g} came; {steps} numbers from 0 to 1 would do "
+                             "(num_train_timesteps says how many)")
+
+
+class Scheduler(Pretrained):
+    """A walk from noise to a picture: tables that say how noisy each timestep is, and where the walk stands.
+
+    Attributes: `betas`, `alphas`, `alphas_cumprod`, each (num_train_timesteps,); `timesteps`, those to
+    visit; `num_inference_steps`, as asked for. No step writes into a tensor or list that it was given or
+    gave out, so even a shallow copy is a walk of its own.
+    """
+
+    config_name = "scheduler_config.json"
+    config_class = SchedulerConfig
+    order = 1
+    num_inference_steps: int | None = None
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.betas = make_betas(self.config)  # type: ignore[arg-type]
+        if self.config.get("rescale_betas_zero_snr"):
+            self.betas = zero_terminal_snr(self.betas)
+        self.alphas = 1 - self.betas
+        self.alphas_cumprod = self.alphas.cumprod(0)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+class VariancePreserving(Scheduler):
+    """A walk along x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) noise, on whole timesteps: DDIM and PNDM.
+
+    `final_alpha_cumprod` is the alpha where the walk ends: 1, or that of timestep 0 without `set_alpha_to_one`.
+    """
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+
+    @property
+    def stride(self) -> int:
+        """How far apart in training the steps are; not the distance to the next entry of `timesteps`."""
+        if self.num_inference_steps is None:
+            raise InputError("step: the scheduler has no timesteps yet; call set_timesteps first")
+        return self.config.num_train_timesteps // self.num_inference_steps
+
+    def alpha(self, timestep: int) -> Tensor:
+        """The alpha of a timestep, 0-d; below 0 the walk has ended."""
+        if timestep < 0:
+            return self.final_alpha_cumprod
+        if timestep >= len(self):
+            raise InputError(f"timestep={timestep}: 0 to {len(self) - 1} would do")
+        return self.alphas_cumprod[timestep]
+
+    def choose_timesteps(self, steps: Any) -> np.ndarray:
+        """Checked and whole, the noisiest first: int64."""
+        self.num_inference_steps, steps = None, count("num_inference_steps", steps, high=len(self))
+        timesteps = space_timesteps(self.config, steps).round().astype(np.int64)
+        if timesteps[0] >= len(self):
+            raise InputError(f"num_inference_steps={steps}: with steps_offset={self.config.steps_offset} the first "
+                             f"timestep is {timesteps[0]}, the last trained one {len(self) - 1}; fewer steps would do")
+        self.num_inference_steps = steps
+        return timesteps
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """What the network is shown of `sample`: here, `sample` itself."""
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t from x_0 and noise, both (b, ...), at `timesteps`, (b,) or (): equation 4 of arXiv:2010.02502."""
+        signal, sigma = self.mixture(original_samples, timesteps)
+        return signal * original_samples + sigma * noise
+
+    def mixture(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The shares of signal and noise at each timestep, in x's dtype, shaped to multiply x."""
+        if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(self))).all():
+            raise InputError(f"timesteps={timesteps.tolist()}: values from 0 to {len(self) - 1} would do")
+        alpha = self.alphas_cumprod.to(x.device, x.dtype)[timesteps.to(x.device)]
+        alpha = alpha.view(-1, *[1] * (x.ndim - 1))  # b -> b 1 1 1
+        return alpha**0.5, (1 - alpha) ** 0.5
+
+
+def whole(timestep: Any) -> int:
+    """One timestep, given as a number or a tensor that holds one, as an int from 0."""
+    value = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
+    return count("timestep", int(value) if isinstance(value, float) and value.is_integer() else value, low=0)

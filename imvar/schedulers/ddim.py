@@ -1,0 +1,119 @@
+"""DDIM: denoising diffusion implicit models, arXiv:2010.02502."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import one_of
+from ..errors import InputError
+from ..outputs import DenoisedOutput
+from .common import Generators, SchedulerConfig, VariancePreserving, randn, real, to_eps, to_x0, whole
+
+
+def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
+    """x_(t-1) from the predicted x_0 and noise of x_t: equation 12 without its random term."""
+    return alpha_prev**0.5 * x0 + (1 - alpha_prev - sigma**2) ** 0.5 * eps
+
+
+def ddim_sigma(alpha: Tensor, alpha_prev: Tensor, eta: float) -> Tensor:
+    """How much noise to put back, equation 16: none at eta 0, DDPM's at eta 1."""
+    return eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, limit: float) -> Tensor:
+    """x_0 clipped to the given quantile of its own size, from 1 to `limit`, and divided by it.
+
+    Section 2.3 of arXiv:2205.11487, for each sample of the batch.
+    """
+    x = x0 if x0.dtype == torch.float64 else x0.float()  # quantile knows no half precision
+    bound = x.flatten(1).abs().quantile(ratio, dim=1).clamp(1, limit)
+    bound = bound.view(-1, *[1] * (x.ndim - 1))  # b -> b 1 1 1
+    return (x.clamp(-bound, bound) / bound).to(x0.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class DDIMConfig(SchedulerConfig):
+    """The settings of `DDIMScheduler`: fields, order and defaults of `scheduler_config.json`."""
+
+    clip_sample: bool = one_of(True, False)
+    set_alpha_to_one: bool = one_of(True, False)
+    steps_offset: int = 0
+    prediction_type: str = one_of("epsilon", "sample", "v_prediction")
+    thresholding: bool = one_of(False, True)
+    dynamic_thresholding_ratio: float = 0.995
+    clip_sample_range: float = 1.0
+    sample_max_value: float = 1.0
+    timestep_spacing: str = one_of("leading", "trailing", "linspace")
+    rescale_betas_zero_snr: bool = one_of(False, True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        real("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio)
+        real("clip_sample_range", self.clip_sample_range, high=math.inf)
+        real("sample_max_value", self.sample_max_value, high=math.inf)
+
+
+class DDIMScheduler(VariancePreserving):
+    """Deterministic steps at eta 0, DDPM's at eta 1. Each step stands alone: only the timestep counts."""
+
+    config_class = DDIMConfig
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.timesteps = torch.arange(len(self)).flip(0)
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Choose the timesteps to visit, 1 to `num_train_timesteps` of them: (n,) int64 on `device`.
+
+        Raises `InputTypeError` or `InputError` for any other number.
+        """
+        self.timesteps = torch.from_numpy(self.choose_timesteps(num_inference_steps)).to(device)
+
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0,
+             use_clipped_model_output: bool = False, generator: Generators | None = None,
+             variance_noise: Tensor | None = None, return_dict: bool = True) -> DenoisedOutput | tuple[Tensor, Tensor]:
+        """From `sample` at `timestep` one stride down, both (b, c, h, w), with the x_0 predicted on the way.
+
+        `eta`, 0 to 1, scales the fresh noise, which is `variance_noise` or drawn from `generator` in
+        `model_output`'s dtype. `use_clipped_model_output` takes the noise prediction anew from the clipped x_0.
+        Raises `InputError` before `set_timesteps` and for arguments out of range.
+        """
+        config, t = self.config, whole(timestep)
+        alpha, alpha_prev = self.alpha(t), self.alpha(t - self.stride)
+        sigma = ddim_sigma(alpha, alpha_prev, eta) if real("eta", eta) else 0.0
+        clips = config.thresholding or config.clip_sample
+        if alpha == 0 and config.prediction_type == "epsilon" and not clips:
+            raise InputError(f"timestep={t}: no signal is left here for prediction_type='epsilon' to divide by; "
+                             "'v_prediction', or timestep_spacing='leading', would do")
+
+        x0 = to_x0(config.prediction_type, model_output, sample, alpha)
+        eps = to_eps(config.prediction_type, model_output, sample, alpha)
+        if config.thresholding:
+            x0 = dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
+        elif config.clip_sample:
+            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        if use_clipped_model_output:
+            eps = to_eps("sample", x0, sample, alpha)
+
+        prev = ddim_step(x0, eps, alpha_prev, sigma)
+        if eta > 0:
+            prev = prev + sigma * self.fresh_noise(model_output, generator, variance_noise)
+        return DenoisedOutput(prev, x0) if return_dict else (prev, x0)
+
+    @staticmethod
+    def fresh_noise(like: Tensor, generator: Generators | None, given: Tensor | None) -> Tensor:
+        if given is None:
+            return randn(like.shape, generator, dtype=like.dtype, device=like.device)
+        if generator is not None:
+            raise InputError("variance_noise and generator both came; one of them would do")
+        return given
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The v that a network of `v_prediction` learns, from x_0 and noise, (b, ...), at `timesteps`, (b,) or ()."""
+        signal, sigma = self.mixture(sample, timesteps)
+        return signal * noise - sigma * sample
