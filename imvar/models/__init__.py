@@ -1,0 +1,15 @@
+"""The networks, and the layers that a fork may swap."""
+
+from .attention import Attention, CrossAttention, PixelAttention, SelfAttention, sdpa, set_attend, sliced
+from .clip import CLIPVisionConfig, CLIPVisionModelWithProjection
+from .freeu import FreeU
+from .layers import ResnetBlock, swap
+from .safety import CLIPConfig, StableDiffusionSafetyChecker
+from .unet import UNet2DConditionModel
+from .vae import AutoencoderKL
+
+__all__ = [
+    "Attention", "AutoencoderKL", "CLIPConfig", "CLIPVisionConfig", "CLIPVisionModelWithProjection", "CrossAttention",
+    "FreeU", "PixelAttention", "ResnetBlock", "SelfAttention", "StableDiffusionSafetyChecker", "UNet2DConditionModel",
+    "sdpa", "set_attend", "sliced", "swap",
+]

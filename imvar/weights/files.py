@@ -6,17 +6,31 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputTypeError
 
 
-def locate(source: str | Path, *, patterns: list[str], revision: str | None = None, cache_dir: str | Path | None = None,
-           local_files_only: bool = False, token: str | bool | None = None) -> Path:
+Wanted = Callable[[set[str]], list[str]]
+"""From the names of all files in a repository to the patterns of those to fetch."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where on the hub a checkpoint is looked for, and with which rights."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+
+
+def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
     """The folder of a checkpoint: `source` itself, or a snapshot of that hub repository.
 
-    Only files that match `patterns` are fetched. Raises `CheckpointError` where nothing is found.
+    Only wanted files are fetched. Raises `CheckpointError` where nothing is found.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise InputTypeError(f"checkpoint: {type(source).__name__} came; a folder or a hub id such as 'owner/name' would do")
@@ -25,13 +39,23 @@ def locate(source: str | Path, *, patterns: list[str], revision: str | None = No
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError("no such folder (and not a hub id, which looks like 'owner/name')", path=name)
-    from huggingface_hub import snapshot_download  # a second of imports, paid only by those who download
+    import huggingface_hub  # half a second, paid only by those who download
 
+    where: dict[str, Any] = {"revision": hub.revision, "token": hub.token}
     try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, token=token,
-                                      local_files_only=local_files_only, allow_patterns=patterns))
-    except Exception as error:
-        at = f"{name} (revision {revision})" if revision else name
+        if hub.local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE:
+            patterns = None
+        else:
+            patterns = wanted(set(huggingface_hub.list_repo_files(name, **where)))
+    except (OSError, huggingface_hub.errors.HfHubHTTPError):
+        patterns = None  # no network: what is in the cache has to do
+    except CheckpointError as error:
+        raise CheckpointError(error.reason, path=name) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            name, **where, cache_dir=hub.cache_dir, allow_patterns=patterns, local_files_only=patterns is None))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        at = f"{name} (revision {hub.revision})" if hub.revision else name
         raise CheckpointError(
             "not in the cache, and the hub could not be reached or does not have it: connect once so that it is "
             f"downloaded, or give the folder of a copy ({type(error).__name__}: {first_line(error)})", path=at) from error

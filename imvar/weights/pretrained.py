@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
+from torch import Tensor, nn
+
 from ..config import Configured
 from ..errors import CheckpointError, InputError
-from .files import locate, read_json, write_text
+from .files import Hub, locate, read_json, write_text
+from .keymap import Keymap, load
+from .tensors import DIFFUSERS, TRANSFORMERS, Stem, as_dtype, read_weights, write_weights
 
 FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
+TRANSFORMERS_FORMAT = "5.23.0"
 
 
 class Pretrained(Configured):
@@ -28,16 +34,15 @@ class Pretrained(Configured):
         Raises `CheckpointError` for a file that is missing or holds what this part cannot honour.
         """
         name = f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name
-        folder = locate(source, patterns=[name], revision=revision, cache_dir=cache_dir,
-                        local_files_only=local_files_only, token=token)
+        folder = locate(source, Hub(revision, cache_dir, local_files_only, token), lambda names: [name])
         return cls(cls.read_config(folder / name, **changes))
 
     @classmethod
     def read_config(cls, path: Path, **changes: Any) -> Any:
         """The settings in `path`, checked; `changes` are checked as constructor arguments are."""
-        settings = read_json(path)
+        settings, changes = read_json(path), cls.config_class.of(**changes).explicit()
         try:
-            return cls.config_class.read(settings, **cls.config_class.of(**changes).explicit())
+            return cls.config_class.read(settings, **changes)
         except InputError as error:
             raise CheckpointError(str(error), path=path) from error
 
@@ -49,3 +54,90 @@ class Pretrained(Configured):
     def config_file(self) -> Mapping[str, Any]:
         """What the settings file says: the settings, and who wrote them in which format."""
         return self.config.to_dict() | {"_class_name": type(self).__name__, "_diffusers_version": FORMAT}
+
+
+class PretrainedModel(Pretrained, nn.Module):
+    """A model: settings, weights, and the table that knows what files call its weights."""
+
+    stem: ClassVar[Stem] = DIFFUSERS
+    __repr__ = nn.Module.__repr__
+
+    @property
+    def keymap(self) -> Keymap:
+        """The dictionary between our names and the published ones."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, subfolder: str | None = None, revision: str | None = None,
+                        variant: str | None = None, torch_dtype: torch.dtype | str | None = None,
+                        dtype: torch.dtype | str | None = None, use_safetensors: bool | None = None,
+                        cache_dir: str | Path | None = None, local_files_only: bool = False,
+                        token: str | bool | None = None, low_cpu_mem_usage: bool = True, **changes: Any) -> Self:
+        """Read settings and weights from a folder or a hub repository; `changes` of settings come on top.
+
+        Weights are float32 unless another `dtype` is named ("auto": as in the file), and are mapped from the
+        file where they need no conversion, whatever `low_cpu_mem_usage` says. The model is in eval mode.
+        Raises `CheckpointError` naming the file, and the tensor that is missing, unknown or misshapen.
+        """
+        wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
+        prefix = f"{subfolder}/" if subfolder else ""
+
+        def wanted(names: set[str]) -> list[str]:
+            inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            return [prefix + name for name in (cls.config_name, *cls.stem.choose(inside, variant, use_safetensors))]
+
+        folder = locate(source, Hub(revision, cache_dir, local_files_only, token), wanted) / prefix
+        return cls.read(folder, variant=variant, dtype=wanted_dtype, use_safetensors=use_safetensors, **changes)
+
+    @classmethod
+    def read(cls, folder: Path, *, variant: str | None, dtype: torch.dtype | None, use_safetensors: bool | None,
+             **changes: Any) -> Self:
+        """Build the model on the meta device and give it the weights in `folder`."""
+        config = cls.read_config(folder / cls.config_name, **changes)
+        path, tensors = read_weights(folder, cls.stem, variant, use_safetensors)
+        with torch.device("meta"):
+            model = cls(config)
+        load(model, {name: cast(tensor, dtype) for name, tensor in tensors.items()}, path=path)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
+                        max_shard_size: int | str = "10GB", **_: Any) -> None:
+        """Write settings and weights into `folder`, made if need be, as diffusers reads them."""
+        super().save_pretrained(folder)
+        write_weights(Path(folder), self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
+                      safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`; names as published are taken as well as ours."""
+        return super().load_state_dict(self.keymap.renamed(state_dict, self.state_dict()), strict, assign)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+
+class TransformersModel(PretrainedModel):
+    """A model whose published files are in transformers' manner."""
+
+    stem = TRANSFORMERS
+    model_type: ClassVar[str]
+
+    def config_file(self) -> Mapping[str, Any]:
+        """Says float32 whatever was saved, so that diffusers loads all parts of a half-precision folder alike."""
+        settings = {key: value for key, value in self.config.to_dict().items() if key != "torch_dtype"}
+        return settings | {"architectures": [type(self).__name__], "model_type": self.model_type, "dtype": "float32",
+                           "transformers_version": TRANSFORMERS_FORMAT}
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+

@@ -1,0 +1,177 @@
+"""Attention: kernels, which are functions of q, k, v, and the layers that ask them.
+
+A layer's `attend` is its kernel, and any callable will do; one that is a module has its weights
+saved with the model. Attention slicing and a memory-efficient backend are laid over it per model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+
+from ..errors import InputError, InputTypeError
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q: b h n d; k, v: b h m d; answer: b h n d, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, equation 1)."""
+
+sdpa: Attend = F.scaled_dot_product_attention
+
+
+def sliced(size: int, attend: Attend = sdpa) -> Attend:
+    """The same answer, `size` heads of one picture at a time: less memory at once, more time."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = zip(*(rearrange(t, "b h n d -> (b h) 1 n d").split(size) for t in (q, k, v)), strict=True)
+        return torch.cat([attend(*group) for group in groups]).view_as(q)
+
+    return run
+
+
+def memory_efficient(backend: SDPBackend = SDPBackend.EFFICIENT_ATTENTION) -> Attend:
+    """One of PyTorch's SDPA backends, for these calls alone: no process-wide flag is touched.
+
+    On CUDA the backend's own operator is called; elsewhere the default SDPA answers.
+    """
+    ops = torch.ops.aten
+    operators: dict[SDPBackend, Callable[..., tuple]] = {
+        SDPBackend.EFFICIENT_ATTENTION: lambda q, k, v, grad: ops._scaled_dot_product_efficient_attention(
+            q, k, v, None, grad),
+        SDPBackend.FLASH_ATTENTION: lambda q, k, v, grad: ops._scaled_dot_product_flash_attention(q, k, v),
+        SDPBackend.CUDNN_ATTENTION: lambda q, k, v, grad: ops._scaled_dot_product_cudnn_attention(q, k, v, None, grad),
+        SDPBackend.MATH: lambda q, k, v, grad: ops._scaled_dot_product_attention_math(q, k, v),
+    }
+    if backend not in operators:
+        raise InputError(f"attention_op={backend}: no such backend; it can be {', '.join(b.name for b in operators)}")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not q.is_cuda:
+            return sdpa(q, k, v)
+        return operators[backend](q, k, v, torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))[0]
+
+    return run
+
+
+class Attention(nn.Module):
+    """Four projections around a kernel. `x` asks, `context` answers."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, *, bias: bool = False, attend: Attend = sdpa):
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        self.slice_size: int | None = None  # heads at a time
+        self.override: Attend | None = None  # a backend that takes precedence over slicing
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(context_dim, dim, bias=bias)
+        self.to_v = nn.Linear(context_dim, dim, bias=bias)
+        self.to_out = nn.Linear(dim, dim)
+
+    def answer(self, x: Tensor, context: Tensor) -> Tensor:
+        kernel = self.override or (sliced(self.slice_size, self.attend) if self.slice_size else self.attend)
+        projected = (self.to_q(x), self.to_k(context), self.to_v(context))
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in projected)
+        return self.to_out(rearrange(kernel(q, k, v), "b h n d -> b n (h d)"))
+
+
+class SelfAttention(Attention):
+    """Every token of the normalised x asks every other."""
+
+    def __init__(self, dim: int, heads: int, *, eps: float = 1e-5, bias: bool = False, attend: Attend = sdpa):
+        super().__init__(dim, dim, heads, bias=bias, attend=attend)
+        self.norm = nn.LayerNorm(dim, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.answer(x, x)
+
+
+class CrossAttention(Attention):
+    """The image asks, the context answers.
+
+    A softmax over one key is 1 whatever the query, so a context of one token is answered by
+    `to_out(to_v(context))` at every position. That is exact, and it is the usual case here.
+    """
+
+    def __init__(self, dim: int, context_dim: int, heads: int, *, attend: Attend = sdpa):
+        super().__init__(dim, context_dim, heads, attend=attend)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        if context.shape[1] == 1:
+            return self.to_out(self.to_v(context))  # b 1 c: the same at every position of x
+        return self.answer(self.norm(x), context)
+
+
+class PixelAttention(Attention):
+    """Every pixel of the normalised x asks every other, with one head: the autoencoder's kind."""
+
+    def __init__(self, dim: int, *, groups: int, eps: float, attend: Attend = sdpa):
+        super().__init__(dim, dim, 1, bias=True, attend=attend)
+        self.norm = nn.GroupNorm(groups, dim, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        return x + rearrange(self.answer(pixels, pixels), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def set_attend(model: nn.Module, attend: Attend) -> None:
+    """Give every attention layer of `model` this kernel: a function, or a module with weights."""
+    for layer in attentions(model):
+        layer.attend = attend
+
+
+class AttentionSettings:
+    """What a model with attention layers lets its user choose about them."""
+
+    def set_attention_slice(self, slice_size: str | int | Sequence[int] | None = "auto") -> None:
+        """Attend a few heads at a time: "auto" half of them, "max" one, or a number; None for all.
+
+        A sequence has one number per attention layer. Raises `InputError` for more heads than a layer has.
+        """
+        layers = attentions(self)  # type: ignore[arg-type]
+        for layer, size in zip(layers, slice_sizes(slice_size, [layer.heads for layer in layers]), strict=True):
+            layer.slice_size = size
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: SDPBackend | Attend | None = None) -> None:
+        """Attend with PyTorch's memory-efficient backend on CUDA, another `SDPBackend`, or any callable.
+
+        Takes precedence over slicing. Off CUDA a backend is the default SDPA, with a warning. No xformers needed.
+        """
+        override = attention_op if callable(attention_op) else memory_efficient(
+            *() if attention_op is None else (attention_op,))
+        if override is not attention_op and not torch.cuda.is_available():
+            warnings.warn("memory-efficient attention: there is no CUDA here, so the default SDPA answers", stacklevel=2)
+        for layer in attentions(self):  # type: ignore[arg-type]
+            layer.override = override
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Back to each layer's own kernel, sliced if slicing is on."""
+        for layer in attentions(self):  # type: ignore[arg-type]
+            layer.override = None
+
+
+def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) -> Sequence[int | None]:
+    """One slice size per layer of `heads`, checked."""
+    if slice_size is None:
+        return [None] * len(heads)
+    if slice_size == "auto":
+        return [max(n // 2, 1) for n in heads]
+    if slice_size == "max":
+        return [1] * len(heads)
+    sizes = [slice_size] * len(heads) if isinstance(slice_size, int) else slice_size
+    if isinstance(sizes, str) or not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+        raise InputTypeError(f"slice_size={slice_size!r}: 'auto', 'max', a number of heads or one per layer would do")
+    if len(sizes) != len(heads):
+        raise InputError(f"slice_size: {len(sizes)} numbers for {len(heads)} attention layers")
+    for size, most in zip(sizes, heads, strict=True):
+        if not 1 <= size <= most:
+            raise InputError(f"slice_size={size}: it has to be between 1 and the number of heads, {most}")
+    return sizes

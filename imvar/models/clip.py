@@ -1,0 +1,145 @@
+"""The CLIP vision tower: a picture to one embedding (arXiv:2103.00020, on arXiv:2010.11929)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import Config, one_of, only
+from ..errors import InputError
+from ..outputs import CLIPVisionModelOutput
+from ..weights import tables
+from ..weights.keymap import Keymap
+from ..weights.pretrained import TransformersModel
+from .attention import AttentionSettings, SelfAttention
+from .layers import Checkpointing
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation x * sigmoid(1.702 x) that OpenAI's CLIP was trained with (arXiv:1606.08415)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+@dataclass(frozen=True, eq=False)
+class CLIPVisionConfig(Config):
+    """`image_encoder/config.json`; also reads the vision part out of a whole CLIP model's config."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = one_of("quick_gelu", "gelu")
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float = only(0.0)
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any], **changes: Any) -> Self:
+        if isinstance(vision := settings.get("vision_config"), Mapping):
+            settings = {**vision, **{k: v for k, v in settings.items() if k == "projection_dim"}}
+        return super().read(settings, **changes)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(f"hidden_size={self.hidden_size} cannot be split into "
+                             f"num_attention_heads={self.num_attention_heads}")
+
+
+class MLP(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.widen = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.narrow = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(self.act(self.widen(self.norm(x))))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.attn = SelfAttention(config.hidden_size, config.num_attention_heads, eps=config.layer_norm_eps, bias=True)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(x)
+
+
+class VisionTower(Checkpointing, nn.Module):
+    """Patches and one class token through a transformer; the class token's answer is the picture's."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.image_size, width = config.image_size, config.hidden_size
+        self.patch = nn.Conv2d(config.num_channels, width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_token = nn.Parameter(torch.randn(width) * width**-0.5)
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        self.positions = nn.Parameter(torch.randn(tokens, width) * config.initializer_range)
+        self.norm_in = nn.LayerNorm(width, config.layer_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm_out = nn.LayerNorm(width, config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """pixels: b 3 s s. Answers the pooled b c, and b n c from the embedding and from every layer."""
+        if pixels.shape[2:] != (self.image_size, self.image_size):
+            raise InputError(f"pixel_values: pictures of {tuple(pixels.shape[2:])} came; this encoder looks at "
+                             f"{(self.image_size, self.image_size)}, to which CLIPImageProcessor brings them")
+        patches = rearrange(self.patch(pixels), "b c h w -> b (h w) c")
+        x = torch.cat([self.class_token.expand(len(patches), 1, -1), patches], dim=1)
+        states = [self.norm_in(x + self.positions)]
+        for layer in self.layers:
+            states.append(self.run(layer, states[-1]))
+        return self.norm_out(states[-1][:, 0]), tuple(states)
+
+
+class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel):
+    """The image encoder: picture to embedding, in the space that pictures and texts share."""
+
+    config_class = CLIPVisionConfig
+    config: CLIPVisionConfig
+    model_type = "clip_vision_model"
+    main_input_name = "pixel_values"
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.tower = VisionTower(self.config)
+        self.proj = nn.Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
+
+    @property
+    def keymap(self) -> Keymap:
+        return tables.image_encoder(self.config.num_hidden_layers)
+
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False,
+                return_dict: bool = True) -> CLIPVisionModelOutput | tuple[Any, ...]:
+        """Pictures (b, 3, s, s), normalised by CLIPImageProcessor, to `image_embeds` (b, projection_dim).
+
+        The embeddings are not normalised. Raises `InputError` for pictures of another size than the config's.
+        """
+        pooled, states = self.tower(pixel_values)
+        output = CLIPVisionModelOutput(self.proj(pooled), states[-1], states if output_hidden_states else None)
+        return output if return_dict else output.to_tuple()
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only the inputs of each layer; its insides are computed again for the gradients."""
+        self.tower.enable_gradient_checkpointing()
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.tower.disable_gradient_checkpointing()

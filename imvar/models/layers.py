@@ -1,0 +1,121 @@
+"""The convolutional and pointwise layers that the UNet and the autoencoder are built of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Old = TypeVar("Old", bound=nn.Module)
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, convolve, twice, around an identity. The autoencoder's blocks have no clock."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_dim: int = 0):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_dim, out_channels) if time_dim else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time is not None and time is not None:
+            h = h + self.time(F.silu(time))[:, :, None, None]  # b c -> b c 1 1
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class FeedForward(nn.Module):
+    """Widen fourfold, gate with a GELU (GEGLU, arXiv:2002.05202), narrow again."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.widen = nn.Linear(dim, 8 * dim)
+        self.narrow = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.widen(self.norm(x)).chunk(2, dim=-1)
+        return self.narrow(x * F.gelu(gate))
+
+
+class Downsample(nn.Module):
+    """Half the size by a strided convolution. The autoencoder's pads right and below only."""
+
+    def __init__(self, channels: int, *, one_sided: bool = False):
+        super().__init__()
+        self.one_sided = one_sided
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if one_sided else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+
+
+class Upsample(nn.Module):
+    """Twice the size, or a given size, by repeating pixels, then convolve."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the timestep (arXiv:2006.11239, appendix B) through a two-layer network."""
+
+    def __init__(self, dim: int, time_dim: int, *, cos_first: bool, shift: float):
+        super().__init__()
+        self.dim, self.cos_first, self.shift = dim, cos_first, shift
+        self.linear1 = nn.Linear(dim, time_dim)
+        self.linear2 = nn.Linear(time_dim, time_dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.linear2(F.silu(self.linear1(self.sinusoids(t).to(self.linear1.weight.dtype))))  # b -> b c
+
+    def sinusoids(self, t: Tensor) -> Tensor:
+        half = self.dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None].float() * torch.exp(-math.log(10000) / (half - self.shift) * steps)
+        waves = [angles.cos(), angles.sin()] if self.cos_first else [angles.sin(), angles.cos()]
+        return torch.cat(waves, dim=-1)
+
+
+class Checkpointing:
+    """Trade time for memory in training: recompute a part's activations in the backward pass."""
+
+    gradient_checkpointing = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the inputs of the large parts; their insides are computed again for the gradients."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False
+
+    def run(self, part: nn.Module, *inputs: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
+
+
+def swap(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> int:
+    """Replace every `old` layer in `model` by `make(layer)`; returns how many there were.
+
+    Works on loaded weights: `make` takes what it needs from the layer that it is given.
+    """
+    found = [(parent, name, child) for parent in model.modules()
+             for name, child in parent.named_children() if isinstance(child, old)]
+    for parent, name, child in found:
+        setattr(parent, name, make(child))
+    return len(found)

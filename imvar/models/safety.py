@@ -1,0 +1,107 @@
+"""The safety checker: a CLIP tower and two lists of concepts that a picture should not be close to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import Config
+from ..weights import tables
+from ..weights.keymap import Keymap
+from ..weights.pretrained import TransformersModel
+from .clip import CLIPVisionConfig, VisionTower
+
+CONCEPTS, SPECIAL = 17, 3
+ADJUSTMENT = 0.01  # what a special-care hit adds to every later score of that picture
+
+logger = logging.getLogger("imvar")
+
+
+@dataclass(frozen=True, eq=False)
+class CLIPConfig(Config):
+    """`safety_checker/config.json`. The projection is `projection_dim` here, whatever `vision_config` says."""
+
+    text_config: Mapping[str, Any] | None = None
+    vision_config: Mapping[str, Any] = field(default_factory=dict)
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
+    initializer_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        vision = self.vision_config if self.vision_config is not None else {}
+        vision = vision.to_dict() if hasattr(vision, "to_dict") else vision
+        object.__setattr__(self, "vision_config", CLIPVisionConfig.read(vision))
+
+
+class StableDiffusionSafetyChecker(TransformersModel):
+    """Flags a picture whose embedding is closer to a concept than that concept's threshold.
+
+    A hit among the special-care concepts makes the check stricter for that picture.
+    """
+
+    config_class = CLIPConfig
+    config: CLIPConfig
+    model_type = "clip"
+    main_input_name = "clip_input"
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        vision, dim = CLIPVisionConfig.read(self.config.vision_config), self.config.projection_dim
+        self.tower = VisionTower(vision)
+        self.proj = nn.Linear(vision.hidden_size, dim, bias=False)
+        for name, shape in {"concept_embeds": (CONCEPTS, dim), "concept_embeds_weights": (CONCEPTS,),
+                            "special_care_embeds": (SPECIAL, dim), "special_care_embeds_weights": (SPECIAL,)}.items():
+            self.register_parameter(name, nn.Parameter(torch.ones(shape), requires_grad=False))
+
+    @property
+    def keymap(self) -> Keymap:
+        return tables.safety_checker(len(self.tower.layers))
+
+    @torch.no_grad()
+    def scores(self, clip_input: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (b, 3, s, s) to special-care (b, 3) and concept (b, 17) scores; above 0 is a hit.
+
+        A score is the cosine between picture and concept less the concept's threshold, to three decimals.
+        """
+        embeds = F.normalize(self.proj(self.tower(clip_input)[0]))
+
+        def excess(concepts: Tensor, thresholds: Tensor) -> Tensor:
+            return (embeds @ F.normalize(concepts).T).cpu().float() - thresholds.cpu().float()
+
+        special = excess(self.special_care_embeds, self.special_care_embeds_weights)
+        hit = (special.round(decimals=3) > 0).cumsum(dim=1) > 0
+        stricter_from = F.pad(hit[:, :-1], (1, 0))  # a hit counts for the concepts after it
+        special = (special + ADJUSTMENT * stricter_from).round(decimals=3)
+        concepts = excess(self.concept_embeds, self.concept_embeds_weights)
+        return special, (concepts + ADJUSTMENT * hit[:, -1:]).round(decimals=3)
+
+    def forward(self, clip_input: Tensor, images: Any) -> tuple[Any, list[bool]]:
+        """Judge pictures by `clip_input` (b, 3, s, s) and return `images` with the flagged ones black, and flags.
+
+        `images`: an array, a tensor, or a list of either, one entry per picture; what came is left as it is.
+        """
+        flags = [bool(flag) for flag in (self.scores(clip_input)[1] > 0).any(dim=1)]
+        if any(flags):
+            logger.warning("the safety checker flagged %d of %d pictures, which are returned black; "
+                           "another seed may help", sum(flags), len(flags))
+            images = blackened(images, flags)
+        return images, flags
+
+
+def blackened(images: Any, flags: Sequence[bool]) -> Any:
+    """A copy of `images` in which the flagged ones are zero."""
+    if isinstance(images, list):
+        return [image * 0 if flag else image for image, flag in zip(images, flags, strict=True)]
+    black = images.clone() if isinstance(images, Tensor) else np.array(images)
+    for i, flag in enumerate(flags):
+        if flag:
+            black[i] = 0
+    return black

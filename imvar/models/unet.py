@@ -1,0 +1,273 @@
+"""The UNet that predicts the noise in latents, told the time and the picture's embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..config import Config, one_of, only
+from ..errors import InputError
+from ..outputs import UNet2DConditionOutput
+from ..weights import tables
+from ..weights.keymap import Keymap
+from ..weights.pretrained import PretrainedModel
+from .attention import AttentionSettings, CrossAttention, SelfAttention
+from .freeu import FreeU
+from .layers import Checkpointing, Downsample, FeedForward, ResnetBlock, TimestepEmbedding, Upsample
+
+Merge = Callable[[Tensor, Tensor, int], Tensor]
+"""h: b c h w, skip: b d h w, the level counted from the coarsest; answer: b c+d h w."""
+
+WITH_ATTENTION, WITHOUT = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+
+
+@dataclass(frozen=True, eq=False)
+class UNetConfig(Config):
+    """`unet/config.json`. `attention_head_dim` is the number of heads, whatever its name says."""
+
+    sample_size: int | Sequence[int] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = only(False)
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: Sequence[str] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str = only("UNetMidBlock2DCrossAttn")
+    up_block_types: Sequence[str] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    only_cross_attention: bool = only(False)
+    block_out_channels: Sequence[int] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    downsample_padding: int = only(1)
+    mid_block_scale_factor: float = only(1)
+    dropout: float = only(0.0)
+    act_fn: str = one_of("silu", "swish")
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int = 1
+    reverse_transformer_layers_per_block: None = only(None)
+    encoder_hid_dim: None = only(None)
+    encoder_hid_dim_type: None = only(None)
+    attention_head_dim: int | Sequence[int] = 8
+    num_attention_heads: None = only(None)
+    dual_cross_attention: bool = only(False)
+    use_linear_projection: bool = only(False)
+    class_embed_type: None = only(None)
+    addition_embed_type: None = only(None)
+    addition_time_embed_dim: None = only(None)
+    num_class_embeds: None = only(None)
+    upcast_attention: bool = only(False)
+    resnet_time_scale_shift: str = only("default")
+    resnet_skip_time_act: bool = only(False)
+    resnet_out_scale_factor: float = only(1.0)
+    time_embedding_type: str = only("positional")
+    time_embedding_dim: int | None = None
+    time_embedding_act_fn: None = only(None)
+    timestep_post_act: None = only(None)
+    time_cond_proj_dim: None = only(None)
+    conv_in_kernel: int = only(3)
+    conv_out_kernel: int = only(3)
+    projection_class_embeddings_input_dim: None = only(None)
+    attention_type: str = only("default")
+    class_embeddings_concat: bool = only(False)
+    mid_block_only_cross_attention: bool | None = one_of(None, False)
+    cross_attention_norm: None = only(None)
+    addition_embed_type_num_heads: int = only(64)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        levels = len(self.block_out_channels)
+        for name, kinds in ("down_block_types", WITH_ATTENTION[:1] + WITHOUT[:1]), (
+                "up_block_types", WITH_ATTENTION[1:] + WITHOUT[1:]):
+            types = getattr(self, name)
+            if len(types) != levels or any(kind not in kinds for kind in types):
+                raise InputError(f"{name}={list(types)}: {levels} of {' or '.join(kinds)} would do, one per "
+                                 f"entry of block_out_channels={list(self.block_out_channels)}")
+        if len(self.heads) != levels:
+            raise InputError(f"attention_head_dim={self.attention_head_dim}: one number, or one per level, would do")
+        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
+            if channels % heads or channels % self.norm_num_groups:
+                raise InputError(f"block_out_channels: {channels} cannot be split into {heads} heads "
+                                 f"(attention_head_dim) and {self.norm_num_groups} groups (norm_num_groups)")
+
+    @property
+    def heads(self) -> Sequence[int]:
+        per_level = self.attention_head_dim
+        return [per_level] * len(self.block_out_channels) if isinstance(per_level, int) else per_level
+
+
+class TransformerBlock(nn.Module):
+    """Look around, look at the picture, think; each added to what came in."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.self_attn = SelfAttention(dim, heads)
+        self.cross_attn = CrossAttention(dim, context_dim, heads)
+        self.feed_forward = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.self_attn(x)
+        x = x + self.cross_attn(x, context)
+        return x + self.feed_forward(x)
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, around an identity."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, *, depth: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        pixels = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        for block in self.blocks:
+            pixels = block(pixels, context)
+        return x + self.proj_out(rearrange(pixels, "b (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Level(nn.Module):
+    """One resolution: resnet blocks, each followed by a transformer where the level has any."""
+
+    def __init__(self, resnets: list[nn.Module], transformers: list[nn.Module], resample: nn.Module | None = None):
+        super().__init__()
+        self.resnets, self.transformers = nn.ModuleList(resnets), nn.ModuleList(transformers)
+        self.resample = resample
+
+    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[i](x, time)
+        return self.transformers[i](x, context) if i < len(self.transformers) else x
+
+
+class DownLevel(Level):
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, time, context)
+            skips.append(x)
+        if self.resample is not None:
+            x = self.resample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidLevel(Level):
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.layer(0, x, time, context)
+        return self.resnets[1](x, time)
+
+
+class UpLevel(Level):
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor,
+                join: Callable[[Tensor, Tensor], Tensor], size: tuple[int, int] | None) -> Tensor:
+        for i, skip in enumerate(skips):
+            x = self.layer(i, join(x, skip), time, context)
+        return x if self.resample is None else self.resample(x, size)
+
+
+def concat(h: Tensor, skip: Tensor, level: int) -> Tensor:
+    """The usual merge of a skip."""
+    return torch.cat([h, skip], dim=1)
+
+
+class UNet2DConditionModel(AttentionSettings, Checkpointing, PretrainedModel):
+    """Down, middle, up, with skips across: eps(x_t, t, context) of arXiv:2112.10752, equation 3.
+
+    Seams for forks: `block` and `transformer` are the classes it is built of, `merge` joins a skip.
+    """
+
+    config_class = UNetConfig
+    config: UNetConfig
+    block: ClassVar[Callable[..., nn.Module]] = ResnetBlock
+    transformer: ClassVar[Callable[..., nn.Module]] = Transformer
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        config, widths = self.config, list(self.config.block_out_channels)
+        time_dim = config.time_embedding_dim or 4 * widths[0]
+        last, layers = len(widths) - 1, config.layers_per_block
+
+        def resnet(in_channels: int, out_channels: int) -> nn.Module:
+            return self.block(in_channels, out_channels, groups=config.norm_num_groups, eps=config.norm_eps,
+                              time_dim=time_dim)
+
+        def transformers(count: int, level: int, kind: str | None = None) -> list[nn.Module]:
+            return [self.transformer(widths[level], config.cross_attention_dim, config.heads[level],
+                                     depth=config.transformer_layers_per_block, groups=config.norm_num_groups)
+                    for _ in range(count) if kind not in WITHOUT]
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time = TimestepEmbedding(widths[0], time_dim, cos_first=config.flip_sin_to_cos, shift=config.freq_shift)
+
+        self.down, skips = nn.ModuleList(), [widths[0]]  # the channels of every skip, to be used last first
+        for level, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
+            resnets = [resnet(width if i else skips[-1], width) for i in range(layers)]
+            shrink = Downsample(width) if level < last else None
+            self.down.append(DownLevel(resnets, transformers(layers, level, kind), shrink))
+            skips += [width] * (layers + (level < last))
+
+        self.mid = MidLevel([resnet(widths[-1], widths[-1]) for _ in range(2)], transformers(1, last))
+
+        self.up, above = nn.ModuleList(), widths[-1]  # the channels that come from below
+        for kind, level in zip(config.up_block_types, reversed(range(len(widths))), strict=True):
+            width = widths[level]
+            resnets = [resnet((width if i else above) + skips.pop(), width) for i in range(layers + 1)]
+            grow = Upsample(width) if level else None
+            self.up.append(UpLevel(resnets, transformers(layers + 1, level, kind), grow))
+            above = width
+
+        self.norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.merge: Merge = concat
+
+    @property
+    def keymap(self) -> Keymap:
+        return tables.unet(len(self.down), self.config.layers_per_block, self.config.transformer_layers_per_block)
+
+    def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor,
+                *unsupported: None, return_dict: bool = True, **more: None) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict what `sample` (b, c, h, w) hides at `timestep` (one, or one per sample).
+
+        `encoder_hidden_states`: (b, m, cross_attention_dim), m tokens that describe the picture; here m is 1.
+        Of diffusers' further arguments `return_dict` alone can be other than None: `InputError`.
+        """
+        refuse(unsupported, more)
+        context = encoder_hidden_states
+        x = self.conv_in(sample)
+        time = self.time(torch.as_tensor(timestep, device=x.device).expand(len(x)))
+
+        skips = [x]
+        for level in self.down:
+            x, more_skips = self.run(level, x, time, context)
+            skips += more_skips
+        x = self.run(self.mid, x, time, context)
+        for i, level in enumerate(self.up):
+            here = [skips.pop() for _ in level.resnets]
+            size = skips[-1].shape[2:] if skips else None  # odd sizes: the next skip tells what to grow to
+            x = self.run(level, x, here, time, context, lambda h, skip, i=i: self.merge(h, skip, i), size)
+
+        sample = self.conv_out(F.silu(self.norm_out(x)))
+        return UNet2DConditionOutput(sample) if return_dict else (sample,)
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Merge skips as FreeU does (arXiv:2309.11497); for this model s1 0.9, s2 0.2, b1 1.2, b2 1.4 are usual."""
+        self.merge = FreeU(s1, s2, b1, b2)
+
+    def disable_freeu(self) -> None:
+        self.merge = concat
+
+
+def refuse(unsupported: Sequence[Any], more: dict[str, Any]) -> None:
+    """Arguments of the reference's UNet that no part of this pipeline has a use for."""
+    names = [*(f"positional argument {i + 4}" for i, value in enumerate(unsupported) if value is not None),
+             *(name for name, value in more.items() if value is not None)]
+    if names:
+        raise InputError(f"UNet2DConditionModel: {', '.join(names)}: not supported; leave it out, or None")
