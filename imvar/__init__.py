@@ -1,0 +1,45 @@
+"""Variations of a picture with Stable Diffusion, in plain PyTorch."""
+
+from .errors import CheckpointError, ImvarError, InputError, InputTypeError
+from .image import CLIPImageProcessor, VaeImageProcessor
+from .models import (
+    AutoencoderKL,
+    CLIPConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    StableDiffusionSafetyChecker,
+    UNet2DConditionModel,
+    sdpa,
+    set_attend,
+    sliced,
+    swap,
+)
+from .outputs import StableDiffusionPipelineOutput
+from .pipeline import StableDiffusionImageVariationPipeline
+from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderKL",
+    "CLIPConfig",
+    "CLIPImageProcessor",
+    "CLIPVisionConfig",
+    "CLIPVisionModelWithProjection",
+    "CheckpointError",
+    "DDIMScheduler",
+    "ImvarError",
+    "InputError",
+    "InputTypeError",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "StableDiffusionImageVariationPipeline",
+    "StableDiffusionPipelineOutput",
+    "StableDiffusionSafetyChecker",
+    "UNet2DConditionModel",
+    "VaeImageProcessor",
+    "sdpa",
+    "set_attend",
+    "sliced",
+    "swap",
+]

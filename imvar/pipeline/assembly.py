@@ -1,0 +1,205 @@
+"""What a pipeline is beside its job: parts by name, moved, set and reported on together."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Self
+
+import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
+from PIL.Image import Image
+from torch import nn
+from torch.nn.attention import SDPBackend
+
+from ..errors import InputError
+from ..image import numpy_to_pil
+from ..models.attention import Attend
+from .offload import Offload
+from .storage import Storage
+
+_stepping: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("imvar_stepping", default=())
+"""The pipelines that are being called here, innermost last, each with that call's own scheduler."""
+
+
+class Assembly(Storage):
+    """The base of a pipeline: holds its parts as attributes and treats them as one."""
+
+    vae: Any
+    unet: Any
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._settings: dict[str, Any] = {}
+        self._bar_options: dict[str, Any] = {}
+        self._offload: Offload | None = None
+
+    def register_modules(self, **parts: Any) -> None:
+        """Keep these parts under their names; None for one that is left out."""
+        for name, part in parts.items():
+            setattr(self, name, part)
+            if name not in self._parts:
+                self._parts.append(name)
+
+    def register_to_config(self, **settings: Any) -> None:
+        """Keep settings of the pipeline itself, which are saved with it."""
+        self._settings |= settings
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name, so that `Pipe(**other.components)` shares them."""
+        return {name: getattr(self, name) for name in self._parts}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The parts that have weights."""
+        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+
+    # The scheduler is the one part that a call changes, so every call has its own.
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler; within a call, the copy that this call steps."""
+        return next((own for pipe, own in reversed(_stepping.get()) if pipe is self), self._scheduler)
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    @contextmanager
+    def own_scheduler(self) -> Iterator[None]:
+        """For the time of a call, in this thread alone, a copy of the scheduler for the call to step."""
+        token = _stepping.set((*_stepping.get(), (self, copy.deepcopy(self._scheduler))))
+        try:
+            yield
+        finally:
+            _stepping.reset(token)
+
+    # Where and what the weights are
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p.device for module in self.modules.values() for p in module.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are."""
+        return next((p.dtype for module in self.modules.values() for p in module.parameters()), torch.float32)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self._offload.device if self._offload else self.device
+
+    def to(self, *args: Any, torch_dtype: torch.dtype | None = None, **kwargs: Any) -> Self:
+        """Move or cast all parts, as `nn.Module.to` does: a device, a dtype, or both. Returns this pipeline."""
+        kwargs.pop("silence_dtype_warnings", None)
+        if torch_dtype is not None:
+            kwargs.setdefault("dtype", torch_dtype)
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is not None:
+            self.remove_all_hooks()
+        for module in self.modules.values():
+            module.to(*args, **kwargs)
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep the parts in main memory and bring each to the accelerator only while it works.
+
+        `device`: "cuda" unless named; `gpu_id` numbers it. Threads that call this pipeline then take turns.
+        Raises `InputError` where there is no accelerator.
+        """
+        if device is None:
+            if not torch.accelerator.is_available():
+                raise InputError("enable_model_cpu_offload: there is no accelerator here to offload from")
+            device = torch.accelerator.current_accelerator()
+        target = torch.device(device)  # type: ignore[arg-type]
+        if gpu_id is not None:
+            if target.index not in (None, gpu_id):
+                raise InputError(f"gpu_id={gpu_id} and device={device} name different devices")
+            target = torch.device(target.type, gpu_id)
+        self.remove_all_hooks()
+        self._offload = Offload(target, self.modules)
+
+    def remove_all_hooks(self) -> None:
+        """End the offloading, if any."""
+        if self._offload:
+            self._offload.remove()
+            self._offload = None
+
+    def maybe_free_model_hooks(self) -> None:
+        """Under offloading, send every part back to main memory."""
+        if self._offload:
+            self._offload.rest()
+
+    # Settings that belong to the models
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Let the UNet attend to a few heads at a time: "auto" half, "max" one, a number, or None for all."""
+        self.unet.set_attention_slice(slice_size)
+
+    def disable_attention_slicing(self) -> None:
+        self.unet.set_attention_slice(None)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: SDPBackend | Attend | None = None) -> None:
+        """Let UNet and autoencoder attend with PyTorch's memory-efficient backend, or with `attention_op`."""
+        for model in (self.unet, self.vae):
+            model.enable_xformers_memory_efficient_attention(attention_op)
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        for model in (self.unet, self.vae):
+            model.disable_xformers_memory_efficient_attention()
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Let the UNet merge its skips as FreeU does (arXiv:2309.11497)."""
+        self.unet.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
+
+    def disable_freeu(self) -> None:
+        self.unet.disable_freeu()
+
+    def enable_vae_slicing(self) -> None:
+        """Decode a batch one picture at a time."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large pictures in overlapping tiles, which changes them a little."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.vae.disable_tiling()
+
+    # Reporting
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A tqdm bar over `iterable`, or one of `total` ticks to be updated by hand."""
+        if iterable is None and total is None:
+            raise InputError("progress_bar: an iterable or a total would do")
+        return tqdm(iterable, total=total, **self._bar_options)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options for tqdm, such as `disable=True`."""
+        self._bar_options = options
+
+    @staticmethod
+    def numpy_to_pil(images: np.ndarray) -> list[Image]:
+        """(b, h, w, 3) with values in [0, 1] to pictures."""
+        return numpy_to_pil(images)
+
+    @classmethod
+    def part_names(cls) -> Sequence[str]:
+        """The constructor's arguments without a default: the parts."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return [p.name for p in parameters if p.name != "self" and p.default is p.empty]
+
+    def __repr__(self) -> str:
+        parts = "\n".join(f"  {name}: {type(part).__name__}" for name, part in self.components.items())
+        return f"{type(self).__name__}\n{parts}"
+
+

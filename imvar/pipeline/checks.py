@@ -1,0 +1,92 @@
+"""What a call of the pipeline may ask for: the one place that checks its arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from ..errors import InputError, InputTypeError
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+LARGEST = 2**16  # pixels on a side
+
+
+def check_inputs(image: Any, height: int, width: int, callback_steps: int, factor: int) -> None:
+    """The picture's type, a size the autoencoder can make, and how often to call back."""
+    pictures = image if isinstance(image, (list, tuple)) else [image]
+    if not pictures:
+        raise InputTypeError("image: an empty list came; at least one picture would do")
+    for i, one in enumerate(pictures):
+        if not isinstance(one, (Image, Tensor)) and not (one is not image and hasattr(one, "__array__")):
+            name = "image" if one is image else f"image[{i}]"
+            raise InputTypeError(f"{name}: {type(one).__name__} came; a PIL picture, a list of them, or a tensor "
+                                 "(b, 3, h, w) of preprocessed pixels would do")
+    if isinstance(image, Tensor):
+        check_pixels(image)
+    for name, size in ("height", height), ("width", width):
+        whole(name, size)
+        if size % factor or not factor <= size <= LARGEST:
+            raise InputError(f"{name}={size}: a multiple of {factor} from {factor} to {LARGEST} pixels would do")
+    if whole("callback_steps", callback_steps) < 1:
+        raise InputError(f"callback_steps={callback_steps}: 1, for every step, or more would do")
+
+
+def check_pixels(image: Tensor) -> None:
+    """A tensor goes to the image encoder as it is, so it has to look like what CLIPImageProcessor makes."""
+    if image.ndim != 4 or image.shape[1] != 3 or not len(image):
+        raise InputError(f"image: a tensor of shape {tuple(image.shape)} came; (b, 3, h, w) or (3, h, w) would do")
+    if not image.is_floating_point():
+        raise InputTypeError(f"image: a tensor of {image.dtype} came; floats that CLIPImageProcessor has normalised would do")
+    if not image.isfinite().all():
+        raise InputError("image: the tensor holds NaN or infinite values")
+
+
+def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: float, generator: Any, output_type: str | None,
+               callback: Callable[..., Any] | None, batch: int) -> None:
+    """The arguments that `check_inputs` does not see. Numbers of steps are the scheduler's to judge."""
+    number("guidance_scale", guidance_scale)
+    number("eta", eta)
+    if num_images_per_prompt is not None and whole("num_images_per_prompt", num_images_per_prompt) < 1:
+        raise InputError(f"num_images_per_prompt={num_images_per_prompt}: 1 or more would do")
+    check_generator(generator, batch)
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type={output_type!r}: {', '.join(map(repr, OUTPUT_TYPES))} would do")
+    if callback is not None and not callable(callback):
+        raise InputTypeError(f"callback={callback!r}: a function of (step, timestep, latents) would do")
+
+
+def check_generator(generator: Any, batch: int) -> None:
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise InputTypeError(f"generator={generator!r}: torch.Generator().manual_seed(42), or a list of them, would do")
+    if len(generator) != batch:
+        raise InputError(f"generator: a list of {len(generator)} came for {batch} pictures; one, or one each, would do")
+
+
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(latents, Tensor):
+        raise InputTypeError(f"latents: {type(latents).__name__} came; a tensor of shape {shape} would do")
+    if tuple(latents.shape) != shape:
+        raise InputError(f"latents: shape {tuple(latents.shape)} came; {shape} would do")
+    if not latents.is_floating_point() or not latents.isfinite().all():
+        raise InputError("latents: finite floats would do; integers, NaN or infinite values came")
+
+
+def whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputTypeError(f"{name}={value!r}: a whole number would do")
+    return value.__index__()
+
+
+def number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise InputTypeError(f"{name}={value!r}: a number would do")
+    if not math.isfinite(value):
+        raise InputError(f"{name}={value!r}: a finite number would do")
+    return float(value)

@@ -1,0 +1,47 @@
+"""Parts that stay in main memory and visit the accelerator one at a time."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Offload:
+    """Moves a part to `device` when it is called, and the part that was there before back to the CPU.
+
+    A part counts as called when it, or a module right below it, runs: an autoencoder is used through
+    `decode`, which calls its decoder. Calls of one pipeline take turns by `turn`.
+    """
+
+    def __init__(self, device: torch.device, parts: dict[str, nn.Module]):
+        self.device, self.parts, self.turn = device, parts, threading.RLock()
+        self.visiting: nn.Module | None = None
+        self.hooks: list[Any] = []
+        for part in parts.values():
+            part.to("cpu")
+            for module in (part, *part.children()):
+                self.hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self.visit(part)))
+
+    def visit(self, part: nn.Module) -> None:
+        if part is not self.visiting:
+            self.rest()
+            part.to(self.device)
+            self.visiting = part
+
+    def rest(self) -> None:
+        """Everything back to the CPU."""
+        if self.visiting is not None:
+            self.visiting.to("cpu")
+            self.visiting = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def remove(self) -> None:
+        """Back to ordinary parts, on the CPU."""
+        self.rest()
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()

@@ -1,0 +1,151 @@
+"""A whole pipeline on disk: `model_index.json` and one folder per part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from ..errors import CheckpointError, InputTypeError
+from ..image import CLIPImageProcessor
+from ..models import AutoencoderKL, CLIPVisionModelWithProjection, StableDiffusionSafetyChecker, UNet2DConditionModel
+from ..schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from ..weights.files import Hub, locate, read_json, write_text
+from ..weights.pretrained import FORMAT, PretrainedModel
+from ..weights.tensors import as_dtype
+
+INDEX = "model_index.json"
+
+PARTS: dict[str, dict[str, Any]] = {
+    # The class that serves each class name a checkpoint may give; the first is the one that is written.
+    "vae": {"AutoencoderKL": AutoencoderKL},
+    "image_encoder": {"CLIPVisionModelWithProjection": CLIPVisionModelWithProjection,
+                      "CLIPModel": CLIPVisionModelWithProjection},
+    "unet": {"UNet2DConditionModel": UNet2DConditionModel},
+    "scheduler": {"PNDMScheduler": PNDMScheduler, "DDIMScheduler": DDIMScheduler,
+                  "LMSDiscreteScheduler": LMSDiscreteScheduler},
+    "safety_checker": {"StableDiffusionSafetyChecker": StableDiffusionSafetyChecker},
+    "feature_extractor": {"CLIPImageProcessor": CLIPImageProcessor, "CLIPFeatureExtractor": CLIPImageProcessor,
+                          "CLIPImageProcessorPil": CLIPImageProcessor, "CLIPImageProcessorFast": CLIPImageProcessor},
+}
+
+LIBRARIES = {"image_encoder": "transformers", "feature_extractor": "transformers",
+             "safety_checker": "stable_diffusion"}  # the column that diffusers reads; the rest are its own
+
+
+class Storage:
+    """`from_pretrained` and `save_pretrained` of a pipeline."""
+
+    components: Any
+    _settings: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, torch_dtype: Any = None, dtype: Any = None,
+                        revision: str | None = None, variant: str | None = None, use_safetensors: bool | None = None,
+                        cache_dir: str | Path | None = None, local_files_only: bool = False,
+                        token: str | bool | None = None, low_cpu_mem_usage: bool = True, **overrides: Any) -> Self:
+        """A pipeline from a folder or a hub repository in the published layout.
+
+        `dtype` (or `torch_dtype`): one for all parts, or a dictionary of part to dtype with `"default"`; float32
+        unless said. `overrides` are parts to use instead of the checkpoint's, None to go without, and settings of
+        the pipeline such as `requires_safety_checker`. `variant` chooses files such as `*.fp16.safetensors` where
+        a part has them. Weights are always mapped rather than copied, whatever `low_cpu_mem_usage` says.
+        Raises `CheckpointError` naming the file and what is wrong with it.
+        """
+        dtypes = dtypes_by_part(torch_dtype if dtype is None else dtype)
+        reading = {"variant": variant, "use_safetensors": use_safetensors}
+        hub = Hub(revision, cache_dir, local_files_only, token)
+        folder = locate(source, hub, lambda names: wanted_files(names, overrides, **reading))
+        index = read_json(folder / INDEX)
+        settings = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
+        listed = {k: v for k, v in index.items() if isinstance(v, list)}
+        if odd := sorted(listed.keys() - PARTS.keys() - overrides.keys()):
+            raise CheckpointError("is a part that this pipeline does not have", path=folder / INDEX, key=odd[0])
+
+        parts = {name: read_part(folder, name, value, dtypes, **reading)
+                 for name, value in listed.items() if name not in overrides}
+        parts = dict.fromkeys(cls.part_names(), None) | parts | settings | overrides
+        try:
+            return cls(**parts)
+        except TypeError as error:
+            raise InputTypeError(f"{cls.__name__}.from_pretrained: {error}") from error
+
+    def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
+                        max_shard_size: int | str = "10GB", **_: Any) -> None:
+        """Write all parts into `folder`, made if need be, in the layout that diffusers reads."""
+        folder = Path(folder)
+        for name, part in self.components.items():
+            if part is not None:
+                part.save_pretrained(folder / name, safe_serialization=safe_serialization, variant=variant,
+                                     max_shard_size=max_shard_size)
+        index = {name: index_entry(name, part) for name, part in self.components.items()}
+        stamp = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT}
+        write_text(folder / INDEX, json.dumps(stamp | self._settings | index, indent=2, sort_keys=True) + "\n")
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The pipeline's own settings, and the class of each part."""
+        return self._settings | {name: index_entry(name, part) for name, part in self.components.items()}
+
+    @classmethod
+    def part_names(cls) -> Any:
+        raise NotImplementedError
+
+
+def dtypes_by_part(dtype: Any) -> dict[str, torch.dtype | None]:
+    """One dtype per part, from one for all or a dictionary with a `"default"`."""
+    if not isinstance(dtype, Mapping):
+        dtype = {"default": dtype}
+    if odd := sorted(set(dtype) - PARTS.keys() - {"default"}):
+        raise InputTypeError(f"dtype: {odd[0]!r} is no part; {', '.join(PARTS)} or 'default' would do")
+    return {name: as_dtype(dtype.get(name, dtype.get("default"))) for name in PARTS}
+
+
+def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, torch.dtype | None], **reading: Any) -> Any:
+    """The part that `model_index.json` lists as `value`; class names are looked up, never imported."""
+    class_name = value[1] if len(value) == 2 else value
+    if class_name is None:
+        return None
+    found = PARTS[name].get(class_name) if isinstance(class_name, str) else None
+    if found is None:
+        raise CheckpointError(f"is {class_name!r}; imvar has {', '.join(PARTS[name])}. Another can be handed over: "
+                              f"from_pretrained(..., {name}=...)", path=folder / INDEX, key=name)
+    if not issubclass(found, PretrainedModel):
+        return found.from_pretrained(folder, subfolder=name)
+    return found.read(folder / name, dtype=dtypes[name], **part_reading(folder / name, found, **reading))
+
+
+def part_reading(folder: Path, model: type[PretrainedModel], variant: str | None, use_safetensors: bool | None) -> Any:
+    """The variant for parts that have it, the plain files for parts that have not."""
+    if variant and folder.is_dir():
+        variant = chosen([path.name for path in folder.iterdir()], model, variant, use_safetensors)[1]
+    return {"variant": variant, "use_safetensors": use_safetensors}
+
+
+def chosen(names: list[str], model: type[PretrainedModel], variant: str | None, use_safetensors: bool | None,
+           ) -> tuple[list[str], str | None]:
+    try:
+        return model.stem.choose(names, variant, use_safetensors), variant
+    except CheckpointError:
+        if variant is None:
+            raise
+        return model.stem.choose(names, None, use_safetensors), None
+
+
+def wanted_files(names: set[str], overrides: Mapping[str, Any], variant: str | None, use_safetensors: bool | None) -> list[str]:
+    """Of all files in a repository, those that this pipeline reads."""
+    wanted = [INDEX]
+    for part, classes in PARTS.items():
+        model, inside = next(iter(classes.values())), [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
+        if part not in overrides and inside:
+            weights = issubclass(model, PretrainedModel)
+            files = chosen(inside, model, variant, use_safetensors)[0] if weights else []
+            wanted += [f"{part}/{name}" for name in (model.config_name, *files)]
+    return wanted
+
+
+def index_entry(name: str, part: Any) -> list[str | None]:
+    return [None, None] if part is None else [LIBRARIES.get(name, "diffusers"), type(part).__name__]

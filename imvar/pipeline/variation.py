@@ -1,0 +1,191 @@
+"""The job: a picture in, its variations out."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ImvarError, InputError
+from ..image import VaeImageProcessor
+from ..outputs import StableDiffusionPipelineOutput
+from ..schedulers.common import randn
+from .assembly import Assembly
+from .checks import check_call, check_generator, check_inputs, check_latents
+
+
+class StableDiffusionImageVariationPipeline(Assembly):
+    """Variations of a picture by Stable Diffusion that is told a CLIP image embedding instead of a text.
+
+    `vae`, `image_encoder`, `unet`, `scheduler`, `safety_checker` (may be None, with a warning) and
+    `feature_extractor`, which prepares pictures for the encoder and the checker.
+    """
+
+    image_encoder: Any
+    safety_checker: Any
+    feature_extractor: Any
+
+    def __init__(self, vae: Any, image_encoder: Any, unet: Any, scheduler: Any, safety_checker: Any,
+                 feature_extractor: Any, requires_safety_checker: bool = True):
+        super().__init__()
+        if safety_checker is None and requires_safety_checker:
+            warnings.warn("safety_checker=None: nobody looks at the pictures before they are handed out; with "
+                          "requires_safety_checker=False this warning is off", stacklevel=2)
+        if safety_checker is not None and feature_extractor is None:
+            raise InputError("feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None")
+        if unet is not None and taken_as_64(unet.config):
+            unet.register_to_config(sample_size=64)
+        self.register_modules(vae=vae, image_encoder=image_encoder, unet=unet, scheduler=scheduler,
+                              safety_checker=safety_checker, feature_extractor=feature_extractor)
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def __call__(
+        self, image: Any, height: int | None = None, width: int | None = None, num_inference_steps: int = 50,
+        guidance_scale: float = 7.5, num_images_per_prompt: int | None = 1, eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
+        output_type: str | None = "pil", return_dict: bool = True,
+        callback: Callable[[int, Any, Tensor], Any] | None = None, callback_steps: int = 1,
+    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+        """Make variations of one picture or of several.
+
+        Args:
+            image: a PIL picture, a list of b of them, or a tensor (b, 3, h, w) or (3, h, w) that is already
+                normalised and of the encoder's size, as `feature_extractor` makes it.
+            height, width: of the variations in pixels, multiples of 8; by default the size the UNet was trained at.
+            num_inference_steps: how many steps of denoising.
+            guidance_scale: w of arXiv:2207.12598, equation 6 (as 1 + w); up to 1 there is no guidance. The
+                published model's card suggests 3.
+            num_images_per_prompt: n variations of each picture, in the order a a b b.
+            eta: 0 to 1, the share of fresh noise in each step (arXiv:2010.02502, equation 16); PNDM and LMS ignore it.
+            generator: source of the noise; one for all, or a list of one per variation. Noise is drawn on its device.
+            latents: (b n, 4, height / 8, width / 8) standard normal noise to start from instead of a drawn one.
+            output_type: "pil"; "np", (b n, height, width, 3) in [0, 1]; "pt", (b n, 3, height, width) in [0, 1];
+                "latent", undecoded and unchecked.
+            return_dict: False for a tuple of pictures and flags.
+            callback: called as callback(i, t, latents) after every `callback_steps` steps.
+
+        Returns:
+            `images`, and `nsfw_content_detected`, a flag each, or None where no checker looked; flagged pictures
+            are black.
+
+        Raises:
+            InputError: an argument that cannot do what was asked, by its name, before any work.
+        """
+        image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
+        height, width = self.size(height, width)
+        self.check_inputs(image, height, width, callback_steps)
+        pictures = count(image) * (num_images_per_prompt or 1)
+        check_call(guidance_scale, num_images_per_prompt, eta, generator, output_type, callback, pictures)
+
+        turn = self._offload.turn if self._offload else contextlib.nullcontext()
+        with turn, torch.no_grad(), self.own_scheduler():
+            device, guided = self._execution_device, guidance_scale > 1
+            scheduler = self.scheduler
+            scheduler.set_timesteps(num_inference_steps, device=device)
+            context = self._encode_image(image, device, num_images_per_prompt or 1, guided)
+            latents = self.prepare_latents(pictures, self.unet.config.in_channels, height, width, context.dtype,
+                                           device, generator, latents)
+            options = self.prepare_extra_step_kwargs(generator, eta)
+
+            opening = len(scheduler.timesteps) - num_inference_steps * scheduler.order  # PNDM takes a few more
+            with self.progress_bar(total=num_inference_steps) as bar:
+                for i, t in enumerate(scheduler.timesteps):
+                    x = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+                    eps = self.unet(x, t, encoder_hidden_states=context).sample
+                    if guided:
+                        uncond, cond = eps.chunk(2)
+                        eps = uncond + guidance_scale * (cond - uncond)
+                    latents = scheduler.step(eps, t, latents, **options).prev_sample
+                    if i == len(scheduler.timesteps) - 1 or (i >= opening and (i + 1) % scheduler.order == 0):
+                        bar.update()
+                        if callback is not None and i % callback_steps == 0:
+                            callback(i // scheduler.order, t, latents)
+
+            images, flags = self.finish(latents, output_type, device, context.dtype)
+            self.maybe_free_model_hooks()
+        return StableDiffusionPipelineOutput(images, flags) if return_dict else (images, flags)
+
+    # The steps of a call, in their order. Subclasses may override them.
+
+    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels, by default those that the UNet was trained at."""
+        sample = self.unet.config.sample_size
+        rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        return (rows * self.vae_scale_factor if height is None else height,
+                columns * self.vae_scale_factor if width is None else width)
+
+    def check_inputs(self, image: Any, height: int, width: int, callback_steps: int) -> None:
+        """Raise `InputError` for a picture, size or interval that cannot be used."""
+        check_inputs(image, height, width, callback_steps, factor=8)
+
+    def _encode_image(self, image: Any, device: torch.device, num_images_per_prompt: int,
+                      do_classifier_free_guidance: bool) -> Tensor:
+        """The context that the UNet is told: (b n, 1, 768), under guidance (2 b n, 1, 768) with zeros first."""
+        if not isinstance(image, Tensor):
+            image = self.feature_extractor(images=image, return_tensors="pt").pixel_values
+        dtype = next(self.image_encoder.parameters()).dtype
+        embeds = self.image_encoder(image.to(device=device, dtype=dtype)).image_embeds
+        context = embeds[:, None].repeat_interleave(num_images_per_prompt, dim=0)  # b c -> bn 1 c
+        return torch.cat([torch.zeros_like(context), context]) if do_classifier_free_guidance else context
+
+    def prepare_latents(self, batch_size: int, num_channels_latents: int, height: int, width: int,
+                        dtype: torch.dtype, device: torch.device, generator: Any, latents: Tensor | None = None) -> Tensor:
+        """Noise to start from, (b, c, height / 8, width / 8), scaled as the scheduler wants it."""
+        shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        check_generator(generator, batch_size)
+        if latents is None:
+            latents = randn(shape, generator, device=device, dtype=dtype)
+        else:
+            check_latents(latents, shape)
+            latents = latents.to(device=device, dtype=dtype)
+        return latents * self.scheduler.init_noise_sigma
+
+    def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
+        """Which of `eta` and `generator` this scheduler's step takes."""
+        takes = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
+
+    def finish(self, latents: Tensor, output_type: str | None, device: torch.device, dtype: torch.dtype,
+               ) -> tuple[Any, list[bool] | None]:
+        """Decode, judge, hand over."""
+        if not latents.isfinite().all():
+            raise ImvarError("the latents are not finite after the last step: weights with NaN, a guidance_scale too "
+                             "large, or half precision that overflowed; float32 or bfloat16 tells which")
+        if output_type == "latent":
+            return latents, None
+        pixels = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        pixels, flags = self.run_safety_checker(pixels, device, dtype)
+        unflagged = [True] * len(pixels) if flags is None else [not flag for flag in flags]  # a black one stays black
+        return self.image_processor.postprocess(pixels, output_type or "pil", do_denormalize=unflagged), flags
+
+    def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[bool] | None]:
+        """Pictures (b, 3, h, w) around [-1, 1], or an array (b, h, w, 3) in [0, 1], with flagged ones zero, and flags."""
+        if self.safety_checker is None:
+            return image, None
+        pictures = self.numpy_to_pil(image) if isinstance(image, np.ndarray) else self.image_processor.postprocess(image)
+        seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values
+        return self.safety_checker(images=image, clip_input=seen.to(device=device, dtype=dtype))
+
+    def decode_latents(self, latents: Tensor) -> np.ndarray:
+        """Latents to an array (b, h, w, 3) in [0, 1]: a step of older pipelines, kept for code that calls it."""
+        pixels = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return self.image_processor.postprocess(pixels, "np")
+
+
+def count(image: Any) -> int:
+    return len(image) if isinstance(image, (list, tuple, Tensor)) else 1
+
+
+def taken_as_64(config: Any) -> bool:
+    """Whether a UNet says it was trained at less than 64 only because its writer did not know better."""
+    version = str(config.get("_diffusers_version", "")).split(".")[:2]
+    old = all(part.isdigit() for part in version) and [int(part) for part in version] < [0, 9]
+    return old and isinstance(config.sample_size, int) and config.sample_size < 64
