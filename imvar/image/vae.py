@@ -1,0 +1,205 @@
+"""`VaeImageProcessor`: between pictures and the autoencoder's (b, 3, h, w) in [-1, 1]."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import Config, Configured, one_of, only
+from ..errors import InputError, InputTypeError
+from .read import WOULD_DO
+
+FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class VaeImageProcessorConfig(Config):
+    """`vae_scale_factor`: pixels per latent, of which `preprocess` makes height and width a multiple."""
+
+    do_resize: bool = one_of(True, False)
+    vae_scale_factor: int = 8
+    vae_latent_channels: int = 4
+    resample: str = one_of(*FILTERS)
+    reducing_gap: int | None = only(None)
+    do_normalize: bool = one_of(True, False)
+    do_binarize: bool = only(False)
+    do_convert_rgb: bool = one_of(False, True)
+    do_convert_grayscale: bool = only(False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vae_scale_factor", "vae_latent_channels"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise InputError(f"{type(self).__name__}: {name}={value!r} is not supported; it can be 1, 2, 3, ...")
+
+
+class VaeImageProcessor(Configured):
+    """Pictures to the autoencoder and back, as the class of this name in diffusers does it."""
+
+    config_class = VaeImageProcessorConfig
+
+    def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
+        """Pictures to (b, 3, height, width) in [-1, 1]; sizes are cut to a multiple of `vae_scale_factor`.
+
+        `image` is a PIL picture, an array (h, w, c) or (b, h, w, c), a tensor (c, h, w) or (b, c, h, w), both
+        in [0, 1], or a list of one kind. The first sets height and width where they are not given. Pictures
+        are resized with `resample`, arrays and tensors by nearest neighbour. A tensor with as many channels
+        as latents have comes back as it is; values below 0 count as normalised already.
+        """
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        if images and all(isinstance(item, Image.Image) for item in images):
+            x = self._from_pictures(images, height, width)
+        elif images and all(isinstance(item, (np.ndarray, Tensor)) for item in images):
+            batches = [_as_batch(item) for item in images]
+            if len(shapes := {tuple(x.shape[1:]) for x in batches}) > 1:
+                raise InputError(f"image: shapes {sorted(shapes)} (c, h, w) came; one shape would do")
+            x = torch.cat(batches)
+            if x.shape[1] == self.config.vae_latent_channels and isinstance(images[0], Tensor):
+                return x
+            _check_range(x)
+            if self.config.do_resize:
+                x = F.interpolate(x, size=self.get_default_height_width(x, height, width))
+        else:
+            kinds = sorted({type(item).__name__ for item in images}) or [f"an empty {type(image).__name__}"]
+            raise InputTypeError(f"image: {', '.join(kinds)} came; {WOULD_DO}")
+        if not self.config.do_normalize:
+            return x
+        if x.min() < 0:
+            warnings.warn("image: values below 0 came, so they are taken as normalised to [-1, 1]; "
+                          "values in [0, 1] are expected", stacklevel=2)
+            return x
+        return self.normalize(x)
+
+    def _from_pictures(self, images: list[Image.Image], height: int | None, width: int | None) -> Tensor:
+        if self.config.do_convert_rgb:
+            images = [item.convert("RGB") for item in images]
+        for i, item in enumerate(images):
+            if item.mode not in ("RGB", "L"):
+                raise InputError(f"image[{i}]: mode {item.mode} came; RGB or L would do, or do_convert_rgb=True")
+        if self.config.do_resize:
+            height, width = self.get_default_height_width(images[0], height, width)
+            images = [item.resize((width, height), FILTERS[self.config.resample]) for item in images]
+        return self.numpy_to_pt(self.pil_to_numpy(images))
+
+    def get_default_height_width(self, image: Image.Image | np.ndarray | Tensor, height: int | None = None,
+                                 width: int | None = None) -> tuple[int, int]:
+        """The height and width asked for, or the picture's own, cut to a multiple of `vae_scale_factor`."""
+        if isinstance(image, Image.Image):
+            own = image.height, image.width
+        else:
+            own = tuple(image.shape[1:3] if isinstance(image, np.ndarray) else image.shape[2:4])
+        factor, sizes = self.config.vae_scale_factor, []
+        for name, value, default in zip(("height", "width"), (height, width), own, strict=True):
+            size = default if value is None else value
+            if type(size) is not int or size < factor:
+                raise InputError(f"{name}: {size!r} came; {factor} or more would do")
+            sizes.append(size - size % factor)
+        return sizes[0], sizes[1]
+
+    def postprocess(self, image: Tensor, output_type: str = "pil",
+                    do_denormalize: Sequence[bool] | None = None) -> Any:
+        """(b, c, h, w) in [-1, 1] to what `output_type` names.
+
+        "pil": a list of pictures; "np": (b, h, w, c) float32 in [0, 1]; "pt": a tensor in [0, 1]; "latent":
+        the tensor as it came. `do_denormalize` says for each picture whether its values are in [-1, 1]; those
+        that are not are handed on unchanged. Raises `InputError` for values that make no picture.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise InputError(f"output_type={output_type!r} is not supported; it can be 'pil', 'np', 'pt' or 'latent'")
+        if not isinstance(image, Tensor):
+            raise InputTypeError(f"image: {type(image).__name__} came; a tensor (b, c, h, w) would do")
+        if output_type == "latent":
+            return image
+        if image.ndim != 4:
+            raise InputError(f"image: shape {tuple(image.shape)} came; (b, c, h, w) would do")
+        flags = [self.config.do_normalize] * len(image) if do_denormalize is None else list(do_denormalize)
+        if len(flags) != len(image):
+            raise InputError(f"do_denormalize: {len(flags)} flags came for {len(image)} pictures; one each would do")
+        if all(flags):
+            image = self.denormalize(image)
+        elif any(flags):
+            image = torch.stack([self.denormalize(x) if flag else x for x, flag in zip(image, flags, strict=True)])
+        if output_type == "pt":
+            return image
+        array = self.pt_to_numpy(image)
+        return array if output_type == "np" else numpy_to_pil(array)
+
+    @staticmethod
+    def normalize(images: Any) -> Any:
+        """[0, 1] to [-1, 1]."""
+        return 2.0 * images - 1.0
+
+    @staticmethod
+    def denormalize(images: Tensor) -> Tensor:
+        """[-1, 1] to [0, 1]; what lies outside is clipped."""
+        return (images * 0.5 + 0.5).clamp(0, 1)
+
+    @staticmethod
+    def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+        """The function `numpy_to_pil`."""
+        return numpy_to_pil(images)
+
+    @staticmethod
+    def pil_to_numpy(images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
+        """Pictures of one size to (b, h, w, 3), or (b, h, w) for grey ones: float32 in [0, 1]."""
+        pictures = [images] if isinstance(images, Image.Image) else images
+        if len(sizes := {picture.size for picture in pictures}) != 1:
+            raise InputError(f"images: sizes {sorted(sizes)} (w, h) came; one size would do")
+        return np.stack([np.asarray(picture).astype(np.float32) / 255 for picture in pictures])
+
+    @staticmethod
+    def numpy_to_pt(images: np.ndarray) -> Tensor:
+        """(b, h, w, c) or (b, h, w) to (b, c, h, w)."""
+        images = images[..., None] if images.ndim == 3 else images
+        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+    @staticmethod
+    def pt_to_numpy(images: Tensor) -> np.ndarray:
+        """(b, c, h, w) to (b, h, w, c), float32 in main memory."""
+        return images.detach().cpu().permute(0, 2, 3, 1).float().numpy()
+
+
+def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+    """(b, h, w, c) or (h, w, c) in [0, 1] to pictures: RGB, or L where c is 1.
+
+    Raises `InputError` for values outside [0, 1] and NaN, which have no colour.
+    """
+    images = images[None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+        raise InputError(f"images: shape {images.shape} came; (b, h, w, 3) or (b, h, w, 1) would do")
+    if images.dtype.kind != "f":
+        raise InputTypeError(f"images: values of type {images.dtype} came; floats in [0, 1] would do")
+    levels = (images * 255).round()
+    if not (levels.min() >= 0 and levels.max() <= 255):
+        raise InputError(f"images: values {images.min()}..{images.max()} came; [0, 1] would do")
+    pixels = levels.astype(np.uint8)
+    return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pixels]
+
+
+def _as_batch(image: np.ndarray | Tensor) -> Tensor:
+    """An array (h w c), (b h w c), or a tensor (c h w), (b c h w), to a tensor b c h w."""
+    if image.ndim not in (3, 4):
+        raise InputError(f"image: shape {tuple(image.shape)} came; one picture has 3 axes, a batch 4")
+    image = image[None] if image.ndim == 3 else image
+    x = VaeImageProcessor.numpy_to_pt(image) if isinstance(image, np.ndarray) else image
+    return x
+
+
+def _check_range(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise InputTypeError(f"image: values of type {x.dtype} came; floats in [0, 1] would do")
+    if not x.isfinite().all() or x.max() > 1:
+        raise InputError(f"image: values {x.min():.4g}..{x.max():.4g} came; [0, 1] would do")
