@@ -38,9 +38,10 @@ class Config(Mapping[str, Any]):
     def of(cls, *args: Any, **settings: Any) -> Self:
         """From constructor arguments; an unknown keyword is a `TypeError`."""
         known = [f.name for f in fields(cls)]
-        if len(args) > len(known) or (unknown := sorted(set(settings) - set(known))):
-            what = f"unexpected argument {unknown[0]!r}" if len(args) <= len(known) else f"{len(args)} arguments"
-            raise InputTypeError(f"{cls.__name__}: {what}; it takes {', '.join(known)}")
+        if unknown := sorted(set(settings) - set(known)):
+            raise InputTypeError(f"{cls.__name__}: unexpected argument {unknown[0]!r}; it takes {', '.join(known)}")
+        if len(args) > len(known):
+            raise InputTypeError(f"{cls.__name__}: {len(args)} arguments came; it takes {', '.join(known)}")
         if twice := set(settings) & set(known[: len(args)]):
             raise InputTypeError(f"{cls.__name__}: {sorted(twice)[0]!r} came both by position and by name")
         return cls.read({**dict(zip(known, args, strict=False)), **settings})
@@ -88,7 +89,8 @@ class Config(Mapping[str, Any]):
         return sum(1 for _ in self)
 
     def __reduce__(self):
-        return _restore, (type(self), {f.name: getattr(self, f.name) for f in fields(self)}, self.given, dict(self.foreign))
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _restore, (type(self), values, self.given, dict(self.foreign))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested configs included, ready for JSON."""
@@ -122,7 +124,7 @@ class Configured:
     """A part that is made from settings: by keyword, by position, or from a whole `Config`."""
 
     config_class: ClassVar[type[Config]]
-    config: Config
+    config: Any  # a `config_class`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

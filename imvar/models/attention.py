@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q: b h n d; k, v: b h m d; answer: b h n d, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, equation 1)."""
 
 sdpa: Attend = F.scaled_dot_product_attention
+aten = torch.ops.aten
 
 
 def sliced(size: int, attend: Attend = sdpa) -> Attend:
@@ -33,28 +36,35 @@ def sliced(size: int, attend: Attend = sdpa) -> Attend:
     return run
 
 
-def memory_efficient(backend: SDPBackend = SDPBackend.EFFICIENT_ATTENTION) -> Attend:
-    """One of PyTorch's SDPA backends, for these calls alone: no process-wide flag is touched.
+_OPERATORS: dict[SDPBackend, Callable[[Tensor, Tensor, Tensor, bool], tuple[Any, ...]]] = {
+    SDPBackend.EFFICIENT_ATTENTION:
+        lambda q, k, v, training: aten._scaled_dot_product_efficient_attention(q, k, v, None, training),
+    SDPBackend.CUDNN_ATTENTION:
+        lambda q, k, v, training: aten._scaled_dot_product_cudnn_attention(q, k, v, None, training),
+    SDPBackend.FLASH_ATTENTION: lambda q, k, v, training: aten._scaled_dot_product_flash_attention(q, k, v),
+    SDPBackend.MATH: lambda q, k, v, training: aten._scaled_dot_product_attention_math(q, k, v),
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A kernel: one of PyTorch's SDPA backends, for these calls alone, as no process-wide flag is touched.
 
     On CUDA the backend's own operator is called; elsewhere the default SDPA answers.
     """
-    ops = torch.ops.aten
-    operators: dict[SDPBackend, Callable[..., tuple]] = {
-        SDPBackend.EFFICIENT_ATTENTION: lambda q, k, v, grad: ops._scaled_dot_product_efficient_attention(
-            q, k, v, None, grad),
-        SDPBackend.FLASH_ATTENTION: lambda q, k, v, grad: ops._scaled_dot_product_flash_attention(q, k, v),
-        SDPBackend.CUDNN_ATTENTION: lambda q, k, v, grad: ops._scaled_dot_product_cudnn_attention(q, k, v, None, grad),
-        SDPBackend.MATH: lambda q, k, v, grad: ops._scaled_dot_product_attention_math(q, k, v),
-    }
-    if backend not in operators:
-        raise InputError(f"attention_op={backend}: no such backend; it can be {', '.join(b.name for b in operators)}")
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    name: SDPBackend = SDPBackend.EFFICIENT_ATTENTION
+
+    def __post_init__(self) -> None:
+        if self.name not in _OPERATORS:
+            names = ", ".join(backend.name for backend in _OPERATORS)
+            raise InputError(f"attention_op={self.name}: an SDPBackend out of {names} would do, or a callable")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not q.is_cuda:
             return sdpa(q, k, v)
-        return operators[backend](q, k, v, torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))[0]
-
-    return run
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        return _OPERATORS[self.name](q, k, v, training)[0]
 
 
 class Attention(nn.Module):
@@ -125,6 +135,7 @@ def attentions(model: nn.Module) -> list[Attention]:
 def set_attend(model: nn.Module, attend: Attend) -> None:
     """Give every attention layer of `model` this kernel: a function, or a module with weights."""
     for layer in attentions(model):
+        del layer.attend  # a module has to go before a function can take its name
         layer.attend = attend
 
 
@@ -145,10 +156,11 @@ class AttentionSettings:
 
         Takes precedence over slicing. Off CUDA a backend is the default SDPA, with a warning. No xformers needed.
         """
-        override = attention_op if callable(attention_op) else memory_efficient(
-            *() if attention_op is None else (attention_op,))
-        if override is not attention_op and not torch.cuda.is_available():
-            warnings.warn("memory-efficient attention: there is no CUDA here, so the default SDPA answers", stacklevel=2)
+        override = attention_op
+        if not callable(override):
+            override = Backend() if override is None else Backend(override)
+        if isinstance(override, Backend) and not torch.cuda.is_available():
+            warnings.warn("memory-efficient attention: no CUDA here, so the default SDPA answers", stacklevel=2)
         for layer in attentions(self):  # type: ignore[arg-type]
             layer.override = override
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import Config
+from ..config import Config, as_settings
 from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import TransformersModel
@@ -29,16 +29,14 @@ class CLIPConfig(Config):
     """`safety_checker/config.json`. The projection is `projection_dim` here, whatever `vision_config` says."""
 
     text_config: Mapping[str, Any] | None = None
-    vision_config: Mapping[str, Any] = field(default_factory=dict)
+    vision_config: Any = None  # a CLIPVisionConfig, or what makes one
     projection_dim: int = 512
     logit_scale_init_value: float = 2.6592
     initializer_factor: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        vision = self.vision_config if self.vision_config is not None else {}
-        vision = vision.to_dict() if hasattr(vision, "to_dict") else vision
-        object.__setattr__(self, "vision_config", CLIPVisionConfig.read(vision))
+        object.__setattr__(self, "vision_config", CLIPVisionConfig.read(as_settings(self.vision_config) or {}))
 
 
 class StableDiffusionSafetyChecker(TransformersModel):
@@ -54,12 +52,13 @@ class StableDiffusionSafetyChecker(TransformersModel):
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
-        vision, dim = CLIPVisionConfig.read(self.config.vision_config), self.config.projection_dim
+        vision, dim = self.config.vision_config, self.config.projection_dim
         self.tower = VisionTower(vision)
         self.proj = nn.Linear(vision.hidden_size, dim, bias=False)
-        for name, shape in {"concept_embeds": (CONCEPTS, dim), "concept_embeds_weights": (CONCEPTS,),
-                            "special_care_embeds": (SPECIAL, dim), "special_care_embeds_weights": (SPECIAL,)}.items():
-            self.register_parameter(name, nn.Parameter(torch.ones(shape), requires_grad=False))
+        self.concept_embeds = nn.Parameter(torch.ones(CONCEPTS, dim), requires_grad=False)
+        self.concept_embeds_weights = nn.Parameter(torch.ones(CONCEPTS), requires_grad=False)  # the thresholds
+        self.special_care_embeds = nn.Parameter(torch.ones(SPECIAL, dim), requires_grad=False)
+        self.special_care_embeds_weights = nn.Parameter(torch.ones(SPECIAL), requires_grad=False)
 
     @property
     def keymap(self) -> Keymap:

@@ -250,7 +250,7 @@ class UNet2DConditionModel(AttentionSettings, Checkpointing, PretrainedModel):
             skips += more_skips
         x = self.run(self.mid, x, time, context)
         for i, level in enumerate(self.up):
-            here = [skips.pop() for _ in level.resnets]
+            here = [skips.pop() for _ in range(self.config.layers_per_block + 1)]
             size = skips[-1].shape[2:] if skips else None  # odd sizes: the next skip tells what to grow to
             x = self.run(level, x, here, time, context, lambda h, skip, i=i: self.merge(h, skip, i), size)
 

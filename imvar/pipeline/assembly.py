@@ -100,8 +100,7 @@ class Assembly(Storage):
         kwargs.pop("silence_dtype_warnings", None)
         if torch_dtype is not None:
             kwargs.setdefault("dtype", torch_dtype)
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        if device is not None:
+        if "device" in kwargs or any(isinstance(arg, (str, int, torch.device)) for arg in args):
             self.remove_all_hooks()
         for module in self.modules.values():
             module.to(*args, **kwargs)

@@ -41,13 +41,13 @@ def check_pixels(image: Tensor) -> None:
     if image.ndim != 4 or image.shape[1] != 3 or not len(image):
         raise InputError(f"image: a tensor of shape {tuple(image.shape)} came; (b, 3, h, w) or (3, h, w) would do")
     if not image.is_floating_point():
-        raise InputTypeError(f"image: a tensor of {image.dtype} came; floats that CLIPImageProcessor has normalised would do")
+        raise InputTypeError(f"image: a tensor of {image.dtype} came; floats as CLIPImageProcessor makes them would do")
     if not image.isfinite().all():
         raise InputError("image: the tensor holds NaN or infinite values")
 
 
-def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: float, generator: Any, output_type: str | None,
-               callback: Callable[..., Any] | None, batch: int) -> None:
+def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: float, generator: Any,
+               output_type: str | None, callback: Callable[..., Any] | None, batch: int) -> None:
     """The arguments that `check_inputs` does not see. Numbers of steps are the scheduler's to judge."""
     number("guidance_scale", guidance_scale)
     number("eta", eta)

@@ -13,7 +13,8 @@ class Offload:
     """Moves a part to `device` when it is called, and the part that was there before back to the CPU.
 
     A part counts as called when it, or a module right below it, runs: an autoencoder is used through
-    `decode`, which calls its decoder. Calls of one pipeline take turns by `turn`.
+    `decode`, which calls its decoder. `with offload:` is one call of the pipeline: threads take turns, and
+    everything is back on the CPU at its end.
     """
 
     def __init__(self, device: torch.device, parts: dict[str, nn.Module]):
@@ -24,6 +25,13 @@ class Offload:
             part.to("cpu")
             for module in (part, *part.children()):
                 self.hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self.visit(part)))
+
+    def __enter__(self) -> None:
+        self.turn.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.rest()
+        self.turn.release()
 
     def visit(self, part: nn.Module) -> None:
         if part is not self.visiting:

@@ -125,8 +125,9 @@ def part_reading(folder: Path, model: type[PretrainedModel], variant: str | None
     return {"variant": variant, "use_safetensors": use_safetensors}
 
 
-def chosen(names: list[str], model: type[PretrainedModel], variant: str | None, use_safetensors: bool | None,
-           ) -> tuple[list[str], str | None]:
+def chosen(names: list[str], model: type[PretrainedModel], variant: str | None,
+           use_safetensors: bool | None) -> tuple[list[str], str | None]:
+    """The weights files to read, and whether they are the variant's."""
     try:
         return model.stem.choose(names, variant, use_safetensors), variant
     except CheckpointError:
@@ -135,14 +136,14 @@ def chosen(names: list[str], model: type[PretrainedModel], variant: str | None, 
         return model.stem.choose(names, None, use_safetensors), None
 
 
-def wanted_files(names: set[str], overrides: Mapping[str, Any], variant: str | None, use_safetensors: bool | None) -> list[str]:
+def wanted_files(names: set[str], overrides: Mapping[str, Any], **reading: Any) -> list[str]:
     """Of all files in a repository, those that this pipeline reads."""
     wanted = [INDEX]
     for part, classes in PARTS.items():
-        model, inside = next(iter(classes.values())), [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
+        model = next(iter(classes.values()))
+        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         if part not in overrides and inside:
-            weights = issubclass(model, PretrainedModel)
-            files = chosen(inside, model, variant, use_safetensors)[0] if weights else []
+            files = chosen(inside, model, **reading)[0] if issubclass(model, PretrainedModel) else []
             wanted += [f"{part}/{name}" for name in (model.config_name, *files)]
     return wanted
 

@@ -85,32 +85,30 @@ class StableDiffusionImageVariationPipeline(Assembly):
         pictures = count(image) * (num_images_per_prompt or 1)
         check_call(guidance_scale, num_images_per_prompt, eta, generator, output_type, callback, pictures)
 
-        turn = self._offload.turn if self._offload else contextlib.nullcontext()
-        with turn, torch.no_grad(), self.own_scheduler():
+        with self._offload or contextlib.nullcontext(), torch.no_grad(), self.own_scheduler():
             device, guided = self._execution_device, guidance_scale > 1
-            scheduler = self.scheduler
+            scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
             scheduler.set_timesteps(num_inference_steps, device=device)
             context = self._encode_image(image, device, num_images_per_prompt or 1, guided)
-            latents = self.prepare_latents(pictures, self.unet.config.in_channels, height, width, context.dtype,
-                                           device, generator, latents)
+            x = self.prepare_latents(pictures, self.unet.config.in_channels, height, width, context.dtype,
+                                     device, generator, latents)
             options = self.prepare_extra_step_kwargs(generator, eta)
 
-            opening = len(scheduler.timesteps) - num_inference_steps * scheduler.order  # PNDM takes a few more
+            opening = len(scheduler.timesteps) - num_inference_steps * order  # PNDM takes a few more
             with self.progress_bar(total=num_inference_steps) as bar:
                 for i, t in enumerate(scheduler.timesteps):
-                    x = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-                    eps = self.unet(x, t, encoder_hidden_states=context).sample
+                    doubled = torch.cat([x, x]) if guided else x
+                    eps = self.unet(scheduler.scale_model_input(doubled, t), t, encoder_hidden_states=context).sample
                     if guided:
                         uncond, cond = eps.chunk(2)
                         eps = uncond + guidance_scale * (cond - uncond)
-                    latents = scheduler.step(eps, t, latents, **options).prev_sample
-                    if i == len(scheduler.timesteps) - 1 or (i >= opening and (i + 1) % scheduler.order == 0):
+                    x = scheduler.step(eps, t, x, **options).prev_sample
+                    if i == len(scheduler.timesteps) - 1 or (i >= opening and (i + 1) % order == 0):
                         bar.update()
                         if callback is not None and i % callback_steps == 0:
-                            callback(i // scheduler.order, t, latents)
+                            callback(i // order, t, x)
 
-            images, flags = self.finish(latents, output_type, device, context.dtype)
-            self.maybe_free_model_hooks()
+            images, flags = self.finish(x, output_type, device, context.dtype)
         return StableDiffusionPipelineOutput(images, flags) if return_dict else (images, flags)
 
     # The steps of a call, in their order. Subclasses may override them.
@@ -136,8 +134,8 @@ class StableDiffusionImageVariationPipeline(Assembly):
         context = embeds[:, None].repeat_interleave(num_images_per_prompt, dim=0)  # b c -> bn 1 c
         return torch.cat([torch.zeros_like(context), context]) if do_classifier_free_guidance else context
 
-    def prepare_latents(self, batch_size: int, num_channels_latents: int, height: int, width: int,
-                        dtype: torch.dtype, device: torch.device, generator: Any, latents: Tensor | None = None) -> Tensor:
+    def prepare_latents(self, batch_size: int, num_channels_latents: int, height: int, width: int, dtype: torch.dtype,
+                        device: torch.device, generator: Any, latents: Tensor | None = None) -> Tensor:
         """Noise to start from, (b, c, height / 8, width / 8), scaled as the scheduler wants it."""
         shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
         check_generator(generator, batch_size)
@@ -166,11 +164,13 @@ class StableDiffusionImageVariationPipeline(Assembly):
         unflagged = [True] * len(pixels) if flags is None else [not flag for flag in flags]  # a black one stays black
         return self.image_processor.postprocess(pixels, output_type or "pil", do_denormalize=unflagged), flags
 
-    def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[bool] | None]:
-        """Pictures (b, 3, h, w) around [-1, 1], or an array (b, h, w, 3) in [0, 1], with flagged ones zero, and flags."""
+    def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype,
+                           ) -> tuple[Any, list[bool] | None]:
+        """Pictures (b, 3, h, w) around [-1, 1], or an array (b, h, w, 3) in [0, 1], flagged ones zero; and flags."""
         if self.safety_checker is None:
             return image, None
-        pictures = self.numpy_to_pil(image) if isinstance(image, np.ndarray) else self.image_processor.postprocess(image)
+        array = isinstance(image, np.ndarray)
+        pictures = self.numpy_to_pil(image) if array else self.image_processor.postprocess(image)
         seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values
         return self.safety_checker(images=image, clip_input=seen.to(device=device, dtype=dtype))
 

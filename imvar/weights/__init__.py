@@ -1,5 +1,5 @@
 """Checkpoints: files, names, and the parts' `from_pretrained` and `save_pretrained`."""
 
-from .keymap import load
+from .pretrained import load
 
 __all__ = ["load"]

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..errors import CheckpointError, InputTypeError
 
-
 Wanted = Callable[[set[str]], list[str]]
 """From the names of all files in a repository to the patterns of those to fetch."""
 
@@ -33,7 +32,7 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
     Only wanted files are fetched. Raises `CheckpointError` where nothing is found.
     """
     if not isinstance(source, (str, os.PathLike)):
-        raise InputTypeError(f"checkpoint: {type(source).__name__} came; a folder or a hub id such as 'owner/name' would do")
+        raise InputTypeError(f"checkpoint: {type(source).__name__} came; a folder or a hub id 'owner/name' would do")
     if Path(source).is_dir():
         return Path(source)
     name = str(source)
@@ -56,9 +55,9 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
             name, **where, cache_dir=hub.cache_dir, allow_patterns=patterns, local_files_only=patterns is None))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         at = f"{name} (revision {hub.revision})" if hub.revision else name
-        raise CheckpointError(
-            "not in the cache, and the hub could not be reached or does not have it: connect once so that it is "
-            f"downloaded, or give the folder of a copy ({type(error).__name__}: {first_line(error)})", path=at) from error
+        raise CheckpointError("not in the cache, and the hub could not be reached or does not have it: connect once so "
+                              "that it is downloaded, or give the folder of a copy "
+                              f"({type(error).__name__}: {first_line(error)})", path=at) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError
 
@@ -70,9 +69,9 @@ class Keymap:
         """Our tensors under their current published names."""
         return {self.spellings(name)[0]: tensor for name, tensor in tensors.items()}
 
-    def to_ours(self, tensors: Mapping[str, Tensor], names: Iterable[str], path: Path | str | None = None,
-                ) -> dict[str, Tensor]:
-        """Their tensors under our `names`. Raises `CheckpointError` for one that is missing, twice there, or unknown."""
+    def to_ours(self, tensors: Mapping[str, Tensor], names: Iterable[str],
+                path: Path | None = None) -> dict[str, Tensor]:
+        """Their tensors under our `names`. Raises `CheckpointError` for a missing, doubled or unknown one."""
         left, found, missing = dict(tensors), {}, []
         for name in names:
             there = [spelling for spelling in self.spellings(name) if spelling in left]
@@ -93,22 +92,3 @@ class Keymap:
 
 def listed(keys: list[str]) -> str:
     return ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "")
-
-
-def load(model: nn.Module, tensors: Mapping[str, Tensor], *, path: Path | str | None = None) -> None:
-    """Load `tensors`, named as published (now or earlier) or as ours, into `model`, one of imvar's.
-
-    A model on the meta device takes them as they are; any other copies them. Raises `CheckpointError`
-    naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
-    """
-    expected = nn.Module.state_dict(model)
-    found = dict(tensors) if tensors.keys() == expected.keys() else model.keymap.to_ours(tensors, expected, path)
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
-                                  "config", path=path, key=model.keymap.spellings(name)[0])
-    for name, parameter in model.named_parameters():
-        found[name] = nn.Parameter(found[name], parameter.requires_grad) if parameter.is_meta else found[name]
-    on_meta = any(tensor.is_meta for tensor in expected.values())
-    with torch.no_grad():
-        nn.Module.load_state_dict(model, found, strict=True, assign=on_meta)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import Configured
 from ..errors import CheckpointError, InputError
 from .files import Hub, locate, read_json, write_text
-from .keymap import Keymap, load
+from .keymap import Keymap
 from .tensors import DIFFUSERS, TRANSFORMERS, Stem, as_dtype, read_weights, write_weights
 
 FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
@@ -60,7 +60,6 @@ class PretrainedModel(Pretrained, nn.Module):
     """A model: settings, weights, and the table that knows what files call its weights."""
 
     stem: ClassVar[Stem] = DIFFUSERS
-    __repr__ = nn.Module.__repr__
 
     @property
     def keymap(self) -> Keymap:
@@ -121,6 +120,9 @@ class PretrainedModel(Pretrained, nn.Module):
         """What the weights are."""
         return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
     def num_parameters(self, only_trainable: bool = False) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
@@ -136,6 +138,25 @@ class TransformersModel(PretrainedModel):
         settings = {key: value for key, value in self.config.to_dict().items() if key != "torch_dtype"}
         return settings | {"architectures": [type(self).__name__], "model_type": self.model_type, "dtype": "float32",
                            "transformers_version": TRANSFORMERS_FORMAT}
+
+
+def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | None = None) -> None:
+    """Load `tensors`, named as published (now or earlier) or as ours, into `model`.
+
+    A model on the meta device takes them as they are; any other copies them. Raises `CheckpointError`
+    naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
+    """
+    expected = model.state_dict()
+    found = dict(tensors) if tensors.keys() == expected.keys() else model.keymap.to_ours(tensors, expected, path)
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
+                                  "config", path=path, key=model.keymap.spellings(name)[0])
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:  # assigning would make a bare tensor trainable, whatever the parameter was
+            found[name] = nn.Parameter(found[name], parameter.requires_grad)
+    on_meta = any(tensor.is_meta for tensor in expected.values())
+    nn.Module.load_state_dict(model, found, strict=True, assign=on_meta)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

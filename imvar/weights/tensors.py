@@ -57,7 +57,8 @@ DIFFUSERS = Stem("diffusion_pytorch_model", "diffusion_pytorch_model")
 TRANSFORMERS = Stem("model", "pytorch_model")
 
 
-def read_weights(folder: Path, stem: Stem, variant: str | None, use_safetensors: bool | None) -> tuple[Path, dict[str, Tensor]]:
+def read_weights(folder: Path, stem: Stem, variant: str | None,
+                 use_safetensors: bool | None) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of a part, mapped rather than read where the format allows, and the file that named them."""
     try:
         first = folder / stem.choose((path.name for path in folder.iterdir()), variant, use_safetensors)[0]
@@ -78,7 +79,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
         shard = read_tensors(index.parent / name)
         listed = {key for key, place in places.items() if place == name}
         if odd := sorted(listed ^ shard.keys()):
-            raise CheckpointError(f"the index and {name} disagree on which tensors that file holds", path=index, key=odd[0])
+            raise CheckpointError(f"the index and {name} disagree on whether it holds this", path=index, key=odd[0])
         tensors |= shard
     return tensors
 
@@ -94,7 +95,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"holds more than tensors, and is not read: {first_line(error)}", path=path) from error
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise CheckpointError(f"cannot be read as a {path.suffix} file of tensors: {first_line(error)}", path=path) from error
+        reason = f"cannot be read as a {path.suffix} file of tensors: {first_line(error)}"
+        raise CheckpointError(reason, path=path) from error
     if not isinstance(held, dict):
         raise CheckpointError(f"holds a {type(held).__name__}, not tensors by name", path=path)
     for name, tensor in held.items():
@@ -108,8 +110,8 @@ def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, va
     """Write a part's tensors into `folder`, in shards if they are large, and remove what they replace."""
     ending = "safetensors" if safe_serialization else "bin"
     file = stem.file(ending, variant)
-    parts = split_torch_state_dict_into_shards(
-        dict(tensors), max_shard_size=max_shard_size, filename_pattern=file.replace(f".{ending}", f"{{suffix}}.{ending}"))
+    pattern = f"{stem.named(ending, variant)}{{suffix}}.{ending}"
+    parts = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size, filename_pattern=pattern)
     for name, keys in parts.filename_to_tensors.items():
         write_tensors(folder / name, {key: tensors[key] for key in keys})
     written = set(parts.filename_to_tensors)
