@@ -1,4 +1,4 @@
-"""What the schedulers share: noise tables, timesteps, predictions, and checks on what a caller hands in.
+"""What the schedulers share: what a network predicts, fresh noise, the settings and base classes.
 
 `alpha` is the share of signal left in x_t, DDIM's alpha_t and DDPM's cumulative product. It stays a
 0-d float32 tensor on the CPU: next to a tensor of any dtype and device it counts as a number, and
@@ -7,11 +7,8 @@ Python floats would compute in double, a last bit away from the reference.
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +19,8 @@ from ..config import Config, one_of
 from ..errors import InputError, InputTypeError
 from ..outputs import SchedulerOutput
 from ..weights.pretrained import Pretrained
+from .checks import count, real, single
+from .tables import make_betas, zero_terminal_snr
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -36,67 +35,6 @@ class Sampler(Protocol):
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None: ...
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor: ...
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, /) -> SchedulerOutput | tuple[Tensor, ...]: ...
-
-
-# Checks
-
-
-def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
-    """A whole number between bounds, as an int."""
-    needed = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise InputTypeError(f"{name}={value!r}: {needed} would do")
-    if not low <= number <= high:
-        raise InputError(f"{name}={value!r}: {needed} would do")
-    return number
-
-
-def real(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> float:
-    """A number between bounds; NaN is between none."""
-    if isinstance(value, bool) or not isinstance(value, (Real, Tensor, np.ndarray)):
-        raise InputTypeError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
-    if not low <= float(value) <= high:
-        raise InputError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
-    return float(value)
-
-
-# Tables
-
-
-def make_betas(config: SchedulerConfig) -> Tensor:
-    """The variance that each training timestep adds: (num_train_timesteps,) float32."""
-    start, end, steps = config.beta_start, config.beta_end, config.num_train_timesteps
-    if config.trained_betas is not None:
-        return torch.tensor(np.asarray(config.trained_betas), dtype=torch.float32)
-    if config.beta_schedule == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float32)
-    if config.beta_schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-    time = np.arange(steps + 1) / steps
-    alpha = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # equation 17 of arXiv:2102.09672
-    return torch.tensor(np.minimum(1 - alpha[1:] / alpha[:-1], 0.999), dtype=torch.float32)
-
-
-def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas shifted and scaled so that the last timestep is pure noise: algorithm 1 of arXiv:2305.08891."""
-    signal = (1 - betas).cumprod(0).sqrt()
-    first, last = signal[0], signal[-1]
-    alpha = ((signal - last) * (first / (first - last))) ** 2
-    return 1 - torch.cat([alpha[:1], alpha[1:] / alpha[:-1]])
-
-
-def space_timesteps(config: Any, steps: int) -> np.ndarray:
-    """`steps` of the training timesteps, the noisiest first: table 2 of arXiv:2305.08891."""
-    total = config.num_train_timesteps
-    if config.timestep_spacing == "linspace":
-        return np.linspace(0, total - 1, steps)[::-1]
-    if config.timestep_spacing == "leading":
-        return np.arange(steps)[::-1] * (total // steps) + config.steps_offset
-    return np.arange(total, 0, -total / steps).round()[:steps] - 1  # rounding may leave one too many, timestep -1
 
 
 # What a network predicts, section 2.4 of arXiv:2202.00512: x = signal x0 + noise eps, v = signal eps - noise x0
@@ -182,7 +120,7 @@ class Scheduler(Pretrained):
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
-        self.betas = make_betas(self.config)  # type: ignore[arg-type]
+        self.betas = make_betas(self.config)
         if self.config.get("rescale_betas_zero_snr"):
             self.betas = zero_terminal_snr(self.betas)
         self.alphas = 1 - self.betas
@@ -211,23 +149,13 @@ class VariancePreserving(Scheduler):
             raise InputError("step: the scheduler has no timesteps yet; call set_timesteps first")
         return self.config.num_train_timesteps // self.num_inference_steps
 
+    def index(self, timestep: Any) -> int:
+        """One timestep, given as a number or as a tensor that holds one: `InputError` if it is none of training's."""
+        return count("timestep", single(timestep), low=0, high=len(self) - 1)
+
     def alpha(self, timestep: int) -> Tensor:
         """The alpha of a timestep, 0-d; below 0 the walk has ended."""
-        if timestep < 0:
-            return self.final_alpha_cumprod
-        if timestep >= len(self):
-            raise InputError(f"timestep={timestep}: 0 to {len(self) - 1} would do")
-        return self.alphas_cumprod[timestep]
-
-    def choose_timesteps(self, steps: Any) -> np.ndarray:
-        """Checked and whole, the noisiest first: int64."""
-        self.num_inference_steps, steps = None, count("num_inference_steps", steps, high=len(self))
-        timesteps = space_timesteps(self.config, steps).round().astype(np.int64)
-        if timesteps[0] >= len(self):
-            raise InputError(f"num_inference_steps={steps}: with steps_offset={self.config.steps_offset} the first "
-                             f"timestep is {timesteps[0]}, the last trained one {len(self) - 1}; fewer steps would do")
-        self.num_inference_steps = steps
-        return timesteps
+        return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the network is shown of `sample`: here, `sample` itself."""
@@ -240,14 +168,9 @@ class VariancePreserving(Scheduler):
 
     def mixture(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of signal and noise at each timestep, in x's dtype, shaped to multiply x."""
+        timesteps = torch.as_tensor(timesteps)
         if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(self))).all():
             raise InputError(f"timesteps={timesteps.tolist()}: values from 0 to {len(self) - 1} would do")
         alpha = self.alphas_cumprod.to(x.device, x.dtype)[timesteps.to(x.device)]
         alpha = alpha.view(-1, *[1] * (x.ndim - 1))  # b -> b 1 1 1
         return alpha**0.5, (1 - alpha) ** 0.5
-
-
-def whole(timestep: Any) -> int:
-    """One timestep, given as a number or a tensor that holds one, as an int from 0."""
-    value = timestep.item() if isinstance(timestep, Tensor) and timestep.numel() == 1 else timestep
-    return count("timestep", int(value) if isinstance(value, float) and value.is_integer() else value, low=0)

@@ -6,13 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import one_of
 from ..errors import InputError
 from ..outputs import DenoisedOutput
-from .common import Generators, SchedulerConfig, VariancePreserving, randn, real, to_eps, to_x0, whole
+from .checks import real
+from .common import Generators, SchedulerConfig, VariancePreserving, randn, to_eps, to_x0
+from .tables import choose_timesteps
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
@@ -72,7 +75,8 @@ class DDIMScheduler(VariancePreserving):
 
         Raises `InputTypeError` or `InputError` for any other number.
         """
-        self.timesteps = torch.from_numpy(self.choose_timesteps(num_inference_steps)).to(device)
+        timesteps = choose_timesteps(self.config, num_inference_steps).round().astype(np.int64)
+        self.timesteps, self.num_inference_steps = torch.from_numpy(timesteps).to(device), len(timesteps)
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0,
              use_clipped_model_output: bool = False, generator: Generators | None = None,
@@ -83,7 +87,7 @@ class DDIMScheduler(VariancePreserving):
         `model_output`'s dtype. `use_clipped_model_output` takes the noise prediction anew from the clipped x_0.
         Raises `InputError` before `set_timesteps` and for arguments out of range.
         """
-        config, t = self.config, whole(timestep)
+        config, t = self.config, self.index(timestep)
         alpha, alpha_prev = self.alpha(t), self.alpha(t - self.stride)
         sigma = ddim_sigma(alpha, alpha_prev, eta) if real("eta", eta) else 0.0
         clips = config.thresholding or config.clip_sample

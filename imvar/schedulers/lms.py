@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from ..config import one_of
 from ..errors import InputError
 from ..outputs import DenoisedOutput
-from .common import Scheduler, SchedulerConfig, count, space_timesteps
-from .sigmas import beta, exponential, karras, to_timesteps
+from .checks import count, real
+from .common import Scheduler, SchedulerConfig
+from .tables import beta, choose_timesteps, exponential, karras, space_timesteps, to_timesteps
 
 
 def to_x0(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
@@ -27,19 +29,30 @@ def to_x0(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     return output
 
 
+# The 21-point rule of Gauss and Kronrod on [-1, 1]: its nodes above 0 and their weights, then that of the node 0.
+NODES = (0.995657163025808081, 0.973906528517171720, 0.930157491355708226, 0.865063366688984511, 0.780817726586416897,
+         0.679409568299024406, 0.562757134668604683, 0.433395394129247191, 0.294392862701460198, 0.148874338981631211)
+WEIGHTS = (0.011694638867371874, 0.032558162307964727, 0.054755896574351996, 0.075039674810919953, 0.093125454583697606,
+           0.109387158802297642, 0.123491976262065851, 0.134709217311473326, 0.142775938577060081, 0.147739104901338491)
+CENTRE = 0.149445554002916906
+
+
 def lms_weights(past: np.ndarray, to: float) -> list[float]:
-    """How much each slope counts in a step from past[0] to `to`, for slopes known at the levels `past`.
+    """How much each slope counts in a step from past[0] to `to`, for slopes known at the levels `past`, float32.
 
-    The polynomial through the slopes, in Lagrange's form, is integrated exactly by Gauss and Legendre's rule.
+    The polynomial through the slopes, in Lagrange's form, is integrated over the step. Two points would be exact;
+    but where one step spans most of the noise, its rounding decides the digits that are left, so we take
+    the rule and the precision of the reference: 21 points, polynomials in float32.
     """
-    nodes, weights = np.polynomial.legendre.leggauss((len(past) + 1) // 2)
-    half = (to - past[0]) / 2
-    tau = past[0] + half * (1 + nodes)
-    return [float(half * (weights * basis(tau, past, j)).sum()) for j in range(len(past))]
+    nodes = np.array([*NODES, 0, *(-x for x in NODES)])
+    weights = np.array([*WEIGHTS, CENTRE, *WEIGHTS])
+    middle, half = (past[0].item() + to) / 2, (to - past[0].item()) / 2
+    tau = (middle + half * nodes).astype(np.float32)
+    return [half * float(weights @ lagrange(tau, past, j)) for j in range(len(past))]
 
 
-def basis(tau: np.ndarray, past: np.ndarray, j: int) -> np.ndarray:
-    """The polynomial that is 1 at past[j] and 0 at the others."""
+def lagrange(tau: np.ndarray, past: np.ndarray, j: int) -> np.ndarray:
+    """At each tau, the polynomial that is 1 at past[j] and 0 at the other levels."""
     others = np.delete(past, j)
     return np.prod((tau[:, None] - others) / (past[j] - others), axis=1)
 
@@ -74,7 +87,7 @@ class LMSDiscreteScheduler(Scheduler):
         super().__init__(*args, **settings)
         self.table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy()  # sigma of every timestep
         self.is_scale_input_called = False
-        self.set_timesteps(len(self))
+        self.place(space_timesteps(self.config, len(self)))
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Choose the timesteps to visit, 1 to `num_train_timesteps` of them, and forget the history.
@@ -82,19 +95,21 @@ class LMSDiscreteScheduler(Scheduler):
         `timesteps`: (n,) float32 on `device`, fractional where the spacing is. `sigmas` stays on the CPU. Raises
         `InputTypeError` or `InputError` for any other number.
         """
-        config, n = self.config, count("num_inference_steps", num_inference_steps, high=len(self))
-        timesteps = space_timesteps(config, n).astype(np.float32)
+        self.place(choose_timesteps(self.config, num_inference_steps), device)
+
+    def place(self, timesteps: np.ndarray, device: torch.device | str | None = None) -> None:
+        """Find the noise level of each timestep, or respace the levels and find the timestep of each; start anew."""
+        config, n = self.config, len(timesteps)
+        timesteps = timesteps.astype(np.float32)
         sigmas = np.interp(timesteps, np.arange(len(self)), self.table)
         if not (np.isfinite(sigmas) & (sigmas > 0)).all():
             raise InputError(f"{type(self).__name__}: these betas give noise levels from {sigmas.min():g} to "
                              f"{sigmas.max():g}; levels above 0 and finite would do")
-        high, low = sigmas[0], sigmas[-1]
-        if config.use_karras_sigmas:
-            sigmas = karras(high, low, n)
-        elif config.use_exponential_sigmas or config.use_beta_sigmas:
-            high, low = config.get("sigma_max") or high, config.get("sigma_min") or low  # of an Euler scheduler's
-            sigmas = (beta if config.use_beta_sigmas else exponential)(high, low, n)
-        if config.use_karras_sigmas or config.use_exponential_sigmas or config.use_beta_sigmas:
+        if respace := self.spacing():
+            high, low = sigmas[0], sigmas[-1]
+            if respace is not karras:  # an Euler scheduler's settings, honoured where the reference does
+                high, low = config.get("sigma_max") or high, config.get("sigma_min") or low
+            sigmas = respace(high, low, n)
             timesteps = to_timesteps(sigmas, self.table)
         self.num_inference_steps = n
         self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
@@ -102,6 +117,11 @@ class LMSDiscreteScheduler(Scheduler):
         self.step_index: int | None = None
         self.begin_index: int | None = None
         self.derivatives: Sequence[Tensor] = []
+
+    def spacing(self) -> Callable[[float, float, int], np.ndarray] | None:
+        """The function that respaces the noise levels, if the settings ask for one."""
+        choices = {"use_karras_sigmas": karras, "use_exponential_sigmas": exponential, "use_beta_sigmas": beta}
+        return next((space for name, space in choices.items() if self.config[name]), None)
 
     @property
     def init_noise_sigma(self) -> Tensor:
@@ -114,34 +134,39 @@ class LMSDiscreteScheduler(Scheduler):
         self.begin_index = count("begin_index", begin_index, low=0, high=len(self.timesteps) - 1)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """Where a timestep stands in `timesteps`, or in another schedule; of several places, the second."""
+        """Where a timestep stands in `timesteps`, or in another schedule; of several places, the second.
+
+        Raises `InputError` for a timestep that is not in it.
+        """
         timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        if isinstance(timestep, Tensor):
-            timestep = timestep.to(timesteps.device)
-        places = (timesteps == timestep).nonzero().flatten().tolist()
+        places = (timesteps == real("timestep", timestep, high=math.inf)).nonzero().flatten().tolist()
         if not places:
-            raise InputError(f"timestep={timestep}: one of scheduler.timesteps would do, from "
+            raise InputError(f"timestep={float(timestep):g}: one of scheduler.timesteps would do, which go from "
                              f"{timesteps[0]:g} down to {timesteps[-1]:g}")
         return places[:2][-1]
 
-    def sigma_at(self, timestep: float | Tensor) -> Tensor:
-        """The noise level where the walk stands, 0-d; the first timestep says where it starts."""
+    def locate(self, timestep: float | Tensor) -> int:
+        """The index of this step: the first timestep says where a walk starts, then they are counted."""
         if self.step_index is None:
             self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
         if self.step_index >= len(self.timesteps):
-            raise InputError(f"step: all {len(self.timesteps)} steps are done; call set_timesteps for another run")
-        return self.sigmas[self.step_index]
+            raise InputError(f"step: all {len(self.timesteps)} timesteps are done; set_timesteps begins another run")
+        return self.step_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """What the network is shown of `sample`: the same at unit variance. To be called before every step."""
-        sigma = self.sigma_at(timestep)
+        sigma = self.sigmas[self.locate(timestep)]
         self.is_scale_input_called = True
         return sample / (sigma**2 + 1) ** 0.5
 
+    def weights(self, index: int, order: int) -> list[float]:
+        """How much each of the last `order` slopes counts in step number `index`, the newest first."""
+        past = self.sigmas[index - order + 1 : index + 1].flip(0)
+        return lms_weights(past.numpy(), float(self.sigmas[index + 1]))
+
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
         """The weight of the slope `current_order` steps back, of `order` slopes, in step number `t`."""
-        past = self.sigmas[t - order + 1 : t + 1].flip(0).double().numpy()
-        return lms_weights(past, float(self.sigmas[t + 1]))[current_order]
+        return self.weights(t, order)[current_order]
 
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4,
              return_dict: bool = True) -> DenoisedOutput | tuple[Tensor, Tensor]:
@@ -153,16 +178,13 @@ class LMSDiscreteScheduler(Scheduler):
         if not self.is_scale_input_called:
             warnings.warn("step: scale_model_input was not called, so the network may have seen a wrong scale",
                           stacklevel=2)
-        sigma, keep = self.sigma_at(timestep), count("order", order)
-        i = self.step_index or 0
+        order, i = count("order", order), self.locate(timestep)
+        sigma = self.sigmas[i]
         x0 = to_x0(self.config.prediction_type, model_output, sample, sigma)
-        self.derivatives = [*self.derivatives, (sample - x0) / sigma][-max(keep, len(self.derivatives)) :]
-
-        order = min(i + 1, keep)
-        past = self.sigmas[i - order + 1 : i + 1].flip(0).double().numpy()
-        weights = lms_weights(past, float(self.sigmas[i + 1]))
-        # a walk that began at a later index has fewer slopes than weights; the reference lets the rest go, too
-        prev = sample + sum(w * slope for w, slope in zip(weights, reversed(self.derivatives), strict=False))
+        self.derivatives = [*self.derivatives, (sample - x0) / sigma][-max(order, len(self.derivatives)) :]
+        # a walk that starts at a later index has fewer slopes than weights; the reference lets the rest go, too
+        weighted = zip(self.weights(i, min(i + 1, order)), reversed(self.derivatives), strict=False)
+        prev = sample + sum(weight * slope for weight, slope in weighted)
         self.step_index = i + 1
         return DenoisedOutput(prev, x0) if return_dict else (prev, x0)
 
@@ -171,8 +193,9 @@ class LMSDiscreteScheduler(Scheduler):
 
         Once `set_begin_index` was called the walk's own place counts instead, as in image-to-image.
         """
-        places = [self.step_index if self.step_index is not None else self.begin_index] * len(timesteps)
         if self.begin_index is None:
             places = [self.index_for_timestep(t) for t in timesteps]
+        else:
+            places = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
         sigma = self.sigmas.to(original_samples.device, original_samples.dtype)[places]
         return original_samples + noise * sigma.view(-1, *[1] * (original_samples.ndim - 1))

@@ -14,13 +14,14 @@ from torch import Tensor
 from ..config import one_of
 from ..errors import InputError
 from ..outputs import SchedulerOutput
-from .common import SchedulerConfig, VariancePreserving, to_eps, whole
+from .common import SchedulerConfig, VariancePreserving, to_eps
+from .tables import choose_timesteps
 
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
 def transfer(x: Tensor, eps: Tensor, alpha: Tensor, alpha_prev: Tensor) -> Tensor:
-    """x_t -> x_(t-1) along the noise `eps`: equation 11. It equals DDIM's step at eta 0."""
+    """x_t -> x_(t-1) along the noise `eps`: equation 9. It equals DDIM's step at eta 0."""
     scale = alpha * (1 - alpha_prev) ** 0.5 + (alpha * (1 - alpha) * alpha_prev) ** 0.5
     return (alpha_prev / alpha) ** 0.5 * x - (alpha_prev - alpha) * eps / scale
 
@@ -75,15 +76,16 @@ class PNDMScheduler(VariancePreserving):
         `num_inference_steps`: 1 to `num_train_timesteps`, from 4 without `skip_prk_steps`. Raises
         `InputTypeError` or `InputError` for any other number.
         """
-        t = self.choose_timesteps(num_inference_steps)
+        t = choose_timesteps(self.config, num_inference_steps).round().astype(np.int64)
         if self.config.skip_prk_steps:
             self.prk_timesteps, self.plms_timesteps = t[:0], np.concatenate([t[:2], t[1:]])
         elif len(t) < 4:
             raise InputError(f"num_inference_steps={len(t)}: 4 or more would do, or skip_prk_steps=True")
         else:
-            half = self.stride // 2
-            steps = [[start, end + half, end + half, end] for start, end in pairwise(t[:4])]
-            self.prk_timesteps, self.plms_timesteps = np.concatenate(steps), t[3:]
+            half = len(self) // len(t) // 2
+            opening = [[start, end + half, end + half, end] for start, end in pairwise(t[:4])]
+            self.prk_timesteps, self.plms_timesteps = np.concatenate(opening), t[3:]
+        self.num_inference_steps = len(t)
         self.timesteps = torch.from_numpy(np.concatenate([self.prk_timesteps, self.plms_timesteps])).to(device)
         self.counter, self.ets, self.start, self.blend = 0, [], None, 0.0
 
@@ -99,7 +101,7 @@ class PNDMScheduler(VariancePreserving):
     def step_prk(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
                  return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
         """A quarter of a Runge-Kutta step, equation 13: each evaluation probes from the same start."""
-        t, half = whole(timestep), self.stride // 2
+        t, half = self.index(timestep), self.stride // 2
         quarter = self.counter % 4
         if self.counter >= len(self.prk_timesteps):
             raise InputError(f"step_prk: a run opens with {len(self.prk_timesteps)} of these here; step_plms would do")
@@ -115,12 +117,12 @@ class PNDMScheduler(VariancePreserving):
     def step_plms(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
                   return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
         """A linear multistep step, equation 12, or one of the two that open a run without Runge-Kutta."""
-        t, stride = whole(timestep), self.stride
+        t, stride = self.index(timestep), self.stride
         if not self.config.skip_prk_steps and len(self.ets) < 3:
             raise InputError("step_plms: 12 calls of step_prk come first, or skip_prk_steps=True")
         if self.counter == 1:  # the second visit: from the first sample, along the mean of both predictions
             start = sample if self.start is None else self.start
-            return self.advance(start, (model_output + self.ets[-1]) / 2, t + stride, t, return_dict)
+            return self.advance(start, (model_output + self.ets[-1]) / 2, self.index(t + stride), t, return_dict)
         if self.counter == 0:
             self.start = sample
         self.ets = [*self.ets[-3:], model_output]

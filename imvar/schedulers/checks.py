@@ -1,0 +1,45 @@
+"""Checks on the numbers that a caller hands in."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError, InputTypeError
+
+
+def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
+    """A whole number between bounds, as an int."""
+    needed = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise InputTypeError(f"{name}={value!r}: {needed} would do")
+    if not low <= number <= high:
+        raise InputError(f"{name}={value!r}: {needed} would do")
+    return number
+
+
+def real(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> float:
+    """A number between bounds, as a float; NaN is between none."""
+    try:
+        number = None if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = None
+    if number is None:
+        raise InputTypeError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
+    if not low <= number <= high:
+        raise InputError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
+    return number
+
+
+def single(value: Any) -> Any:
+    """What a tensor of one element holds, a float without fraction as an int; anything else as it came."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,99 @@
+"""Tables: how much noise each training timestep adds, which of them to visit, how to space noise levels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .checks import count
+
+
+def make_betas(config: Any) -> Tensor:
+    """The variance that each training timestep adds: (num_train_timesteps,) float32."""
+    start, end, steps = config.beta_start, config.beta_end, config.num_train_timesteps
+    if config.trained_betas is not None:
+        return torch.tensor(np.asarray(config.trained_betas), dtype=torch.float32)
+    if config.beta_schedule == "linear":
+        return torch.linspace(start, end, steps, dtype=torch.float32)
+    if config.beta_schedule == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    time = np.arange(steps + 1) / steps
+    alpha = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # equation 17 of arXiv:2102.09672
+    return torch.tensor(np.minimum(1 - alpha[1:] / alpha[:-1], 0.999), dtype=torch.float32)
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas shifted and scaled so that the last timestep is pure noise: algorithm 1 of arXiv:2305.08891."""
+    signal = (1 - betas).cumprod(0).sqrt()
+    first, last = signal[0], signal[-1]
+    alpha = ((signal - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([alpha[:1], alpha[1:] / alpha[:-1]])
+
+
+def space_timesteps(config: Any, steps: int) -> np.ndarray:
+    """`steps` of the training timesteps, the noisiest first: table 2 of arXiv:2305.08891. Fractional for linspace."""
+    total = config.num_train_timesteps
+    if config.timestep_spacing == "linspace":
+        return np.linspace(0, total - 1, steps)[::-1]
+    if config.timestep_spacing == "leading":
+        return np.arange(steps)[::-1] * (total // steps) + config.steps_offset
+    return np.arange(total, 0, -total / steps).round()[:steps] - 1  # rounding may leave one too many, timestep -1
+
+
+def choose_timesteps(config: Any, steps: Any) -> np.ndarray:
+    """The same for a number of steps that a caller asked for; `InputError` where there are no such timesteps."""
+    total = config.num_train_timesteps
+    timesteps = space_timesteps(config, count("num_inference_steps", steps, high=total))
+    if timesteps[0] >= total:
+        raise InputError(f"num_inference_steps={steps}: with steps_offset={config.steps_offset} the first timestep "
+                         f"is {timesteps[0]:g}, but the last trained one {total - 1}; fewer steps would do")
+    return timesteps
+
+
+# Other ways to space the levels of a walk: numpy, float64, from the noisiest down
+
+
+def karras(high: float, low: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Evenly spaced in sigma^(1/rho), equation 5 of arXiv:2206.00364."""
+    first, last = high ** (1 / rho), low ** (1 / rho)
+    return (first + np.linspace(0, 1, steps) * (last - first)) ** rho
+
+
+def exponential(high: float, low: float, steps: int) -> np.ndarray:
+    """Evenly spaced in log sigma."""
+    return np.exp(np.linspace(math.log(high), math.log(low), steps))
+
+
+def beta(high: float, low: float, steps: int) -> np.ndarray:
+    """Spaced as the quantiles of Beta(0.6, 0.6), close at both ends: arXiv:2407.12173."""
+    return low + beta_quantile(1 - np.linspace(0, 1, steps), 0.6) * (high - low)
+
+
+def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
+    """Where the distribution function of Beta(a, a) reaches p.
+
+    In y = x^a the function is y times a power series in x, nearly straight up to x = 1/2, so that Newton's
+    method settles in a few rounds; the other half is its mirror image.
+    """
+    n = np.arange(64)
+    series = np.cumprod(np.where(n, (n - a) / np.maximum(n, 1), 1)) * a / (a + n)  # of (1 - x)^(a - 1), integrated
+    target = np.minimum(p, 1 - p) * a * math.gamma(a) ** 2 / math.gamma(2 * a)
+    y = target
+    for _ in range(8):
+        x = y ** (1 / a)
+        y = y - (y * (series * x[:, None] ** n).sum(1) - target) * (1 - x) ** (1 - a)
+    x = y ** (1 / a)
+    return np.where(p < 0.5, x, 1 - x)
+
+
+def to_timesteps(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The fractional training timesteps of noise levels, linear in log sigma between those of `table`."""
+    log, logs = np.log(np.maximum(sigmas, 1e-10)), np.log(table)
+    i = (np.searchsorted(logs, log, side="right") - 1).clip(0, len(logs) - 2)
+    part = ((logs[i] - log) / (logs[i] - logs[i + 1])).clip(0, 1)
+    return (1 - part) * i + part * (i + 1)
