@@ -21,7 +21,7 @@ from .resize import center_crop, resize, target_size
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LARGEST = 2**15  # pixels on a side that a setting may ask for
+LARGEST_SIDE = 2**15  # pixels on a side that a setting may ask for
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +67,8 @@ class CLIPImageProcessorConfig(Config):
             value = dict(zip(("height", "width"), value, strict=True))
         if not isinstance(value, Mapping) or set(value) not in forms:
             raise self._refused(name, " or ".join(str(dict.fromkeys(sorted(form), 224)) for form in forms))
-        if not all(type(n) is int and 1 <= n <= LARGEST for n in value.values()):
-            raise self._refused(name, f"whole numbers in 1..{LARGEST}")
+        if not all(type(n) is int and 1 <= n <= LARGEST_SIDE for n in value.values()):
+            raise self._refused(name, f"whole numbers in 1..{LARGEST_SIDE}")
         return dict(value)
 
     def _resample(self) -> int:
@@ -173,7 +173,7 @@ def prepare(image: Any, name: str, settings: Config, layout: str | None) -> np.n
         x = np.multiply(x, s.rescale_factor, dtype=np.float64).astype(np.float32)
     if s.do_normalize:
         x = (x.astype(np.float32, copy=False) - np.float32(s.image_mean)) / np.float32(s.image_std)
-    return np.ascontiguousarray(x.transpose(2, 0, 1))
+    return np.array(x.transpose(2, 0, 1), order="C")  # a copy, never a view of what was handed in
 
 
 def read(image: Any, name: str, settings: Config, layout: str | None) -> Image.Image | np.ndarray:

@@ -37,15 +37,17 @@ def picture(mode: str, width: int, height: int) -> Image.Image:
 
 
 def transparent(kind: str, width: int, height: int) -> Image.Image:
+    """A picture whose transparency is written beside its pixels, not among them."""
     image = Image.fromarray(noise(width, height, 4))
-    grey, colour, indexed = image.convert("L"), image.convert("RGB"), image.convert("RGB").quantize(16)
-    image = {"P index": indexed, "P bytes": indexed, "P rgba palette": image.quantize(16, method=2),
-             "L": grey, "1": grey.convert("1"), "RGB": colour}[kind]
-    if key := {"P index": 3, "P bytes": bytes(range(0, 256, 16)), "L": grey.getpixel((0, 0)), "1": 0,
-               "RGB": colour.getpixel((0, 0))}.get(kind):
-        image.info["transparency"] = key
-    elif kind == "1":
-        image.info["transparency"] = 0
+    grey, colour = image.convert("L"), image.convert("RGB")
+    image, key = {
+        "P index": (colour.quantize(16), 3),
+        "P bytes": (colour.quantize(16), bytes(range(0, 256, 16))),
+        "L": (grey, grey.getpixel((15, 24))),
+        "1": (grey.convert("1"), 0),
+        "RGB": (colour, colour.getpixel((15, 24))),
+    }[kind]
+    image.info["transparency"] = key
     return image
 
 
@@ -68,11 +70,17 @@ def test_every_8_bit_mode(mode, size):
     check(picture(mode, *size))
 
 
-@pytest.mark.parametrize("kind", ["P index", "P bytes", "P rgba palette", "L", "1", "RGB"])
-def test_transparency_of_every_kind(kind):
-    image = transparent(kind, 31, 48)
-    assert ("transparency" in image.info) == (kind != "P rgba palette")
+@pytest.mark.parametrize("kind", ["P index", "P bytes", "L", "1", "RGB"])
+def test_transparency_beside_the_pixels(kind):
+    image, opaque = transparent(kind, 31, 48), transparent(kind, 31, 48)
     check(image)
+    del opaque.info["transparency"]
+    ours = CLIPImageProcessor(**SMALL)
+    assert not np.array_equal(ours(image).pixel_values, ours(opaque).pixel_values)
+
+
+def test_a_palette_of_rgba():
+    check(Image.fromarray(noise(31, 48, 4)).quantize(16, method=Image.Quantize.FASTOCTREE))
 
 
 def test_alpha_is_white_where_nothing_is():
