@@ -306,7 +306,7 @@ def test_too_few_steps_for_the_opening():
     ({"steps_offset": -1}, InputError, "steps_offset=-1"),
     ({"trained_betas": []}, InputError, "trained_betas"),
     ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, InputError, "trained_betas"),
-    ({"trained_betas": [0.1, 1.1], "num_train_timesteps": 2}, InputError, "trained_betas.*2 numbers from 0 to 1"),
+    ({"trained_betas": [0.1, 1.1], "num_train_timesteps": 2}, InputError, "trained_betas: 0.1 to 1.1 came"),
     ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 3}, InputError, "trained_betas.*num_train_timesteps"),
     ({"trained_betas": ["a"]}, InputTypeError, "trained_betas"),
     ({"beta_begin": 0.1}, TypeError, "beta_begin"),
@@ -361,6 +361,12 @@ def test_bad_timesteps(cls, timestep, error):
         scheduler.set_timesteps(10)
     with pytest.raises(error, match="timestep="):
         scheduler.step(noise(), timestep, noise())
+
+
+@pytest.mark.parametrize("which", [(4, 1, 0), (0, 1, 0), (2, 1, 2), (2, 1, -1)])
+def test_no_such_lms_coefficient(which):
+    with pytest.raises(InputError, match="order="):
+        LMSDiscreteScheduler().get_lms_coefficient(*which)
 
 
 def test_lms_past_the_end():

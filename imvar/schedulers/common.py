@@ -82,10 +82,10 @@ class SchedulerConfig(Config):
     """The settings that every scheduler begins with. Raises `InputError` for values out of range."""
 
     num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
+    beta_start: float = 0.0001  # 0 to 1, as is beta_end
     beta_end: float = 0.02
     beta_schedule: str = one_of("linear", "scaled_linear", "squaredcos_cap_v2")
-    trained_betas: Sequence[float] | np.ndarray | None = None
+    trained_betas: Sequence[float] | np.ndarray | None = None  # (num_train_timesteps,), in place of a schedule
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,10 +99,11 @@ class SchedulerConfig(Config):
             betas = np.asarray(self.trained_betas, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise InputTypeError(f"trained_betas={self.trained_betas!r}: a list of numbers would do") from error
-        if betas.shape != (steps,) or not ((betas >= 0) & (betas <= 1)).all():
-            raise InputError(f"trained_betas: shape {betas.shape}, values {betas.min(initial=1):g} to "
-                             f"{betas.max(initial=0):g} came; {steps} numbers from 0 to 1 would do "
-                             "(num_train_timesteps says how many)")
+        if betas.shape != (steps,):
+            raise InputError(f"trained_betas: shape {betas.shape} came; ({steps},), one for each of "
+                             "num_train_timesteps, would do")
+        if not ((betas >= 0) & (betas <= 1)).all():
+            raise InputError(f"trained_betas: {betas.min():g} to {betas.max():g} came; numbers from 0 to 1 would do")
 
 
 class Scheduler(Pretrained):
@@ -150,7 +151,7 @@ class VariancePreserving(Scheduler):
         return self.config.num_train_timesteps // self.num_inference_steps
 
     def index(self, timestep: Any) -> int:
-        """One timestep, given as a number or as a tensor that holds one: `InputError` if it is none of training's."""
+        """A timestep, given as a number or as a tensor that holds one; `InputError` if training had no such."""
         return count("timestep", single(timestep), low=0, high=len(self) - 1)
 
     def alpha(self, timestep: int) -> Tensor:

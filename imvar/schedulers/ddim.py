@@ -43,12 +43,12 @@ def dynamic_threshold(x0: Tensor, ratio: float, limit: float) -> Tensor:
 class DDIMConfig(SchedulerConfig):
     """The settings of `DDIMScheduler`: fields, order and defaults of `scheduler_config.json`."""
 
-    clip_sample: bool = one_of(True, False)
-    set_alpha_to_one: bool = one_of(True, False)
-    steps_offset: int = 0
+    clip_sample: bool = one_of(True, False)  # the predicted x_0, to plus and minus clip_sample_range
+    set_alpha_to_one: bool = one_of(True, False)  # where the walk ends; else at timestep 0's alpha
+    steps_offset: int = 0  # added to the timesteps of leading spacing
     prediction_type: str = one_of("epsilon", "sample", "v_prediction")
-    thresholding: bool = one_of(False, True)
-    dynamic_thresholding_ratio: float = 0.995
+    thresholding: bool = one_of(False, True)  # dynamic_threshold in place of clip_sample
+    dynamic_thresholding_ratio: float = 0.995  # 0 to 1
     clip_sample_range: float = 1.0
     sample_max_value: float = 1.0
     timestep_spacing: str = one_of("leading", "trailing", "linspace")
@@ -62,7 +62,10 @@ class DDIMConfig(SchedulerConfig):
 
 
 class DDIMScheduler(VariancePreserving):
-    """Deterministic steps at eta 0, DDPM's at eta 1. Each step stands alone: only the timestep counts."""
+    """DDIM, arXiv:2010.02502: deterministic steps at eta 0, DDPM's at eta 1.
+
+    Each step stands alone: it knows its timestep and no history. Takes the settings of `DDIMConfig`.
+    """
 
     config_class = DDIMConfig
 
@@ -90,8 +93,8 @@ class DDIMScheduler(VariancePreserving):
         config, t = self.config, self.index(timestep)
         alpha, alpha_prev = self.alpha(t), self.alpha(t - self.stride)
         sigma = ddim_sigma(alpha, alpha_prev, eta) if real("eta", eta) else 0.0
-        clips = config.thresholding or config.clip_sample
-        if alpha == 0 and config.prediction_type == "epsilon" and not clips:
+        bounded = config.thresholding or config.clip_sample
+        if alpha == 0 and config.prediction_type == "epsilon" and not bounded:
             raise InputError(f"timestep={t}: no signal is left here for prediction_type='epsilon' to divide by; "
                              "'v_prediction', or timestep_spacing='leading', would do")
 

@@ -40,9 +40,9 @@ CENTRE = 0.149445554002916906
 def lms_weights(past: np.ndarray, to: float) -> list[float]:
     """How much each slope counts in a step from past[0] to `to`, for slopes known at the levels `past`, float32.
 
-    The polynomial through the slopes, in Lagrange's form, is integrated over the step. Two points would be exact;
-    but where one step spans most of the noise, its rounding decides the digits that are left, so we take
-    the rule and the precision of the reference: 21 points, polynomials in float32.
+    The polynomial through the slopes, in Lagrange's form, is integrated over the step. Two points would be exact,
+    but where one step spans most of the noise the rounding of the weights decides the digits that are left. So we
+    keep to the rule and the precision of the reference: 21 points, polynomials in float32.
     """
     nodes = np.array([*NODES, 0, *(-x for x in NODES)])
     weights = np.array([*WEIGHTS, CENTRE, *WEIGHTS])
@@ -66,7 +66,7 @@ class LMSDiscreteConfig(SchedulerConfig):
     use_beta_sigmas: bool = one_of(False, True)
     prediction_type: str = one_of("epsilon", "sample", "v_prediction")
     timestep_spacing: str = one_of("linspace", "leading", "trailing")
-    steps_offset: int = 0
+    steps_offset: int = 0  # added to the timesteps of leading spacing
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,10 +75,11 @@ class LMSDiscreteConfig(SchedulerConfig):
 
 
 class LMSDiscreteScheduler(Scheduler):
-    """A walk along x = x_0 + sigma noise that remembers the last slopes.
+    """LMS: a walk along x = x_0 + sigma noise, each step along the last slopes dx/dsigma, four as a rule.
 
-    Attributes: `sigmas`, (n + 1,) float32, the noise level of each timestep and 0 at the end; `derivatives`, the
-    last slopes; `step_index`, where the walk stands, None before it starts; `begin_index`, where it is to start.
+    Takes the settings of `LMSDiscreteConfig`. Attributes: `sigmas`, (n + 1,) float32, the noise level of each
+    timestep and 0 at the end; `derivatives`, the last slopes; `step_index`, where the walk stands, None before it
+    starts; `begin_index`, where it is to start.
     """
 
     config_class = LMSDiscreteConfig
@@ -166,7 +167,8 @@ class LMSDiscreteScheduler(Scheduler):
 
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
         """The weight of the slope `current_order` steps back, of `order` slopes, in step number `t`."""
-        return self.weights(t, order)[current_order]
+        weights = self.weights(t, count("order", order, high=t + 1))
+        return weights[count("current_order", current_order, low=0, high=order - 1)]
 
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4,
              return_dict: bool = True) -> DenoisedOutput | tuple[Tensor, Tensor]:

@@ -44,21 +44,22 @@ def adams_bashforth(history: Sequence[Tensor]) -> Tensor:
 class PNDMConfig(SchedulerConfig):
     """The settings of `PNDMScheduler`: fields, order and defaults of `scheduler_config.json`."""
 
-    skip_prk_steps: bool = one_of(False, True)
-    set_alpha_to_one: bool = one_of(False, True)
+    skip_prk_steps: bool = one_of(False, True)  # the Runge-Kutta opening
+    set_alpha_to_one: bool = one_of(False, True)  # where the walk ends; else at timestep 0's alpha
     prediction_type: str = one_of("epsilon", "v_prediction")
     timestep_spacing: str = one_of("leading", "linspace", "trailing")
-    steps_offset: int = 0
+    steps_offset: int = 0  # added to the timesteps of leading spacing
 
 
 class PNDMScheduler(VariancePreserving):
-    """Four predictions to a step, blended by Adams and Bashforth's rule once the history is long enough.
+    """PNDM, arXiv:2202.09778: steps along a blend of the last four predictions.
 
     The history begins in one of two ways. The paper's takes three Runge-Kutta steps of four evaluations
     each, so n steps visit n + 9 timesteps. With `skip_prk_steps` the second timestep is visited twice, so
     n + 1: the second visit starts again from the first sample and averages both predictions.
 
-    Attributes: `counter`, the steps taken since `set_timesteps`; `ets`, the last predictions, at most four.
+    Takes the settings of `PNDMConfig`. Attributes: `counter`, the steps taken since `set_timesteps`; `ets`, the
+    last predictions, at most four, kept as they were handed in.
     """
 
     config_class = PNDMConfig
