@@ -86,7 +86,7 @@ class TimestepEmbedding(nn.Module):
     def sinusoids(self, t: Tensor) -> Tensor:
         half = self.dim // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t[:, None].float() * torch.exp(-math.log(10000) / (half - self.shift) * steps)
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (half - self.shift))
         waves = [angles.cos(), angles.sin()] if self.cos_first else [angles.sin(), angles.cos()]
         return torch.cat(waves, dim=-1)
 
