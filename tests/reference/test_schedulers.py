@@ -190,6 +190,16 @@ def test_lms_tables_and_coefficients(settings):
             assert our.get_lms_coefficient(order, 6, back) == pytest.approx(want, rel=1e-7)
 
 
+@pytest.mark.parametrize("spacing", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_lms_takes_an_euler_schedulers_bounds(spacing):
+    euler = {"sigma_min": 0.1, "sigma_max": 9.0, spacing: True}
+    our, ref = (side.LMSDiscreteScheduler.from_config(euler) for side in (imvar.schedulers, diffusers))
+    our.set_timesteps(6)
+    ref.set_timesteps(6)
+    assert torch.equal(our.sigmas, ref.sigmas)
+    assert torch.equal(our.timesteps, ref.timesteps)
+
+
 def test_lms_from_the_middle():
     our, ref = pair("LMSDiscreteScheduler", beta_schedule="scaled_linear")
     for side in (our, ref):
