@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Image
 
 from . import __version__
 from .contact_sheet import Row, contact_sheet
 from .errors import CheckpointError, ImvarError, InputError
-from .image.read import to_rgb
+from .photos import distinct, load_image, spare
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 
 CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
-FORMATS = ("JPEG", "PNG", "WEBP")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULERS = {  # and what each has to be told: published configs leave clip_sample on, which spoils latents
     "ddim": (DDIMScheduler, {"clip_sample": False}),
@@ -51,17 +50,17 @@ def parser() -> argparse.ArgumentParser:
     job = jobs.add_parser(
         "vary", help="make variations of photographs",
         description="Make variations of each photograph, and one contact sheet that shows them beside it.",
-        epilog="Variation k of a photo is made from seed SEED + k and saved as PHOTO-SEED.png; a picture of that name "
-               "in the folder, such as one from an earlier run, is replaced. Exit status: 0 done, 1 failed, 2 misused.")
+        epilog="Variation k of a photo comes of seed S + k and is saved as PHOTO-SEED.png; a file of that name in "
+               "FOLDER, such as one of an earlier run, is replaced. Exit status: 0 done, 1 failed, 2 misused.")
     add = job.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTO", help="a JPEG, PNG or WebP file")
-    add("-n", type=count, default=4, metavar="N", help="variations of each photo (default: 4)")
+    add("-n", type=a_count, default=4, metavar="N", help="variations of each photo (default: 4)")
     add("-o", dest="out", type=Path, default=Path("variations"), metavar="FOLDER",
         help="where the pictures go; made if need be (default: variations)")
-    add("--seed", type=seed, default=0, help="seed of the first variation (default: 0)")
-    add("--steps", type=count, default=50, metavar="N", help="steps of denoising (default: 50)")
+    add("--seed", type=a_seed, default=0, metavar="S", help="seed of the first variation (default: 0)")
+    add("--steps", type=a_count, default=50, metavar="N", help="steps of denoising (default: 50)")
     add("--guidance", type=float, default=3.0, metavar="W", help="how closely to follow the photo (default: 3)")
-    add("--size", type=size, default=(None, None), metavar="N|HxW",
+    add("--size", type=a_size, default=(None, None), metavar="N|HxW",
         help="pixels of a variation, multiples of 8 (default: what the checkpoint was trained at)")
     add("--scheduler", choices=SCHEDULERS, help="default: the checkpoint's own")
     add("--checkpoint", default=CHECKPOINT, metavar="ID|FOLDER",
@@ -70,42 +69,50 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest that is here)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="default: auto, half precision where the device is fast at it, else float32")
-    add("--batch", type=count, default=4, metavar="N", help="variations made at a time; fewer need less memory (default: 4)")
+    add("--batch", type=a_count, default=4, metavar="N",
+        help="variations made at a time; fewer need less memory (default: 4)")
     return top
 
 
 def vary(args: argparse.Namespace) -> None:
-    """Everything that can be refused is, before the checkpoint is loaded."""
+    """Make, save and report the variations; device, photos and names are checked before the checkpoint is loaded."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    pictures = [read_photo(path) for path in args.photos]
+    pictures = [load_image(path) for path in args.photos]
     names = distinct([path.stem for path in args.photos])
     seeds = range(args.seed, args.seed + args.n)
-    spare_inputs(args.photos, [args.out / f"{name}-{seed}.png" for name in names for seed in seeds])
+    sheet = args.out / "contact-sheet.png"
+    spare(args.photos, [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)])
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = load(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
 
-    rows = []
-    for path, picture, name in zip(args.photos, pictures, names, strict=True):
+    rows = [Row(path.name, picture) for path, picture in zip(args.photos, pictures, strict=True)]
+    for row, name in zip(rows, names, strict=True):
         pipe.set_progress_bar_config(desc=name)
-        row = Row(path.name, picture)
-        for first in range(0, args.n, args.batch):
-            some = seeds[first:first + args.batch]
-            result = pipe(picture, *args.size, num_inference_steps=args.steps, guidance_scale=args.guidance,
-                          num_images_per_prompt=len(some), generator=[torch.Generator().manual_seed(s) for s in some])
-            for s, variation, flag in zip(some, result.images, result.nsfw_content_detected or [None] * len(some), strict=True):
-                note = " (blacked out by the safety checker)" if flag else ""
-                variation.save(args.out / f"{name}-{s}.png")
-                row.variations.append((f"seed {s}{', flagged' if flag else ''}", variation))
-                print(f"{args.out / name}-{s}.png{note}")
-        rows.append(row)
+        for seed, picture, flagged in variations(pipe, row.photo, seeds, args):
+            path, note = args.out / f"{name}-{seed}.png", ", flagged" if flagged else ""
+            picture.save(path)
+            row.variations.append((f"seed {seed}{note}", picture))
+            print(f"{path}{note} by the safety checker and made black" if flagged else path)
 
-    sheet = args.out / "contact-sheet.png"
-    steps = f"{args.steps} steps of {type(pipe.scheduler).__name__.removesuffix('Scheduler')}"
-    contact_sheet(rows, f"{steps}, guidance {args.guidance:g}, {args.checkpoint}").save(sheet)
-    print(f"{sheet}: all of them beside {'their photos' if len(rows) > 1 else 'the photo'}")
+    scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+    footer = f"{args.steps} steps of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
+    contact_sheet(rows, footer).save(sheet)
+    print(sheet, "(the variations beside the photos)")
     if pipe.safety_checker is None:
-        print("no safety checker looked at these pictures: the checkpoint has none")
+        print("imvar: this checkpoint has no safety checker, so none looked at the pictures", file=sys.stderr)
+
+
+def variations(pipe: StableDiffusionImageVariationPipeline, photo: Image, seeds: Sequence[int],
+               args: argparse.Namespace) -> Iterator[tuple[int, Image, bool]]:
+    """Each seed with its variation and the safety checker's flag, made `args.batch` at a time."""
+    height, width = args.size
+    for first in range(0, len(seeds), args.batch):
+        batch = seeds[first:first + args.batch]
+        noise = [torch.Generator().manual_seed(seed) for seed in batch]
+        made: Any = pipe(photo, height, width, num_inference_steps=args.steps, guidance_scale=args.guidance,
+                         num_images_per_prompt=len(batch), generator=noise)
+        yield from zip(batch, made.images, made.nsfw_content_detected or [False] * len(batch), strict=True)
 
 
 def load(checkpoint: str, revision: str | None, scheduler: str | None, dtype: torch.dtype,
@@ -117,11 +124,13 @@ def load(checkpoint: str, revision: str | None, scheduler: str | None, dtype: to
     try:
         pipe = StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, revision=revision, dtype=dtype)
     except CheckpointError as error:
-        if error.path and error.path.exists() or checkpoint.count("/") != 1 or Path(checkpoint).is_dir():
+        missing = error.__cause__ is not None and error.path is not None and not error.path.exists()
+        if Path(checkpoint).is_dir() or not missing:
             raise
         at = f"{checkpoint} (revision {revision})" if revision else checkpoint
-        raise ImvarError(f"{at} is not on this machine and could not be downloaded: run this once where there is a "
-                         "network so that it is, or give the folder of a copy with --checkpoint FOLDER") from error
+        raise ImvarError(f"{at} is not on this machine and could not be downloaded, for want of a network or because "
+                         "the hub does not have it: connect once so that it gets downloaded, or name the folder of a "
+                         "copy with --checkpoint FOLDER") from error
     if scheduler:
         kind, changes = SCHEDULERS[scheduler]
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
@@ -153,58 +162,22 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def has_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16, rather than imitating them."""
-    look = getattr(torch.cpu, "get_capabilities", dict)  # younger than the oldest torch that imvar runs on
-    return any(look().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    look = getattr(torch.cpu, "get_capabilities", dict)  # newer than the oldest torch that imvar runs on
+    return any(look().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def read_photo(path: Path) -> Image.Image:
-    """A picture file as RGB, turned the way its EXIF says."""
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            return to_rgb(ImageOps.exif_transpose(file), str(path))
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a picture that can be read; a JPEG, PNG or WebP file would do") from error
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files
-        raise InputError(f"{path}: cannot be read as a picture: {error}") from error
-
-
-def distinct(stems: Sequence[str]) -> list[str]:
-    """The same names, numbered where they repeat, also for file systems that take a for A."""
-    names: list[str] = []
-    for stem in stems:
-        name, k = stem, 2
-        while name.casefold() in map(str.casefold, names):
-            name, k = f"{stem}-{k}", k + 1
-        names.append(name)
-    return names
-
-
-def spare_inputs(photos: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """Raise `InputError` where a variation would be written over a photo."""
-    sources = {path.resolve() for path in photos}
-    for path in outputs:
-        if path.resolve() in sources:
-            raise InputError(f"{path}: is one of the photos and would be written over; another -o FOLDER would do")
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 would do")
+def a_count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or not least <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {least} would do")
     return int(text)
 
 
-def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 0 would do")
-    return int(text)
+def a_seed(text: str) -> int:
+    return a_count(text, least=0)
 
 
-def size(text: str) -> tuple[int, int]:
-    """ "512" to (512, 512), "384x512" to (384, 512): height, width."""
+def a_size(text: str) -> tuple[int, int]:
+    """Height and width: (512, 512) of "512", (384, 512) of "384x512"."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) and int(side) % 8 == 0 for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r}: 512 or 384x512 would do; height first, multiples of 8")
