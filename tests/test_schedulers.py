@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from imvar.errors import CheckpointError, InputError, InputTypeError
+from imvar.noise import randn
 from imvar.schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
-from imvar.schedulers.common import randn, to_eps, to_x0
+from imvar.schedulers.common import to_eps, to_x0
 from imvar.schedulers.ddim import ddim_sigma, ddim_step, dynamic_threshold
 from imvar.schedulers.lms import lms_weights
 from imvar.schedulers.pndm import adams_bashforth, transfer

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import Config, one_of, only
 from ..errors import InputError
+from ..noise import Generators, randn
 from ..outputs import AutoencoderKLOutput, DecoderOutput
 from ..weights import tables
 from ..weights.keymap import Keymap
@@ -144,11 +145,9 @@ class DiagonalGaussianDistribution:
         self.logvar = logvar.clamp(-30.0, 20.0)
         self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: Generators | None = None) -> Tensor:
         """A draw, (b, c, h, w); the noise is drawn on the generator's device."""
-        at = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=at, dtype=self.mean.dtype)
-        return self.mean + self.std * noise.to(self.mean.device)
+        return self.mean + self.std * randn(self.mean.shape, generator, dtype=self.mean.dtype, device=self.mean.device)
 
     def mode(self) -> Tensor:
         return self.mean
@@ -200,7 +199,7 @@ class AutoencoderKL(AttentionSettings, PretrainedModel):
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True,
-                generator: torch.Generator | None = None) -> DecoderOutput | tuple[Tensor]:
+                generator: Generators | None = None) -> DecoderOutput | tuple[Tensor]:
         """There and back: the mode of the latents, or a draw from them, decoded."""
         posterior = self.encode(sample, return_dict=False)[0]
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
+from ..noise import check_generator
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LARGEST = 2**16  # pixels on a side
@@ -58,15 +58,6 @@ def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: fl
         raise InputError(f"output_type={output_type!r}: {', '.join(map(repr, OUTPUT_TYPES))} would do")
     if callback is not None and not callable(callback):
         raise InputTypeError(f"callback={callback!r}: a function of (step, timestep, latents) would do")
-
-
-def check_generator(generator: Any, batch: int) -> None:
-    if generator is None or isinstance(generator, torch.Generator):
-        return
-    if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
-        raise InputTypeError(f"generator={generator!r}: torch.Generator().manual_seed(42), or a list of them, would do")
-    if len(generator) != batch:
-        raise InputError(f"generator: a list of {len(generator)} came for {batch} pictures; one, or one each, would do")
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..errors import ImvarError, InputError
 from ..image import VaeImageProcessor
+from ..noise import check_generator, randn
 from ..outputs import StableDiffusionPipelineOutput
-from ..schedulers.common import randn
 from .assembly import Assembly
-from .checks import check_call, check_generator, check_inputs, check_latents
+from .checks import check_call, check_inputs, check_latents
 
 
 class StableDiffusionImageVariationPipeline(Assembly):

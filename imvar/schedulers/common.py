@@ -1,4 +1,4 @@
-"""What the schedulers share: what a network predicts, fresh noise, the settings and base classes.
+"""What the schedulers share: what a network predicts, the settings and base classes.
 
 `alpha` is the share of signal left in x_t, DDIM's alpha_t and DDPM's cumulative product. It stays a
 0-d float32 tensor on the CPU: next to a tensor of any dtype and device it counts as a number, and
@@ -21,8 +21,6 @@ from ..outputs import SchedulerOutput
 from ..weights.pretrained import Pretrained
 from .checks import count, real, single
 from .tables import make_betas, zero_terminal_snr
-
-Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class Sampler(Protocol):
@@ -54,24 +52,6 @@ def to_eps(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
     if kind == "sample":
         return (x - signal * output) / noise
     return signal * output + noise * x if kind == "v_prediction" else output
-
-
-def randn(shape: Sequence[int], generator: Generators | None = None, *,
-          dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
-    """Standard normal noise, drawn on the generator's device; a list of generators draws one row each.
-
-    Raises `InputTypeError` for what is no generator, `InputError` for a list of another length.
-    """
-    if generator is None:
-        return torch.randn(*shape, dtype=dtype, device=device)
-    generators = [generator] if isinstance(generator, torch.Generator) else generator
-    if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
-        raise InputTypeError(f"generator={generator!r}: torch.Generator().manual_seed(42), or a list, would do")
-    if len(generators) not in (1, shape[0]):
-        raise InputError(f"generator: {len(generators)} came for a batch of {shape[0]}; one, or one each, would do")
-    part = (shape[0] // len(generators), *shape[1:])
-    drawn = [torch.randn(*part, generator=g, dtype=dtype, device=g.device) for g in generators]
-    return torch.cat(drawn).to(device)
 
 
 # The classes

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..config import one_of
 from ..errors import InputError
+from ..noise import Generators, randn
 from ..outputs import DenoisedOutput
 from .checks import real
-from .common import Generators, SchedulerConfig, VariancePreserving, randn, to_eps, to_x0
+from .common import SchedulerConfig, VariancePreserving, to_eps, to_x0
 from .tables import choose_timesteps
 
 

@@ -1,0 +1,340 @@
+"""The whole pipeline beside diffusers': same weights, same noise, same pictures."""
+
+import itertools
+import threading
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import imvar
+from imvar.config import plain
+
+SCHEDULERS = ["PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler"]
+PAIRS = {"one picture": (1, 1), "two of each of two": (2, 2), "three of one": (1, 3)}
+
+
+def seeded(seed=5):
+    return torch.Generator().manual_seed(seed)
+
+
+def change_scheduler(name, *pipes, **changes):
+    for pipe, library in zip(pipes, (imvar, diffusers), strict=True):
+        pipe.scheduler = getattr(library, name).from_config(pipe.scheduler.config, **changes)
+
+
+def pictures(photo, count):
+    return [photo.rotate(90 * i).resize((150 + 40 * i, 120)) for i in range(count)]
+
+
+def call(pipe, image, seed=5, **options):
+    return pipe(image, generator=seeded(seed), **({"num_inference_steps": 3, "output_type": "np"} | options))
+
+
+def same(mine, theirs):
+    assert mine.nsfw_content_detected == theirs.nsfw_content_detected
+    assert mine.images.shape == theirs.images.shape
+    assert np.abs(mine.images - theirs.images).max() <= 1e-4
+    assert np.ptp(theirs.images) > 0.2
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("guidance", [1, 3, 7.5])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_pictures(ours, ref, photo, name, guidance, pair):
+    """Schedulers, guidance, eta, batches and images per prompt; then FreeU and slicing on top."""
+    change_scheduler(name, ours, ref)
+    batch, n = PAIRS[pair]
+    image = pictures(photo, batch)
+    for eta in (0.0, 0.6) if name == "DDIMScheduler" else (0.0,):
+        options = {"guidance_scale": guidance, "eta": eta, "num_images_per_prompt": n}
+        same(call(ours, image, **options), call(ref, image, **options))
+    for freeu, slicing in itertools.product((False, True), ("auto", "max", 2, None)):
+        for pipe in (ours, ref):
+            pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4) if freeu else pipe.disable_freeu()
+            pipe.enable_attention_slicing(slicing) if slicing else pipe.disable_attention_slicing()
+        same(call(ours, image, **options), call(ref, image, **options))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_longer_runs(ours, ref, photo, name, prediction):
+    """Random networks are no denoisers: over many steps they make any rounding grow. So once with one and the
+    same network in both loops, and once with our own, its output made small.
+    """
+    change_scheduler(name, ours, ref, prediction_type=prediction)
+    options = {"num_inference_steps": 25, "guidance_scale": 3}
+    own, ours.unet = ours.unet, ref.unet
+    assert np.array_equal(call(ours, photo, **options).images, call(ref, photo, **options).images)
+    ours.unet = own
+    for unet in (ours.unet, ref.unet):
+        unet.conv_out.weight.data *= 0.1
+        unet.conv_out.bias.data *= 0.1
+    same(call(ours, photo, **options), call(ref, photo, **options))
+
+
+def test_every_scheduler_after_every_other(ours, ref, photo):
+    for name in (*SCHEDULERS, *reversed(SCHEDULERS)):
+        change_scheduler(name, ours, ref)
+        same(call(ours, photo), call(ref, photo))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 11])
+@pytest.mark.parametrize("skip_prk_steps", [True, False])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_callbacks(ours, ref, photo, steps, skip_prk_steps, every):
+    if not skip_prk_steps and steps < 4:
+        pytest.skip("Runge-Kutta steps take four")
+    change_scheduler("PNDMScheduler", ours, ref, skip_prk_steps=skip_prk_steps)
+    seen = ([], [])
+    for pipe, calls in zip((ours, ref), seen, strict=True):
+        call(pipe, photo, num_inference_steps=steps, callback_steps=every,
+             callback=lambda i, t, latents, calls=calls: calls.append((i, int(t), latents.clone())))
+    assert [entry[:2] for entry in seen[0]] == [entry[:2] for entry in seen[1]]
+    for (*_, mine), (*_, theirs) in zip(*seen, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_outputs(ours, ref, photo, output_type, return_dict):
+    mine, theirs = (call(pipe, pictures(photo, 2), output_type=output_type, return_dict=return_dict)
+                    for pipe in (ours, ref))
+    assert type(mine).__name__ == type(theirs).__name__
+    assert mine[1:] == theirs[1:]
+    if not return_dict:
+        assert isinstance(mine, tuple)
+    if output_type == "pil":
+        for a, b in zip(mine[0], theirs[0], strict=True):
+            assert isinstance(a, Image.Image)
+            assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+    else:
+        assert type(mine[0]) is type(theirs[0])
+        assert np.abs(np.asarray(mine[0]) - np.asarray(theirs[0])).max() <= 1e-4
+
+
+def test_sizes(ours, ref, photo):
+    for height, width in ((64, 128), (72, 40), (136, 8)):
+        same(call(ours, photo, height=height, width=width), call(ref, photo, height=height, width=width))
+    assert call(ours, photo).images.shape == (1, 128, 128, 3)
+
+
+def test_noise(ours, ref, photo):
+    """One generator, a list of them, latents handed in, and eta's noise after either."""
+    change_scheduler("DDIMScheduler", ours, ref)
+    image, options = pictures(photo, 2), {"num_inference_steps": 3, "output_type": "np", "eta": 0.8}
+    for noise in (lambda: {"generator": seeded()}, lambda: {"generator": [seeded(i) for i in range(4)]},
+                  lambda: {"generator": seeded(), "latents": torch.randn(4, 4, 16, 16, generator=seeded(9))}):
+        mine, theirs = (pipe(image, num_images_per_prompt=2, **noise(), **options) for pipe in (ours, ref))
+        same(mine, theirs)
+    torch.manual_seed(7)
+    mine = ours(image, **options)
+    torch.manual_seed(7)
+    same(mine, ref(image, **options))
+
+
+def test_tensor_input(ours, ref, photo):
+    pixels = ref.feature_extractor(images=pictures(photo, 2), return_tensors="pt").pixel_values
+    same(call(ours, pixels), call(ref, pixels))
+    same(call(ours, pixels[0]), call(ref, pixels[:1]))
+
+
+def test_every_mode_of_picture(ours, ref, photo):
+    alpha = Image.linear_gradient("L").resize(photo.size)
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"):
+        image = photo.convert(mode)
+        if mode in ("LA", "RGBA"):
+            image.putalpha(alpha)
+        same(call(ours, image, num_inference_steps=2), call(ref, image, num_inference_steps=2))
+
+
+def test_flagged_pictures_are_black(ours, ref, photo):
+    """Thresholds at the middle of what the pictures score, so that some are flagged."""
+    image = pictures(photo, 4)
+    pixels = call(ref, image, output_type="pil").images
+    seen = ref.feature_extractor(pixels, return_tensors="pt").pixel_values
+    middle = ours.safety_checker.scores(seen)[1].median(dim=0).values + 0.9
+    for pipe in (ours, ref):
+        pipe.safety_checker.concept_embeds_weights.data.fill_(2.0)
+        pipe.safety_checker.concept_embeds_weights.data[3] = middle[3]
+    for output_type in ("np", "pt"):
+        mine, theirs = (call(pipe, image, output_type=output_type) for pipe in (ours, ref))
+        assert mine.nsfw_content_detected == theirs.nsfw_content_detected
+        assert sorted(set(mine.nsfw_content_detected)) == [False, True]
+        assert np.abs(np.asarray(mine.images) - np.asarray(theirs.images)).max() <= 1e-4
+        assert [bool(x.max() == 0) for x in mine.images] == mine.nsfw_content_detected
+    levels = [np.asarray(call(pipe, image, output_type="pil").images, int) for pipe in (ours, ref)]
+    assert np.abs(levels[0] - levels[1]).max() <= 1
+
+
+def test_without_a_safety_checker(ours, ref, photo):
+    parts = ours.components | {"safety_checker": None}
+    with pytest.warns(UserWarning, match="safety_checker"):
+        mine = imvar.StableDiffusionImageVariationPipeline(**parts)
+    mine.set_progress_bar_config(disable=True)
+    theirs = diffusers.StableDiffusionImageVariationPipeline(
+        **(ref.components | {"safety_checker": None}), requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    assert call(mine, photo).nsfw_content_detected is None
+    same(call(mine, photo), call(theirs, photo))
+    assert len(call(mine, photo, return_dict=False)) == len(call(theirs, photo, return_dict=False)) == 2
+
+
+def test_slicing_and_tiling_of_the_autoencoder(ours, ref, photo):
+    for pipe in (ours, ref):
+        pipe.vae.enable_slicing()
+        pipe.vae.enable_tiling()
+    same(call(ours, pictures(photo, 2)), call(ref, pictures(photo, 2)))
+    ours.disable_vae_slicing()
+    ours.disable_vae_tiling()
+    assert not ours.vae.use_slicing
+    assert not ours.vae.use_tiling
+
+
+def test_saved_by_ours_read_by_theirs(ours, ref, photo, tmp_path):
+    for options in ({}, {"safe_serialization": False}, {"variant": "fp16"}, {"max_shard_size": "20KB"}):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        ours.save_pretrained(folder, **options)
+        reading = {"variant": options["variant"]} if "variant" in options else {}
+        theirs = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(folder, **reading)
+        theirs.set_progress_bar_config(disable=True)
+        same(call(ours, photo), call(theirs, photo))
+        mine = imvar.StableDiffusionImageVariationPipeline.from_pretrained(folder, **reading)
+        mine.set_progress_bar_config(disable=True)
+        assert np.array_equal(call(mine, photo).images, call(ours, photo).images)
+
+
+def test_saved_by_theirs_read_by_ours(ref, photo, tmp_path):
+    for options in ({"safe_serialization": False}, {"variant": "fp16"}, {"max_shard_size": "20KB"}):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        ref.save_pretrained(folder, **options)
+        reading = {"variant": options["variant"]} if "variant" in options else {}
+        mine = imvar.StableDiffusionImageVariationPipeline.from_pretrained(folder, **reading)
+        mine.set_progress_bar_config(disable=True)
+        same(call(mine, photo), call(ref, photo))
+
+
+def test_half_precision_is_as_near_as_the_reference(ours, ref, photo):
+    exact = call(ref, photo, guidance_scale=3).images
+    for pipe in (ours, ref):
+        pipe.to(torch.bfloat16)
+    assert (ours.dtype, ours.unet.dtype, ours.vae.dtype) == (torch.bfloat16,) * 3
+    latents = torch.randn(1, 4, 16, 16, generator=seeded()).bfloat16()
+    exact, mine, theirs = (pipe(photo, num_inference_steps=3, guidance_scale=3, latents=latents.to(pipe.dtype),
+                                output_type="np").images for pipe in (ref.to(torch.float32), ours, ref))
+    theirs = ref.to(torch.bfloat16)(photo, num_inference_steps=3, guidance_scale=3, latents=latents,
+                                    output_type="np").images
+    distance = np.abs(theirs - exact)
+    assert np.abs(mine - theirs).max() <= distance.max()
+    assert np.abs(mine - exact).mean() <= 1.2 * distance.mean()
+
+
+class Recorder:
+    """A subclass as community code writes them: hooks overridden, the reference's own called."""
+
+    def _encode_image(self, image, device, num_images_per_prompt, do_classifier_free_guidance):
+        embeds = super()._encode_image(image, device, num_images_per_prompt, do_classifier_free_guidance)
+        self.embeds = embeds
+        return embeds * 0.9
+
+    def check_inputs(self, image, height, width, callback_steps):
+        self.checked = (height, width, callback_steps)
+        super().check_inputs(image, height, width, callback_steps)
+
+    def prepare_latents(self, *args, **kwargs):
+        latents = super().prepare_latents(*args, **kwargs)
+        self.sigma = float(self.scheduler.init_noise_sigma)
+        self.steps = len(self.scheduler.timesteps)
+        return latents * 1.01
+
+    def prepare_extra_step_kwargs(self, generator, eta):
+        return super().prepare_extra_step_kwargs(generator, eta / 2)
+
+    def run_safety_checker(self, image, device, dtype):
+        image, _ = super().run_safety_checker(image, device, dtype)
+        return image, [False] * len(image)
+
+
+class OurRecorder(Recorder, imvar.StableDiffusionImageVariationPipeline):
+    pass
+
+
+class TheirRecorder(Recorder, diffusers.StableDiffusionImageVariationPipeline):
+    pass
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_subclasses_with_hooks(ours, ref, photo, name):
+    change_scheduler(name, ours, ref)
+    mine, theirs = OurRecorder(**ours.components), TheirRecorder(**ref.components)
+    for pipe in (mine, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    options = {"eta": 0.8, "num_images_per_prompt": 2, "guidance_scale": 3}
+    same(call(mine, photo, **options), call(theirs, photo, **options))
+    assert torch.allclose(mine.embeds, theirs.embeds, atol=1e-5)
+    assert (mine.checked, mine.sigma, mine.steps) == (theirs.checked, theirs.sigma, theirs.steps)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hooks_called_by_hand(ours, ref, photo):
+    """A loop of one's own out of the pipeline's parts, as community code has it."""
+    made = []
+    for pipe in (ours, ref):
+        context = pipe._encode_image(photo, "cpu", 2, True)
+        pipe.scheduler.set_timesteps(4, device="cpu")
+        x = pipe.prepare_latents(2, 4, 64, 64, context.dtype, torch.device("cpu"), seeded(), None)
+        options = pipe.prepare_extra_step_kwargs(seeded(), 0.0)
+        with torch.no_grad():
+            for t in pipe.progress_bar(pipe.scheduler.timesteps):
+                doubled = pipe.scheduler.scale_model_input(torch.cat([x] * 2), t)
+                uncond, cond = pipe.unet(doubled, t, encoder_hidden_states=context).sample.chunk(2)
+                x = pipe.scheduler.step(uncond + 3 * (cond - uncond), t, x, **options).prev_sample
+            array = pipe.decode_latents(x)
+            made.append((context, array, *pipe.run_safety_checker(array.copy(), "cpu", context.dtype)))
+            assert len(pipe.numpy_to_pil(array)) == 2
+    assert torch.allclose(made[0][0], made[1][0], atol=1e-5)
+    assert np.abs(made[0][1] - made[1][1]).max() <= 1e-4
+    assert made[0][3] == made[1][3]
+
+
+def test_threads_share_one_pipeline(ours, ref, photo):
+    """Every thread's pictures are those of a call alone, whatever scheduler steps in the others."""
+    expected = [call(ref, photo, seed=i, num_inference_steps=3 + i % 3).images for i in range(6)]
+    made = [None] * 6
+
+    def work(i):
+        made[i] = call(ours, photo, seed=i, num_inference_steps=3 + i % 3).images
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.abs(mine - theirs).max() <= 1e-4 for mine, theirs in zip(made, expected, strict=True))
+
+
+def test_old_unets_smaller_than_64_are_taken_as_64(ref_folder, tmp_path):
+    for library in (imvar, diffusers):
+        pipe = library.StableDiffusionImageVariationPipeline.from_pretrained(ref_folder)
+        pipe.save_pretrained(tmp_path)
+        config = tmp_path / "unet" / "config.json"
+        config.write_text(config.read_text().replace('"0.42.1"', '"0.8.0.dev0"'))
+        old = library.StableDiffusionImageVariationPipeline.from_pretrained(tmp_path)
+        assert old.unet.config.sample_size == 64
+
+
+def test_configs_say_the_same(ours, ref):
+    assert ours.components.keys() == ref.components.keys()
+    for name in ("vae", "unet", "scheduler"):
+        theirs = {key: value for key, value in getattr(ref, name).config.items() if not key.startswith("_")}
+        assert plain(getattr(ours, name).config).items() >= plain(theirs).items()
+    encoder = transformers.CLIPVisionConfig(**ours.image_encoder.config.to_dict())
+    assert encoder.to_diff_dict() == ref.image_encoder.config.to_diff_dict() | {"architectures": encoder.architectures}
+    for key in ("resample", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize"):
+        assert getattr(ours.feature_extractor, key) == getattr(ref.feature_extractor, key)
+    assert list(ours.feature_extractor.image_mean) == list(ref.feature_extractor.image_mean)
+    index = {key: list(value) for key, value in ref.config.items() if isinstance(value, tuple)}
+    assert plain(ours.config).items() >= (index | {"feature_extractor": ["transformers", "CLIPImageProcessor"]}).items()
