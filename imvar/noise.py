@@ -19,9 +19,11 @@ def randn(shape: Sequence[int], generator: Generators | None = None, *,
 
     Raises `InputTypeError` for what is no generator, `InputError` for a list of another length.
     """
+    if isinstance(generator, (list, tuple)) and len(generator) == 1:
+        generator = generator[0]
+    check_generator(generator, shape[0])
     if generator is None:
         return torch.randn(*shape, dtype=dtype, device=device)
-    check_generator(generator, shape[0])
     generators = [generator] if isinstance(generator, torch.Generator) else generator
     part = (shape[0] // len(generators), *shape[1:])
     drawn = [torch.randn(*part, generator=g, dtype=dtype, device=g.device) for g in generators]

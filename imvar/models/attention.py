@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from ..errors import InputError, InputTypeError
+from .layers import put
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q: b h n d; k, v: b h m d; answer: b h n d, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, equation 1)."""
@@ -65,6 +66,15 @@ class Backend:
             return sdpa(q, k, v)
         training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         return _OPERATORS[self.name](q, k, v, training)[0]
+
+
+def memory_efficient(attention_op: SDPBackend | Attend | None = None) -> Attend:
+    """The kernel that such an option stands for; off CUDA a backend comes with a warning."""
+    if callable(attention_op):
+        return attention_op
+    if not torch.cuda.is_available():
+        warnings.warn("memory-efficient attention: no CUDA here, so the default SDPA answers", stacklevel=3)
+    return Backend() if attention_op is None else Backend(attention_op)
 
 
 class Attention(nn.Module):
@@ -135,8 +145,7 @@ def attentions(model: nn.Module) -> list[Attention]:
 def set_attend(model: nn.Module, attend: Attend) -> None:
     """Give every attention layer of `model` this kernel: a function, or a module with weights."""
     for layer in attentions(model):
-        del layer.attend  # a module has to go before a function can take its name
-        layer.attend = attend
+        put(layer, "attend", attend)
 
 
 class AttentionSettings:
@@ -156,11 +165,7 @@ class AttentionSettings:
 
         Takes precedence over slicing. Off CUDA a backend is the default SDPA, with a warning. No xformers needed.
         """
-        override = attention_op
-        if not callable(override):
-            override = Backend() if override is None else Backend(override)
-        if isinstance(override, Backend) and not torch.cuda.is_available():
-            warnings.warn("memory-efficient attention: no CUDA here, so the default SDPA answers", stacklevel=2)
+        override = memory_efficient(attention_op)
         for layer in attentions(self):  # type: ignore[arg-type]
             layer.override = override
 
@@ -170,7 +175,7 @@ class AttentionSettings:
             layer.override = None
 
 
-def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) -> Sequence[int | None]:
+def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) -> Sequence[Any]:
     """One slice size per layer of `heads`, checked."""
     if slice_size is None:
         return [None] * len(heads)
@@ -178,8 +183,8 @@ def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) 
         return [max(n // 2, 1) for n in heads]
     if slice_size == "max":
         return [1] * len(heads)
-    sizes = [slice_size] * len(heads) if isinstance(slice_size, int) else slice_size
-    if isinstance(sizes, str) or not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+    sizes = slice_size if isinstance(slice_size, (list, tuple)) else [slice_size] * len(heads)
+    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
         raise InputTypeError(f"slice_size={slice_size!r}: 'auto', 'max', a number of heads or one per layer would do")
     if len(sizes) != len(heads):
         raise InputError(f"slice_size: {len(sizes)} numbers for {len(heads)} attention layers")

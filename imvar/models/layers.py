@@ -109,6 +109,12 @@ class Checkpointing:
         return part(*inputs)
 
 
+def put(model: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute that may be a function or a module: the one cannot simply take the other's place."""
+    delattr(model, name)
+    setattr(model, name, value)
+
+
 def swap(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> int:
     """Replace every `old` layer in `model` by `make(layer)`; returns how many there were.
 

@@ -19,7 +19,7 @@ from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
 from .attention import AttentionSettings, CrossAttention, SelfAttention
 from .freeu import FreeU
-from .layers import Checkpointing, Downsample, FeedForward, ResnetBlock, TimestepEmbedding, Upsample
+from .layers import Checkpointing, Downsample, FeedForward, ResnetBlock, TimestepEmbedding, Upsample, put
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """h: b c h w, skip: b d h w, the level counted from the coarsest; answer: b c+d h w."""
@@ -259,10 +259,10 @@ class UNet2DConditionModel(AttentionSettings, Checkpointing, PretrainedModel):
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Merge skips as FreeU does (arXiv:2309.11497); for this model s1 0.9, s2 0.2, b1 1.2, b2 1.4 are usual."""
-        self.merge = FreeU(s1, s2, b1, b2)
+        put(self, "merge", FreeU(s1, s2, b1, b2))
 
     def disable_freeu(self) -> None:
-        self.merge = concat
+        put(self, "merge", concat)
 
 
 def refuse(unsupported: Sequence[Any], more: dict[str, Any]) -> None:

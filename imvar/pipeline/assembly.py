@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 
 from ..errors import InputError
 from ..image import numpy_to_pil
-from ..models.attention import Attend
+from ..models.attention import Attend, memory_efficient
 from .offload import Offload
 from .storage import Storage
 
@@ -146,8 +146,9 @@ class Assembly(Storage):
 
     def enable_xformers_memory_efficient_attention(self, attention_op: SDPBackend | Attend | None = None) -> None:
         """Let UNet and autoencoder attend with PyTorch's memory-efficient backend, or with `attention_op`."""
+        kernel = memory_efficient(attention_op)
         for model in (self.unet, self.vae):
-            model.enable_xformers_memory_efficient_attention(attention_op)
+            model.enable_xformers_memory_efficient_attention(kernel)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         for model in (self.unet, self.vae):

@@ -152,9 +152,6 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | 
         if tensor.shape != expected[name].shape:
             raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
                                   "config", path=path, key=model.keymap.spellings(name)[0])
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:  # assigning would make a bare tensor trainable, whatever the parameter was
-            found[name] = nn.Parameter(found[name], parameter.requires_grad)
     on_meta = any(tensor.is_meta for tensor in expected.values())
     nn.Module.load_state_dict(model, found, strict=True, assign=on_meta)
 

@@ -126,8 +126,12 @@ def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, va
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One file, whole or not at all, in the format of its ending."""
-    dense = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    """One file, whole or not at all, in the format of its ending. Tensors that share memory are written each."""
+    dense, places = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        dense[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
     if path.suffix == ".safetensors":
         write_whole(path, lambda temporary: save_file(dense, temporary, metadata={"format": "pt"}))
     else:

@@ -1,0 +1,140 @@
+"""A research fork in one file: every layer that people like to change, changed on loaded weights.
+
+    python scripts/fork.py CHECKPOINT
+
+Nothing of the package is edited. Each function takes a pipeline and changes one thing; `main` does them
+all, makes a picture, saves the changed UNet and loads it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from imvar import StableDiffusionImageVariationPipeline, UNet2DConditionModel, set_attend, swap
+from imvar.models import ResnetBlock, SelfAttention
+from imvar.outputs import SchedulerOutput
+
+
+class Tempered(nn.Module):
+    """An attention kernel with a parameter of its own: a learned temperature, saved with the model."""
+
+    def __init__(self, temperature: float = 1.0):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(temperature))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q / self.temperature, k, v)
+
+
+class WindowAttention(SelfAttention):
+    """Another attention class: tokens see only those of their own half of the picture."""
+
+    @classmethod
+    def from_layer(cls, layer: SelfAttention) -> WindowAttention:
+        mine = cls(layer.to_q.in_features, layer.heads, attend=layer.attend)
+        mine.load_state_dict(layer.state_dict())
+        return mine.to(layer.to_q.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(WindowAttention, self).forward(half) for half in x.chunk(2, dim=1)], dim=1)
+
+
+class GatedBlock(ResnetBlock):
+    """A subclassed block with an added parameter; at its start it changes nothing."""
+
+    def __init__(self, *args: int, **options: float):
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.gate = nn.Parameter(torch.ones(self.conv1.out_channels, 1, 1))
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        return super().forward(x, time) * self.gate
+
+
+class GatedUNet(UNet2DConditionModel):
+    block = GatedBlock
+
+
+class MyUNet(GatedUNet):
+    """Gated blocks and tempered attention from the start, so that `from_pretrained` finds their parameters."""
+
+    def __init__(self, *args: object, **settings: object):
+        super().__init__(*args, **settings)
+        set_attend(self, Tempered())
+
+
+class Euler:
+    """A scheduler of one's own is any object with these five names (arXiv:2206.00364, algorithm 1, no churn)."""
+
+    init_noise_sigma = 80.0
+
+    def set_timesteps(self, num_inference_steps: int, device: object = None) -> None:
+        sigmas = torch.linspace(80.0 ** (1 / 7), 0.1 ** (1 / 7), num_inference_steps) ** 7
+        self.sigmas = torch.cat([sigmas, torch.zeros(1)])
+        self.timesteps = torch.arange(num_inference_steps)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample / (self.sigmas[timestep] ** 2 + 1) ** 0.5
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> SchedulerOutput:
+        return SchedulerOutput(sample + (self.sigmas[timestep + 1] - self.sigmas[timestep]) * model_output)
+
+
+def tempered_attention(pipe: StableDiffusionImageVariationPipeline) -> None:
+    set_attend(pipe.unet, Tempered(0.9))
+
+
+def windowed_attention(pipe: StableDiffusionImageVariationPipeline) -> None:
+    swap(pipe.unet, SelfAttention, WindowAttention.from_layer)
+
+
+def gated_blocks(pipe: StableDiffusionImageVariationPipeline) -> None:
+    """The UNet is built again with the new block, and takes the old weights; gates start at one."""
+    unet = GatedUNet.from_config(pipe.unet.config).to(pipe.device, pipe.dtype)
+    unet.load_state_dict(unet.state_dict() | pipe.unet.state_dict())
+    pipe.unet = unet.eval()
+
+
+def quieter_skips(pipe: StableDiffusionImageVariationPipeline) -> None:
+    pipe.unet.merge = lambda h, skip, level: torch.cat([h, skip * 0.9], dim=1)
+
+
+def wider_input(pipe: StableDiffusionImageVariationPipeline, extra: int = 5) -> None:
+    """Extra input channels whose weights start at zero, so that nothing changes before training."""
+    old = pipe.unet.conv_in
+    new = nn.Conv2d(old.in_channels + extra, old.out_channels, 3, padding=1).to(old.weight)
+    with torch.no_grad():
+        new.weight.zero_()[:, :old.in_channels] = old.weight
+        new.bias.copy_(old.bias)  # type: ignore[union-attr]
+    pipe.unet.conv_in = new
+    pipe.unet.register_to_config(in_channels=new.in_channels)
+
+
+def own_scheduler(pipe: StableDiffusionImageVariationPipeline) -> None:
+    pipe.scheduler = Euler()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    pipe = StableDiffusionImageVariationPipeline.from_pretrained(parser.parse_args().checkpoint)
+    for change in (gated_blocks, tempered_attention, windowed_attention, quieter_skips, own_scheduler):
+        change(pipe)
+        print(f"{change.__name__}: done")
+    picture = Image.effect_mandelbrot((256, 256), (-2, -1.5, 1, 1.5), 100).convert("RGB")
+    print(pipe(picture, num_inference_steps=3, output_type="pt").images.shape)
+
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.unet.save_pretrained(folder)
+        again = MyUNet.from_pretrained(folder)
+    same = all(torch.equal(again.state_dict()[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+    print(f"the changed UNet saved and loaded again: {'equal' if same else 'DIFFERENT'}")
+
+
+if __name__ == "__main__":
+    main()
