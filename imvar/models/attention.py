@@ -72,9 +72,10 @@ def memory_efficient(attention_op: SDPBackend | Attend | None = None) -> Attend:
     """The kernel that such an option stands for; off CUDA a backend comes with a warning."""
     if callable(attention_op):
         return attention_op
+    kernel = Backend() if attention_op is None else Backend(attention_op)
     if not torch.cuda.is_available():
         warnings.warn("memory-efficient attention: no CUDA here, so the default SDPA answers", stacklevel=3)
-    return Backend() if attention_op is None else Backend(attention_op)
+    return kernel
 
 
 class Attention(nn.Module):
@@ -183,12 +184,12 @@ def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) 
         return [max(n // 2, 1) for n in heads]
     if slice_size == "max":
         return [1] * len(heads)
-    sizes = slice_size if isinstance(slice_size, (list, tuple)) else [slice_size] * len(heads)
-    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
-        raise InputTypeError(f"slice_size={slice_size!r}: 'auto', 'max', a number of heads or one per layer would do")
+    sizes = list(slice_size) if isinstance(slice_size, (list, tuple)) else [slice_size] * len(heads)
     if len(sizes) != len(heads):
         raise InputError(f"slice_size: {len(sizes)} numbers for {len(heads)} attention layers")
     for size, most in zip(sizes, heads, strict=True):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise InputTypeError(f"slice_size={slice_size!r}: 'auto', 'max', a number of heads or one per layer would do")
         if not 1 <= size <= most:
             raise InputError(f"slice_size={size}: it has to be between 1 and the number of heads, {most}")
     return sizes

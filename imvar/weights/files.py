@@ -33,9 +33,9 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
     """
     if not isinstance(source, (str, os.PathLike)):
         raise InputTypeError(f"checkpoint: {type(source).__name__} came; a folder or a hub id 'owner/name' would do")
-    if Path(source).is_dir():
-        return Path(source)
     name = str(source)
+    if name and Path(source).is_dir():
+        return Path(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError("no such folder (and not a hub id, which looks like 'owner/name')", path=name)
     import huggingface_hub  # half a second, paid only by those who download

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise CheckpointError("no such file", path=path) from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"holds more than tensors, and is not read: {first_line(error)}", path=path) from error
+        names = re.search(r"GLOBAL (\S+)", str(error))
+        fault = f"names {names[1]}, and nothing but tensors is ever unpickled" if names else "is no pickle of tensors"
+        raise CheckpointError(f"cannot be read as a .bin file of tensors: it {fault}", path=path) from error
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = f"cannot be read as a {path.suffix} file of tensors: {first_line(error)}"
         raise CheckpointError(reason, path=path) from error
