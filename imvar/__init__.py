@@ -15,6 +15,7 @@ from .models import (
     swap,
 )
 from .outputs import StableDiffusionPipelineOutput
+from .photos import load_image
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 
@@ -38,6 +39,7 @@ __all__ = [
     "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
     "VaeImageProcessor",
+    "load_image",
     "sdpa",
     "set_attend",
     "sliced",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -303,9 +304,9 @@ def hub(checkpoint, monkeypatch, tmp_path):
     (remote / "montage.jpg").write_bytes(b"0" * 1000)
     names = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
 
-    def list_repo_files(repo_id, **options):
+    def model_info(repo_id, **options):
         calls.append(("list", repo_id, options))
-        return names
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
     def snapshot_download(repo_id, allow_patterns=None, local_files_only=False, **options):
         from huggingface_hub.utils import filter_repo_objects
@@ -319,7 +320,7 @@ def hub(checkpoint, monkeypatch, tmp_path):
             shutil.copy(remote / name, tmp_path / "cache" / name)
         return str(tmp_path / "cache")
 
-    monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     return calls
@@ -329,7 +330,7 @@ def test_only_needed_files_are_fetched(hub):
     StableDiffusionImageVariationPipeline.from_pretrained("owner/name", revision="v2.0", token="t", cache_dir="c")
     (_, repo, options), (_, fetched, where) = hub
     assert repo == "owner/name"
-    assert options == {"revision": "v2.0", "token": "t"}
+    assert options == {"revision": "v2.0", "token": "t", "timeout": 10}
     assert where == {"revision": "v2.0", "token": "t", "cache_dir": "c"}
     assert fetched == sorted([
         "feature_extractor/preprocessor_config.json", "image_encoder/config.json", "image_encoder/model.safetensors",
@@ -355,11 +356,14 @@ def test_one_part_from_the_hub(hub):
 
 
 def test_without_a_network(hub, monkeypatch, tmp_path):
-    for options in ({"local_files_only": True}, {}):
-        def unreachable(*args, **kwargs):
-            raise OSError("no route to host")
+    class NoRouteError(Exception):
+        """Of the network library, which may derive from nothing that we know."""
 
-        monkeypatch.setattr("huggingface_hub.list_repo_files", unreachable)
+    def unreachable(*args, **kwargs):
+        raise NoRouteError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
+    for options in ({"local_files_only": True}, {}):
         with pytest.raises(CheckpointError, match=r"owner/name.*connect once.*or give the folder"):
             StableDiffusionImageVariationPipeline.from_pretrained("owner/name", **options)
     for nowhere in (tmp_path / "nowhere", "nowhere", "a/b/c", ""):

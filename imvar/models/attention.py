@@ -189,7 +189,7 @@ def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) 
         raise InputError(f"slice_size: {len(sizes)} numbers for {len(heads)} attention layers")
     for size, most in zip(sizes, heads, strict=True):
         if not isinstance(size, int) or isinstance(size, bool):
-            raise InputTypeError(f"slice_size={slice_size!r}: 'auto', 'max', a number of heads or one per layer would do")
+            raise InputTypeError(f"slice_size={slice_size!r}: 'auto', 'max', a number of heads, or one per layer")
         if not 1 <= size <= most:
             raise InputError(f"slice_size={size}: it has to be between 1 and the number of heads, {most}")
     return sizes

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from ..errors import CheckpointError, InputTypeError
 
 Wanted = Callable[[set[str]], list[str]]
@@ -38,26 +40,25 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
         return Path(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError("no such folder (and not a hub id, which looks like 'owner/name')", path=name)
-    import huggingface_hub  # half a second, paid only by those who download
-
-    where: dict[str, Any] = {"revision": hub.revision, "token": hub.token}
+    patterns, fault = None, None  # no patterns: no network, so what is in the cache has to do
     try:
-        if hub.local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE:
-            patterns = None
-        else:
-            patterns = wanted(set(huggingface_hub.list_repo_files(name, **where)))
-    except (OSError, huggingface_hub.errors.HfHubHTTPError):
-        patterns = None  # no network: what is in the cache has to do
+        if not hub.local_files_only and not huggingface_hub.constants.HF_HUB_OFFLINE:
+            found = huggingface_hub.model_info(name, revision=hub.revision, token=hub.token, timeout=10)
+            patterns = wanted({file.rfilename for file in found.siblings or []})
     except CheckpointError as error:
         raise CheckpointError(error.reason, path=name) from error
+    except Exception as error:  # huggingface_hub lets those of its network library through, whichever that is
+        fault = error
     try:
         return Path(huggingface_hub.snapshot_download(
-            name, **where, cache_dir=hub.cache_dir, allow_patterns=patterns, local_files_only=patterns is None))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+            name, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir, allow_patterns=patterns,
+            local_files_only=patterns is None))
+    except Exception as error:
+        fault = fault or error
         at = f"{name} (revision {hub.revision})" if hub.revision else name
         raise CheckpointError("not in the cache, and the hub could not be reached or does not have it: connect once so "
                               "that it is downloaded, or give the folder of a copy "
-                              f"({type(error).__name__}: {first_line(error)})", path=at) from error
+                              f"({type(fault).__name__}: {first_line(fault)})", path=at) from fault
 
 
 def first_line(error: BaseException) -> str:

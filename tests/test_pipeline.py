@@ -1,0 +1,268 @@
+"""The pipeline's manners: what it refuses, what it leaves behind, and who sees which scheduler."""
+
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from random_checkpoint import tiny_pipeline
+
+import imvar
+from imvar import DDIMScheduler, InputError, InputTypeError, StableDiffusionImageVariationPipeline
+
+
+def run(pipe, image, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(image, **({"num_inference_steps": 3, "output_type": "np", "generator": generator} | options)).images
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = {
+    "image": [None, "cat.png", b"", 3, [], [None], ["cat.png"], [3], torch.ones(3, 4), torch.ones(2, 4, 32, 32),
+              torch.ones(1, 3, 32, 32, dtype=torch.uint8), torch.full((1, 3, 32, 32), NAN), torch.ones(0, 3, 32, 32),
+              torch.ones(1, 3, 31, 31)],
+    "height": [0, -64, 2**30, 100, 64.0, "64", True],
+    "width": [0, -64, 2**30, 100, 64.0, "64", True],
+    "num_inference_steps": [0, -4, 1001, 2.5, "3", None, True],
+    "guidance_scale": [NAN, INF, "3", None, True],
+    "num_images_per_prompt": [0, -1, 1.5, "2", True],
+    "eta": [NAN, "0.5", None],
+    "generator": [42, "seed", [42], [], [torch.Generator()] * 2],
+    "latents": [torch.ones(1, 4, 8, 8), torch.ones(2, 4, 16, 16), torch.full((1, 4, 16, 16), NAN), 3,
+                torch.ones(1, 4, 16, 16, dtype=torch.int64)],
+    "output_type": ["jpeg", None, 3],
+    "callback": [3, "print"],
+    "callback_steps": [0, -1, 1.5, None, "1", True],
+}
+CASES = [(name, value) for name, values in WRONG.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_used_is_named_before_any_step(pipe, photo, name, value):
+    options = {"image": photo, name: value}
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(InputError) as caught:
+        run(pipe, **options)
+    asked = {"image": r"image|pixel_values"}.get(name, name)
+    assert any(word in str(caught.value) for word in asked.split("|"))
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5])
+def test_eta_out_of_range_under_ddim(pipe, photo, eta):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(InputError, match="eta"):
+        run(pipe, photo, eta=eta)
+
+
+def test_a_good_call_after_a_bad_one_equals_a_fresh_one(pipe, photo):
+    expected = run(tiny(), photo)
+
+    def interrupt(i, t, latents):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, photo, callback=interrupt)
+    with pytest.raises(InputError):
+        run(pipe, photo, num_inference_steps=0)
+    assert np.array_equal(run(pipe, photo), expected)
+    assert pipe.scheduler.num_inference_steps is None
+
+
+def tiny(**options):
+    pipe = tiny_pipeline(**options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_call_within_a_callback(pipe, photo):
+    expected, other = run(pipe, photo), run(pipe, photo, seed=1, num_inference_steps=2)
+    inner = []
+    outer = run(pipe, photo, callback=lambda *_: inner.append(run(pipe, photo, seed=1, num_inference_steps=2)))
+    assert np.array_equal(outer, expected)
+    assert len(inner) == 3
+    assert all(np.array_equal(images, other) for images in inner)
+
+
+def test_who_sees_which_scheduler(pipe, photo):
+    """In a call, this call's own copy, in hooks and callbacks alike; elsewhere the one that was set."""
+    seen = []
+
+    class Watching(StableDiffusionImageVariationPipeline):
+        def prepare_extra_step_kwargs(self, generator, eta):
+            seen.append(self.scheduler)
+            self.noted = len(self.scheduler.timesteps)
+            return super().prepare_extra_step_kwargs(generator, eta)
+
+    mine = Watching(**pipe.components)
+    mine.set_progress_bar_config(disable=True)
+    run(mine, photo, callback=lambda *_: seen.append(mine.scheduler))
+    assert all(scheduler is seen[0] for scheduler in seen)
+    assert seen[0] is not mine.scheduler
+    assert mine.scheduler is pipe.scheduler
+    assert mine.noted == 4  # what a hook notes stays on the pipeline
+    outside = []
+    run(mine, photo, callback=lambda *_: outside.append(in_a_thread(lambda: mine.scheduler)))
+    assert outside[0] is mine.scheduler
+
+
+def in_a_thread(work):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_threads_with_their_own_schedulers_and_sizes(pipe, photo):
+    pipes = [pipe, StableDiffusionImageVariationPipeline(**pipe.components)]
+    pipes[1].scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipes[1].set_progress_bar_config(disable=True)
+    jobs = [(pipes[i % 2], {"seed": i, "num_inference_steps": 2 + i, "height": 64 + 8 * i}) for i in range(4)]
+    expected = [run(p, photo, **options) for p, options in jobs]
+    made = [None] * len(jobs)
+
+    def work(i):
+        p, options = jobs[i]
+        made[i] = run(p, photo, **options)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(np.array_equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+def test_parts_are_shared_and_settings_follow_the_parts(pipe, photo):
+    other = StableDiffusionImageVariationPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    assert other.components == pipe.components
+    assert list(pipe.components) == ["vae", "image_encoder", "unet", "scheduler", "safety_checker", "feature_extractor"]
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert np.array_equal(run(other, photo), run(pipe, photo))
+
+
+def test_copies_and_pickles(pipe, photo):
+    expected = run(pipe, photo)
+    for twin in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)), copy.copy(pipe)):
+        assert np.array_equal(run(twin, photo), expected)
+    twin = copy.deepcopy(pipe)
+    twin.unet.conv_in.weight.data.zero_()
+    assert np.array_equal(run(pipe, photo), expected)
+
+
+def test_offload_moves_each_part_when_its_turn_comes(pipe, photo, monkeypatch):
+    """On a machine without an accelerator the moves go from the CPU to the CPU, in the same order."""
+    expected, moves = run(pipe, photo), []
+    names = {id(module): name for name, module in pipe.modules.items()}
+    plain = torch.nn.Module.to
+
+    def to(module, device):
+        moves.append((names[id(module)], str(device)))
+        return plain(module, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    pipe.enable_model_cpu_offload(device="cpu:0")
+    moves.clear()
+    assert np.array_equal(run(pipe, photo), expected)
+    arrivals = [name for name, device in moves if device == "cpu:0"]
+    assert arrivals == ["image_encoder", "unet", "vae", "safety_checker"]
+    assert moves[-1] == ("safety_checker", "cpu")
+    assert len(moves) == 8
+    with pytest.raises(ZeroDivisionError):
+        run(pipe, photo, callback=lambda *_: 1 / 0)
+    assert moves[-1] == ("unet", "cpu")
+    assert pipe._execution_device == torch.device("cpu:0")
+    pipe.remove_all_hooks()
+    moves.clear()
+    assert np.array_equal(run(pipe, photo), expected)
+    assert moves == []
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this is about machines without an accelerator")
+def test_offload_needs_an_accelerator(pipe):
+    with pytest.raises(InputError, match="accelerator"):
+        pipe.enable_model_cpu_offload()
+    with pytest.raises(InputError, match="gpu_id"):
+        pipe.enable_model_cpu_offload(gpu_id=1, device="cuda:0")
+
+
+def test_to(pipe, photo):
+    assert pipe.to(torch.bfloat16) is pipe
+    assert {module.dtype for module in pipe.modules.values()} == {torch.bfloat16}
+    assert run(pipe, photo).dtype == np.float32
+    assert pipe.to("cpu", torch_dtype=torch.float32).dtype == torch.float32
+    assert pipe.to("cpu", torch.float64).dtype == torch.float64
+    assert pipe.device == torch.device("cpu")
+
+
+def test_nothing_is_trained_by_a_call(pipe, photo):
+    latents = pipe(photo, num_inference_steps=2, output_type="latent").images
+    assert not latents.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_latents_come_in_and_go_out(pipe, photo):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    kept = noise.clone()
+    assert np.array_equal(run(pipe, photo, latents=noise), run(pipe, photo))
+    assert np.array_equal(run(pipe, photo, latents=noise.double()), run(pipe, photo))
+    assert torch.equal(noise, kept)
+    output = pipe(photo, num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0))
+    assert output.nsfw_content_detected is None
+    assert list(output) == ["images"]
+    assert output.images.shape == (1, 4, 16, 16)
+
+
+def test_every_picture_of_a_batch_has_its_own_noise(pipe, photo):
+    images = pipe([photo, photo], num_inference_steps=2, num_images_per_prompt=2, output_type="np").images
+    assert len(images) == 4
+    assert all(np.abs(a - b).max() > 0.01 for i, a in enumerate(images) for b in images[:i])
+
+
+def test_pictures_that_are_not_finite_are_an_error(pipe, photo):
+    pipe.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(imvar.ImvarError, match="not finite"):
+        run(pipe, photo)
+
+
+def test_construction(pipe):
+    parts = pipe.components
+    with pytest.warns(UserWarning, match="requires_safety_checker=False"):
+        StableDiffusionImageVariationPipeline(**(parts | {"safety_checker": None}))
+    StableDiffusionImageVariationPipeline(**(parts | {"safety_checker": None}), requires_safety_checker=False)
+    with pytest.raises(InputError, match="feature_extractor"):
+        StableDiffusionImageVariationPipeline(**(parts | {"feature_extractor": None}))
+    assert pipe.config["requires_safety_checker"] is True
+    assert "AutoencoderKL" in repr(pipe)
+
+
+def test_progress_bars(photo, capsys):
+    pipe = tiny_pipeline()
+    run(pipe, photo)
+    assert "3/3" in capsys.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    run(pipe, photo)
+    assert capsys.readouterr().err == ""
+    assert list(pipe.progress_bar(range(3))) == [0, 1, 2]
+    with pytest.raises(ValueError, match="progress_bar"):
+        pipe.progress_bar()
+
+
+def test_pil_pictures(pipe, photo):
+    output = pipe([photo, photo], num_inference_steps=1, width=64)
+    assert [image.size for image in output.images] == [(64, 128)] * 2
+    assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in output["images"])
+    assert output.images is output[0]
+    assert output.to_tuple() == (output.images, output.nsfw_content_detected)
+    assert pipe.numpy_to_pil(np.zeros((2, 8, 8, 3)))[1].size == (8, 8)
+
+
+def test_a_checker_that_says_nothing_wrong_in_silence(pipe, photo):
+    with pytest.raises(InputTypeError):
+        pipe.check_inputs("photo.jpg", 64, 64, 1)
+    with pytest.raises(InputError, match="height=65"):
+        pipe.check_inputs(photo, 65, 64, 1)
+    pipe.check_inputs(photo, 64, 64, 1)
