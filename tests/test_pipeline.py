@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from PIL import Image
 from random_checkpoint import tiny_pipeline
 
@@ -240,6 +241,7 @@ def test_construction(pipe):
 
 
 def test_progress_bars(photo, capsys):
+    enable_progress_bars()  # the reference's tests have switched all of the hub's bars off
     pipe = tiny_pipeline()
     run(pipe, photo)
     assert "3/3" in capsys.readouterr().err
