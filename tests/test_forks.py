@@ -218,6 +218,16 @@ def test_a_scheduler_of_five_names_is_copied_for_each_call(pipe, photo):
     assert not hasattr(pipe.scheduler, "sigmas")
 
 
+def test_a_buffer_that_no_file_holds_is_named(checkpoint):
+    class Mine(imvar.UNet2DConditionModel):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+    with pytest.raises(imvar.CheckpointError, match="table.*persistent"):
+        Mine.from_pretrained(checkpoint, subfolder="unet")
+
+
 def test_a_subclass_may_bring_a_setting_of_its_own(tmp_path):
     from dataclasses import dataclass
 

@@ -154,6 +154,9 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | 
                                   "config", path=path, key=model.keymap.spellings(name)[0])
     on_meta = any(tensor.is_meta for tensor in expected.values())
     nn.Module.load_state_dict(model, found, strict=True, assign=on_meta)
+    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
+                              "compute it in forward, or let it be saved", path=path, key=left[0])
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
