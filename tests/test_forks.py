@@ -224,7 +224,7 @@ def test_a_buffer_that_no_file_holds_is_named(checkpoint):
             super().__init__(*args, **settings)
             self.register_buffer("table", torch.arange(3.0), persistent=False)
 
-    with pytest.raises(imvar.CheckpointError, match="table.*persistent"):
+    with pytest.raises(imvar.CheckpointError, match=r"table.*persistent"):
         Mine.from_pretrained(checkpoint, subfolder="unet")
 
 
