@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -27,9 +27,17 @@ only = one_of
 """A field that the format has and every published checkpoint leaves at this one value."""
 
 
+DEFAULTS = "_use_default_values"  # diffusers' key for the fields that were not given
+
+
 @dataclass(frozen=True, eq=False)
-class Config(Mapping[str, Any]):
-    """The settings of one part. Raises `InputError` for a value that the part cannot honour."""
+class Config(dict[str, Any]):
+    """The settings of one part, a dictionary that cannot be changed and is read by attribute as well.
+
+    `given` names the fields that were, `foreign` holds the keys that no field is for. As in diffusers, the key
+    `_use_default_values` lists the fields that were not given. Raises `InputError` for a value that the part
+    cannot honour.
+    """
 
     given: ClassVar[frozenset[str]] = frozenset()
     foreign: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -53,15 +61,19 @@ class Config(Mapping[str, Any]):
         Values that were only defaults over there are left to this class's own defaults; keys this
         class does not know are kept in `foreign`.
         """
-        if isinstance(settings, Config):
-            settings = settings.explicit()
-        defaults = settings.get("_use_default_values", ())
+        defaults = settings.get(DEFAULTS, ())
         values = {key: value for key, value in settings.items() if key not in defaults} | changes
         known = {f.name for f in fields(cls)} & values.keys()
         config = cls(**{name: values[name] for name in known})
-        foreign = {k: v for k, v in values.items() if k not in known | {"_class_name", "_use_default_values"}}
-        config.__dict__.update(given=frozenset(known), foreign=MappingProxyType(foreign))
-        return config
+        return config.marked(known, {k: v for k, v in values.items() if k not in known | {"_class_name", DEFAULTS}})
+
+    def marked(self, given: Iterable[str], foreign: Mapping[str, Any]) -> Self:
+        """This config, told once which fields were given, and what came beside them."""
+        vars(self).update(given=frozenset(given), foreign=MappingProxyType(dict(foreign)))
+        names = [f.name for f in fields(self)]
+        dict.update(self, foreign, **{name: getattr(self, name) for name in names},
+                    **{DEFAULTS: [name for name in names if name not in self.given]})
+        return self
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -69,11 +81,11 @@ class Config(Mapping[str, Any]):
             if allowed and not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
                 choices = " or ".join(map(repr, allowed))
                 raise InputError(f"{type(self).__name__}: {f.name}={value!r} is not supported; it can be {choices}")
+        self.check()
+        self.marked((f.name for f in fields(self) if getattr(self, f.name) is not f.default), {})
 
-    def __getitem__(self, key: str) -> Any:
-        if any(key == f.name for f in fields(self)):
-            return getattr(self, key)
-        return self.foreign[key]
+    def check(self) -> None:
+        """Raise `InputError` for values that do not go together; a subclass may put a field in order as well."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -81,12 +93,10 @@ class Config(Mapping[str, Any]):
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has no setting {name!r}") from None
 
-    def __iter__(self) -> Iterator[str]:
-        yield from (f.name for f in fields(self))
-        yield from self.foreign
+    def _frozen(self, *_: Any, **__: Any) -> Any:
+        raise InputTypeError(f"{type(self).__name__} cannot be changed; its part's register_to_config makes another")
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _frozen  # type: ignore
 
     def __reduce__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -94,7 +104,7 @@ class Config(Mapping[str, Any]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested configs included, ready for JSON."""
-        return {key: plain(value) for key, value in self.items()}
+        return {key: plain(value) for key, value in self.items() if key != DEFAULTS}
 
     def explicit(self) -> dict[str, Any]:
         """Only what was given, foreign keys included: what carries over to another class."""
@@ -106,15 +116,13 @@ class Config(Mapping[str, Any]):
 
 
 def _restore(cls: type[Config], values: dict[str, Any], given: frozenset[str], foreign: dict[str, Any]) -> Config:
-    config = cls(**values)
-    config.__dict__.update(given=given, foreign=MappingProxyType(foreign))
-    return config
+    return cls(**values).marked(given, foreign)
 
 
 def plain(value: Any) -> Any:
     """Configs to dictionaries, tuples and arrays to lists: what JSON can hold."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return value.to_dict() if isinstance(value, Config) else {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
@@ -133,6 +141,7 @@ class Configured:
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__()
+        args = (*args, settings.pop("config")) if not args and "config" in settings else args
         if len(args) == 1 and not settings and (given := as_settings(args[0])) is not None:
             self.config = given if isinstance(given, self.config_class) else self.config_class.read(given)
         else:

@@ -236,7 +236,7 @@ def test_construction(pipe):
     StableDiffusionImageVariationPipeline(**(parts | {"safety_checker": None}), requires_safety_checker=False)
     with pytest.raises(InputError, match="feature_extractor"):
         StableDiffusionImageVariationPipeline(**(parts | {"feature_extractor": None}))
-    assert pipe.config["requires_safety_checker"] is True
+    assert pipe.config["requires_safety_checker"] is pipe.config.requires_safety_checker is True
     assert "AutoencoderKL" in repr(pipe)
 
 

@@ -46,8 +46,8 @@ class CLIPImageProcessorConfig(Config):
     do_convert_rgb: bool = one_of(True, False)
     image_processor_type: str = one_of("CLIPImageProcessor", "CLIPImageProcessorPil", "CLIPImageProcessorFast")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         self.__dict__.update(
             size=self._size("size", [{"shortest_edge"}, {"height", "width"}]),
             crop_size=self._size("crop_size", [{"height", "width"}]),

@@ -39,8 +39,8 @@ class VaeImageProcessorConfig(Config):
     do_convert_rgb: bool = one_of(False, True)
     do_convert_grayscale: bool = only(False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         for name in ("vae_scale_factor", "vae_latent_channels"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise InputError(f"{type(self).__name__}: {name}={value!r} is not supported; it can be 1, 2, 3, ...")

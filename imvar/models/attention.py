@@ -114,7 +114,8 @@ class CrossAttention(Attention):
     """The image asks, the context answers.
 
     A softmax over one key is 1 whatever the query, so a context of one token is answered by
-    `to_out(to_v(context))` at every position. That is exact, and it is the usual case here.
+    `to_out(to_v(context))` at every position. That is exact, and it is the usual case here. The query,
+    the key and the norm then change nothing; in training their gradients are zero.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, attend: Attend = sdpa):
@@ -122,9 +123,15 @@ class CrossAttention(Attention):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        if context.shape[1] == 1:
-            return self.to_out(self.to_v(context))  # b 1 c: the same at every position of x
-        return self.answer(self.norm(x), context)
+        if context.shape[1] > 1:
+            return self.answer(self.norm(x), context)
+        answer = self.to_out(self.to_v(context))  # b 1 c: the same at every position of x
+        return answer + self.nothing() if torch.is_grad_enabled() else answer
+
+    def nothing(self) -> Tensor:
+        """Zero, from the parameters that one token leaves out: so trainers find a gradient, and it is zero."""
+        left_out = (*self.norm.parameters(), *self.to_q.parameters(), *self.to_k.parameters())
+        return 0 * sum((parameter.sum() for parameter in left_out), start=torch.zeros(()))
 
 
 class PixelAttention(Attention):

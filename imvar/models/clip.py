@@ -53,8 +53,8 @@ class CLIPVisionConfig(Config):
             settings = {**vision, **{k: v for k, v in settings.items() if k == "projection_dim"}}
         return super().read(settings, **changes)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.hidden_size % self.num_attention_heads:
             raise InputError(f"hidden_size={self.hidden_size} cannot be split into "
                              f"num_attention_heads={self.num_attention_heads}")

@@ -96,6 +96,10 @@ class Checkpointing:
 
     gradient_checkpointing = False
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(getattr(part, "gradient_checkpointing", False) for part in self.modules())  # type: ignore
+
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the inputs of the large parts; their insides are computed again for the gradients."""
         self.gradient_checkpointing = True

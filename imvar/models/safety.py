@@ -34,8 +34,8 @@ class CLIPConfig(Config):
     logit_scale_init_value: float = 2.6592
     initializer_factor: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         object.__setattr__(self, "vision_config", CLIPVisionConfig.read(as_settings(self.vision_config) or {}))
 
 

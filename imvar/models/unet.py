@@ -80,8 +80,11 @@ class UNetConfig(Config):
     cross_attention_norm: None = only(None)
     addition_embed_type_num_heads: int = only(64)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
+        for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim", "norm_num_groups"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise InputError(f"{name}={value!r} is not supported; one whole number, for all levels, would do")
         levels = len(self.block_out_channels)
         for name, kinds in ("down_block_types", WITH_ATTENTION[:1] + WITHOUT[:1]), (
                 "up_block_types", WITH_ATTENTION[1:] + WITHOUT[1:]):
@@ -267,7 +270,7 @@ class UNet2DConditionModel(AttentionSettings, Checkpointing, PretrainedModel):
 
 def refuse(unsupported: Sequence[Any], more: dict[str, Any]) -> None:
     """Arguments of the reference's UNet that no part of this pipeline has a use for."""
-    names = [*(f"positional argument {i + 4}" for i, value in enumerate(unsupported) if value is not None),
-             *(name for name, value in more.items() if value is not None)]
+    given = {f"positional argument {i + 4}": value for i, value in enumerate(unsupported)} | more
+    names = [name for name, value in given.items() if value is not None and value != {}]
     if names:
         raise InputError(f"UNet2DConditionModel: {', '.join(names)}: not supported; leave it out, or None")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,8 @@ class VAEConfig(Config):
     use_post_quant_conv: bool = only(True)
     mid_block_add_attention: bool = only(True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         levels = len(self.block_out_channels)
         for name, kind in ("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"):
             if list(getattr(self, name)) != [kind] * levels:
@@ -152,6 +153,11 @@ class DiagonalGaussianDistribution:
     def mode(self) -> Tensor:
         return self.mean
 
+    def nll(self, sample: Tensor) -> Tensor:
+        """Negative log likelihood of a sample (b, c, h, w), in nats: (b,)."""
+        terms = math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
+        return 0.5 * terms.sum(dim=(1, 2, 3))
+
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
         """KL divergence from `other`, by default a standard normal, in nats: (b,)."""
         if other is None:
@@ -161,7 +167,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
-class AutoencoderKL(AttentionSettings, PretrainedModel):
+class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel):
     """Compress pictures to latents and back (arXiv:2112.10752, section 3.1)."""
 
     config_class = VAEConfig

@@ -72,8 +72,14 @@ class Assembly(Storage):
 
     @contextmanager
     def own_scheduler(self) -> Iterator[None]:
-        """For the time of a call, in this thread alone, a copy of the scheduler for the call to step."""
-        token = _stepping.set((*_stepping.get(), (self, copy.deepcopy(self._scheduler))))
+        """For the time of a call, in this thread alone, a copy of the scheduler for the call to step.
+
+        The copy is a shallow one. A scheduler of which a method was replaced is stepped itself, as whatever
+        replaced it may refer to it.
+        """
+        scheduler = self._scheduler
+        replaced = any(callable(getattr(type(scheduler), name, None)) for name in vars(scheduler))
+        token = _stepping.set((*_stepping.get(), (self, scheduler if replaced else copy.copy(scheduler))))
         try:
             yield
         finally:

@@ -47,7 +47,7 @@ def check_pixels(image: Tensor) -> None:
 
 
 def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: float, generator: Any,
-               output_type: str | None, callback: Callable[..., Any] | None, batch: int) -> None:
+               output_type: str, callback: Callable[..., Any] | None, batch: int) -> None:
     """The arguments that `check_inputs` does not see. Numbers of steps are the scheduler's to judge."""
     number("guidance_scale", guidance_scale)
     number("eta", eta)

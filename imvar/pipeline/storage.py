@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 
+from ..config import Config
 from ..errors import CheckpointError, InputTypeError
 from ..image import CLIPImageProcessor
 from ..models import AutoencoderKL, CLIPVisionModelWithProjection, StableDiffusionSafetyChecker, UNet2DConditionModel
@@ -86,9 +87,9 @@ class Storage:
         write_text(folder / INDEX, json.dumps(stamp | self._settings | index, indent=2, sort_keys=True) + "\n")
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Config:
         """The pipeline's own settings, and the class of each part."""
-        return self._settings | {name: index_entry(name, part) for name, part in self.components.items()}
+        return Config.read(self._settings | {name: index_entry(name, part) for name, part in self.components.items()})
 
     @classmethod
     def part_names(cls) -> Any:

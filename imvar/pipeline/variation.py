@@ -51,7 +51,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
         self, image: Any, height: int | None = None, width: int | None = None, num_inference_steps: int = 50,
         guidance_scale: float = 7.5, num_images_per_prompt: int | None = 1, eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
-        output_type: str | None = "pil", return_dict: bool = True,
+        output_type: str = "pil", return_dict: bool = True,
         callback: Callable[[int, Any, Tensor], Any] | None = None, callback_steps: int = 1,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Make variations of one picture or of several.
@@ -151,7 +151,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
         takes = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
 
-    def finish(self, latents: Tensor, output_type: str | None, device: torch.device, dtype: torch.dtype,
+    def finish(self, latents: Tensor, output_type: str, device: torch.device, dtype: torch.dtype,
                ) -> tuple[Any, list[bool] | None]:
         """Decode, judge, hand over."""
         if not latents.isfinite().all():
@@ -162,7 +162,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
         pixels = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
         pixels, flags = self.run_safety_checker(pixels, device, dtype)
         unflagged = [True] * len(pixels) if flags is None else [not flag for flag in flags]  # a black one stays black
-        return self.image_processor.postprocess(pixels, output_type or "pil", do_denormalize=unflagged), flags
+        return self.image_processor.postprocess(pixels, output_type, do_denormalize=unflagged), flags
 
     def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype,
                            ) -> tuple[Any, list[bool] | None]:

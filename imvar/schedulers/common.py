@@ -67,8 +67,8 @@ class SchedulerConfig(Config):
     beta_schedule: str = one_of("linear", "scaled_linear", "squaredcos_cap_v2")
     trained_betas: Sequence[float] | np.ndarray | None = None  # (num_train_timesteps,), in place of a schedule
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         steps = count("num_train_timesteps", self.num_train_timesteps)
         real("beta_start", self.beta_start)
         real("beta_end", self.beta_end)

@@ -55,8 +55,8 @@ class DDIMConfig(SchedulerConfig):
     timestep_spacing: str = one_of("leading", "trailing", "linspace")
     rescale_betas_zero_snr: bool = one_of(False, True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         real("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio)
         real("clip_sample_range", self.clip_sample_range, high=math.inf)
         real("sample_max_value", self.sample_max_value, high=math.inf)

@@ -68,8 +68,8 @@ class LMSDiscreteConfig(SchedulerConfig):
     timestep_spacing: str = one_of("linspace", "leading", "trailing")
     steps_offset: int = 0  # added to the timesteps of leading spacing
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.use_karras_sigmas + self.use_exponential_sigmas + self.use_beta_sigmas > 1:
             raise InputError("use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: at most one can be True")
 

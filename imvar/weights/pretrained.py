@@ -61,6 +61,10 @@ class PretrainedModel(Pretrained, nn.Module):
 
     stem: ClassVar[Stem] = DIFFUSERS
 
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.register_load_state_dict_pre_hook(take_published_names)
+
     @property
     def keymap(self) -> Keymap:
         """The dictionary between our names and the published ones."""
@@ -106,10 +110,6 @@ class PretrainedModel(Pretrained, nn.Module):
         write_weights(Path(folder), self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
                       safe_serialization=safe_serialization, max_shard_size=max_shard_size)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As `nn.Module.load_state_dict`; names as published are taken as well as ours."""
-        return super().load_state_dict(self.keymap.renamed(state_dict, self.state_dict()), strict, assign)
-
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -152,11 +152,18 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | 
         if tensor.shape != expected[name].shape:
             raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
                                   "config", path=path, key=model.keymap.spellings(name)[0])
-    on_meta = any(tensor.is_meta for tensor in expected.values())
-    nn.Module.load_state_dict(model, found, strict=True, assign=on_meta)
+    model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
                               "compute it in forward, or let it be saved", path=path, key=left[0])
+
+
+def take_published_names(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict`, of the model or of one that it is a part of: published names become ours."""
+    assert isinstance(model, PretrainedModel)
+    theirs = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    ours = model.keymap.renamed(theirs, model.state_dict())
+    state_dict.update({f"{prefix}{name}": tensor for name, tensor in ours.items()})
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
