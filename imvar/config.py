@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -23,8 +24,13 @@ def one_of(default: Any, *others: Any) -> Any:
     return field(default=default, metadata={"allowed": (default, *others)})
 
 
-only = one_of
-"""A field that the format has and every published checkpoint leaves at this one value."""
+def only(default: Any) -> Any:
+    """A field that the format has and every published checkpoint leaves at this one value.
+
+    Where that asks for nothing (None, False, 0), other ways to say so are taken as well.
+    """
+    ways = () if default else (None, False, 0)
+    return field(default=default, metadata={"allowed": (default, *ways)})
 
 
 DEFAULTS = "_use_default_values"  # diffusers' key for the fields that were not given
@@ -77,8 +83,10 @@ class Config(dict[str, Any]):
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, allowed = getattr(self, f.name), f.metadata.get("allowed")
-            if allowed and not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
+            value, allowed = getattr(self, f.name), f.metadata.get("allowed", ())
+            values = value if isinstance(value, (list, tuple)) and value else [value]  # one for each level
+            if allowed and not all(any(v == a and isinstance(v, bool) == isinstance(a, bool) for a in allowed)
+                                   for v in values):
                 choices = " or ".join(map(repr, allowed))
                 raise InputError(f"{type(self).__name__}: {f.name}={value!r} is not supported; it can be {choices}")
         self.check()
@@ -149,8 +157,16 @@ class Configured:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
-        """A part with these settings (and random weights, if it has any); `changes` come on top."""
+        """A part with these settings (and random weights, if it has any); `changes` come on top.
+
+        Changes that this class has no setting for are left out, with a warning.
+        """
         settings = as_settings(config)
+        known = {f.name for f in fields(cls.config_class)}
+        if unknown := sorted(changes.keys() - known):
+            warnings.warn(f"{cls.__name__}.from_config: {', '.join(unknown)}: no such setting, so it changes nothing",
+                          stacklevel=2)
+            changes = {name: value for name, value in changes.items() if name in known}
         if settings is None:
             raise InputTypeError(f"config: {type(config).__name__} came; a config or a dictionary would do")
         return cls(cls.config_class.read(settings, **changes))

@@ -1,13 +1,15 @@
 """Folders, hub repositories, formats and names that checkpoints come in, and what is said when they are wrong."""
 
+import copy
 import json
+import pickle
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from random_checkpoint import TINY_UNET, tiny_pipeline
+from random_checkpoint import TINY_ENCODER, TINY_UNET, tiny_pipeline
 from safetensors.torch import load_file, save_file
 
 import imvar
@@ -143,6 +145,7 @@ def test_state_dicts_in_either_dialect(pipe):
     (lambda t: t.update(extra=torch.ones(2)), "1 unknown tensors: extra"),
     (lambda t: t.update({sorted(t)[3]: torch.ones(1, 2, 3)}), r"shape \(1, 2, 3\) in the file"),
     (lambda t: t.clear(), "tensors missing"),
+    (lambda t: t.update({sorted(t)[3]: t[sorted(t)[3]].to(torch.int8)}), "int8"),
 ])
 def test_tensors_that_do_not_fit(folder, part, change, words):
     file = weights(folder, part)
@@ -219,7 +222,7 @@ def test_indexes_that_point_elsewhere(folder, place):
     ("unet", "class_embed_type", "timestep"), ("unet", "attention_head_dim", 3), ("unet", "norm_num_groups", 5),
     ("unet", "dual_cross_attention", True), ("unet", "num_class_embeds", 10), ("unet", "conv_in_kernel", 5),
     ("vae", "mid_block_add_attention", False), ("vae", "up_block_types", ["UpDecoderBlock2D"]),
-    ("vae", "use_quant_conv", False), ("vae", "latents_mean", [0.0]), ("image_encoder", "hidden_act", "relu"),
+    ("vae", "use_quant_conv", False), ("vae", "latents_mean", [0.5]), ("image_encoder", "hidden_act", "relu"),
     ("image_encoder", "attention_dropout", 0.1), ("image_encoder", "num_attention_heads", 5),
     ("scheduler", "beta_schedule", "sigmoid"), ("scheduler", "prediction_type", "sample"),
     ("scheduler", "timestep_spacing", "even"),
@@ -237,12 +240,15 @@ def test_model_index(folder):
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
     for key, entry, words in (("scheduler", ["diffusers", "EulerDiscreteScheduler"], "scheduler=..."),
-                              ("unet", ["os", "system"], "UNet2DConditionModel"),
-                              ("controlnet", ["diffusers", "ControlNetModel"], "does not have")):
+                              ("unet", ["os", "system"], "UNet2DConditionModel"), ("vae", [], "AutoencoderKL")):
         path.write_text(json.dumps(index | {key: entry}))
         with pytest.raises(CheckpointError, match=words) as caught:
             StableDiffusionImageVariationPipeline.from_pretrained(folder)
         assert caught.value.key == key
+    path.write_text(json.dumps(index | {"controlnet": ["diffusers", "ControlNetModel"], "tokenizer": [None, None],
+                                        "force_zeros_for_empty_prompt": True}))
+    with pytest.warns(UserWarning, match=r": controlnet, force_zeros_for_empty_prompt: no part"):
+        StableDiffusionImageVariationPipeline.from_pretrained(folder)
     path.write_text(json.dumps(index | {"safety_checker": [None, None], "requires_safety_checker": False}))
     assert StableDiffusionImageVariationPipeline.from_pretrained(folder).safety_checker is None
     for spoilt in ("{", "[]", '{"a": ' * 10_000):
@@ -259,7 +265,9 @@ def test_overrides(checkpoint):
     assert pipe.scheduler is scheduler
     assert pipe.safety_checker is None
     with pytest.raises(TypeError, match="tokenizer"):
-        StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, tokenizer=None)
+        StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, tokenizer="openai/clip")
+    StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, device_map=None, force_download=False)
+    imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", device_map=None, force_download=False)
     ddim = imvar.DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler", clip_sample=False)
     assert (ddim.config.clip_sample, ddim.config.steps_offset, ddim.config.skip_prk_steps) == (False, 1, True)
     with pytest.raises(TypeError, match="nonsense"):
@@ -287,6 +295,8 @@ def test_a_variant_may_be_there_for_some_parts_only(checkpoint, folder):
     unet.save_pretrained(folder / "unet", variant="fp16")
     assert equal(StableDiffusionImageVariationPipeline.from_pretrained(folder, variant="fp16").unet, unet)
     assert not equal(StableDiffusionImageVariationPipeline.from_pretrained(folder).unet, unet)
+    with pytest.raises(CheckpointError, match=r"variant='fp32'"):
+        StableDiffusionImageVariationPipeline.from_pretrained(folder, variant="fp32")
     with pytest.raises(CheckpointError, match=r"fp32\.safetensors"):
         imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant="fp32")
 
@@ -389,5 +399,39 @@ def test_constructors_take_keywords_positions_or_a_config():
             imvar.UNet2DConditionModel(**bad)
     with pytest.raises(AttributeError):
         unet.config.sample_size = 3
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="register_to_config"):
         unet.config["sample_size"] = 3
+    for vague in ({"upcast_attention": None}, {"only_cross_attention": [False, False]}, {"dropout": 0}):
+        imvar.UNet2DConditionModel(**TINY_UNET, **vague)
+    for per_level in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
+        with pytest.raises(imvar.InputError, match=per_level):
+            imvar.UNet2DConditionModel(**(TINY_UNET | {per_level: [1, 2]}))
+
+
+def test_configs_are_dictionaries(pipe):
+    for part in pipe.components.values():
+        config = part.config
+        assert isinstance(config, dict)
+        assert json.loads(json.dumps(config.to_dict())) == json.loads(config.to_json_string())
+        assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config)) == copy.copy(config)
+        assert all(getattr(config, key) is value for key, value in config.items() if key[0] != "_")
+    assert imvar.CLIPVisionConfig(hidden_size=24)["hidden_size"] == 24
+    config = imvar.CLIPVisionConfig(**TINY_ENCODER)
+    for encoder in (imvar.CLIPVisionModelWithProjection(config), imvar.CLIPVisionModelWithProjection(config=config),
+                    imvar.CLIPVisionModelWithProjection(**TINY_ENCODER)):
+        assert encoder.config == config
+
+
+def test_a_change_that_no_setting_is_for(pipe):
+    with pytest.warns(UserWarning, match="DDIMScheduler.from_config: solver_order"):
+        ddim = imvar.DDIMScheduler.from_config(pipe.scheduler.config, solver_order=2)
+    assert "solver_order" not in ddim.config
+
+
+def test_published_names_in_a_module_around_ours(pipe):
+    """As a trainer's wrapper loads them."""
+    around = torch.nn.ModuleDict({"unet": pipe.unet, "extra": torch.nn.Linear(2, 2)})
+    theirs = {f"unet.{name}": tensor + 1 for name, tensor in pipe.unet.keymap.to_theirs(pipe.unet.state_dict()).items()}
+    kept = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    around.load_state_dict(theirs | {f"extra.{k}": v for k, v in around["extra"].state_dict().items()})
+    assert all(torch.equal(tensor, kept[name] + 1) for name, tensor in pipe.unet.state_dict().items())

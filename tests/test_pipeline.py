@@ -110,6 +110,25 @@ def test_who_sees_which_scheduler(pipe, photo):
     assert outside[0] is mine.scheduler
 
 
+def test_schedulers_that_take_notes_or_were_patched(pipe, photo):
+    """Lists that a scheduler appends to are its owner's; a replaced method is called."""
+    expected, notes = run(pipe, photo), []
+
+    class Noting(imvar.PNDMScheduler):
+        def step(self, *args, **options):
+            self.notes.append(self.counter)
+            return super().step(*args, **options)
+
+    scheduler = Noting.from_config(pipe.scheduler.config)
+    scheduler.notes, scheduler.lock = notes, threading.Lock()
+    pipe.scheduler = scheduler
+    assert np.array_equal(run(pipe, photo), expected)
+    assert notes == [0, 1, 2, 3]
+    plain = scheduler.step
+    scheduler.step = lambda eps, t, x, **options: plain(eps * 0.5, t, x, **options)
+    assert not np.array_equal(run(pipe, photo), expected)
+
+
 def in_a_thread(work):
     results = []
     thread = threading.Thread(target=lambda: results.append(work()))

@@ -65,6 +65,8 @@ class CLIPImageProcessorConfig(Config):
             value = dict.fromkeys(forms[0], value)
         elif isinstance(value, (list, tuple)) and len(value) == 2:
             value = dict(zip(("height", "width"), value, strict=True))
+        if isinstance(value, Mapping):
+            value = {key: n for key, n in value.items() if n is not None}
         if not isinstance(value, Mapping) or set(value) not in forms:
             raise self._refused(name, " or ".join(str(dict.fromkeys(sorted(form), 224)) for form in forms))
         if not all(type(n) is int and 1 <= n <= LARGEST_SIDE for n in value.values()):

@@ -102,7 +102,7 @@ class VisionTower(Checkpointing, nn.Module):
         if pixels.shape[2:] != (self.image_size, self.image_size):
             raise InputError(f"pixel_values: pictures of {tuple(pixels.shape[2:])} came; this encoder looks at "
                              f"{(self.image_size, self.image_size)}, to which CLIPImageProcessor brings them")
-        patches = rearrange(self.patch(pixels), "b c h w -> b (h w) c")
+        patches = rearrange(self.patch(pixels.to(self.patch.weight.dtype)), "b c h w -> b (h w) c")
         x = torch.cat([self.class_token.expand(len(patches), 1, -1), patches], dim=1)
         states = [self.norm_in(x + self.positions)]
         for layer in self.layers:

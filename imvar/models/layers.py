@@ -88,7 +88,7 @@ class TimestepEmbedding(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (half - self.shift))
         waves = [angles.cos(), angles.sin()] if self.cos_first else [angles.sin(), angles.cos()]
-        return torch.cat(waves, dim=-1)
+        return F.pad(torch.cat(waves, dim=-1), (0, self.dim % 2))  # an odd width ends in a zero
 
 
 class Checkpointing:

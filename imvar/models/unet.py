@@ -94,8 +94,11 @@ class UNetConfig(Config):
                                  f"entry of block_out_channels={list(self.block_out_channels)}")
         if len(self.heads) != levels:
             raise InputError(f"attention_head_dim={self.attention_head_dim}: one number, or one per level, would do")
-        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            if channels % heads or channels % self.norm_num_groups:
+        kinds = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
+        attends = [any(kind in WITH_ATTENTION for kind in both) for both in kinds]
+        attends[-1] = True  # in the middle, at the least
+        for channels, heads, attend in zip(self.block_out_channels, self.heads, attends, strict=True):
+            if channels % self.norm_num_groups or (attend and channels % heads):
                 raise InputError(f"block_out_channels: {channels} cannot be split into {heads} heads "
                                  f"(attention_head_dim) and {self.norm_num_groups} groups (norm_num_groups)")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +17,7 @@ from ..image import CLIPImageProcessor
 from ..models import AutoencoderKL, CLIPVisionModelWithProjection, StableDiffusionSafetyChecker, UNet2DConditionModel
 from ..schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from ..weights.files import Hub, locate, read_json, write_text
-from ..weights.pretrained import FORMAT, PretrainedModel
+from ..weights.pretrained import FORMAT, PretrainedModel, asked_for
 from ..weights.tensors import as_dtype
 
 INDEX = "model_index.json"
@@ -56,23 +58,18 @@ class Storage:
         a part has them. Weights are always mapped rather than copied, whatever `low_cpu_mem_usage` says.
         Raises `CheckpointError` naming the file and what is wrong with it.
         """
+        known = inspect.signature(cls).parameters
+        overrides = asked_for(overrides, known, f"{cls.__name__}.from_pretrained")
         dtypes = dtypes_by_part(torch_dtype if dtype is None else dtype)
         reading = {"variant": variant, "use_safetensors": use_safetensors}
         hub = Hub(revision, cache_dir, local_files_only, token)
         folder = locate(source, hub, lambda names: wanted_files(names, overrides, **reading))
-        index = read_json(folder / INDEX)
-        settings = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
-        listed = {k: v for k, v in index.items() if isinstance(v, list)}
-        if odd := sorted(listed.keys() - PARTS.keys() - overrides.keys()):
-            raise CheckpointError("is a part that this pipeline does not have", path=folder / INDEX, key=odd[0])
-
-        parts = {name: read_part(folder, name, value, dtypes, **reading)
-                 for name, value in listed.items() if name not in overrides}
-        parts = dict.fromkeys(cls.part_names(), None) | parts | settings | overrides
-        try:
-            return cls(**parts)
-        except TypeError as error:
-            raise InputTypeError(f"{cls.__name__}.from_pretrained: {error}") from error
+        index = read_index(folder / INDEX, known)
+        if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
+            raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
+        listed = {name: read_part(folder, name, value, dtypes, **reading) if isinstance(value, list) else value
+                  for name, value in index.items() if name not in overrides}
+        return cls(**(dict.fromkeys(cls.part_names()) | listed | overrides))
 
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
                         max_shard_size: int | str = "10GB", **_: Any) -> None:
@@ -105,15 +102,21 @@ def dtypes_by_part(dtype: Any) -> dict[str, torch.dtype | None]:
     return {name: as_dtype(dtype.get(name, dtype.get("default"))) for name in PARTS}
 
 
+def read_index(path: Path, known: Container[str]) -> dict[str, Any]:
+    """The parts and settings that `model_index.json` lists, without those left empty; unknown ones with a warning."""
+    index = {key: value for key, value in read_json(path).items() if key[:1] != "_" and value != [None, None]}
+    if odd := sorted(key for key in index if key not in known):
+        warnings.warn(f"{path}: {', '.join(odd)}: no part or setting of this pipeline, so left alone", stacklevel=3)
+    return {key: value for key, value in index.items() if key in known}
+
+
 def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, torch.dtype | None], **reading: Any) -> Any:
     """The part that `model_index.json` lists as `value`; class names are looked up, never imported."""
-    class_name = value[1] if len(value) == 2 else value
-    if class_name is None:
-        return None
-    found = PARTS[name].get(class_name) if isinstance(class_name, str) else None
+    class_name, classes = value[-1] if value else None, PARTS.get(name, {})
+    found = classes.get(class_name) if isinstance(class_name, str) else None
     if found is None:
-        raise CheckpointError(f"is {class_name!r}; imvar has {', '.join(PARTS[name])}. Another can be handed over: "
-                              f"from_pretrained(..., {name}=...)", path=folder / INDEX, key=name)
+        raise CheckpointError(f"is {class_name!r}; imvar has {', '.join(classes) or 'no such part'}. Another can be "
+                              f"handed over: from_pretrained(..., {name}=...)", path=folder / INDEX, key=name)
     if not issubclass(found, PretrainedModel):
         return found.from_pretrained(folder, subfolder=name)
     return found.read(folder / name, dtype=dtypes[name], **part_reading(folder / name, found, **reading))

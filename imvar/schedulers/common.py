@@ -20,7 +20,7 @@ from ..errors import InputError, InputTypeError
 from ..outputs import SchedulerOutput
 from ..weights.pretrained import Pretrained
 from .checks import count, real, single
-from .tables import make_betas, zero_terminal_snr
+from .tables import make_betas
 
 
 class Sampler(Protocol):
@@ -101,11 +101,12 @@ class Scheduler(Pretrained):
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
-        self.betas = make_betas(self.config)
-        if self.config.get("rescale_betas_zero_snr"):
-            self.betas = zero_terminal_snr(self.betas)
+        self.betas = self.make_betas()
         self.alphas = 1 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
+
+    def make_betas(self) -> Tensor:
+        return make_betas(self.config)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from ..noise import Generators, randn
 from ..outputs import DenoisedOutput
 from .checks import real
 from .common import SchedulerConfig, VariancePreserving, to_eps, to_x0
-from .tables import choose_timesteps
+from .tables import make_betas, whole_timesteps, zero_terminal_snr
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
@@ -74,12 +73,16 @@ class DDIMScheduler(VariancePreserving):
         super().__init__(*args, **settings)
         self.timesteps = torch.arange(len(self)).flip(0)
 
+    def make_betas(self) -> Tensor:
+        betas = make_betas(self.config)
+        return zero_terminal_snr(betas) if self.config.rescale_betas_zero_snr else betas
+
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Choose the timesteps to visit, 1 to `num_train_timesteps` of them: (n,) int64 on `device`.
 
         Raises `InputTypeError` or `InputError` for any other number.
         """
-        timesteps = choose_timesteps(self.config, num_inference_steps).round().astype(np.int64)
+        timesteps = whole_timesteps(self.config, num_inference_steps)
         self.timesteps, self.num_inference_steps = torch.from_numpy(timesteps).to(device), len(timesteps)
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0,

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..outputs import DenoisedOutput
 from .checks import count, real
 from .common import Scheduler, SchedulerConfig
-from .tables import beta, choose_timesteps, exponential, karras, space_timesteps, to_timesteps
+from .tables import beta, exponential, karras, space_timesteps, to_timesteps
 
 
 def to_x0(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class LMSDiscreteScheduler(Scheduler):
         `timesteps`: (n,) float32 on `device`, fractional where the spacing is. `sigmas` stays on the CPU. Raises
         `InputTypeError` or `InputError` for any other number.
         """
-        self.place(choose_timesteps(self.config, num_inference_steps), device)
+        self.place(space_timesteps(self.config, num_inference_steps), device)
 
     def place(self, timesteps: np.ndarray, device: torch.device | str | None = None) -> None:
         """Find the noise level of each timestep, or respace the levels and find the timestep of each; start anew."""

@@ -15,7 +15,7 @@ from ..config import one_of
 from ..errors import InputError
 from ..outputs import SchedulerOutput
 from .common import SchedulerConfig, VariancePreserving, to_eps
-from .tables import choose_timesteps
+from .tables import whole_timesteps
 
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
@@ -77,7 +77,7 @@ class PNDMScheduler(VariancePreserving):
         `num_inference_steps`: 1 to `num_train_timesteps`, from 4 without `skip_prk_steps`. Raises
         `InputTypeError` or `InputError` for any other number.
         """
-        t = choose_timesteps(self.config, num_inference_steps).round().astype(np.int64)
+        t = whole_timesteps(self.config, num_inference_steps)
         if self.config.skip_prk_steps:
             self.prk_timesteps, self.plms_timesteps = t[:0], np.concatenate([t[:2], t[1:]])
         elif len(t) < 4:

@@ -38,6 +38,7 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 def space_timesteps(config: Any, steps: int) -> np.ndarray:
     """`steps` of the training timesteps, the noisiest first: table 2 of arXiv:2305.08891. Fractional for linspace."""
     total = config.num_train_timesteps
+    steps = count("num_inference_steps", steps, high=total)
     if config.timestep_spacing == "linspace":
         return np.linspace(0, total - 1, steps)[::-1]
     if config.timestep_spacing == "leading":
@@ -45,13 +46,13 @@ def space_timesteps(config: Any, steps: int) -> np.ndarray:
     return np.arange(total, 0, -total / steps).round()[:steps] - 1  # rounding may leave one too many, timestep -1
 
 
-def choose_timesteps(config: Any, steps: Any) -> np.ndarray:
-    """The same for a number of steps that a caller asked for; `InputError` where there are no such timesteps."""
+def whole_timesteps(config: Any, steps: int) -> np.ndarray:
+    """The same as whole numbers, each of them trained; `InputError` where they are not."""
     total = config.num_train_timesteps
-    timesteps = space_timesteps(config, count("num_inference_steps", steps, high=total))
+    timesteps = space_timesteps(config, steps).round().astype(np.int64)
     if timesteps[0] >= total:
         raise InputError(f"num_inference_steps={steps}: with steps_offset={config.steps_offset} the first timestep "
-                         f"is {timesteps[0]:g}, but the last trained one {total - 1}; fewer steps would do")
+                         f"is {timesteps[0]}, but the last trained one {total - 1}; fewer steps would do")
     return timesteps
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Configured
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, InputTypeError
 from .files import Hub, locate, read_json, write_text
 from .keymap import Keymap
 from .tensors import DIFFUSERS, TRANSFORMERS, Stem, as_dtype, read_weights, write_weights
@@ -40,7 +41,9 @@ class Pretrained(Configured):
     @classmethod
     def read_config(cls, path: Path, **changes: Any) -> Any:
         """The settings in `path`, checked; `changes` are checked as constructor arguments are."""
-        settings, changes = read_json(path), cls.config_class.of(**changes).explicit()
+        known = [f.name for f in fields(cls.config_class)]
+        changes = cls.config_class.of(**asked_for(changes, known, f"{cls.__name__}.from_pretrained")).explicit()
+        settings = read_json(path)
         try:
             return cls.config_class.read(settings, **changes)
         except InputError as error:
@@ -149,6 +152,9 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | 
     expected = model.state_dict()
     found = dict(tensors) if tensors.keys() == expected.keys() else model.keymap.to_ours(tensors, expected, path)
     for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"is of {tensor.dtype}; floating numbers are needed", path=path,
+                                  key=model.keymap.spellings(name)[0])
         if tensor.shape != expected[name].shape:
             raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
                                   "config", path=path, key=model.keymap.spellings(name)[0])
@@ -156,6 +162,14 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | 
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
                               "compute it in forward, or let it be saved", path=path, key=left[0])
+
+
+def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:
+    """The known ones of `options`. One that is unknown may be there only to say None or False: diffusers has many."""
+    odd = {name for name, value in options.items() if name not in known and value is not None and value is not False}
+    if odd:
+        raise InputTypeError(f"{where}: {min(odd)!r} is no part, setting or option here; leave it out")
+    return {name: value for name, value in options.items() if name in known}
 
 
 def take_published_names(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

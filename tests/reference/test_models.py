@@ -23,6 +23,10 @@ UNETS = {
     "three layers, four groups": {"layers_per_block": 3, "norm_num_groups": 4, "norm_eps": 1e-4},
     "two blocks deep": {"transformer_layers_per_block": 2},
     "other clock": {"flip_sin_to_cos": False, "freq_shift": 1, "time_embedding_dim": 40},
+    "odd width, heads only where they attend": {
+        "block_out_channels": (15, 32), "norm_num_groups": 1, "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
     "other channels": {"in_channels": 9, "out_channels": 5, "cross_attention_dim": 7},
 }
 VAES = {
@@ -233,6 +237,7 @@ def test_clip(tower, tmp_path):
     for state, reference in zip(mine.hidden_states, other.hidden_states, strict=True):
         same(state, reference)
     assert torch.equal(ours(pixels, return_dict=False)[0], mine.image_embeds)
+    assert torch.equal(ours(pixels.double()).image_embeds, theirs(pixels.double()).image_embeds)  # inputs are cast
     ours.save_pretrained(tmp_path / "back")
     back = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "back")
     assert torch.equal(back(pixels).image_embeds, other.image_embeds)

@@ -344,3 +344,21 @@ def test_files_open_on_the_other_side(name, settings, loader, tmp_path):
     assert settings_of(ours_there) == settings_of(theirs_here)
     assert torch.equal(ours_there.betas, theirs_here.betas)
     assert torch.equal(theirs_here.betas, our.betas)
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "LMSDiscreteScheduler"])
+def test_a_setting_of_ddim_alone_is_carried_and_not_applied(name):
+    ours, theirs = (getattr(library, name).from_config(library.DDIMScheduler(rescale_betas_zero_snr=True).config)
+                    for library in (imvar, diffusers))
+    assert torch.equal(ours.betas, theirs.betas)
+    assert ours.config["rescale_betas_zero_snr"] is theirs.config["rescale_betas_zero_snr"] is True
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_karras_sigmas": True}])
+def test_lms_starts_past_the_last_trained_timestep(settings):
+    settings = {"timestep_spacing": "leading", "steps_offset": 1, "num_train_timesteps": 50} | settings
+    ours, theirs = (library.LMSDiscreteScheduler(**settings) for library in (imvar, diffusers))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(50)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    assert torch.equal(ours.sigmas, theirs.sigmas)
