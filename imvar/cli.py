@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ SCHEDULERS = {  # and what each has to be told: published configs leave clip_sam
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, or 1 for a job that failed, or 2 for one not understood."""
+    """Run the command line. Exit status: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         vary(args)
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"imvar: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("imvar: stopped", file=sys.stderr)
+        return 130  # as shells have it
     else:
         return 0
     return 1
@@ -51,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
         "vary", help="make variations of photographs",
         description="Make variations of each photograph, and one contact sheet that shows them beside it.",
         epilog="Variation k of a photo comes of seed S + k and is saved as PHOTO-SEED.png; a file of that name in "
-               "FOLDER, such as one of an earlier run, is replaced. Exit status: 0 done, 1 failed, 2 misused.")
+               "FOLDER, such as one of an earlier run, is replaced. Exit status: 0 done, 1 failed, 2 misused, "
+               "130 stopped.")
     add = job.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTO", help="a JPEG, PNG or WebP file")
     add("-n", type=a_count, default=4, metavar="N", help="variations of each photo (default: 4)")
@@ -59,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="where the pictures go; made if need be (default: variations)")
     add("--seed", type=a_seed, default=0, metavar="S", help="seed of the first variation (default: 0)")
     add("--steps", type=a_count, default=50, metavar="N", help="steps of denoising (default: 50)")
-    add("--guidance", type=float, default=3.0, metavar="W", help="how closely to follow the photo (default: 3)")
+    add("--guidance", type=a_number, default=3.0, metavar="W", help="how closely to follow the photo (default: 3)")
     add("--size", type=a_size, default=(None, None), metavar="N|HxW",
         help="pixels of a variation, multiples of 8 (default: what the checkpoint was trained at)")
     add("--scheduler", choices=SCHEDULERS, help="default: the checkpoint's own")
@@ -82,9 +85,11 @@ def vary(args: argparse.Namespace) -> None:
     names = distinct([path.stem for path in args.photos])
     seeds = range(args.seed, args.seed + args.n)
     sheet = args.out / "contact-sheet.png"
+    if any(place.exists() and not place.is_dir() for place in (args.out, *args.out.parents)):
+        raise InputError(f"-o {args.out}: is, or lies in, a file; a folder would do")
     spare(args.photos, [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)])
-    args.out.mkdir(parents=True, exist_ok=True)
     pipe = load(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     rows = [Row(path.name, picture) for path, picture in zip(args.photos, pictures, strict=True)]
     for row, name in zip(rows, names, strict=True):
@@ -166,19 +171,28 @@ def has_bfloat16() -> bool:
     return any(look().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def a_count(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or not least <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {least} would do")
+def a_count(text: str, least: int = 1, most: int = 10**6) -> int:
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {least} to {most} would do")
     return int(text)
 
 
 def a_seed(text: str) -> int:
-    return a_count(text, least=0)
+    return a_count(text, least=0, most=2**63 - 1)
+
+
+def a_number(text: str) -> float:
+    try:
+        if math.isfinite(number := float(text)):
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: a finite number would do")
 
 
 def a_size(text: str) -> tuple[int, int]:
     """Height and width: (512, 512) of "512", (384, 512) of "384x512"."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) and int(side) % 8 == 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: 512 or 384x512 would do; height first, multiples of 8")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) in range(8, 2**16, 8) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}: 512 or 384x512 would do; height first, multiples of 8 below 65536")
     return int(sides[0]), int(sides[-1])

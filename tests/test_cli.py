@@ -105,7 +105,8 @@ def test_flagged_pictures_are_reported(run, photo, tmp_path, capsys, monkeypatch
     (["PHOTO", "--dtype", "float16"], "about a hundred times slower"),
     (["PHOTO", "--device", "meta"], "--device meta"),
     (["PHOTO", "--device", "gpu"], "--device gpu"),
-    (["PHOTO", "--guidance", "nan"], "guidance_scale"),
+    (["PHOTO", "--steps", "1001"], "num_inference_steps"),
+    (["PHOTO", "-o", __file__], "is, or lies in, a file"),
     (["PHOTO", "--revision", "v1.0"], "has no revisions"),
     (["PHOTO", "--checkpoint", "/no/where"], "/no/where: no such folder"),
 ])

@@ -124,9 +124,23 @@ def test_kernels_go_in_and_out(pipe):
     assert not torch.equal(predict(pipe.unet, tokens=2), before)
     imvar.set_attend(pipe.unet, imvar.sdpa)
     assert torch.equal(predict(pipe.unet, tokens=2), before)
+    plain = pipe.unet.merge
     pipe.unet.merge = torch.nn.Identity()
+    pipe.unet.merge = lambda h, skip, level: plain(h, skip, level)
     pipe.unet.disable_freeu()
     assert torch.equal(predict(pipe.unet, tokens=2), before)
+
+
+@torch.no_grad()
+def test_a_kernel_of_ones_own_is_asked_about_one_token_too(pipe):
+    """It need not be a softmax, over one key or over many."""
+    before = predict(pipe.unet)
+    imvar.set_attend(pipe.unet, lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+    assert torch.allclose(predict(pipe.unet), before, atol=1e-6)
+    imvar.set_attend(pipe.unet, lambda q, k, v: 0.5 * F.scaled_dot_product_attention(q, k, v))
+    halved = predict(pipe.unet)
+    imvar.swap(pipe.unet, CrossAttention, lambda layer: setattr(layer, "attend", imvar.sdpa) or layer)
+    assert not torch.equal(predict(pipe.unet), halved)
 
 
 @torch.no_grad()
@@ -210,6 +224,13 @@ def test_settings_belong_to_the_model(pipe):
     assert other.unet.merge is pipe.unet.merge
     with pytest.raises(imvar.InputError, match="s2=0"):
         pipe.enable_freeu(s1=0.9, s2=0, b1=1.2, b2=1.4)
+
+
+def test_a_part_that_cannot_be_saved_is_named_before_anything_is_written(pipe, tmp_path):
+    pipe.scheduler = Euler()
+    with pytest.raises(imvar.InputTypeError, match="scheduler: a Euler cannot be saved"):
+        pipe.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_scheduler_of_five_names_is_copied_for_each_call(pipe, photo):

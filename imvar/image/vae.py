@@ -194,8 +194,7 @@ def _as_batch(image: np.ndarray | Tensor) -> Tensor:
     if image.ndim not in (3, 4):
         raise InputError(f"image: shape {tuple(image.shape)} came; one picture has 3 axes, a batch 4")
     image = image[None] if image.ndim == 3 else image
-    x = VaeImageProcessor.numpy_to_pt(image) if isinstance(image, np.ndarray) else image
-    return x
+    return VaeImageProcessor.numpy_to_pt(image) if isinstance(image, np.ndarray) else image
 
 
 def _check_range(x: Tensor) -> None:

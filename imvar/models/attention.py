@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from ..errors import InputError, InputTypeError
-from .layers import put
+from .layers import Seams
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q: b h n d; k, v: b h m d; answer: b h n d, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, equation 1)."""
@@ -37,6 +37,7 @@ def sliced(size: int, attend: Attend = sdpa) -> Attend:
     return run
 
 
+# Private operators, but the only way to choose a backend for one call and not for the process
 _OPERATORS: dict[SDPBackend, Callable[[Tensor, Tensor, Tensor, bool], tuple[Any, ...]]] = {
     SDPBackend.EFFICIENT_ATTENTION:
         lambda q, k, v, training: aten._scaled_dot_product_efficient_attention(q, k, v, None, training),
@@ -78,8 +79,10 @@ def memory_efficient(attention_op: SDPBackend | Attend | None = None) -> Attend:
     return kernel
 
 
-class Attention(nn.Module):
+class Attention(Seams, nn.Module):
     """Four projections around a kernel. `x` asks, `context` answers."""
+
+    seams = ("attend", "override")
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, bias: bool = False, attend: Attend = sdpa):
         super().__init__()
@@ -90,6 +93,11 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim, dim, bias=bias)
         self.to_out = nn.Linear(dim, dim)
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether the kernel is one that is known to weigh the keys by a softmax."""
+        return self.attend is sdpa and (self.override is None or isinstance(self.override, Backend))
 
     def answer(self, x: Tensor, context: Tensor) -> Tensor:
         kernel = self.override or (sliced(self.slice_size, self.attend) if self.slice_size else self.attend)
@@ -115,7 +123,8 @@ class CrossAttention(Attention):
 
     A softmax over one key is 1 whatever the query, so a context of one token is answered by
     `to_out(to_v(context))` at every position. That is exact, and it is the usual case here. The query,
-    the key and the norm then change nothing; in training their gradients are zero.
+    the key and the norm then change nothing; in training their gradients are zero. A kernel of one's own
+    is asked all the same.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, attend: Attend = sdpa):
@@ -123,7 +132,7 @@ class CrossAttention(Attention):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        if context.shape[1] > 1:
+        if context.shape[1] > 1 or not self.is_softmax:
             return self.answer(self.norm(x), context)
         answer = self.to_out(self.to_v(context))  # b 1 c: the same at every position of x
         return answer + self.nothing() if torch.is_grad_enabled() else answer
@@ -153,7 +162,7 @@ def attentions(model: nn.Module) -> list[Attention]:
 def set_attend(model: nn.Module, attend: Attend) -> None:
     """Give every attention layer of `model` this kernel: a function, or a module with weights."""
     for layer in attentions(model):
-        put(layer, "attend", attend)
+        layer.attend = attend
 
 
 class AttentionSettings:

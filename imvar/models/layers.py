@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -113,10 +113,15 @@ class Checkpointing:
         return part(*inputs)
 
 
-def put(model: nn.Module, name: str, value: Any) -> None:
-    """Set an attribute that may be a function or a module: the one cannot simply take the other's place."""
-    delattr(model, name)
-    setattr(model, name, value)
+class Seams:
+    """Attributes, named in `seams`, that may be a function now and a module with weights then, or the reverse."""
+
+    seams: ClassVar[tuple[str, ...]] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.seams:  # nn.Module lets no function take a module's place
+            vars(self).get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
 
 
 def swap(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> int:

@@ -19,7 +19,7 @@ from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
 from .attention import AttentionSettings, CrossAttention, SelfAttention
 from .freeu import FreeU
-from .layers import Checkpointing, Downsample, FeedForward, ResnetBlock, TimestepEmbedding, Upsample, put
+from .layers import Checkpointing, Downsample, FeedForward, ResnetBlock, Seams, TimestepEmbedding, Upsample
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """h: b c h w, skip: b d h w, the level counted from the coarsest; answer: b c+d h w."""
@@ -184,7 +184,7 @@ def concat(h: Tensor, skip: Tensor, level: int) -> Tensor:
     return torch.cat([h, skip], dim=1)
 
 
-class UNet2DConditionModel(AttentionSettings, Checkpointing, PretrainedModel):
+class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedModel):
     """Down, middle, up, with skips across: eps(x_t, t, context) of arXiv:2112.10752, equation 3.
 
     Seams for forks: `block` and `transformer` are the classes it is built of, `merge` joins a skip.
@@ -192,6 +192,7 @@ class UNet2DConditionModel(AttentionSettings, Checkpointing, PretrainedModel):
 
     config_class = UNetConfig
     config: UNetConfig
+    seams = ("merge",)
     block: ClassVar[Callable[..., nn.Module]] = ResnetBlock
     transformer: ClassVar[Callable[..., nn.Module]] = Transformer
 
@@ -265,10 +266,10 @@ class UNet2DConditionModel(AttentionSettings, Checkpointing, PretrainedModel):
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Merge skips as FreeU does (arXiv:2309.11497); for this model s1 0.9, s2 0.2, b1 1.2, b2 1.4 are usual."""
-        put(self, "merge", FreeU(s1, s2, b1, b2))
+        self.merge = FreeU(s1, s2, b1, b2)
 
     def disable_freeu(self) -> None:
-        put(self, "merge", concat)
+        self.merge = concat
 
 
 def refuse(unsupported: Sequence[Any], more: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError, InputTypeError
 from ..noise import check_generator
+from ..schedulers.checks import count
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LARGEST = 2**16  # pixels on a side
@@ -29,11 +30,9 @@ def check_inputs(image: Any, height: int, width: int, callback_steps: int, facto
     if isinstance(image, Tensor):
         check_pixels(image)
     for name, size in ("height", height), ("width", width):
-        whole(name, size)
-        if size % factor or not factor <= size <= LARGEST:
+        if count(name, size, low=factor, high=LARGEST) % factor:
             raise InputError(f"{name}={size}: a multiple of {factor} from {factor} to {LARGEST} pixels would do")
-    if whole("callback_steps", callback_steps) < 1:
-        raise InputError(f"callback_steps={callback_steps}: 1, for every step, or more would do")
+    count("callback_steps", callback_steps)
 
 
 def check_pixels(image: Tensor) -> None:
@@ -46,14 +45,16 @@ def check_pixels(image: Tensor) -> None:
         raise InputError("image: the tensor holds NaN or infinite values")
 
 
-def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: float, generator: Any,
-               output_type: str, callback: Callable[..., Any] | None, batch: int) -> None:
+def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: float, generator: Any, latents: Any,
+               output_type: str, callback: Callable[..., Any] | None, shape: tuple[int, int, int, int]) -> None:
     """The arguments that `check_inputs` does not see. Numbers of steps are the scheduler's to judge."""
     number("guidance_scale", guidance_scale)
     number("eta", eta)
-    if num_images_per_prompt is not None and whole("num_images_per_prompt", num_images_per_prompt) < 1:
-        raise InputError(f"num_images_per_prompt={num_images_per_prompt}: 1 or more would do")
-    check_generator(generator, batch)
+    if num_images_per_prompt is not None:
+        count("num_images_per_prompt", num_images_per_prompt)
+    check_generator(generator, shape[0])
+    if latents is not None:
+        check_latents(latents, shape)
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type={output_type!r}: {', '.join(map(repr, OUTPUT_TYPES))} would do")
     if callback is not None and not callable(callback):
@@ -67,12 +68,6 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         raise InputError(f"latents: shape {tuple(latents.shape)} came; {shape} would do")
     if not latents.is_floating_point() or not latents.isfinite().all():
         raise InputError("latents: finite floats would do; integers, NaN or infinite values came")
-
-
-def whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InputTypeError(f"{name}={value!r}: a whole number would do")
-    return value.__index__()
 
 
 def number(name: str, value: Any) -> float:

@@ -76,6 +76,9 @@ class Storage:
         """Write all parts into `folder`, made if need be, in the layout that diffusers reads."""
         folder = Path(folder)
         for name, part in self.components.items():
+            if part is not None and not hasattr(part, "save_pretrained"):
+                raise InputTypeError(f"{name}: a {type(part).__name__} cannot be saved: it has no save_pretrained")
+        for name, part in self.components.items():
             if part is not None:
                 part.save_pretrained(folder / name, safe_serialization=safe_serialization, variant=variant,
                                      max_shard_size=max_shard_size)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ImvarError, InputError
 from ..image import VaeImageProcessor
-from ..noise import check_generator, randn
+from ..noise import randn
 from ..outputs import StableDiffusionPipelineOutput
 from .assembly import Assembly
 from .checks import check_call, check_inputs, check_latents
@@ -64,34 +64,35 @@ class StableDiffusionImageVariationPipeline(Assembly):
             guidance_scale: w of arXiv:2207.12598, equation 6 (as 1 + w); up to 1 there is no guidance. The
                 published model's card suggests 3.
             num_images_per_prompt: n variations of each picture, in the order a a b b.
-            eta: 0 to 1, the share of fresh noise in each step (arXiv:2010.02502, equation 16); PNDM and LMS ignore it.
+            eta: 0 to 1, the share of fresh noise in each step of DDIM (arXiv:2010.02502, equation 16); PNDM and LMS
+                ignore it.
             generator: source of the noise; one for all, or a list of one per variation. Noise is drawn on its device.
             latents: (b n, 4, height / 8, width / 8) standard normal noise to start from instead of a drawn one.
             output_type: "pil"; "np", (b n, height, width, 3) in [0, 1]; "pt", (b n, 3, height, width) in [0, 1];
                 "latent", undecoded and unchecked.
             return_dict: False for a tuple of pictures and flags.
-            callback: called as callback(i, t, latents) after every `callback_steps` steps.
+            callback: called as callback(i, t, latents) after the steps i that `callback_steps` divides; under PNDM
+                not after its opening ones.
 
         Returns:
             `images`, and `nsfw_content_detected`, a flag each, or None where no checker looked; flagged pictures
             are black.
 
         Raises:
-            InputError: an argument that cannot do what was asked, by its name, before any work.
+            InputError: an argument that cannot do what was asked, by its name, before any network runs.
         """
         image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
         height, width = self.size(height, width)
         self.check_inputs(image, height, width, callback_steps)
-        pictures = count(image) * (num_images_per_prompt or 1)
-        check_call(guidance_scale, num_images_per_prompt, eta, generator, output_type, callback, pictures)
+        shape = self.latents_shape(count(image) * (num_images_per_prompt or 1), height, width)
+        check_call(guidance_scale, num_images_per_prompt, eta, generator, latents, output_type, callback, shape)
 
         with self._offload or contextlib.nullcontext(), torch.no_grad(), self.own_scheduler():
             device, guided = self._execution_device, guidance_scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
             scheduler.set_timesteps(num_inference_steps, device=device)
             context = self._encode_image(image, device, num_images_per_prompt or 1, guided)
-            x = self.prepare_latents(pictures, self.unet.config.in_channels, height, width, context.dtype,
-                                     device, generator, latents)
+            x = self.prepare_latents(*shape[:2], height, width, context.dtype, device, generator, latents)
             options = self.prepare_extra_step_kwargs(generator, eta)
 
             opening = len(scheduler.timesteps) - num_inference_steps * order  # PNDM takes a few more
@@ -120,9 +121,13 @@ class StableDiffusionImageVariationPipeline(Assembly):
         return (rows * self.vae_scale_factor if height is None else height,
                 columns * self.vae_scale_factor if width is None else width)
 
+    def latents_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return batch, self.unet.config.in_channels, height // factor, width // factor
+
     def check_inputs(self, image: Any, height: int, width: int, callback_steps: int) -> None:
         """Raise `InputError` for a picture, size or interval that cannot be used."""
-        check_inputs(image, height, width, callback_steps, factor=8)
+        check_inputs(image, height, width, callback_steps, factor=max(8, self.vae_scale_factor))
 
     def _encode_image(self, image: Any, device: torch.device, num_images_per_prompt: int,
                       do_classifier_free_guidance: bool) -> Tensor:
@@ -138,7 +143,6 @@ class StableDiffusionImageVariationPipeline(Assembly):
                         device: torch.device, generator: Any, latents: Tensor | None = None) -> Tensor:
         """Noise to start from, (b, c, height / 8, width / 8), scaled as the scheduler wants it."""
         shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        check_generator(generator, batch_size)
         if latents is None:
             latents = randn(shape, generator, device=device, dtype=dtype)
         else:
