@@ -97,17 +97,19 @@ class VisionTower(Checkpointing, nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm_out = nn.LayerNorm(width, config.layer_norm_eps)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """pixels: b 3 s s. Answers the pooled b c, and b n c from the embedding and from every layer."""
+    def forward(self, pixels: Tensor, states: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """pixels: b 3 s s. Answers the pooled b c and the last b n c; `states` collects all of the latter."""
         if pixels.shape[2:] != (self.image_size, self.image_size):
             raise InputError(f"pixel_values: pictures of {tuple(pixels.shape[2:])} came; this encoder looks at "
                              f"{(self.image_size, self.image_size)}, to which CLIPImageProcessor brings them")
         patches = rearrange(self.patch(pixels.to(self.patch.weight.dtype)), "b c h w -> b (h w) c")
         x = torch.cat([self.class_token.expand(len(patches), 1, -1), patches], dim=1)
-        states = [self.norm_in(x + self.positions)]
+        x = self.norm_in(x + self.positions)
         for layer in self.layers:
-            states.append(self.run(layer, states[-1]))
-        return self.norm_out(states[-1][:, 0]), tuple(states)
+            if states is not None:
+                states.append(x)
+            x = self.run(layer, x)
+        return self.norm_out(x[:, 0]), x
 
 
 class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel):
@@ -133,8 +135,9 @@ class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel):
 
         The embeddings are not normalised. Raises `InputError` for pictures of another size than the config's.
         """
-        pooled, states = self.tower(pixel_values)
-        output = CLIPVisionModelOutput(self.proj(pooled), states[-1], states if output_hidden_states else None)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        pooled, last = self.tower(pixel_values, states)
+        output = CLIPVisionModelOutput(self.proj(pooled), last, None if states is None else (*states, last))
         return output if return_dict else output.to_tuple()
 
     def gradient_checkpointing_enable(self) -> None:
