@@ -93,6 +93,10 @@ def test_who_sees_which_scheduler(pipe, photo):
     seen = []
 
     class Watching(StableDiffusionImageVariationPipeline):
+        def check_inputs(self, *args):
+            seen.append(self.scheduler)
+            super().check_inputs(*args)
+
         def prepare_extra_step_kwargs(self, generator, eta):
             seen.append(self.scheduler)
             self.noted = len(self.scheduler.timesteps)

@@ -78,7 +78,7 @@ class Assembly(Storage):
         replaced it may refer to it.
         """
         scheduler = self._scheduler
-        replaced = any(callable(getattr(type(scheduler), name, None)) for name in vars(scheduler))
+        replaced = any(callable(getattr(type(scheduler), name, None)) for name in getattr(scheduler, "__dict__", ()))
         token = _stepping.set((*_stepping.get(), (self, scheduler if replaced else copy.copy(scheduler))))
         try:
             yield

@@ -81,13 +81,13 @@ class StableDiffusionImageVariationPipeline(Assembly):
         Raises:
             InputError: an argument that cannot do what was asked, by its name, before any network runs.
         """
-        image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
-        height, width = self.size(height, width)
-        self.check_inputs(image, height, width, callback_steps)
-        shape = self.latents_shape(count(image) * (num_images_per_prompt or 1), height, width)
-        check_call(guidance_scale, num_images_per_prompt, eta, generator, latents, output_type, callback, shape)
+        with self.own_scheduler(), self._offload or contextlib.nullcontext(), torch.no_grad():
+            image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
+            height, width = self.size(height, width)
+            self.check_inputs(image, height, width, callback_steps)
+            shape = self.latents_shape(count(image) * (num_images_per_prompt or 1), height, width)
+            check_call(guidance_scale, num_images_per_prompt, eta, generator, latents, output_type, callback, shape)
 
-        with self._offload or contextlib.nullcontext(), torch.no_grad(), self.own_scheduler():
             device, guided = self._execution_device, guidance_scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
             scheduler.set_timesteps(num_inference_steps, device=device)
