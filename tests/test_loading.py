@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from random_checkpoint import TINY_ENCODER, TINY_UNET, tiny_pipeline
 from safetensors.torch import load_file, save_file
 
@@ -319,8 +320,6 @@ def hub(checkpoint, monkeypatch, tmp_path):
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
     def snapshot_download(repo_id, allow_patterns=None, local_files_only=False, **options):
-        from huggingface_hub.utils import filter_repo_objects
-
         if local_files_only:
             raise LocalEntryNotFoundError("nothing is cached")
         wanted = sorted(filter_repo_objects(names, allow_patterns=allow_patterns))
@@ -363,6 +362,25 @@ def test_one_part_from_the_hub(hub):
     assert hub[1][1] == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     imvar.PNDMScheduler.from_pretrained("owner/name", subfolder="scheduler")
     assert hub[3][1] == ["scheduler/scheduler_config.json"]
+
+
+def test_a_cache_without_a_network_is_asked_for_no_more_than_needed(checkpoint, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo_id, **options):
+        asked.update(options)
+        return str(checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    StableDiffusionImageVariationPipeline.from_pretrained("owner/name", revision="v2.0")
+    assert asked["local_files_only"]
+    files = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bin", "vae/config.json",
+             "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "image_encoder/pytorch_model.bin",
+             "unet/diffusion_pytorch_model.safetensors.index.json", "safety_checker/model.safetensors",
+             "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json"]
+    others = ["montage.jpg", "README.md", "unet/flax_model.msgpack", "text_encoder/model.safetensors"]
+    assert list(filter_repo_objects(files + others, allow_patterns=asked["allow_patterns"])) == files
 
 
 def test_without_a_network(hub, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, InputTypeError
 from ..image import CLIPImageProcessor
 from ..models import AutoencoderKL, CLIPVisionModelWithProjection, StableDiffusionSafetyChecker, UNet2DConditionModel
 from ..schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
-from ..weights.files import Hub, locate, read_json, write_text
+from ..weights.files import Hub, locate, read_json, within, write_text
 from ..weights.pretrained import FORMAT, PretrainedModel, asked_for
 from ..weights.tensors import as_dtype
 
@@ -132,7 +132,7 @@ def part_reading(folder: Path, model: type[PretrainedModel], variant: str | None
     return {"variant": variant, "use_safetensors": use_safetensors}
 
 
-def chosen(names: list[str], model: type[PretrainedModel], variant: str | None,
+def chosen(names: list[str] | None, model: type[PretrainedModel], variant: str | None,
            use_safetensors: bool | None) -> tuple[list[str], str | None]:
     """The weights files to read, and whether they are the variant's."""
     try:
@@ -143,13 +143,13 @@ def chosen(names: list[str], model: type[PretrainedModel], variant: str | None,
         return model.stem.choose(names, None, use_safetensors), None
 
 
-def wanted_files(names: set[str], overrides: Mapping[str, Any], **reading: Any) -> list[str]:
-    """Of all files in a repository, those that this pipeline reads."""
+def wanted_files(names: set[str] | None, overrides: Mapping[str, Any], **reading: Any) -> list[str]:
+    """Of all files in a repository, those that this pipeline reads; None where they are not known."""
     wanted = [INDEX]
     for part, classes in PARTS.items():
         model = next(iter(classes.values()))
-        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-        if part not in overrides and inside:
+        inside = within(names, f"{part}/")
+        if part not in overrides and inside != []:
             files = chosen(inside, model, **reading)[0] if issubclass(model, PretrainedModel) else []
             wanted += [f"{part}/{name}" for name in (model.config_name, *files)]
     return wanted

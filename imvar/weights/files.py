@@ -14,8 +14,13 @@ import huggingface_hub
 
 from ..errors import CheckpointError, InputTypeError
 
-Wanted = Callable[[set[str]], list[str]]
-"""From the names of all files in a repository to the patterns of those to fetch."""
+Wanted = Callable[[set[str] | None], list[str]]
+"""From the names of all files in a repository, None where they are not known, to the patterns of those to fetch."""
+
+
+def within(names: set[str] | None, prefix: str) -> list[str] | None:
+    """Those of the names that begin with `prefix`, without it; None where they are not known."""
+    return None if names is None else [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,20 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
         return Path(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError("no such folder (and not a hub id, which looks like 'owner/name')", path=name)
-    patterns, fault = None, None  # no patterns: no network, so what is in the cache has to do
+    names, fault = None, None  # no names: no network, so what is in the cache has to do
     try:
         if not hub.local_files_only and not huggingface_hub.constants.HF_HUB_OFFLINE:
             found = huggingface_hub.model_info(name, revision=hub.revision, token=hub.token, timeout=10)
-            patterns = wanted({file.rfilename for file in found.siblings or []})
+            names = {file.rfilename for file in found.siblings or []}
+        patterns = wanted(names)
     except CheckpointError as error:
         raise CheckpointError(error.reason, path=name) from error
     except Exception as error:  # huggingface_hub lets those of its network library through, whichever that is
-        fault = error
+        fault, patterns = error, wanted(None)
     try:
         return Path(huggingface_hub.snapshot_download(
             name, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir, allow_patterns=patterns,
-            local_files_only=patterns is None))
+            local_files_only=names is None))
     except Exception as error:
         fault = fault or error
         at = f"{name} (revision {hub.revision})" if hub.revision else name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import Configured
 from ..errors import CheckpointError, InputError, InputTypeError
-from .files import Hub, locate, read_json, write_text
+from .files import Hub, locate, read_json, within, write_text
 from .keymap import Keymap
 from .tensors import DIFFUSERS, TRANSFORMERS, Stem, as_dtype, read_weights, write_weights
 
@@ -88,9 +88,9 @@ class PretrainedModel(Pretrained, nn.Module):
         wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
         prefix = f"{subfolder}/" if subfolder else ""
 
-        def wanted(names: set[str]) -> list[str]:
-            inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-            return [prefix + name for name in (cls.config_name, *cls.stem.choose(inside, variant, use_safetensors))]
+        def wanted(names: set[str] | None) -> list[str]:
+            files = cls.stem.choose(within(names, prefix), variant, use_safetensors)
+            return [prefix + name for name in (cls.config_name, *files)]
 
         folder = locate(source, Hub(revision, cache_dir, local_files_only, token), wanted) / prefix
         return cls.read(folder, variant=variant, dtype=wanted_dtype, use_safetensors=use_safetensors, **changes)

@@ -41,10 +41,15 @@ class Stem:
     def index(self, ending: str, variant: str | None) -> str:
         return f"{self.named(ending, None)}.{ending}.index.{f'{variant}.' if variant else ''}json"
 
-    def choose(self, names: Iterable[str], variant: str | None, use_safetensors: bool | None) -> list[str]:
-        """The patterns of the files to read, out of all `names`: safetensors before pickles, whole before shards."""
-        names = set(names)
+    def choose(self, names: Iterable[str] | None, variant: str | None, use_safetensors: bool | None) -> list[str]:
+        """The patterns of the files to read, out of all `names`: safetensors before pickles, whole before shards.
+
+        Where the names are not known, None, the patterns of all files that there may be.
+        """
         endings = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
+        if names is None:
+            return [f"{self.named(ending, None)}*.{ending}*" for ending in endings]
+        names = set(names)
         for ending in endings:
             if self.file(ending, variant) in names:
                 return [self.file(ending, variant)]
