@@ -263,6 +263,15 @@ def test_construction(pipe):
     assert "AutoencoderKL" in repr(pipe)
 
 
+def test_sizes_that_the_unet_does_not_say(pipe, photo):
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(InputError, match="no sample_size"):
+        run(pipe, photo, height=64)
+    assert run(pipe, photo, height=64, width=72).shape == (1, 64, 72, 3)
+    pipe.unet.register_to_config(sample_size=(8, 16))
+    assert run(pipe, photo).shape == (1, 64, 128, 3)
+
+
 def test_progress_bars(photo, capsys):
     enable_progress_bars()  # the reference's tests have switched all of the hub's bars off
     pipe = tiny_pipeline()

@@ -117,7 +117,9 @@ class StableDiffusionImageVariationPipeline(Assembly):
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, by default those that the UNet was trained at."""
         sample = self.unet.config.sample_size
-        rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        if sample is None and (height is None or width is None):
+            raise InputError("height, width: this UNet's config has no sample_size to take them from; give both")
+        rows, columns = sample if isinstance(sample, (list, tuple)) else (sample, sample)
         return (rows * self.vae_scale_factor if height is None else height,
                 columns * self.vae_scale_factor if width is None else width)
 
