@@ -116,12 +116,14 @@ class StableDiffusionImageVariationPipeline(Assembly):
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, by default those that the UNet was trained at."""
-        sample = self.unet.config.sample_size
-        if sample is None and (height is None or width is None):
+        own = self.unet.config.sample_size
+        if own is not None:
+            rows, columns = own if isinstance(own, (list, tuple)) else (own, own)
+            height = rows * self.vae_scale_factor if height is None else height
+            width = columns * self.vae_scale_factor if width is None else width
+        if height is None or width is None:
             raise InputError("height, width: this UNet's config has no sample_size to take them from; give both")
-        rows, columns = sample if isinstance(sample, (list, tuple)) else (sample, sample)
-        return (rows * self.vae_scale_factor if height is None else height,
-                columns * self.vae_scale_factor if width is None else width)
+        return height, width
 
     def latents_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         factor = self.vae_scale_factor
