@@ -245,6 +245,22 @@ def test_clip(tower, tmp_path):
     assert from_object.state_dict().keys() == ours.state_dict().keys()
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_clip_gradients(tower, tmp_path):
+    config = transformers.CLIPVisionConfig(**(TINY_ENCODER | TOWERS[tower]))
+    theirs = transformers.CLIPVisionModelWithProjection(config)
+    ours, theirs = pair(theirs, imvar.CLIPVisionModelWithProjection, tmp_path)
+    pixels = torch.randn(2, 3, config.image_size, config.image_size).double()
+    for model in (ours.train().double(), theirs.train().double()):
+        model(pixels).image_embeds.square().sum().backward()
+    same_gradients(ours, theirs)
+    plain_grads = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    ours.gradient_checkpointing_enable()
+    ours(pixels).image_embeds.square().sum().backward()
+    assert all(torch.equal(p.grad, plain_grads[name]) for name, p in ours.named_parameters())
+
+
 def cosines(theirs, pixels):
     embeds = torch.nn.functional.normalize(theirs.visual_projection(theirs.vision_model(pixels)[1]))
     return [embeds @ torch.nn.functional.normalize(c).T for c in (theirs.special_care_embeds, theirs.concept_embeds)]
