@@ -8,19 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
-from random_checkpoint import tiny_pipeline
 
 import imvar
 from imvar import cli
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, Row, contact_sheet, fitted
 from imvar.photos import distinct, load_image
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

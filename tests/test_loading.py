@@ -275,6 +275,18 @@ def test_overrides(checkpoint):
         imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", nonsense=1)
 
 
+def test_a_subclass_that_passes_its_arguments_on(checkpoint):
+    class Mine(StableDiffusionImageVariationPipeline):
+        def __init__(self, *args, strength=0.5, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.strength = strength
+
+    mine = Mine.from_pretrained(checkpoint, strength=0.7, requires_safety_checker=False, safety_checker=None)
+    assert (mine.strength, mine.safety_checker, mine.unet.dtype) == (0.7, None, torch.float32)
+    with pytest.raises(TypeError, match="weakness"):
+        Mine.from_pretrained(checkpoint, weakness=1)
+
+
 def test_dtypes(checkpoint, tmp_path):
     pipe = StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, torch_dtype=torch.float16)
     assert {part: model.dtype for part, model in pipe.modules.items()} == dict.fromkeys(PARTS, torch.float16) | {}

@@ -17,7 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from ..errors import InputError, InputTypeError
+from ..checks import count
+from ..errors import InputError
 from .layers import Seams
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -203,9 +204,4 @@ def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) 
     sizes = list(slice_size) if isinstance(slice_size, (list, tuple)) else [slice_size] * len(heads)
     if len(sizes) != len(heads):
         raise InputError(f"slice_size: {len(sizes)} numbers for {len(heads)} attention layers")
-    for size, most in zip(sizes, heads, strict=True):
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise InputTypeError(f"slice_size={slice_size!r}: 'auto', 'max', a number of heads, or one per layer")
-        if not 1 <= size <= most:
-            raise InputError(f"slice_size={size}: it has to be between 1 and the number of heads, {most}")
-    return sizes
+    return [count("slice_size", size, high=most) for size, most in zip(sizes, heads, strict=True)]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..checks import count
 from ..config import Config, one_of, only
 from ..errors import InputError
 from ..outputs import UNet2DConditionOutput
@@ -76,15 +77,14 @@ class UNetConfig(Config):
     projection_class_embeddings_input_dim: None = only(None)
     attention_type: str = only("default")
     class_embeddings_concat: bool = only(False)
-    mid_block_only_cross_attention: bool | None = one_of(None, False)
+    mid_block_only_cross_attention: bool | None = only(None)
     cross_attention_norm: None = only(None)
     addition_embed_type_num_heads: int = only(64)
 
     def check(self) -> None:
         super().check()
         for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim", "norm_num_groups"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise InputError(f"{name}={value!r} is not supported; one whole number, for all levels, would do")
+            count(name, getattr(self, name))  # one for all levels
         levels = len(self.block_out_channels)
         for name, kinds in ("down_block_types", WITH_ATTENTION[:1] + WITHOUT[:1]), (
                 "up_block_types", WITH_ATTENTION[1:] + WITHOUT[1:]):
@@ -206,10 +206,10 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
             return self.block(in_channels, out_channels, groups=config.norm_num_groups, eps=config.norm_eps,
                               time_dim=time_dim)
 
-        def transformers(count: int, level: int, kind: str | None = None) -> list[nn.Module]:
+        def transformers(number: int, level: int, kind: str | None = None) -> list[nn.Module]:
             return [self.transformer(widths[level], config.cross_attention_dim, config.heads[level],
                                      depth=config.transformer_layers_per_block, groups=config.norm_num_groups)
-                    for _ in range(count) if kind not in WITHOUT]
+                    for _ in range(number) if kind not in WITHOUT]
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time = TimestepEmbedding(widths[0], time_dim, cos_first=config.flip_sin_to_cos, shift=config.freq_shift)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self
@@ -197,12 +196,6 @@ class Assembly(Storage):
     def numpy_to_pil(images: np.ndarray) -> list[Image]:
         """(b, h, w, 3) with values in [0, 1] to pictures."""
         return numpy_to_pil(images)
-
-    @classmethod
-    def part_names(cls) -> Sequence[str]:
-        """The constructor's arguments without a default: the parts."""
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        return [p.name for p in parameters if p.name != "self" and p.default is p.empty]
 
     def __repr__(self) -> str:
         parts = "\n".join(f"  {name}: {type(part).__name__}" for name, part in self.components.items())

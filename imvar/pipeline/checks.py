@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from PIL.Image import Image
 from torch import Tensor
 
+from ..checks import count, finite
 from ..errors import InputError, InputTypeError
 from ..noise import check_generator
-from ..schedulers.checks import count
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LARGEST = 2**16  # pixels on a side
@@ -48,8 +47,8 @@ def check_pixels(image: Tensor) -> None:
 def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: float, generator: Any, latents: Any,
                output_type: str, callback: Callable[..., Any] | None, shape: tuple[int, int, int, int]) -> None:
     """The arguments that `check_inputs` does not see. Numbers of steps are the scheduler's to judge."""
-    number("guidance_scale", guidance_scale)
-    number("eta", eta)
+    finite("guidance_scale", guidance_scale)
+    finite("eta", eta)
     if num_images_per_prompt is not None:
         count("num_images_per_prompt", num_images_per_prompt)
     check_generator(generator, shape[0])
@@ -68,11 +67,3 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         raise InputError(f"latents: shape {tuple(latents.shape)} came; {shape} would do")
     if not latents.is_floating_point() or not latents.isfinite().all():
         raise InputError("latents: finite floats would do; integers, NaN or infinite values came")
-
-
-def number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise InputTypeError(f"{name}={value!r}: a number would do")
-    if not math.isfinite(value):
-        raise InputError(f"{name}={value!r}: a finite number would do")
-    return float(value)

@@ -18,7 +18,7 @@ class Offload:
     """
 
     def __init__(self, device: torch.device, parts: dict[str, nn.Module]):
-        self.device, self.parts, self.turn = device, parts, threading.RLock()
+        self.device, self.turn = device, threading.RLock()
         self.visiting: nn.Module | None = None
         self.hooks: list[Any] = []
         for part in parts.values():
@@ -30,8 +30,10 @@ class Offload:
         self.turn.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self.rest()
-        self.turn.release()
+        try:
+            self.rest()
+        finally:
+            self.turn.release()
 
     def visit(self, part: nn.Module) -> None:
         if part is not self.visiting:

@@ -58,7 +58,8 @@ class Storage:
         a part has them. Weights are always mapped rather than copied, whatever `low_cpu_mem_usage` says.
         Raises `CheckpointError` naming the file and what is wrong with it.
         """
-        known = inspect.signature(cls).parameters
+        known = cls.parameters()
+        parts = [name for name, parameter in known.items() if parameter.default is parameter.empty]
         overrides = asked_for(overrides, known, f"{cls.__name__}.from_pretrained")
         dtypes = dtypes_by_part(torch_dtype if dtype is None else dtype)
         reading = {"variant": variant, "use_safetensors": use_safetensors}
@@ -69,7 +70,7 @@ class Storage:
             raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
         listed = {name: read_part(folder, name, value, dtypes, **reading) if isinstance(value, list) else value
                   for name, value in index.items() if name not in overrides}
-        return cls(**(dict.fromkeys(cls.part_names()) | listed | overrides))
+        return cls(**(dict.fromkeys(parts) | listed | overrides))
 
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
                         max_shard_size: int | str = "10GB", **_: Any) -> None:
@@ -92,8 +93,17 @@ class Storage:
         return Config.read(self._settings | {name: index_entry(name, part) for name, part in self.components.items()})
 
     @classmethod
-    def part_names(cls) -> Any:
-        raise NotImplementedError
+    def parameters(cls) -> dict[str, inspect.Parameter]:
+        """The constructor's arguments by name; what lies behind `*args` and `**kwargs` are those of the next class."""
+        found: dict[str, inspect.Parameter] = {}
+        for base in cls.__mro__:
+            if "__init__" in vars(base):
+                own = list(inspect.signature(base.__init__).parameters.values())[1:]
+                named = [p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+                found = {p.name: p for p in named} | found
+                if len(named) == len(own):
+                    break
+        return found
 
 
 def dtypes_by_part(dtype: Any) -> dict[str, torch.dtype | None]:

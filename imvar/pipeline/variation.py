@@ -85,7 +85,8 @@ class StableDiffusionImageVariationPipeline(Assembly):
             image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
             height, width = self.size(height, width)
             self.check_inputs(image, height, width, callback_steps)
-            shape = self.latents_shape(count(image) * (num_images_per_prompt or 1), height, width)
+            pictures = how_many(image) * (num_images_per_prompt or 1)
+            shape = self.latents_shape(pictures, self.unet.config.in_channels, height, width)
             check_call(guidance_scale, num_images_per_prompt, eta, generator, latents, output_type, callback, shape)
 
             device, guided = self._execution_device, guidance_scale > 1
@@ -125,9 +126,8 @@ class StableDiffusionImageVariationPipeline(Assembly):
             raise InputError("height, width: this UNet's config has no sample_size to take them from; give both")
         return height, width
 
-    def latents_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
-        factor = self.vae_scale_factor
-        return batch, self.unet.config.in_channels, height // factor, width // factor
+    def latents_shape(self, batch: int, channels: int, height: int, width: int) -> tuple[int, int, int, int]:
+        return batch, channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
     def check_inputs(self, image: Any, height: int, width: int, callback_steps: int) -> None:
         """Raise `InputError` for a picture, size or interval that cannot be used."""
@@ -146,7 +146,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
     def prepare_latents(self, batch_size: int, num_channels_latents: int, height: int, width: int, dtype: torch.dtype,
                         device: torch.device, generator: Any, latents: Tensor | None = None) -> Tensor:
         """Noise to start from, (b, c, height / 8, width / 8), scaled as the scheduler wants it."""
-        shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        shape = self.latents_shape(batch_size, num_channels_latents, height, width)
         if latents is None:
             latents = randn(shape, generator, device=device, dtype=dtype)
         else:
@@ -167,10 +167,13 @@ class StableDiffusionImageVariationPipeline(Assembly):
                              "large, or half precision that overflowed; float32 or bfloat16 tells which")
         if output_type == "latent":
             return latents, None
-        pixels = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-        pixels, flags = self.run_safety_checker(pixels, device, dtype)
+        pixels, flags = self.run_safety_checker(self.decode(latents), device, dtype)
         unflagged = [True] * len(pixels) if flags is None else [not flag for flag in flags]  # a black one stays black
         return self.image_processor.postprocess(pixels, output_type, do_denormalize=unflagged), flags
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (b, 4, h, w) to pictures (b, 3, 8h, 8w) around [-1, 1]."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
     def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype,
                            ) -> tuple[Any, list[bool] | None]:
@@ -184,11 +187,10 @@ class StableDiffusionImageVariationPipeline(Assembly):
 
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         """Latents to an array (b, h, w, 3) in [0, 1]: a step of older pipelines, kept for code that calls it."""
-        pixels = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-        return self.image_processor.postprocess(pixels, "np")
+        return self.image_processor.postprocess(self.decode(latents), "np")
 
 
-def count(image: Any) -> int:
+def how_many(image: Any) -> int:
     return len(image) if isinstance(image, (list, tuple, Tensor)) else 1
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import count, real, single
 from ..config import Config, one_of
 from ..errors import InputError, InputTypeError
 from ..outputs import SchedulerOutput
 from ..weights.pretrained import Pretrained
-from .checks import count, real, single
 from .tables import make_betas
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import real
 from ..config import one_of
 from ..errors import InputError
 from ..noise import Generators, randn
 from ..outputs import DenoisedOutput
-from .checks import real
 from .common import SchedulerConfig, VariancePreserving, to_eps, to_x0
 from .tables import make_betas, whole_timesteps, zero_terminal_snr
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import count, real
 from ..config import one_of
 from ..errors import InputError
 from ..outputs import DenoisedOutput
-from .checks import count, real
 from .common import Scheduler, SchedulerConfig
 from .tables import beta, exponential, karras, space_timesteps, to_timesteps
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import count
 from ..errors import InputError
-from .checks import count
 
 
 def make_betas(config: Any) -> Tensor:

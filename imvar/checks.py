@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InputError, InputTypeError
+from .errors import InputError, InputTypeError
 
 
 def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
@@ -35,6 +35,14 @@ def real(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> float:
         raise InputTypeError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
     if not low <= number <= high:
         raise InputError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
+    return number
+
+
+def finite(name: str, value: Any) -> float:
+    """A number that is neither NaN nor infinite, as a float."""
+    number = real(name, value, low=-math.inf, high=math.inf)
+    if math.isinf(number):
+        raise InputError(f"{name}={value!r}: a finite number would do")
     return number
 
 
