@@ -1,4 +1,4 @@
-"""Checks on the numbers that a caller hands in."""
+"""Checks on the numbers and dtypes that a caller hands in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import InputError, InputTypeError
@@ -51,3 +52,13 @@ def single(value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from itself or its name; float32 where nothing is asked for, None for `"auto"`: as the file has it."""
+    if dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputTypeError(f"dtype={dtype!r}: a floating dtype such as torch.float16, its name, or 'auto' would do")
+    return found

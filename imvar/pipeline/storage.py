@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 
+from ..checks import as_dtype
 from ..config import Config
 from ..errors import CheckpointError, InputTypeError
 from ..image import CLIPImageProcessor
@@ -18,7 +19,6 @@ from ..models import AutoencoderKL, CLIPVisionModelWithProjection, StableDiffusi
 from ..schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from ..weights.files import Hub, locate, read_json, within, write_text
 from ..weights.pretrained import FORMAT, PretrainedModel, asked_for
-from ..weights.tensors import as_dtype
 
 INDEX = "model_index.json"
 

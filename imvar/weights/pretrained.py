@@ -11,11 +11,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..checks import as_dtype
 from ..config import Configured
 from ..errors import CheckpointError, InputError, InputTypeError
 from .files import Hub, locate, read_json, within, write_text
 from .keymap import Keymap
-from .tensors import DIFFUSERS, TRANSFORMERS, Stem, as_dtype, read_weights, write_weights
+from .reading import read_weights
+from .stems import DIFFUSERS, TRANSFORMERS, Stem
+from .writing import write_weights
 
 FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
 TRANSFORMERS_FORMAT = "5.23.0"

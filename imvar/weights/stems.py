@@ -1,0 +1,50 @@
+"""What a part's weights files are called, and which of them to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Stem:
+    """How the weights of a part are called, by format, before the endings."""
+
+    safetensors: str
+    pickle: str
+
+    def named(self, ending: str, variant: str | None) -> str:
+        stem = self.safetensors if ending == "safetensors" else self.pickle
+        return f"{stem}.{variant}" if variant else stem
+
+    def file(self, ending: str, variant: str | None) -> str:
+        return f"{self.named(ending, variant)}.{ending}"
+
+    def shards(self, ending: str, variant: str | None) -> str:
+        return f"{self.named(ending, variant)}-*-of-*.{ending}"
+
+    def index(self, ending: str, variant: str | None) -> str:
+        return f"{self.named(ending, None)}.{ending}.index.{f'{variant}.' if variant else ''}json"
+
+    def choose(self, names: Iterable[str] | None, variant: str | None, use_safetensors: bool | None) -> list[str]:
+        """The patterns of the files to read, out of all `names`: safetensors before pickles, whole before shards.
+
+        Where the names are not known, None, the patterns of all files that there may be.
+        """
+        endings = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
+        if names is None:
+            return [f"{self.named(ending, None)}*.{ending}*" for ending in endings]
+        names = set(names)
+        for ending in endings:
+            if self.file(ending, variant) in names:
+                return [self.file(ending, variant)]
+            if self.index(ending, variant) in names:
+                return [self.index(ending, variant), self.shards(ending, variant)]
+        looked = " or ".join(self.file(ending, variant) for ending in endings)
+        raise CheckpointError(f"no weights here: looked for {looked}, whole or sharded")
+
+
+DIFFUSERS = Stem("diffusion_pytorch_model", "diffusion_pytorch_model")
+TRANSFORMERS = Stem("model", "pytorch_model")
