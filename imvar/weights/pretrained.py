@@ -153,14 +153,14 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | 
     naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
     """
     expected = model.state_dict()
-    found = dict(tensors) if tensors.keys() == expected.keys() else model.keymap.to_ours(tensors, expected, path)
+    found = dict(tensors) if tensors.keys() == expected.keys() else model.keymap.to_ours(tensors, expected, path=path)
     for name, tensor in found.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"is of {tensor.dtype}; floating numbers are needed", path=path,
-                                  key=model.keymap.spellings(name)[0])
+                                  key=model.keymap.spelled(name))
         if tensor.shape != expected[name].shape:
             raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
-                                  "config", path=path, key=model.keymap.spellings(name)[0])
+                                  "config", path=path, key=model.keymap.spelled(name))
     model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
