@@ -184,7 +184,7 @@ def concat(h: Tensor, skip: Tensor, level: int) -> Tensor:
     return torch.cat([h, skip], dim=1)
 
 
-class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedModel):
+class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedModel, part="unet"):
     """Down, middle, up, with skips across: eps(x_t, t, context) of arXiv:2112.10752, equation 3.
 
     Seams for forks: `block` and `transformer` are the classes it is built of, `merge` joins a skip.

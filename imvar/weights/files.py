@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,23 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
         raise CheckpointError("not in the cache, and the hub could not be reached or does not have it: connect once so "
                               "that it is downloaded, or give the folder of a copy "
                               f"({type(fault).__name__}: {first_line(fault)})", path=at) from fault
+
+
+def locate_file(source: str | Path, hub: Hub) -> Path:
+    """A file: at that path, or on the hub as a link there or as "owner/name/file" says."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputTypeError(f"source: {type(source).__name__} came; a path or a link to a file on the hub would do")
+    if Path(source).is_file():
+        return Path(source)
+    if Path(source).is_dir():
+        raise CheckpointError("is a folder, not a file; from_pretrained reads folders", path=source)
+    link = re.fullmatch(r"(?:https://(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/"
+                        r"(?:(?:blob|resolve)/([^/]+)/)?([^?]+)(?:\?.*)?", str(source))
+    if not link:
+        raise CheckpointError("no such file (and not a file on the hub, as in 'owner/name/file')", path=source)
+    name, revision, file = link.groups()
+    hub = replace(hub, revision=revision or hub.revision)
+    return locate(name, hub, lambda _: [file]) / file
 
 
 def first_line(error: BaseException) -> str:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ..checks import as_dtype
 from ..config import Configured
 from ..errors import CheckpointError, InputError, InputTypeError
-from .files import Hub, locate, read_json, within, write_text
-from .keymap import Keymap
+from .files import Hub, locate, locate_file, read_json, within, write_text
+from .keymap import PUBLISHED, Dialect, Keymap, Naming
 from .reading import read_weights
+from .settings import settings_of
+from .single import SingleFile, recognise
 from .stems import DIFFUSERS, TRANSFORMERS, Stem
 from .writing import write_weights
 
@@ -44,9 +46,13 @@ class Pretrained(Configured):
     @classmethod
     def read_config(cls, path: Path, **changes: Any) -> Any:
         """The settings in `path`, checked; `changes` are checked as constructor arguments are."""
+        return cls.checked(read_json(path), path, **changes)
+
+    @classmethod
+    def checked(cls, settings: Mapping[str, Any], path: Path, **changes: Any) -> Any:
+        """Settings that came from `path`, checked, and `changes`, checked as constructor arguments are."""
         known = [f.name for f in fields(cls.config_class)]
         changes = cls.config_class.of(**asked_for(changes, known, f"{cls.__name__}.from_pretrained")).explicit()
-        settings = read_json(path)
         try:
             return cls.config_class.read(settings, **changes)
         except InputError as error:
@@ -66,6 +72,14 @@ class PretrainedModel(Pretrained, nn.Module):
     """A model: settings, weights, and the table that knows what files call its weights."""
 
     stem: ClassVar[Stem] = DIFFUSERS
+    part: ClassVar[str]
+    by_part: ClassVar[dict[str, type[PretrainedModel]]] = {}
+    """The class that serves each part with weights, by the name of its folder in a checkpoint."""
+
+    def __init_subclass__(cls, part: str | None = None, **more: Any):
+        super().__init_subclass__(**more)
+        if part:
+            cls.part, PretrainedModel.by_part[part] = part, cls
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -104,9 +118,55 @@ class PretrainedModel(Pretrained, nn.Module):
         """Build the model on the meta device and give it the weights in `folder`."""
         config = cls.read_config(folder / cls.config_name, **changes)
         path, tensors = read_weights(folder, cls.stem, variant, use_safetensors)
+        return cls.holding(tensors, config, dtype=dtype, path=path)
+
+    @classmethod
+    def from_single_file(cls, source: str | Path, *, config: str | Path | None = None, subfolder: str | None = None,
+                         torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
+                         ema: str = "auto", revision: str | None = None, cache_dir: str | Path | None = None,
+                         local_files_only: bool = False, token: str | bool | None = None, **changes: Any) -> Self:
+        """This part out of one `.ckpt` or safetensors file, alone or among others, in any dialect that is known.
+
+        `source`: a path, a link to a file on the hub, or "owner/name/file". `config`: the folder or hub repository of
+        a checkpoint with the settings, where neither the file nor its neighbour `config.json` has them and the
+        tensors' shapes and the published settings do not say it all. `ema`: "yes" for the moving average of a UNet's
+        weights, "no" for the weights as last trained, "auto" for the first if it is there. The rest is as in
+        `from_pretrained`.
+        """
+        hub = Hub(revision, cache_dir, local_files_only, token)
+        file = SingleFile.read(locate_file(source, hub))
+        settings = None if config is None else cls.settings_at(config, subfolder, hub)
+        wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
+        return cls.read_single(file, settings, ema=ema, dtype=wanted_dtype, **changes)
+
+    @classmethod
+    def settings_at(cls, source: str | Path, subfolder: str | None, hub: Hub) -> Path:
+        """The settings file of this part in a checkpoint, whose folder may be that of the part itself."""
+        names = [f"{place}/{cls.config_name}" for place in ([subfolder] if subfolder else [cls.part, "."])]
+        folder = locate(source, hub, lambda _: names)
+        return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+
+    @classmethod
+    def read_single(cls, file: SingleFile, settings: Path | None, *, ema: str, dtype: torch.dtype | None,
+                    **changes: Any) -> Self:
+        """The model out of `file`, with the settings at a path, else in the file, beside it, or as its tensors show."""
+        held = file.part(cls.part, ema)
+        beside = file.path.with_name(cls.config_name)
+        if settings is None and held.naming.prefix == "" and beside.is_file():
+            settings = beside
+        if settings is not None:
+            config = cls.read_config(settings, **changes)
+        else:
+            config = cls.checked(file.settings.get(cls.part) or settings_of(held), file.path, **changes)
+        return cls.holding(held.tensors, config, dtype=dtype, naming=held.naming, path=file.path)
+
+    @classmethod
+    def holding(cls, tensors: Mapping[str, Tensor], config: Any, *, dtype: torch.dtype | None,
+                naming: Naming | None = None, path: Path | None = None) -> Self:
+        """A model of these settings, in eval mode, that holds `tensors` without copying what needs no cast."""
         with torch.device("meta"):
             model = cls(config)
-        load(model, {name: cast(tensor, dtype) for name, tensor in tensors.items()}, path=path)
+        load(model, {name: cast(tensor, dtype) for name, tensor in tensors.items()}, naming=naming, path=path)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
@@ -146,21 +206,34 @@ class TransformersModel(PretrainedModel):
                            "transformers_version": TRANSFORMERS_FORMAT}
 
 
-def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | None = None) -> None:
-    """Load `tensors`, named as published (now or earlier) or as ours, into `model`.
+OURS = Naming(Dialect.OURS)
+
+
+def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Naming | None = None,
+         path: Path | None = None) -> None:
+    """Load `tensors`, named as published (now or earlier), as ours, or as `naming` says, into `model`.
 
     A model on the meta device takes them as they are; any other copies them. Raises `CheckpointError`
     naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
     """
     expected = model.state_dict()
-    found = dict(tensors) if tensors.keys() == expected.keys() else model.keymap.to_ours(tensors, expected, path=path)
+    if naming is None:
+        naming = OURS if tensors.keys() == expected.keys() else PUBLISHED
+    try:
+        found = model.keymap.to_ours(tensors, expected, naming, path)
+    except CheckpointError as error:
+        other = recognise(tensors)
+        if other is None or other[0] == model.part:
+            raise
+        reason = f"{error.reason}; these look like the weights of another part, the {other[0]}"
+        raise CheckpointError(reason, path=path, key=error.key) from None
     for name, tensor in found.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"is of {tensor.dtype}; floating numbers are needed", path=path,
-                                  key=model.keymap.spelled(name))
+                                  key=model.keymap.sources(name, naming)[0].name)
         if tensor.shape != expected[name].shape:
             raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
-                                  "config", path=path, key=model.keymap.spelled(name))
+                                  "config", path=path, key=model.keymap.sources(name, naming)[0].name)
     model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
