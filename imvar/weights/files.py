@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -89,17 +91,81 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a `CheckpointError` that says what is there instead."""
+LARGEST_JSON = 2**22  # bytes of a config, an index or the header of a weights file; ours have 100,000 at the most
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file or folder `name` of a checkpoint's folder, refused where it lies elsewhere, as by `..` or a link.
+
+    The folder itself may be a link. In the hub's cache, where files are links, the repository's folder is the bound.
+    """
+    path = folder / name
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        bound, real = folder.resolve(), path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a name that no file can have
+        raise CheckpointError(f"cannot be a file: {first_line(error)}", path=path) from error
+    for above in bound.parents:
+        if above.name == "snapshots" and above.parent.name.startswith("models--"):
+            bound = above.parent
+    if not real.is_relative_to(bound):
+        raise CheckpointError(f"leads out of {bound}, to {real}; a checkpoint's files lie in its folder", path=path)
+    return path
+
+
+def beginning(path: Path) -> bytes:
+    """The first bytes of a file that is one, and has any."""
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind):  # opening a pipe would wait for a writer
+            raise CheckpointError("is a folder, not a file" if stat.S_ISDIR(kind) else "is no regular file", path=path)
+        with path.open("rb") as file:
+            start = file.read(64)
     except FileNotFoundError as error:
         raise CheckpointError("no such file", path=path) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read: {first_line(error)}", path=path) from error
+    if not start:
+        raise CheckpointError("cannot be read: the file is empty", path=path)
+    return start
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a `CheckpointError` that says what is there instead."""
+    beginning(path)
+    with path.open("rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The object that a JSON text in `path` says; a `CheckpointError` where it does not say one, or says it twice."""
+    if len(content) > LARGEST_JSON:
+        raise CheckpointError(f"cannot be read as JSON: it has more than {LARGEST_JSON} bytes", path=path)
+    if content.startswith(b"version https://git-lfs"):
+        raise CheckpointError("cannot be read as JSON: it is a git-lfs pointer; git lfs pull would fetch the file",
+                              path=path)
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=finite, parse_float=finite)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read as JSON: {first_line(error)}", path=path) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"holds a JSON {type(value).__name__}, not an object", path=path)
     return value
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:200]!r} is there twice")
+        found[key] = value
+    return found
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
