@@ -97,7 +97,7 @@ def image_encoder(held: Held) -> dict[str, Any]:
     found = tables.safety_checker(layers)
     width, patch = held.size(found, "tower.class_token"), held.size(found, "tower.patch.weight", 2)
     if width % CLIP_HEAD:
-        raise CheckpointError(f"{width} channels are no multiple of {CLIP_HEAD}, so the number of heads cannot be told; "
+        raise CheckpointError(f"{width} channels are no multiple of {CLIP_HEAD}, so their heads cannot be told; "
                               "a folder with the settings would do (config=)", path=held.path)
     return SETTINGS["image_encoder"] | {
         "hidden_size": width,
