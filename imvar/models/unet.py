@@ -238,9 +238,9 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
     @property
     def keymap(self) -> Keymap:
         config = self.config
-        attention = [[kind in WITH_ATTENTION for kind in kinds]
-                     for kinds in (config.down_block_types, config.up_block_types)]
-        return tables.unet(*attention, config.layers_per_block, config.transformer_layers_per_block)
+        down, up = ([kind in WITH_ATTENTION for kind in kinds]
+                    for kinds in (config.down_block_types, config.up_block_types))
+        return tables.unet(down, up, config.layers_per_block, config.transformer_layers_per_block)
 
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor,
                 *unsupported: None, return_dict: bool = True, **more: None) -> UNet2DConditionOutput | tuple[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,14 +15,14 @@ from ..checks import as_dtype
 from ..config import Configured
 from ..errors import CheckpointError, InputError, InputTypeError
 from .files import Hub, locate, locate_file, read_json, within, write_text
+from .index import FORMAT, PARTS, first_class, served
 from .keymap import PUBLISHED, Dialect, Keymap, Naming
 from .reading import read_weights
-from .settings import settings_of
+from .settings import settings_of, settings_without_weights
 from .single import SingleFile, recognise
 from .stems import DIFFUSERS, TRANSFORMERS, Stem
 from .writing import write_weights
 
-FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
 TRANSFORMERS_FORMAT = "5.23.0"
 
 
@@ -30,6 +30,14 @@ class Pretrained(Configured):
     """A part whose settings live in a file of their own."""
 
     config_name: ClassVar[str] = "config.json"
+    part: ClassVar[str]
+
+    def __init_subclass__(cls, part: str | None = None, also: Sequence[str] = (), **more: Any):
+        """`part`: the folder of a checkpoint that this class serves; `also`: other names that it goes by there."""
+        super().__init_subclass__(**more)
+        if part:
+            cls.part = part
+            PARTS[part] |= dict.fromkeys((cls.__name__, *also), cls)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, subfolder: str | None = None, revision: str | None = None,
@@ -58,6 +66,19 @@ class Pretrained(Configured):
         except InputError as error:
             raise CheckpointError(str(error), path=path) from error
 
+    @classmethod
+    def settings_for(cls, file: SingleFile, config: Path | None) -> tuple[Mapping[str, Any], Path] | None:
+        """This part's settings for a file of weights, and where they are: in the folder `config`, which may be that of
+        a whole checkpoint, else beside the file if it holds nothing but this part, else in it; else None."""
+        beside = [file.path.parent] if file.alone else []
+        for folder in beside if config is None else (config / cls.part, config):
+            if (path := folder / cls.config_name).is_file():
+                return read_json(path), path
+        if config is not None:
+            raise CheckpointError(f"holds no settings of the {cls.part}: looked for {cls.part}/{cls.config_name} and "
+                                  f"{cls.config_name}", path=config)
+        return (file.settings[cls.part], file.path) if cls.part in file.settings else None
+
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write the settings into `folder`, made if need be, in the published format."""
         text = json.dumps(self.config_file(), indent=2, sort_keys=True) + "\n"
@@ -72,14 +93,6 @@ class PretrainedModel(Pretrained, nn.Module):
     """A model: settings, weights, and the table that knows what files call its weights."""
 
     stem: ClassVar[Stem] = DIFFUSERS
-    part: ClassVar[str]
-    by_part: ClassVar[dict[str, type[PretrainedModel]]] = {}
-    """The class that serves each part with weights, by the name of its folder in a checkpoint."""
-
-    def __init_subclass__(cls, part: str | None = None, **more: Any):
-        super().__init_subclass__(**more)
-        if part:
-            cls.part, PretrainedModel.by_part[part] = part, cls
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -135,30 +148,18 @@ class PretrainedModel(Pretrained, nn.Module):
         """
         hub = Hub(revision, cache_dir, local_files_only, token)
         file = SingleFile.read(locate_file(source, hub))
-        settings = None if config is None else cls.settings_at(config, subfolder, hub)
+        folder = None if config is None else locate(config, hub, lambda _: ["*.json", "*/*.json"]) / (subfolder or "")
         wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
-        return cls.read_single(file, settings, ema=ema, dtype=wanted_dtype, **changes)
+        return cls.read_single(file, folder, ema=ema, dtype=wanted_dtype, **changes)
 
     @classmethod
-    def settings_at(cls, source: str | Path, subfolder: str | None, hub: Hub) -> Path:
-        """The settings file of this part in a checkpoint, whose folder may be that of the part itself."""
-        names = [f"{place}/{cls.config_name}" for place in ([subfolder] if subfolder else [cls.part, "."])]
-        folder = locate(source, hub, lambda _: names)
-        return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
-
-    @classmethod
-    def read_single(cls, file: SingleFile, settings: Path | None, *, ema: str, dtype: torch.dtype | None,
+    def read_single(cls, file: SingleFile, config: Path | None, *, ema: str, dtype: torch.dtype | None,
                     **changes: Any) -> Self:
-        """The model out of `file`, with the settings at a path, else in the file, beside it, or as its tensors show."""
+        """The model out of `file`; `config` is a folder with its settings, if they are not to be told by the file."""
         held = file.part(cls.part, ema)
-        beside = file.path.with_name(cls.config_name)
-        if settings is None and held.naming.prefix == "" and beside.is_file():
-            settings = beside
-        if settings is not None:
-            config = cls.read_config(settings, **changes)
-        else:
-            config = cls.checked(file.settings.get(cls.part) or settings_of(held), file.path, **changes)
-        return cls.holding(held.tensors, config, dtype=dtype, naming=held.naming, path=file.path)
+        settings, path = cls.settings_for(file, config) or (settings_of(held), file.path)
+        return cls.holding(held.tensors, cls.checked(settings, path, **changes), dtype=dtype, naming=held.naming,
+                           path=file.path)
 
     @classmethod
     def holding(cls, tensors: Mapping[str, Tensor], config: Any, *, dtype: torch.dtype | None,
@@ -238,6 +239,14 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Namin
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
                               "compute it in forward, or let it be saved", path=path, key=left[0])
+
+
+def settings_part(part: str, file: SingleFile, config: Path | None, image_encoder: Any) -> Any:
+    """A part without weights to go with those in `file`, by the settings that are found, else by the published ones."""
+    size = image_encoder.config.image_size if image_encoder is not None else 224
+    settings, path = first_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
+    kind = served(part, settings["_class_name"], path) if part == "scheduler" else first_class(part)
+    return kind(kind.checked(settings, path))
 
 
 def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:

@@ -46,6 +46,12 @@ def settings_of(held: Held) -> dict[str, Any]:
     return {"unet": unet, "vae": vae, "image_encoder": image_encoder, "safety_checker": safety_checker}[held.part](held)
 
 
+def settings_without_weights(part: str, image_size: int) -> dict[str, Any]:
+    """The published settings of a part that has no weights, the feature extractor's for pictures of that size."""
+    size = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+    return SETTINGS[part] | (size if part == "feature_extractor" else {})
+
+
 def counted(held: Held, name: Callable[[int], str], first: int = 0) -> int:
     """How many of the numbered tensors are there, from the first one on."""
     return sum(1 for _ in takewhile(lambda i: held.has(name(i)), count(first)))

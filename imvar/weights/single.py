@@ -7,7 +7,7 @@ alone. Which part, and in which dialect, is told by a place that every part of i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -117,6 +117,20 @@ class SingleFile:
             return {part: [Held(part, naming, self.tensors, self.path)]}
         some = listed(sorted(self.tensors)[:3]) or "none at all"
         raise CheckpointError(f"holds no part of this model that is known here; its tensors are {some}", path=self.path)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it holds one part and says so by no prefix."""
+        ways = list(self.parts.values())
+        return len(ways) == 1 and ways[0][0].naming.prefix == ""
+
+    def check(self, overrides: Container[str] = ()) -> None:
+        """Raise `CheckpointError` for a part that is neither there nor in `overrides`, and for unknown tensors."""
+        if lacking := [part for part in PREFIXED if part not in self.parts and part not in overrides]:
+            raise CheckpointError(f"holds no {' and no '.join(lacking)}; it can be handed over ({lacking[0]}=)",
+                                  path=self.path)
+        if unknown := self.unknown:
+            raise CheckpointError(f"{len(unknown)} unknown tensors: {listed(unknown)}", path=self.path, key=unknown[0])
 
     def _behind(self, part: str, naming: Naming) -> Held:
         mine = {name: tensor for name, tensor in self.tensors.items() if name.startswith(naming.prefix)}
