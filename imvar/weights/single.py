@@ -129,18 +129,17 @@ class SingleFile:
         if lacking := [part for part in PREFIXED if part not in self.parts and part not in overrides]:
             raise CheckpointError(f"holds no {' and no '.join(lacking)}; it can be handed over ({lacking[0]}=)",
                                   path=self.path)
-        if unknown := self.unknown:
+        self.check_known()
+
+    def check_known(self) -> None:
+        """Raise `CheckpointError` for tensors that belong to no part and that no original file is known to hold."""
+        mine = {name for ways in self.parts.values() for held in ways for name in held.tensors}
+        if unknown := [name for name in self.tensors if name not in mine and not self.droppable(name)]:
             raise CheckpointError(f"{len(unknown)} unknown tensors: {listed(unknown)}", path=self.path, key=unknown[0])
 
     def _behind(self, part: str, naming: Naming) -> Held:
         mine = {name: tensor for name, tensor in self.tensors.items() if name.startswith(naming.prefix)}
         return Held(part, naming, mine, self.path)
-
-    @cached_property
-    def unknown(self) -> list[str]:
-        """The tensors that belong to no part and that no original file is known to hold."""
-        mine = {name for ways in self.parts.values() for held in ways for name in held.tensors}
-        return [name for name in self.tensors if name not in mine and not self.droppable(name)]
 
     @staticmethod
     def droppable(name: str) -> bool:
