@@ -14,8 +14,9 @@ from ..checks import as_dtype
 from ..config import Config
 from ..errors import CheckpointError, InputTypeError
 from ..weights.files import Hub, locate, locate_file, read_json, within, write_text
+from ..weights.folders import private, replaced, unchanged
 from ..weights.index import INDEX, PARTS, entry, first_class, index_text, served
-from ..weights.pretrained import PretrainedModel, asked_for, settings_part
+from ..weights.pretrained import Pretrained, PretrainedModel, asked_for, settings_part
 from ..weights.single import SingleFile
 
 
@@ -45,12 +46,16 @@ class Storage:
         reading = {"variant": variant, "use_safetensors": use_safetensors}
         hub = Hub(revision, cache_dir, local_files_only, token)
         folder = locate(source, hub, lambda names: wanted_files(names, overrides, **reading))
-        index = read_index(folder / INDEX, known)
-        if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
-            raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
-        listed = {name: read_part(folder, name, value, dtypes, **reading) if isinstance(value, list) else value
-                  for name, value in index.items() if name not in overrides}
-        return cls(**(dict.fromkeys(parts) | listed | overrides))
+
+        def listed() -> dict[str, Any]:
+            index = read_index(folder / INDEX, known)
+            if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
+                raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
+            return {name: read_part(folder, name, value, dtypes, **reading) if isinstance(value, list) else value
+                    for name, value in index.items() if name not in overrides}
+
+        found = unchanged(folder, wanted_files(None, overrides, **reading), listed)
+        return cls(**(dict.fromkeys(parts) | found | overrides))
 
     @classmethod
     def from_single_file(cls, source: str | Path, *, config: str | Path | None = None, torch_dtype: Any = None,
@@ -79,16 +84,23 @@ class Storage:
 
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
                         max_shard_size: int | str = "10GB", **_: Any) -> None:
-        """Write all parts into `folder`, made if need be, in the layout that diffusers reads."""
-        folder = Path(folder)
+        """Write all parts into `folder`, made if need be, in the layout that diffusers reads.
+
+        All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be. Other files
+        that are there stay.
+        """
         for name, part in self.components.items():
             if part is not None and not hasattr(part, "save_pretrained"):
                 raise InputTypeError(f"{name}: a {type(part).__name__} cannot be saved: it has no save_pretrained")
-        for name, part in self.components.items():
-            if part is not None:
-                part.save_pretrained(folder / name, safe_serialization=safe_serialization, variant=variant,
-                                     max_shard_size=max_shard_size)
-        write_text(folder / INDEX, index_text(type(self).__name__, self.components, self._settings))
+        ours = (Pretrained.save_pretrained, PretrainedModel.save_pretrained)
+        with replaced(folder) as new:
+            for name, part in self.components.items():
+                if part is not None:
+                    if getattr(type(part), "save_pretrained", None) not in ours:
+                        private(new / name)  # it may write in place
+                    part.save_pretrained(new / name, safe_serialization=safe_serialization, variant=variant,
+                                         max_shard_size=max_shard_size)
+            write_text(new / INDEX, index_text(type(self).__name__, self.components, self._settings))
 
     @property
     def config(self) -> Config:
@@ -122,7 +134,7 @@ def read_index(path: Path, known: Container[str]) -> dict[str, Any]:
     """The parts and settings that `model_index.json` lists, without those left empty; unknown ones with a warning."""
     index = {key: value for key, value in read_json(path).items() if key[:1] != "_" and value != [None, None]}
     if odd := sorted(key for key in index if key not in known):
-        warnings.warn(f"{path}: {', '.join(odd)}: no part or setting of this pipeline, so left alone", stacklevel=3)
+        warnings.warn(f"{path}: {', '.join(odd)}: no part or setting of this pipeline, so left alone", stacklevel=5)
     return {key: value for key, value in index.items() if key in known}
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+import secrets
 import stat
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
 
 from ..errors import CheckpointError, InputTypeError
+
+T = TypeVar("T")
 
 Wanted = Callable[[set[str] | None], list[str]]
 """From the names of all files in a repository, None where they are not known, to the patterns of those to fetch."""
@@ -168,28 +172,59 @@ def finite(text: str) -> float:
     return number
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a temporary neighbour, then rename it over `path`: never half a file.
+REASONS = {"ENOSPC": "the disk is full", "EDQUOT": "the disk quota is used up", "EROFS": "the file system is read-only",
+           "EFBIG": "a file would be larger than is allowed here", "EACCES": "there is no permission to write here",
+           "EPERM": "there is no permission to write here", "ENOTDIR": "a file is where a folder should be",
+           "EEXIST": "a file is where a folder should be", "EISDIR": "a folder is where a file should be"}
 
-    Renaming also keeps a file intact that is mapped into memory, as loaded weights are.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+
+@contextmanager
+def plainly(path: Path, state: str = "nothing was changed") -> Iterator[None]:
+    """What goes wrong with files in here becomes a `CheckpointError` that says why, and in what `state` `path` is."""
     try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        reason = REASONS.get(errno.errorcode.get(error.errno or 0, ""), error.strerror or first_line(error))
+        raise CheckpointError(f"cannot be written: {reason}; {state}", path=path) from error
+
+
+def write_whole(path: Path, write: Callable[[Path], T]) -> T:
+    """Have `write` make a temporary neighbour, then rename it over `path`: never half a file, nor one after a crash.
+
+    Renaming also keeps a file intact that is mapped into memory, as loaded weights are, or that has a second name.
+    """
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
+    with plainly(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result = write(temporary)
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        sync(path.parent)
+    return result
 
 
 def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder where the system can promise those."""
+    if path.is_dir():
+        with suppress(OSError):  # no folder can be opened on Windows, and some network file systems sync none
+            _sync(path, os.O_RDONLY)
+    else:
+        _sync(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -15,6 +15,7 @@ from ..checks import as_dtype
 from ..config import Configured
 from ..errors import CheckpointError, InputError, InputTypeError
 from .files import Hub, locate, locate_file, read_json, within, write_text
+from .folders import replaced, unchanged
 from .index import FORMAT, PARTS, first_class, served
 from .keymap import PUBLISHED, Dialect, Keymap, Naming
 from .reading import read_weights
@@ -128,9 +129,12 @@ class PretrainedModel(Pretrained, nn.Module):
     @classmethod
     def read(cls, folder: Path, *, variant: str | None, dtype: torch.dtype | None, use_safetensors: bool | None,
              **changes: Any) -> Self:
-        """Build the model on the meta device and give it the weights in `folder`."""
-        config = cls.read_config(folder / cls.config_name, **changes)
-        path, tensors = read_weights(folder, cls.stem, variant, use_safetensors)
+        """The model in `folder`, all of one save."""
+        def files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
+            config = cls.read_config(folder / cls.config_name, **changes)
+            return config, read_weights(folder, cls.stem, variant, use_safetensors)
+
+        config, (path, tensors) = unchanged(folder, [cls.config_name, *cls.stem.choose(None, None, None)], files)
         return cls.holding(tensors, config, dtype=dtype, path=path)
 
     @classmethod
@@ -172,10 +176,14 @@ class PretrainedModel(Pretrained, nn.Module):
 
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
                         max_shard_size: int | str = "10GB", **_: Any) -> None:
-        """Write settings and weights into `folder`, made if need be, as diffusers reads them."""
-        super().save_pretrained(folder)
-        write_weights(Path(folder), self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
-                      safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+        """Write settings and weights into `folder`, made if need be, as diffusers reads them.
+
+        All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be.
+        """
+        with replaced(folder) as new:
+            super().save_pretrained(new)
+            write_weights(new, self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
+                          safe_serialization=safe_serialization, max_shard_size=max_shard_size)
 
     @property
     def device(self) -> torch.device:
