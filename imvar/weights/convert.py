@@ -68,18 +68,23 @@ def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", 
         say("dry run: nothing was written")
         return Report(found, job.parts, left_out)
     job.check_space()
-    with tqdm(total=(3 if verify else 2) * job.bytes, unit="B", unit_scale=True, desc="checking") as bar:
+    with progress("checking", job) as bar:
         job.check_values(bar.update)
-        bar.set_description("writing")
+    with progress("writing", job) as bar:
         written = job.write(bar.update)
-        if verify:
-            bar.set_description("verifying")
+    if verify:
+        with progress("verifying", job) as bar:
             job.verify(bar.update)
     for file in written:
         say(f"wrote {file.path}: {file.tensors} tensors, {size(file.bytes)}, sha256 {file.sha256}")
     if verify:
         say("verified: what was written reads back the same, bit for bit")
     return Report(found, job.parts, left_out, written)
+
+
+def progress(what: str, job: Target) -> tqdm:
+    """A bar over the bytes of a job, where there is a terminal to show it."""
+    return tqdm(total=job.bytes, unit="B", unit_scale=True, desc=what, disable=None)
 
 
 def check(to: str, dtype: str, part: str | None) -> None:
@@ -95,8 +100,7 @@ def tell(found: Survey, say: Say) -> None:
     for part in found.parts.values():
         if part.has_weights:
             dtypes = " and ".join(f"{count} {dtype}" for dtype, count in sorted(part.dtypes.items()))
-            numbers = part.value.num_parameters() / 1e6
-            say(f"  {part.part}: {numbers:.1f} M numbers in {dtypes} tensors; {part.how}")
+            say(f"  {part.part}: {part.value.num_parameters():,} numbers in {dtypes} tensors; {part.how}")
         else:
             say(f"  {part.part}: {type(part.value).__name__}, {part.how}")
         if part.dropped:

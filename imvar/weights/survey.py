@@ -80,7 +80,7 @@ def survey_file(file: SingleFile, ema: str, config: Path | None, only: str | Non
         if part == "unet":
             how += chosen(held.naming, file)
         parts[part] = Found(part, model, file.path, how, dropped_of(model, held))
-    if not file.alone and only is None:
+    if "unet" in parts and not file.alone and only is None:
         for part in ("scheduler", "feature_extractor"):
             encoder = parts["image_encoder"].value if "image_encoder" in parts else None
             value = settings_part(part, file, config, encoder)
