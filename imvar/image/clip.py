@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..checks import LARGEST_SIDE
 from ..config import Config, one_of
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, shown
 from ..outputs import Output
 from ..weights.pretrained import Pretrained
 from .read import one_by_one, to_pixels, to_rgb
@@ -21,7 +22,6 @@ from .resize import center_crop, resize, target_size
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LARGEST_SIDE = 2**15  # pixels on a side that a setting may ask for
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class CLIPImageProcessorConfig(Config):
         return dict(value)
 
     def _resample(self) -> int:
-        if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
+        if self.resample not in list(Image.Resampling):
             choices = ", ".join(f"{r.value} ({r.name.lower()})" for r in sorted(Image.Resampling))
             raise self._refused("resample", choices)
         return int(self.resample)
@@ -87,8 +87,8 @@ class CLIPImageProcessorConfig(Config):
         return tuple(float(v) for v in values)
 
     def _refused(self, name: str, would_do: str) -> InputError:
-        came = f"{name}={getattr(self, name)!r}"
-        return InputError(f"{type(self).__name__}: {came} is not supported; it can be {would_do}")
+        came = f"{name}={shown(getattr(self, name))}"
+        return InputError(f"{type(self).__name__}: {came} is not supported; it can be {would_do}", key=name)
 
 
 @dataclass(eq=False)

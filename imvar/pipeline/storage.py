@@ -13,11 +13,11 @@ import torch
 
 from ..checks import as_dtype
 from ..config import Config
-from ..errors import CheckpointError, InputTypeError
+from ..errors import CheckpointError, InputError, InputTypeError, shown
 from ..image import CLIPImageProcessor
 from ..models import AutoencoderKL, CLIPVisionModelWithProjection, StableDiffusionSafetyChecker, UNet2DConditionModel
 from ..schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
-from ..weights.files import Hub, locate, read_json, within, write_text
+from ..weights.files import Hub, inside, locate, read_json, within, write_text
 from ..weights.pretrained import FORMAT, PretrainedModel, asked_for
 
 INDEX = "model_index.json"
@@ -65,12 +65,21 @@ class Storage:
         reading = {"variant": variant, "use_safetensors": use_safetensors}
         hub = Hub(revision, cache_dir, local_files_only, token)
         folder = locate(source, hub, lambda names: wanted_files(names, overrides, **reading))
-        index = read_index(folder / INDEX, known)
+        index = read_index(inside(folder, INDEX), known)
         if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
             raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
-        listed = {name: read_part(folder, name, value, dtypes, **reading) if isinstance(value, list) else value
+        if absent := sorted(set(parts) - index.keys() - overrides.keys()):
+            raise CheckpointError(f"is not listed; [null, null] would do without it, from_pretrained(..., "
+                                  f"{absent[0]}=...) with another", path=folder / INDEX, key=absent[0])
+        listed = {name: read_part(folder, name, value, dtypes, **reading)
+                  if name in parts or isinstance(value, list) else setting(folder, name, value, known[name].default)
                   for name, value in index.items() if name not in overrides}
-        return cls(**(dict.fromkeys(parts) | listed | overrides))
+        try:
+            return cls(**(listed | overrides))
+        except InputError as error:
+            if overrides:  # which may be what does not go together
+                raise
+            raise CheckpointError(str(error), path=folder / INDEX, key=error.key) from error
 
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
                         max_shard_size: int | str = "10GB", **_: Any) -> None:
@@ -116,23 +125,34 @@ def dtypes_by_part(dtype: Any) -> dict[str, torch.dtype | None]:
 
 
 def read_index(path: Path, known: Container[str]) -> dict[str, Any]:
-    """The parts and settings that `model_index.json` lists, without those left empty; unknown ones with a warning."""
-    index = {key: value for key, value in read_json(path).items() if key[:1] != "_" and value != [None, None]}
-    if odd := sorted(key for key in index if key not in known):
+    """The parts and settings that `model_index.json` lists, None for parts left empty; unknown ones with a warning."""
+    index = {key: None if value == [None, None] else value for key, value in read_json(path).items() if key[:1] != "_"}
+    if odd := sorted(key for key, value in index.items() if key not in known and value is not None):
         warnings.warn(f"{path}: {', '.join(odd)}: no part or setting of this pipeline, so left alone", stacklevel=3)
     return {key: value for key, value in index.items() if key in known}
 
 
 def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, torch.dtype | None], **reading: Any) -> Any:
     """The part that `model_index.json` lists as `value`; class names are looked up, never imported."""
-    class_name, classes = value[-1] if value else None, PARTS.get(name, {})
+    if value is None:
+        return None
+    class_name, classes = value[-1] if value and isinstance(value, list) else value, PARTS.get(name, {})
     found = classes.get(class_name) if isinstance(class_name, str) else None
     if found is None:
-        raise CheckpointError(f"is {class_name!r}; imvar has {', '.join(classes) or 'no such part'}. Another can be "
-                              f"handed over: from_pretrained(..., {name}=...)", path=folder / INDEX, key=name)
+        raise CheckpointError(f"is {shown(class_name)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
+                              f"be handed over: from_pretrained(..., {name}=...)", path=folder / INDEX, key=name)
+    folder = inside(folder, name)
     if not issubclass(found, PretrainedModel):
-        return found.from_pretrained(folder, subfolder=name)
-    return found.read(folder / name, dtype=dtypes[name], **part_reading(folder / name, found, **reading))
+        return found.from_pretrained(folder)
+    return found.read(folder, dtype=dtypes[name], **part_reading(folder, found, **reading))
+
+
+def setting(folder: Path, name: str, value: Any, default: Any) -> Any:
+    """A setting of the pipeline itself, of the type of its default."""
+    if type(value) is not type(default) and isinstance(default, (bool, int, float, str)):
+        raise CheckpointError(f"is {shown(value)}; a {type(default).__name__} such as {default!r} would do",
+                              path=folder / INDEX, key=name)
+    return value
 
 
 def part_reading(folder: Path, model: type[PretrainedModel], variant: str | None, use_safetensors: bool | None) -> Any:

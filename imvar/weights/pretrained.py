@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checks import as_dtype
 from ..config import Configured
 from ..errors import CheckpointError, InputError, InputTypeError
-from .files import Hub, locate, read_json, within, write_text
+from .files import Hub, inside, locate, read_json, within, write_text
 from .keymap import Keymap
 from .reading import read_weights
 from .stems import DIFFUSERS, TRANSFORMERS, Stem
@@ -22,6 +22,7 @@ from .writing import write_weights
 
 FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
 TRANSFORMERS_FORMAT = "5.23.0"
+FEW = 1000  # layers are quickly built, and then the tensors that a file lacks for them can be named
 
 
 class Pretrained(Configured):
@@ -35,11 +36,13 @@ class Pretrained(Configured):
                         token: str | bool | None = None, **changes: Any) -> Self:
         """Read settings from a folder or a hub repository; `changes` come on top.
 
-        Raises `CheckpointError` for a file that is missing or holds what this part cannot honour.
+        `subfolder` is part of what the caller names, as if `source` ended in it. Raises `CheckpointError` for a file
+        that is missing or holds what this part cannot honour.
         """
         name = f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name
         folder = locate(source, Hub(revision, cache_dir, local_files_only, token), lambda names: [name])
-        return cls(cls.read_config(folder / name, **changes))
+        path = inside(folder / (subfolder or ""), cls.config_name)
+        return cls.built(cls.read_config(path, **changes), path)
 
     @classmethod
     def read_config(cls, path: Path, **changes: Any) -> Any:
@@ -50,7 +53,15 @@ class Pretrained(Configured):
         try:
             return cls.config_class.read(settings, **changes)
         except InputError as error:
-            raise CheckpointError(str(error), path=path) from error
+            raise CheckpointError(str(error), path=path, key=error.key) from error
+
+    @classmethod
+    def built(cls, config: Any, path: Path) -> Self:
+        """A part with the settings that `path` holds, or a `CheckpointError` for those that do not go together."""
+        try:
+            return cls(config)
+        except InputError as error:
+            raise CheckpointError(str(error), path=path, key=error.key) from error
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write the settings into `folder`, made if need be, in the published format."""
@@ -99,14 +110,23 @@ class PretrainedModel(Pretrained, nn.Module):
         return cls.read(folder, variant=variant, dtype=wanted_dtype, use_safetensors=use_safetensors, **changes)
 
     @classmethod
+    def least_tensors(cls, config: Any) -> int:
+        """How many tensors a model with these settings has at the least, told without building it."""
+        return 0
+
+    @classmethod
     def read(cls, folder: Path, *, variant: str | None, dtype: torch.dtype | None, use_safetensors: bool | None,
              **changes: Any) -> Self:
         """Build the model on the meta device and give it the weights in `folder`."""
-        config = cls.read_config(folder / cls.config_name, **changes)
+        settings = inside(folder, cls.config_name)
+        config = cls.read_config(settings, **changes)
         path, tensors = read_weights(folder, cls.stem, variant, use_safetensors)
+        if (least := cls.least_tensors(config)) > max(len(tensors), FEW):
+            raise CheckpointError(f"asks for {least} layers or more, and {path.name} has {len(tensors)} tensors",
+                                  path=settings)
         with torch.device("meta"):
-            model = cls(config)
-        load(model, {name: cast(tensor, dtype) for name, tensor in tensors.items()}, path=path)
+            model = cls.built(config, settings)
+        load(model, tensors, path=path, dtype=dtype)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
@@ -146,11 +166,12 @@ class TransformersModel(PretrainedModel):
                            "transformers_version": TRANSFORMERS_FORMAT}
 
 
-def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | None = None) -> None:
+def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | None = None,
+         dtype: torch.dtype | None = None) -> None:
     """Load `tensors`, named as published (now or earlier) or as ours, into `model`.
 
-    A model on the meta device takes them as they are; any other copies them. Raises `CheckpointError`
-    naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
+    A model on the meta device takes them as they are, or in another `dtype`; any other copies them. Raises
+    `CheckpointError` naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
     """
     expected = model.state_dict()
     found = dict(tensors) if tensors.keys() == expected.keys() else model.keymap.to_ours(tensors, expected, path)
@@ -161,6 +182,7 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | 
         if tensor.shape != expected[name].shape:
             raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
                                   "config", path=path, key=model.keymap.spellings(name)[0])
+    found = {name: cast(tensor, dtype) for name, tensor in found.items()}
     model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
