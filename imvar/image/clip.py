@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
@@ -56,7 +55,7 @@ class CLIPImageProcessorConfig(Config):
             image_mean=self._numbers("image_mean", 3),
             image_std=self._numbers("image_std", 3),
         )
-        if not all(self.image_std):
+        if not all(map(np.float32, self.image_std)):
             raise self._refused("image_std", "numbers other than 0")
 
     def _size(self, name: str, forms: list[set[str]]) -> dict[str, int]:
@@ -82,7 +81,7 @@ class CLIPImageProcessorConfig(Config):
     def _numbers(self, name: str, count: int) -> tuple[float, ...]:
         value = getattr(self, name)
         values = tuple(value) if isinstance(value, (Sequence, np.ndarray)) else (value,) * count
-        if len(values) != count or not all(isinstance(v, Real) and math.isfinite(v) for v in values):
+        if len(values) != count or not all(isinstance(v, Real) and abs(v) <= 1e30 for v in values):
             raise self._refused(name, "one number" if count == 1 else f"one finite number or {count}")
         return tuple(float(v) for v in values)
 

@@ -22,7 +22,7 @@ from .writing import write_weights
 
 FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
 TRANSFORMERS_FORMAT = "5.23.0"
-FEW = 1000  # layers are quickly built, and then the tensors that a file lacks for them can be named
+FEW, MOST = 100, 1000  # layers: so few are built, to name the tensors that a file lacks for them; so many never are
 
 
 class Pretrained(Configured):
@@ -121,9 +121,9 @@ class PretrainedModel(Pretrained, nn.Module):
         settings = inside(folder, cls.config_name)
         config = cls.read_config(settings, **changes)
         path, tensors = read_weights(folder, cls.stem, variant, use_safetensors)
-        if (least := cls.least_tensors(config)) > max(len(tensors), FEW):
-            raise CheckpointError(f"asks for {least} layers or more, and {path.name} has {len(tensors)} tensors",
-                                  path=settings)
+        if (least := cls.least_tensors(config)) > min(max(len(tensors), FEW), MOST):
+            raise CheckpointError(f"asks for {least} layers or more; {path.name} has {len(tensors)} tensors, and "
+                                  f"{MOST} layers are the most", path=settings)
         with torch.device("meta"):
             model = cls.built(config, settings)
         load(model, tensors, path=path, dtype=dtype)
