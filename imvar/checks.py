@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, InputTypeError
+from .errors import InputError, InputTypeError, shown
+
+WIDEST = 2**20  # channels and other widths: more than any model has, and no product of three overflows
+MOST_LEVELS = 16  # each halves the picture
+LARGEST_SIDE = 2**15  # pixels
 
 
 def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
@@ -20,22 +24,23 @@ def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise InputTypeError(f"{name}={value!r}: {needed} would do")
+        raise InputTypeError(f"{name}={shown(value)}: {needed} would do", key=name)
     if not low <= number <= high:
-        raise InputError(f"{name}={value!r}: {needed} would do")
+        raise InputError(f"{name}={shown(value)}: {needed} would do", key=name)
     return number
 
 
 def real(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> float:
     """A number between bounds, as a float; NaN is between none."""
+    needed = f"a number from {low:g} to {high:g}"
     try:
         number = None if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = None
     if number is None:
-        raise InputTypeError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
+        raise InputTypeError(f"{name}={shown(value)}: {needed} would do", key=name)
     if not low <= number <= high:
-        raise InputError(f"{name}={value!r}: a number from {low:g} to {high:g} would do")
+        raise InputError(f"{name}={shown(value)}: {needed} would do", key=name)
     return number
 
 
@@ -43,8 +48,33 @@ def finite(name: str, value: Any) -> float:
     """A number that is neither NaN nor infinite, as a float."""
     number = real(name, value, low=-math.inf, high=math.inf)
     if math.isinf(number):
-        raise InputError(f"{name}={value!r}: a finite number would do")
+        raise InputError(f"{name}={shown(value)}: a finite number would do", key=name)
     return number
+
+
+def sizes(config: Any, *names: str, high: int = WIDEST) -> None:
+    """Settings that are whole numbers from 1."""
+    for name in names:
+        count(name, getattr(config, name), high=high)
+
+
+def levels(config: Any) -> None:
+    """`block_out_channels`: one width per level."""
+    widths = config.block_out_channels
+    if not 1 <= len(widths) <= MOST_LEVELS:
+        raise InputError(f"block_out_channels: {len(widths)} levels came; 1 to {MOST_LEVELS} would do",
+                         key="block_out_channels")
+    for width in widths:
+        count("block_out_channels", width, high=WIDEST)
+
+
+def side(name: str, value: Any) -> None:
+    """A size in pixels: one number for a square, or height and width."""
+    pair = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(pair) != 2:
+        raise InputError(f"{name}={shown(value)}: a number, or height and width, would do", key=name)
+    for one in pair:
+        count(name, one, high=LARGEST_SIDE)
 
 
 def single(value: Any) -> Any:

@@ -8,15 +8,19 @@ from one scheduler to another, and back to disk, without loss.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+import math
+import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from numbers import Number
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
-from .errors import InputError, InputTypeError
+from .errors import InputError, InputTypeError, shown
 
 
 def one_of(default: Any, *others: Any) -> Any:
@@ -27,10 +31,74 @@ def one_of(default: Any, *others: Any) -> Any:
 def only(default: Any) -> Any:
     """A field that the format has and every published checkpoint leaves at this one value.
 
-    Where that asks for nothing (None, False, 0), other ways to say so are taken as well.
+    Where that asks for nothing (None, False, 0), other ways to say so are taken as well, also once per level.
     """
     ways = () if default else (None, False, 0)
-    return field(default=default, metadata={"allowed": (default, *ways)})
+    return field(default=default, metadata={"allowed": (default, *ways), "per_level": True})
+
+
+# What a field's annotation lets it hold
+
+LONGEST = 10_000  # entries of a list
+UNFIT = object()
+WORDS = {bool: "True or False", int: "a whole number below 2^31", float: "a finite number", str: "a string",
+         NoneType: "None"}
+
+
+def taken(value: Any, kind: Any) -> Any:
+    """`value` as a field of this type holds it, or UNFIT; numbers of numpy and torch become Python's."""
+    if kind in (bool, str, NoneType):
+        return value if isinstance(value, kind) else UNFIT
+    if kind in (int, float):
+        return number(value, kind)
+    origin, of = get_origin(kind), get_args(kind)
+    if origin is Sequence:
+        return listed(value, of[0])
+    if origin is Mapping:
+        return value if isinstance(value, Mapping) else UNFIT
+    if origin in (UnionType, Union):
+        return next((fit for one in of if (fit := taken(value, one)) is not UNFIT), UNFIT)
+    return value if kind is Any or not isinstance(kind, type) or isinstance(value, kind) else UNFIT
+
+
+def number(value: Any, kind: type) -> Any:
+    """A whole number below 2^31, or any finite one."""
+    if isinstance(value, (bool, str)):
+        return UNFIT
+    try:
+        found = operator.index(value) if kind is int or type(value) is int else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return UNFIT
+    return found if (math.isfinite(found) if type(found) is float else abs(found) < 2**31) else UNFIT
+
+
+def listed(value: Any, kind: Any) -> Any:
+    """A list or tuple whose every entry fits, itself if it is in order; other sequences and arrays as a list."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) > LONGEST:
+        return UNFIT
+    entries = [taken(entry, kind) for entry in value]
+    if any(entry is UNFIT for entry in entries):
+        return UNFIT
+    same = isinstance(value, (list, tuple)) and all(map(operator.is_, entries, value))
+    return value if same else tuple(entries) if isinstance(value, tuple) else entries
+
+
+def would_do(kind: Any) -> str:
+    """In words, what a field of this type can hold."""
+    if get_origin(kind) is Sequence:
+        return f"a list, for each entry {would_do(get_args(kind)[0])}"
+    if get_origin(kind) in (UnionType, Union):
+        return " or ".join(map(would_do, get_args(kind)))
+    return WORDS.get(kind) or getattr(get_origin(kind) or kind, "__name__", str(kind))
+
+
+@functools.cache
+def kinds(cls: type[Config]) -> Mapping[str, Any]:
+    """The type of each field; of none where a fork's annotations name what only its own function knows."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
 
 
 DEFAULTS = "_use_default_values"  # diffusers' key for the fields that were not given
@@ -67,7 +135,11 @@ class Config(dict[str, Any]):
         Values that were only defaults over there are left to this class's own defaults; keys this
         class does not know are kept in `foreign`.
         """
-        defaults = settings.get(DEFAULTS, ())
+        defaults = taken(settings.get(DEFAULTS, ()), Sequence[str])
+        if defaults is UNFIT:
+            raise InputTypeError(f"{cls.__name__}: {DEFAULTS}={shown(settings[DEFAULTS])} is not supported; it can be "
+                                 "a list of settings", key=DEFAULTS)
+        defaults = frozenset(defaults)
         values = {key: value for key, value in settings.items() if key not in defaults} | changes
         known = {f.name for f in fields(cls)} & values.keys()
         config = cls(**{name: values[name] for name in known})
@@ -83,12 +155,17 @@ class Config(dict[str, Any]):
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, allowed = getattr(self, f.name), f.metadata.get("allowed", ())
-            values = value if isinstance(value, (list, tuple)) and value else [value]  # one for each level
-            if allowed and not all(any(v == a and isinstance(v, bool) == isinstance(a, bool) for a in allowed)
-                                   for v in values):
-                choices = " or ".join(map(repr, allowed))
-                raise InputError(f"{type(self).__name__}: {f.name}={value!r} is not supported; it can be {choices}")
+            value, allowed, kind = getattr(self, f.name), f.metadata.get("allowed"), kinds(type(self)).get(f.name, Any)
+            if allowed:
+                per_level = f.metadata.get("per_level") and isinstance(value, (list, tuple)) and value
+                fit = value if all(is_one_of(one, allowed) for one in (value if per_level else [value])) else UNFIT
+            else:
+                fit = taken(value, kind)
+            if fit is UNFIT:
+                error = InputError if allowed or isinstance(value, Number) else InputTypeError
+                raise error(f"{type(self).__name__}: {f.name}={shown(value)} is not supported; it can be "
+                            + (" or ".join(map(repr, allowed)) if allowed else would_do(kind)), key=f.name)
+            object.__setattr__(self, f.name, fit)
         self.check()
         self.marked((f.name for f in fields(self) if getattr(self, f.name) is not f.default), {})
 
@@ -121,6 +198,12 @@ class Config(dict[str, Any]):
     def to_json_string(self) -> str:
         """The text of a `config.json`: keys sorted, two spaces, a newline at the end."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
+    """Whether a plain value is among these; True is not 1 here."""
+    return (value is None or isinstance(value, (str, Number))) and any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 
 def _restore(cls: type[Config], values: dict[str, Any], given: frozenset[str], foreign: dict[str, Any]) -> Config:

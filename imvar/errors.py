@@ -4,7 +4,9 @@ Every error names the argument, file or key, what came and what would do. `Input
 `ValueError` and `CheckpointError` also an `OSError`, so code that catches those goes on working.
 """
 
+import reprlib
 from pathlib import Path
+from typing import Any
 
 
 class ImvarError(Exception):
@@ -12,7 +14,14 @@ class ImvarError(Exception):
 
 
 class InputError(ImvarError, ValueError):
-    """An argument has a value that cannot do what was asked."""
+    """An argument has a value that cannot do what was asked.
+
+    Attribute: `key`, the argument or setting, where it is one.
+    """
+
+    def __init__(self, *args: Any, key: str | None = None):
+        super().__init__(*args)
+        self.key = key
 
 
 class InputTypeError(InputError, TypeError):
@@ -34,6 +43,16 @@ class CheckpointError(ImvarError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def shown(value: Any) -> str:
+    """`repr` of what came, cut to a length that a message can have."""
+    return _shown.repr(value)
+
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = _shown.maxlong = 200
+_shown.maxlist = _shown.maxtuple = _shown.maxdict = 10
 
 
 def _checkpoint_error(reason: str, path: Path | None, key: str | None) -> CheckpointError:

@@ -240,7 +240,7 @@ def test_settings_that_cannot_be(call, words, tmp_path):
             attempt()
     if "sise" not in call:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(call))
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(CheckpointError, match=f"{words}|not a finite number"):  # JSON has no NaN
             CLIPImageProcessor.from_pretrained(tmp_path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..checks import LARGEST_SIDE
 from ..config import Config, one_of
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, shown
 from ..outputs import Output
 from ..weights.pretrained import Pretrained
 from .read import one_by_one, to_pixels, to_rgb
@@ -21,7 +21,6 @@ from .resize import center_crop, resize, target_size
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LARGEST_SIDE = 2**15  # pixels on a side that a setting may ask for
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +55,7 @@ class CLIPImageProcessorConfig(Config):
             image_mean=self._numbers("image_mean", 3),
             image_std=self._numbers("image_std", 3),
         )
-        if not all(self.image_std):
+        if not all(map(np.float32, self.image_std)):
             raise self._refused("image_std", "numbers other than 0")
 
     def _size(self, name: str, forms: list[set[str]]) -> dict[str, int]:
@@ -74,7 +73,7 @@ class CLIPImageProcessorConfig(Config):
         return dict(value)
 
     def _resample(self) -> int:
-        if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
+        if self.resample not in list(Image.Resampling):
             choices = ", ".join(f"{r.value} ({r.name.lower()})" for r in sorted(Image.Resampling))
             raise self._refused("resample", choices)
         return int(self.resample)
@@ -82,13 +81,13 @@ class CLIPImageProcessorConfig(Config):
     def _numbers(self, name: str, count: int) -> tuple[float, ...]:
         value = getattr(self, name)
         values = tuple(value) if isinstance(value, (Sequence, np.ndarray)) else (value,) * count
-        if len(values) != count or not all(isinstance(v, Real) and math.isfinite(v) for v in values):
+        if len(values) != count or not all(isinstance(v, Real) and -1e30 <= v <= 1e30 for v in values):  # type: ignore[operator]
             raise self._refused(name, "one number" if count == 1 else f"one finite number or {count}")
         return tuple(float(v) for v in values)
 
     def _refused(self, name: str, would_do: str) -> InputError:
-        came = f"{name}={getattr(self, name)!r}"
-        return InputError(f"{type(self).__name__}: {came} is not supported; it can be {would_do}")
+        came = f"{name}={shown(getattr(self, name))}"
+        return InputError(f"{type(self).__name__}: {came} is not supported; it can be {would_do}", key=name)
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..checks import LARGEST_SIDE, real, sizes
 from ..config import Config, one_of, only
 from ..errors import InputError
 from ..outputs import CLIPVisionModelOutput
@@ -55,9 +56,14 @@ class CLIPVisionConfig(Config):
 
     def check(self) -> None:
         super().check()
+        sizes(self, "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
+              "num_channels")
+        sizes(self, "image_size", high=LARGEST_SIDE)
+        sizes(self, "patch_size", high=self.image_size)
+        real("layer_norm_eps", self.layer_norm_eps)
         if self.hidden_size % self.num_attention_heads:
             raise InputError(f"hidden_size={self.hidden_size} cannot be split into "
-                             f"num_attention_heads={self.num_attention_heads}")
+                             f"num_attention_heads={self.num_attention_heads}", key="hidden_size")
 
 
 class MLP(nn.Module):
@@ -124,6 +130,10 @@ class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel, part="
         super().__init__(*args, **settings)
         self.tower = VisionTower(self.config)
         self.proj = nn.Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
+
+    @classmethod
+    def least_tensors(cls, config: CLIPVisionConfig) -> int:
+        return config.num_hidden_layers
 
     @property
     def keymap(self) -> Keymap:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import sizes
 from ..config import Config, as_settings
+from ..errors import InputTypeError, shown
 from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import TransformersModel
@@ -36,7 +38,12 @@ class CLIPConfig(Config):
 
     def check(self) -> None:
         super().check()
-        object.__setattr__(self, "vision_config", CLIPVisionConfig.read(as_settings(self.vision_config) or {}))
+        sizes(self, "projection_dim")
+        vision = {} if self.vision_config is None else as_settings(self.vision_config)
+        if vision is None:
+            raise InputTypeError(f"vision_config={shown(self.vision_config)}: the tower's settings would do",
+                                 key="vision_config")
+        object.__setattr__(self, "vision_config", CLIPVisionConfig.read(vision))
 
 
 class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
@@ -59,6 +66,10 @@ class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
         self.concept_embeds_weights = nn.Parameter(torch.ones(CONCEPTS), requires_grad=False)  # the thresholds
         self.special_care_embeds = nn.Parameter(torch.ones(SPECIAL, dim), requires_grad=False)
         self.special_care_embeds_weights = nn.Parameter(torch.ones(SPECIAL), requires_grad=False)
+
+    @classmethod
+    def least_tensors(cls, config: CLIPConfig) -> int:
+        return config.vision_config.num_hidden_layers
 
     @property
     def keymap(self) -> Keymap:

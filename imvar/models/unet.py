@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..checks import count
+from ..checks import count, levels, real, side, sizes
 from ..config import Config, one_of, only
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..outputs import UNet2DConditionOutput
 from ..weights import tables
 from ..weights.keymap import Keymap
@@ -37,7 +37,7 @@ class UNetConfig(Config):
     out_channels: int = 4
     center_input_sample: bool = only(False)
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: float = 0
     down_block_types: Sequence[str] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str = only("UNetMidBlock2DCrossAttn")
     up_block_types: Sequence[str] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
@@ -83,24 +83,37 @@ class UNetConfig(Config):
 
     def check(self) -> None:
         super().check()
-        for name in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim", "norm_num_groups"):
-            count(name, getattr(self, name))  # one for all levels
-        levels = len(self.block_out_channels)
+        sizes(self, "in_channels", "out_channels", "layers_per_block", "transformer_layers_per_block",
+              "cross_attention_dim", "norm_num_groups")  # one for all levels
+        levels(self)
+        real("norm_eps", self.norm_eps)
+        if self.sample_size is not None:
+            side("sample_size", self.sample_size)
+        if self.time_embedding_dim is not None:
+            sizes(self, "time_embedding_dim")
+        if self.freq_shift == self.block_out_channels[0] // 2:
+            raise InputError(f"freq_shift={self.freq_shift}: another number than half of block_out_channels[0], which "
+                             "it is subtracted from to divide by, would do", key="freq_shift")
+        number = len(self.block_out_channels)
         for name, kinds in ("down_block_types", WITH_ATTENTION[:1] + WITHOUT[:1]), (
                 "up_block_types", WITH_ATTENTION[1:] + WITHOUT[1:]):
             types = getattr(self, name)
-            if len(types) != levels or any(kind not in kinds for kind in types):
-                raise InputError(f"{name}={list(types)}: {levels} of {' or '.join(kinds)} would do, one per "
-                                 f"entry of block_out_channels={list(self.block_out_channels)}")
-        if len(self.heads) != levels:
-            raise InputError(f"attention_head_dim={self.attention_head_dim}: one number, or one per level, would do")
+            if len(types) != number or any(kind not in kinds for kind in types):
+                raise InputError(f"{name}={shown(list(types))}: {number} of {' or '.join(kinds)} would do, one per "
+                                 f"entry of block_out_channels={list(self.block_out_channels)}", key=name)
+        if len(self.heads) != number:
+            raise InputError(f"attention_head_dim={shown(self.attention_head_dim)}: one number, or one per level, "
+                             "would do", key="attention_head_dim")
+        for heads in self.heads:
+            count("attention_head_dim", heads)
         kinds = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
         attends = [any(kind in WITH_ATTENTION for kind in both) for both in kinds]
         attends[-1] = True  # in the middle, at the least
         for channels, heads, attend in zip(self.block_out_channels, self.heads, attends, strict=True):
             if channels % self.norm_num_groups or (attend and channels % heads):
                 raise InputError(f"block_out_channels: {channels} cannot be split into {heads} heads "
-                                 f"(attention_head_dim) and {self.norm_num_groups} groups (norm_num_groups)")
+                                 f"(attention_head_dim) and {self.norm_num_groups} groups (norm_num_groups)",
+                                 key="block_out_channels")
 
     @property
     def heads(self) -> Sequence[int]:
@@ -234,6 +247,13 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         self.norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.merge: Merge = concat
+
+    @classmethod
+    def least_tensors(cls, config: UNetConfig) -> int:
+        layers, depth = config.layers_per_block, config.transformer_layers_per_block
+        transformers = 1 + layers * list(config.down_block_types).count(WITH_ATTENTION[0]) + (
+            (layers + 1) * list(config.up_block_types).count(WITH_ATTENTION[1]))
+        return (2 * layers + 1) * len(config.block_out_channels) + depth * transformers
 
     @property
     def keymap(self) -> Keymap:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import levels, real, side, sizes
 from ..config import Config, one_of, only
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..noise import Generators, randn
 from ..outputs import AutoencoderKLOutput, DecoderOutput
 from ..weights import tables
@@ -49,14 +50,19 @@ class VAEConfig(Config):
 
     def check(self) -> None:
         super().check()
-        levels = len(self.block_out_channels)
+        sizes(self, "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+        levels(self)
+        side("sample_size", self.sample_size)
+        real("scaling_factor", self.scaling_factor, low=1e-6, high=1e6)
+        number = len(self.block_out_channels)
         for name, kind in ("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"):
-            if list(getattr(self, name)) != [kind] * levels:
-                raise InputError(f"{name}={list(getattr(self, name))}: {levels} times {kind} would do, once per "
-                                 f"entry of block_out_channels={list(self.block_out_channels)}")
+            if list(getattr(self, name)) != [kind] * number:
+                raise InputError(f"{name}={shown(list(getattr(self, name)))}: {number} times {kind} would do, once per "
+                                 f"entry of block_out_channels={list(self.block_out_channels)}", key=name)
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise InputError(f"block_out_channels: {channels} cannot be split into {self.norm_num_groups} groups")
+                raise InputError(f"block_out_channels: {channels} cannot be split into {self.norm_num_groups} groups",
+                                 key="block_out_channels")
 
 
 def resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock:
@@ -185,6 +191,10 @@ class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae
         self.tile_sample_min_size = size if isinstance(size, int) else size[0]
         self.tile_latent_min_size = int(self.tile_sample_min_size / 2 ** (len(config.block_out_channels) - 1))
         self.tile_overlap_factor = 0.25
+
+    @classmethod
+    def least_tensors(cls, config: VAEConfig) -> int:
+        return (2 * config.layers_per_block + 1) * len(config.block_out_channels)
 
     @property
     def keymap(self) -> Keymap:

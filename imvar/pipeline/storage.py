@@ -12,10 +12,10 @@ import torch
 
 from ..checks import as_dtype
 from ..config import Config
-from ..errors import CheckpointError, InputTypeError
-from ..weights.files import Hub, locate, locate_file, read_json, within, write_text
+from ..errors import CheckpointError, InputError, InputTypeError, shown
+from ..weights.files import Hub, inside, locate, locate_file, read_json, within, write_text
 from ..weights.folders import private, replaced, unchanged
-from ..weights.index import INDEX, PARTS, entry, first_class, index_text, served
+from ..weights.index import INDEX, OPTIONAL, PARTS, entry, first_class, index_text, served
 from ..weights.pretrained import Pretrained, PretrainedModel, asked_for, settings_part
 from ..weights.single import SingleFile
 
@@ -48,14 +48,23 @@ class Storage:
         folder = locate(source, hub, lambda names: wanted_files(names, overrides, **reading))
 
         def listed() -> dict[str, Any]:
-            index = read_index(folder / INDEX, known)
+            index = dict.fromkeys(OPTIONAL) | read_index(inside(folder, INDEX), known)
             if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
                 raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
-            return {name: read_part(folder, name, value, dtypes, **reading) if isinstance(value, list) else value
+            if absent := sorted(set(parts) - index.keys() - overrides.keys()):
+                raise CheckpointError(f"is not listed; from_pretrained(..., {absent[0]}=...) would do",
+                                      path=folder / INDEX, key=absent[0])
+            return {name: read_part(folder, name, value, dtypes, **reading)
+                    if name in parts or isinstance(value, list) else setting(folder, name, value, known[name].default)
                     for name, value in index.items() if name not in overrides}
 
         found = unchanged(folder, wanted_files(None, overrides, **reading), listed)
-        return cls(**(dict.fromkeys(parts) | found | overrides))
+        try:
+            return cls(**(found | overrides))
+        except InputError as error:
+            if overrides:  # which may be what does not go together
+                raise
+            raise CheckpointError(str(error), path=folder / INDEX, key=error.key) from error
 
     @classmethod
     def from_single_file(cls, source: str | Path, *, config: str | Path | None = None, torch_dtype: Any = None,
@@ -131,19 +140,30 @@ def dtypes_by_part(dtype: Any) -> dict[str, torch.dtype | None]:
 
 
 def read_index(path: Path, known: Container[str]) -> dict[str, Any]:
-    """The parts and settings that `model_index.json` lists, without those left empty; unknown ones with a warning."""
-    index = {key: value for key, value in read_json(path).items() if key[:1] != "_" and value != [None, None]}
-    if odd := sorted(key for key in index if key not in known):
+    """The parts and settings that `model_index.json` lists, None for parts left empty; unknown ones with a warning."""
+    index = {key: None if value == [None, None] else value for key, value in read_json(path).items() if key[:1] != "_"}
+    if odd := sorted(key for key, value in index.items() if key not in known and value is not None):
         warnings.warn(f"{path}: {', '.join(odd)}: no part or setting of this pipeline, so left alone", stacklevel=5)
     return {key: value for key, value in index.items() if key in known}
 
 
 def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, torch.dtype | None], **reading: Any) -> Any:
     """The part that `model_index.json` lists as `value`; class names are looked up, never imported."""
-    found = served(name, value[-1] if value else None, folder / INDEX)
+    if value is None:
+        return None
+    found = served(name, value[-1] if value and isinstance(value, list) else value, folder / INDEX)
+    folder = inside(folder, name)
     if not issubclass(found, PretrainedModel):
-        return found.from_pretrained(folder, subfolder=name)
-    return found.read(folder / name, dtype=dtypes[name], **part_reading(folder / name, found, **reading))
+        return found.from_pretrained(folder)
+    return found.read(folder, dtype=dtypes[name], **part_reading(folder, found, **reading))
+
+
+def setting(folder: Path, name: str, value: Any, default: Any) -> Any:
+    """A setting of the pipeline itself, of the type of its default."""
+    if type(value) is not type(default) and isinstance(default, (bool, int, float, str)):
+        raise CheckpointError(f"is {shown(value)}; a {type(default).__name__} such as {default!r} would do",
+                              path=folder / INDEX, key=name)
+    return value
 
 
 def part_reading(folder: Path, model: type[PretrainedModel], variant: str | None, use_safetensors: bool | None) -> Any:

@@ -197,5 +197,5 @@ def how_many(image: Any) -> int:
 def taken_as_64(config: Any) -> bool:
     """Whether a UNet says it was trained at less than 64 only because its writer did not know better."""
     version = str(config.get("_diffusers_version", "")).split(".")[:2]
-    old = all(part.isdigit() for part in version) and [int(part) for part in version] < [0, 9]
+    old = all(part.isdecimal() and len(part) < 9 for part in version) and [int(part) for part in version] < [0, 9]
     return old and isinstance(config.sample_size, int) and config.sample_size < 64

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import count, real, single
 from ..config import Config, one_of
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, shown
 from ..outputs import SchedulerOutput
 from ..weights.pretrained import Pretrained
 from .tables import make_betas
@@ -56,6 +56,7 @@ def to_eps(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
 
 # The classes
 
+MOST_TIMESTEPS = 10_000  # every table has as many entries
 
 @dataclass(frozen=True, eq=False)
 class SchedulerConfig(Config):
@@ -69,21 +70,23 @@ class SchedulerConfig(Config):
 
     def check(self) -> None:
         super().check()
-        steps = count("num_train_timesteps", self.num_train_timesteps)
+        steps = count("num_train_timesteps", self.num_train_timesteps, high=MOST_TIMESTEPS)
         real("beta_start", self.beta_start)
         real("beta_end", self.beta_end)
-        count("steps_offset", getattr(self, "steps_offset", 0), low=0)
+        count("steps_offset", getattr(self, "steps_offset", 0), low=0, high=MOST_TIMESTEPS)
         if self.trained_betas is None:
             return
         try:
             betas = np.asarray(self.trained_betas, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise InputTypeError(f"trained_betas={self.trained_betas!r}: a list of numbers would do") from error
+            raise InputTypeError(f"trained_betas={shown(self.trained_betas)}: a list of numbers would do",
+                                 key="trained_betas") from error
         if betas.shape != (steps,):
             raise InputError(f"trained_betas: shape {betas.shape} came; ({steps},), one for each of "
-                             "num_train_timesteps, would do")
+                             "num_train_timesteps, would do", key="trained_betas")
         if not ((betas >= 0) & (betas <= 1)).all():
-            raise InputError(f"trained_betas: {betas.min():g} to {betas.max():g} came; numbers from 0 to 1 would do")
+            raise InputError(f"trained_betas: {betas.min():g} to {betas.max():g} came; numbers from 0 to 1 would do",
+                             key="trained_betas")
 
 
 class Scheduler(Pretrained):

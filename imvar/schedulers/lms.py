@@ -71,7 +71,8 @@ class LMSDiscreteConfig(SchedulerConfig):
     def check(self) -> None:
         super().check()
         if self.use_karras_sigmas + self.use_exponential_sigmas + self.use_beta_sigmas > 1:
-            raise InputError("use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: at most one can be True")
+            raise InputError("use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: at most one can be True",
+                             key="use_karras_sigmas")
 
 
 class LMSDiscreteScheduler(Scheduler, part="scheduler"):
@@ -109,7 +110,8 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         if respace := self.spacing():
             high, low = sigmas[0], sigmas[-1]
             if respace is not karras:  # an Euler scheduler's settings, honoured where the reference does
-                high, low = config.get("sigma_max") or high, config.get("sigma_min") or low
+                high, low = (real(name, config.get(name) or level, low=1e-9, high=1e9)
+                             for name, level in (("sigma_max", high), ("sigma_min", low)))
             sigmas = respace(high, low, n)
             timesteps = to_timesteps(sigmas, self.table)
         self.num_inference_steps = n

@@ -1,6 +1,6 @@
 """Checkpoints: files, names, the parts' `from_pretrained` and `save_pretrained`, and conversion."""
 
 from .convert import convert
-from .pretrained import load
+from .loading import load
 
 __all__ = ["convert", "load"]

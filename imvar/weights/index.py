@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 
 INDEX = "model_index.json"
 FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
@@ -16,6 +16,8 @@ PARTS: dict[str, dict[str, Any]] = {
     # The class that serves each class name a checkpoint may give. The classes enter themselves: `class X(..., part=)`.
     "vae": {}, "image_encoder": {}, "unet": {}, "scheduler": {}, "safety_checker": {}, "feature_extractor": {},
 }
+
+OPTIONAL = ("safety_checker",)  # what an index need not list
 
 LIBRARIES = {"image_encoder": "transformers", "feature_extractor": "transformers",
              "safety_checker": "stable_diffusion"}  # the column that diffusers reads; the rest are its own
@@ -26,8 +28,8 @@ def served(part: str, class_name: Any, path: Path) -> Any:
     classes = PARTS.get(part, {})
     found = classes.get(class_name) if isinstance(class_name, str) else None
     if found is None:
-        raise CheckpointError(f"is {class_name!r}; imvar has {', '.join(classes) or 'no such part'}. Another can be "
-                              f"handed over: from_pretrained(..., {part}=...)", path=path, key=part)
+        raise CheckpointError(f"is {shown(class_name)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
+                              f"be handed over: from_pretrained(..., {part}=...)", path=path, key=part)
     return found
 
 

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from ..checks import as_dtype
 from ..config import Configured
 from ..errors import CheckpointError, InputError, InputTypeError
-from .files import Hub, locate, locate_file, read_json, within, write_text
+from .files import Hub, inside, locate, locate_file, read_json, within, write_text
 from .folders import replaced, unchanged
 from .index import FORMAT, PARTS, first_class, served
-from .keymap import PUBLISHED, Dialect, Keymap, Naming
+from .keymap import Keymap, Naming
+from .loading import load, take_published_names
 from .reading import read_weights
 from .settings import settings_of, settings_without_weights
-from .single import SingleFile, recognise
+from .single import SingleFile
 from .stems import DIFFUSERS, TRANSFORMERS, Stem
 from .writing import write_weights
 
 TRANSFORMERS_FORMAT = "5.23.0"
+FEW, MOST = 100, 1000  # layers: so few are built, to name the tensors that a file lacks for them; so many never are
 
 
 class Pretrained(Configured):
@@ -46,11 +48,13 @@ class Pretrained(Configured):
                         token: str | bool | None = None, **changes: Any) -> Self:
         """Read settings from a folder or a hub repository; `changes` come on top.
 
-        Raises `CheckpointError` for a file that is missing or holds what this part cannot honour.
+        `subfolder` is part of what the caller names, as if `source` ended in it. Raises `CheckpointError` for a file
+        that is missing or holds what this part cannot honour.
         """
         name = f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name
         folder = locate(source, Hub(revision, cache_dir, local_files_only, token), lambda names: [name])
-        return cls(cls.read_config(folder / name, **changes))
+        path = inside(folder / (subfolder or ""), cls.config_name)
+        return cls.built(cls.read_config(path, **changes), path)
 
     @classmethod
     def read_config(cls, path: Path, **changes: Any) -> Any:
@@ -65,7 +69,15 @@ class Pretrained(Configured):
         try:
             return cls.config_class.read(settings, **changes)
         except InputError as error:
-            raise CheckpointError(str(error), path=path) from error
+            raise CheckpointError(str(error), path=path, key=error.key) from error
+
+    @classmethod
+    def built(cls, config: Any, path: Path) -> Self:
+        """A part with the settings that `path` holds, or a `CheckpointError` for those that do not go together."""
+        try:
+            return cls(config)
+        except InputError as error:
+            raise CheckpointError(str(error), path=path, key=error.key) from error
 
     @classmethod
     def settings_for(cls, file: SingleFile, config: Path | None) -> tuple[Mapping[str, Any], Path] | None:
@@ -127,15 +139,20 @@ class PretrainedModel(Pretrained, nn.Module):
         return cls.read(folder, variant=variant, dtype=wanted_dtype, use_safetensors=use_safetensors, **changes)
 
     @classmethod
+    def least_tensors(cls, config: Any) -> int:
+        """How many tensors a model with these settings has at the least, told without building it."""
+        return 0
+
+    @classmethod
     def read(cls, folder: Path, *, variant: str | None, dtype: torch.dtype | None, use_safetensors: bool | None,
              **changes: Any) -> Self:
         """The model in `folder`, all of one save."""
         def files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
-            config = cls.read_config(folder / cls.config_name, **changes)
+            config = cls.read_config(inside(folder, cls.config_name), **changes)
             return config, read_weights(folder, cls.stem, variant, use_safetensors)
 
         config, (path, tensors) = unchanged(folder, [cls.config_name, *cls.stem.choose(None, None, None)], files)
-        return cls.holding(tensors, config, dtype=dtype, path=path)
+        return cls.holding(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
 
     @classmethod
     def from_single_file(cls, source: str | Path, *, config: str | Path | None = None, subfolder: str | None = None,
@@ -162,16 +179,22 @@ class PretrainedModel(Pretrained, nn.Module):
         """The model out of `file`; `config` is a folder with its settings, if they are not to be told by the file."""
         held = file.part(cls.part, ema)
         settings, path = cls.settings_for(file, config) or (settings_of(held), file.path)
-        return cls.holding(held.tensors, cls.checked(settings, path, **changes), dtype=dtype, naming=held.naming,
-                           path=file.path)
+        return cls.holding(held.tensors, cls.checked(settings, path, **changes), path, dtype=dtype,
+                           naming=held.naming, path=file.path)
 
     @classmethod
-    def holding(cls, tensors: Mapping[str, Tensor], config: Any, *, dtype: torch.dtype | None,
-                naming: Naming | None = None, path: Path | None = None) -> Self:
-        """A model of these settings, in eval mode, that holds `tensors` without copying what needs no cast."""
+    def holding(cls, tensors: Mapping[str, Tensor], config: Any, told: Path, *, dtype: torch.dtype | None,
+                naming: Naming | None = None, path: Path) -> Self:
+        """A model in eval mode with the settings that `told` tells, holding `tensors` uncopied where they need no cast.
+
+        It is built on the meta device, and not at all where more layers are asked for than there can be tensors for.
+        """
+        if (least := cls.least_tensors(config)) > min(max(len(tensors), FEW), MOST):
+            raise CheckpointError(f"asks for {least} layers or more; {path.name} has {len(tensors)} tensors, and "
+                                  f"{MOST} layers are the most", path=told)
         with torch.device("meta"):
-            model = cls(config)
-        load(model, {name: cast(tensor, dtype) for name, tensor in tensors.items()}, naming=naming, path=path)
+            model = cls.built(config, told)
+        load(model, tensors, naming=naming, path=path, dtype=dtype)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
@@ -215,46 +238,12 @@ class TransformersModel(PretrainedModel):
                            "transformers_version": TRANSFORMERS_FORMAT}
 
 
-OURS = Naming(Dialect.OURS)
-
-
-def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Naming | None = None,
-         path: Path | None = None) -> None:
-    """Load `tensors`, named as published (now or earlier), as ours, or as `naming` says, into `model`.
-
-    A model on the meta device takes them as they are; any other copies them. Raises `CheckpointError`
-    naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
-    """
-    expected = model.state_dict()
-    if naming is None:
-        naming = OURS if tensors.keys() == expected.keys() else PUBLISHED
-    try:
-        found = model.keymap.to_ours(tensors, expected, naming, path)
-    except CheckpointError as error:
-        other = recognise(tensors)
-        if other is None or other[0] == model.part:
-            raise
-        reason = f"{error.reason}; these look like the weights of another part, the {other[0]}"
-        raise CheckpointError(reason, path=path, key=error.key) from None
-    for name, tensor in found.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"is of {tensor.dtype}; floating numbers are needed", path=path,
-                                  key=model.keymap.sources(name, naming)[0].name)
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
-                                  "config", path=path, key=model.keymap.sources(name, naming)[0].name)
-    model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
-    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-        raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
-                              "compute it in forward, or let it be saved", path=path, key=left[0])
-
-
 def settings_part(part: str, file: SingleFile, config: Path | None, image_encoder: Any) -> Any:
     """A part without weights to go with those in `file`, by the settings that are found, else by the published ones."""
     size = image_encoder.config.image_size if image_encoder is not None else 224
     settings, path = first_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
     kind = served(part, settings["_class_name"], path) if part == "scheduler" else first_class(part)
-    return kind(kind.checked(settings, path))
+    return kind.built(kind.checked(settings, path), path)
 
 
 def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:
@@ -263,16 +252,3 @@ def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> 
     if odd:
         raise InputTypeError(f"{where}: {min(odd)!r} is no part, setting or option here; leave it out")
     return {name: value for name, value in options.items() if name in known}
-
-
-def take_published_names(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`, of the model or of one that it is a part of: published names become ours."""
-    assert isinstance(model, PretrainedModel)
-    theirs = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    ours = model.keymap.renamed(theirs, model.state_dict())
-    state_dict.update({f"{prefix}{name}": tensor for name, tensor in ours.items()})
-
-
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-

@@ -42,7 +42,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, keys in sorted(listed.items()):
         if Path(name).name != name or name in {"", ".", ".."} or name.endswith(".json"):
-            raise CheckpointError(f"names {name[:200]!r}, which is not a file of tensors beside it", path=index,
+            raise CheckpointError(f"names {name[:200]!r}, which is not a file beside it that holds tensors", path=index,
                                   key=min(keys))
         shard = read_tensors(inside(index.parent, name))
         if odd := sorted(keys ^ shard.keys()):

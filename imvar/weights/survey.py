@@ -127,19 +127,21 @@ def survey_part(part: str, folder: Path, config: Path | None) -> Found:
     if not issubclass(kind, PretrainedModel):
         settings = read_json(path)
         kind = served(part, settings.get("_class_name"), path) if part == "scheduler" else kind
-        return Found(part, kind(kind.checked(settings, path)), path, "settings alone")
+        return Found(part, kind.built(kind.checked(settings, path), path), path, "settings alone")
     held = held_in(folder)
     if held is None:
         raise CheckpointError("holds no weights", path=folder)
     held = replace(held, part=part)
     told = path.is_file()
-    settings = kind.read_config(path) if told else kind.checked(settings_of(held), held.path or folder)
-    model = kind.holding(held.tensors, settings, dtype=None, naming=held.naming, path=held.path)
+    weights = held.path or folder
+    settings = kind.read_config(path) if told else kind.checked(settings_of(held), weights)
+    model = kind.holding(held.tensors, settings, path if told else weights, dtype=None, naming=held.naming,
+                         path=weights)
     current = {model.keymap.sources(name, held.naming)[0].name for name in model.state_dict()}
     dropped = dropped_of(model, held)
     older = held.naming == PUBLISHED and bool(held.tensors.keys() - current - set(dropped))
     how = held.naming.dialect.value + (" of 2022" if older else "")
-    return Found(part, model, held.path or folder, how, dropped)
+    return Found(part, model, weights, how, dropped)
 
 
 def held_in(folder: Path) -> Held | None:
