@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from imvar import ImvarError
@@ -22,7 +23,10 @@ from imvar.weights import convert
 def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(argv))
     try:
-        convert(**options, say=print)
+        convert(**options, say=partial(print, flush=True))
+    except BrokenPipeError:  # whoever read along has read enough, but not seen the job done
+        sys.stdout = None
+        return 1
     except (ImvarError, OSError) as error:
         print(f"weights_convert: {error}", file=sys.stderr)
         return 1

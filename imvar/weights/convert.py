@@ -12,7 +12,6 @@ from huggingface_hub.utils import tqdm
 
 from ..errors import InputError
 from .index import PARTS
-from .keymap import listed
 from .survey import Found, Survey, survey
 from .targets import Target, ToFile, ToFolder
 from .writing import Written, size_in_bytes
@@ -103,8 +102,8 @@ def tell(found: Survey, say: Say) -> None:
             say(f"  {part.part}: {part.value.num_parameters():,} numbers in {dtypes} tensors; {part.how}")
         else:
             say(f"  {part.part}: {type(part.value).__name__}, {part.how}")
-        if part.dropped:
-            say(f"    {len(part.dropped)} tensors that no model uses left out: {listed(list(part.dropped))}")
+        for pattern, count in part.dropped.items():
+            say(f"    left out, as no model uses it: {pattern}" + (f", {count} tensors" if count > 1 else ""))
     for note in found.notes:
         say(f"  {note}")
 

@@ -159,10 +159,11 @@ class Keymap:
         """The published name of a tensor of ours."""
         return self.row(ours).theirs
 
-    def drops(self, theirs: str, naming: Naming = PUBLISHED) -> bool:
-        """Whether a file may hold this tensor without the model having a use for it."""
+    def drops(self, theirs: str, naming: Naming = PUBLISHED) -> str | None:
+        """The pattern by which a file may hold this tensor without the model having a use for it; None without one."""
         name = theirs.removeprefix(naming.prefix)
-        return any(fnmatchcase(name, pattern) for pattern in self.droppable.get(naming.dialect, ()))
+        patterns = self.droppable.get(naming.dialect, ())
+        return next((naming.prefix + pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
     def renamed(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """Whichever of `tensors` have a published name, under our `names`; the rest as they are."""

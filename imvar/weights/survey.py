@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ class Found:
     path: Path
     how: str
     """In words: the dialect of the names, and which weights were taken where there was a choice."""
-    dropped: tuple[str, ...] = ()
-    """The tensors beside the weights that no model has a use for."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """The tensors beside the weights that no model has a use for: how many are called how."""
 
     @property
     def has_weights(self) -> bool:
@@ -138,10 +139,9 @@ def survey_part(part: str, folder: Path, config: Path | None) -> Found:
     model = kind.holding(held.tensors, settings, path if told else weights, dtype=None, naming=held.naming,
                          path=weights)
     current = {model.keymap.sources(name, held.naming)[0].name for name in model.state_dict()}
-    dropped = dropped_of(model, held)
-    older = held.naming == PUBLISHED and bool(held.tensors.keys() - current - set(dropped))
+    older = held.naming == PUBLISHED and not current <= held.tensors.keys()
     how = held.naming.dialect.value + (" of 2022" if older else "")
-    return Found(part, model, weights, how, dropped)
+    return Found(part, model, weights, how, dropped_of(model, held))
 
 
 def held_in(folder: Path) -> Held | None:
@@ -155,5 +155,5 @@ def held_in(folder: Path) -> Held | None:
     return None
 
 
-def dropped_of(model: PretrainedModel, held: Held) -> tuple[str, ...]:
-    return tuple(name for name in held.tensors if model.keymap.drops(name, held.naming))
+def dropped_of(model: PretrainedModel, held: Held) -> Mapping[str, int]:
+    return Counter(pattern for name in held.tensors if (pattern := model.keymap.drops(name, held.naming)))
