@@ -208,7 +208,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other round after so many")
     parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="the sources in the page cache")
-    parser.add_argument("--optimizer", action="store_true", help="also a full.ckpt with AdamW's moments, of 15 GB")
+    parser.add_argument("--optimizer", action="store_true", help="also one with AdamW's moments: 15 GB, at first 30")
     parser.add_argument("--only", metavar="WORDS", default="", help="only what has this in its name, such as ours")
     parser.add_argument("--tiny", action="store_true", help="tiny sources")
     parser.add_argument("--converter", type=Path, default=SCRIPTS.parent / "weights_convert.py")

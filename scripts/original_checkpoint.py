@@ -8,7 +8,8 @@ ema_only   without raw weights and surroundings, 4.7 GB
 late       as later code would leave it, 8.6 GB: as `full`, but CLIP in float32 and without most of its text tower
 v2         rebuilt from the diffusers layout, 5.0 GB: raw weights, CLIP by Hugging Face's names; --flat does not nest it
 
-No model code takes part. A tensor has the same values in every layout that holds it in the same precision.
+While it is being written, FILE takes twice its size on disk, and little memory. No model code takes part.
+A tensor has the same values in every layout that holds it in the same precision.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="shrink every part to some thousandths")
+    parser.add_argument("--tiny", action="store_true", help="shrink every part to about a hundredth")
     parser.add_argument("--optimizer", action="store_true", help="with AdamW's moments (full, late)")
     parser.add_argument("--flat", action="store_true", help="without a state_dict around the tensors (ema_only, v2)")
     args = parser.parse_args()

@@ -3,7 +3,7 @@
     python scripts/published_checkpoint.py FOLDER [--seed 0] [--tiny] [--only .bin]
 
 Every part is written twice, as `.bin` and as safetensors, under the names of the published files: 11.6 GB in all,
-or 0.13 GB with `--tiny`. No model code takes part, neither imvar's nor anybody else's.
+or 0.11 GB with `--tiny`. No model code takes part, neither imvar's nor anybody else's.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="shrink every part to some thousandths")
+    parser.add_argument("--tiny", action="store_true", help="shrink every part to about a hundredth")
     parser.add_argument("--only", choices=ENDINGS, help="write one kind of file")
     args = parser.parse_args()
     write_checkpoint(args.folder, args.seed, args.tiny, [args.only] if args.only else ENDINGS)
