@@ -179,6 +179,23 @@ def test_killed_anywhere_among_files_of_others(tmp_path):
     assert not temporaries(tmp_path)
 
 
+def test_the_files_that_name_others_come_last(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "diary").write_text("mine")
+
+    def run():
+        moved = []
+        sys.addaudithook(lambda event, args: moved.append(args) if event == "os.rename" else None)
+        nano_pipeline(0).save_pretrained(tmp_path / "model", max_shard_size="15KB")
+        places = [Path(target).relative_to(tmp_path / "model") for _, target, *_ in moved
+                  if "tmp" not in str(target).removeprefix(str(tmp_path))]
+        assert places[-1] == Path("model_index.json")
+        assert [path.suffix == ".json" for path in places] == sorted(path.suffix == ".json" for path in places)
+        assert len(places) > 10
+
+    assert forked(run) == 0
+
+
 @pytest.mark.usefixtures("no_fsync", "in_two_steps")
 def test_killed_anywhere_without_an_exchange(tmp_path):
     """For a moment there is no folder; the next save finds the old one."""
@@ -287,14 +304,14 @@ def test_places_that_cannot_be_written(tmp_path):
 
 def test_permissions(tmp_path):
     """Where only the folder itself may be written to, it is filled file by file; where not even that, it is refused."""
-    place, closed = tmp_path / "above" / "model", tmp_path / "above" / "closed"
+    place, closed = tmp_path / "above" / "model", tmp_path / "open" / "closed"
     for folder in (place, closed):
         saved(nano_encoder(0), folder, max_shard_size="1KB")
     after, before = saved(nano_encoder(1), tmp_path / "new"), held(closed)
     for path in (*tmp_path.parents, tmp_path):
         if ROOT and path.is_relative_to("/tmp") and path != Path("/tmp"):
             path.chmod(0o755)
-    for path in (tmp_path / "above", *(tmp_path / "above").rglob("*")):
+    for path in tmp_path.rglob("*"):
         if ROOT:
             os.chown(path, 65534, 65534)
     closed.chmod(0o555)
@@ -475,17 +492,22 @@ def mount(kind, source, target, options=None):
 def test_mount_points(tmp_path, kind, where):
     (tmp_path / where).mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
+    mine = {"model": {"mine": b"mine"}, "model/unet": {"unet/mine": b"mine"}}.get(where, {})
 
     def run():
         if not mount(kind, tmp_path / "elsewhere", place := tmp_path / where):
             folders.mounted = lambda folder, within=False: place == folder or (within and place.is_relative_to(folder))
-        (tmp_path / where / "mine").write_text("mine")
+        if mine:
+            (tmp_path / where / "mine").write_text("mine")
+        made = []
+        sys.addaudithook(lambda event, args: made.append(Path(args[0])) if event == "os.mkdir" else None)
         nano_pipeline(0).save_pretrained(tmp_path / "model", max_shard_size="1KB")
         inode = (tmp_path / where).stat().st_ino
         after = saved(nano_pipeline(1), tmp_path / "model")
         assert (tmp_path / where).stat().st_ino == inode
-        mine = str((tmp_path / where / "mine").relative_to(tmp_path / "model"))
-        assert after == saved(nano_pipeline(1), tmp_path / "other") | {mine: b"mine"}
+        # whether it was written beside the folder, rather than inside, on the same file system
+        assert any(path.parent == tmp_path and ".tmp-" in path.name for path in made) == (where != "model")
+        assert after == saved(nano_pipeline(1), tmp_path / "other") | mine
         assert not temporaries(tmp_path)
 
     assert forked(run) == 0
@@ -535,24 +557,26 @@ def test_readers_see_one_save_or_say_so(tmp_path):
             pipes[turn % 2].save_pretrained(tmp_path / "model")
             time.sleep(0.05)
 
+    def read():
+        found = []
+        while len(found) < 10 or set(found) != {0, 1}:
+            try:
+                pipe = StableDiffusionImageVariationPipeline.from_pretrained(tmp_path / "model")
+            except CheckpointError as error:
+                if "was changed while it was being read" not in str(error):
+                    raise
+            else:
+                found.append(pipe.scheduler.config.steps_offset)
+                assert all(equal(getattr(pipe, part), getattr(pipes[found[-1]], part)) for part in pipe.modules)
+
     writer = os.fork()
     if not writer:
         os._exit(forked(write))
-    found = []
-    for _ in range(200):
-        try:
-            pipe = StableDiffusionImageVariationPipeline.from_pretrained(tmp_path / "model")
-        except CheckpointError as error:
-            if "was changed while it was being read" not in str(error):
-                raise
-        else:
-            found.append(pipe.scheduler.config.steps_offset)
-            assert all(equal(getattr(pipe, part), getattr(pipes[found[-1]], part)) for part in pipe.modules)
-        if len(found) >= 10 and set(found) == {0, 1}:
-            break
-    (tmp_path / "enough").touch()
-    assert os.waitpid(writer, 0)[1] == 0
-    assert set(found) == {0, 1}
+    try:
+        read()
+    finally:
+        (tmp_path / "enough").touch()
+        assert os.waitpid(writer, 0)[1] == 0
 
 
 @pytest.mark.usefixtures("no_fsync")
@@ -587,6 +611,21 @@ def test_loading_in_threads(tmp_path):
     for thread in threads:
         thread.join()
     assert [equal(each.unet, pipe.unet) for each in found] == [True] * 4
+
+
+def test_a_lock_is_on_the_file_that_others_find(tmp_path):
+    """Whoever has waited for a lock finds that its file is gone; a third would lock another."""
+    def wait():
+        with swapping.locked(tmp_path / "lock") as sole:
+            found.append(sole and (tmp_path / "lock").exists())
+
+    found, second = [], threading.Thread(target=wait)
+    with swapping.locked(tmp_path / "lock"):
+        second.start()
+        time.sleep(0.2)
+    second.join()
+    assert found == [True]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("no_fsync")
@@ -631,7 +670,7 @@ def every_kind():
     kinds = ("bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn")
     return {"matrix": torch.randn(3, 4), 'an "é"\n': torch.randn(2), "scalar": torch.tensor(3.0),
             "empty": torch.zeros(0, 3), "turned": torch.randn(4, 5).T, "whole": base, "half": base[:12],
-            "again": base[:12], "gradient": torch.nn.Parameter(torch.randn(3)),
+            "end": base[9:], "again": base[:12], "gradient": torch.nn.Parameter(torch.randn(3)),
             "expanded": torch.ones(1).expand(7)} | {kind: torch.ones(3).to(getattr(torch, kind)) for kind in kinds}
 
 
@@ -648,13 +687,14 @@ def test_the_bytes_that_safetensors_writes(tmp_path):
         assert written.sha256 == hashlib.sha256(ours).hexdigest()
 
 
-def test_pickles_hold_no_more_than_their_tensors(tmp_path):
-    written = write_tensors(tmp_path / "ours.bin", every_kind(), dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_pickles_hold_no_more_than_their_tensors(tmp_path, dtype):
+    written = write_tensors(tmp_path / "ours.bin", every_kind(), dtype=dtype)
     content = (tmp_path / "ours.bin").read_bytes()
     assert (written.bytes, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     for name, tensor in torch.load(tmp_path / "ours.bin", weights_only=True).items():
         wanted = every_kind()[name]
-        assert tensor.dtype == (torch.bfloat16 if wanted.is_floating_point() else wanted.dtype)
+        assert tensor.dtype == ((dtype or wanted.dtype) if wanted.is_floating_point() else wanted.dtype)
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
