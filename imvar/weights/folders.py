@@ -25,7 +25,8 @@ T = TypeVar("T")
 Mark = tuple[int, int, int]
 """Inode, size and time of change: a file that is replaced or written again has another."""
 
-MANY = 10_000  # files and folders in a folder; where there are more, it is not a checkpoint's and stays in place
+MANY = 10_000  # files and folders in a folder; where there are more, it is no checkpoint's own and stays in place
+WEIGHTS = (".safetensors", ".bin", ".json")  # what a save may have to remove: such files are always taken over
 TRIES = 5
 _filling: set[Path] = set()  # the temporary folders of this process
 
@@ -97,7 +98,7 @@ def alone(folder: Path, place: Path) -> Iterator[Path]:
 
 def aside(temporary: Path) -> Path:
     """Where the old folder is for a moment, if an exchange takes two steps: the one name that can be told later."""
-    return temporary.with_name(re.sub("[0-9a-f]*$", "0" * 16, temporary.name))
+    return temporary.with_name(temporary.name.rpartition("-")[0] + f"-{0:016}")
 
 
 class Save:
@@ -118,7 +119,7 @@ class Save:
         self.movable = self.movable and all(alike(folder / name, new / name) for name in reversed(folders))
 
     def take_over(self) -> list[str]:
-        """Take over the upper files first, up to `MANY`; says which folders there are."""
+        """Take over the upper files first, up to `MANY` and then what weights may be; says which folders there are."""
         folders, queue = [""], deque([""])
         while queue:
             inside = queue.popleft()
@@ -131,9 +132,10 @@ class Save:
                 name = os.path.join(inside, entry.name)
                 if entry.path == str(self.new):
                     continue
-                if len(self.old) == MANY:
+                if len(self.old) >= MANY:
                     self.movable = False
-                    return folders
+                    if os.sep in inside or not (entry.name.endswith(WEIGHTS) or (not inside and entry.is_dir())):
+                        continue
                 with suppress(FileNotFoundError):  # removed just now
                     if entry.is_dir(follow_symlinks=False):
                         (self.new / name).mkdir()
