@@ -77,7 +77,7 @@ class Storage:
         try:
             return cls(**(listed | overrides))
         except InputError as error:
-            if overrides:  # which may be what does not go together
+            if error.key is None or error.key in overrides:  # the caller's doing
                 raise
             raise CheckpointError(str(error), path=folder / INDEX, key=error.key) from error
 
@@ -136,10 +136,11 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, torch.dt
     """The part that `model_index.json` lists as `value`; class names are looked up, never imported."""
     if value is None:
         return None
-    class_name, classes = value[-1] if value and isinstance(value, list) else value, PARTS.get(name, {})
-    found = classes.get(class_name) if isinstance(class_name, str) else None
+    classes, found = PARTS.get(name, {}), None
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(entry, str) for entry in value):
+        found = classes.get(value[1])
     if found is None:
-        raise CheckpointError(f"is {shown(class_name)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
+        raise CheckpointError(f"is {shown(value)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
                               f"be handed over: from_pretrained(..., {name}=...)", path=folder / INDEX, key=name)
     folder = inside(folder, name)
     if not issubclass(found, PretrainedModel):

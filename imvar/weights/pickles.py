@@ -20,9 +20,10 @@ import torch
 from ..errors import CheckpointError
 from .files import first_line
 
-MOST_INSTRUCTIONS = 500_000  # some 16,000 tensors
+MOST_INSTRUCTIONS = 250_000  # some 8,000 tensors
 LARGEST_PROGRAM = 2**24  # bytes of data.pkl, or of all that comes before the numbers in an old file
 MOST_RECORDS = 2**15  # of a zip file
+LARGEST_TUPLE = 10_000  # values in it, and in those in it
 
 TENSORS = re.compile(r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v[23]|parameter)|torch\.Size"
                      r"|torch\.((Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|storage\.UntypedStorage)"
@@ -95,12 +96,34 @@ def program(path: Path, file: IO[bytes]) -> bytes:
 
 
 def asked_for(programs: bytes, pickles: int = 1) -> list[str]:
-    """The names, in full, that one or more pickles in a row ask for, the first first."""
+    """The names, in full, that one or more pickles in a row ask for, the first first.
+
+    Raises `ValueError` for what no checkpoint says: too much, or tuples that hold a tuple over and over. Such a one
+    is small to write and endless to walk, as it is when it becomes the key of a dictionary.
+    """
     names, count, source = dict[str, None](), 0, io.BytesIO(programs)
     for _ in range(pickles):
+        stack, marks, memo = [], [], {}  # of each value, how many values it is when written out
         for instruction, argument, _ in pickletools.genops(source):
             if (count := count + 1) > MOST_INSTRUCTIONS:
                 raise ValueError(f"more than {MOST_INSTRUCTIONS} instructions")
-            if instruction.name in ("GLOBAL", "INST"):
+            name, taken = instruction.name, instruction.stack_before
+            if name in ("GLOBAL", "INST"):
                 names[str(argument).replace("__builtin__", "builtins").replace(" ", ".", 1)] = None
+            if name == "MARK":
+                marks.append(len(stack))
+            elif name.endswith("PUT"):
+                memo[argument] = stack[-1]
+            elif name.endswith("GET"):
+                stack.append(memo[argument])
+            elif taken or instruction.stack_after:
+                marked = pickletools.markobject in taken
+                start = marks.pop() if marked else len(stack)
+                start -= len(taken) - 2 * marked  # the mark, and all that is above it, are two of what is taken
+                if start < 0:
+                    raise ValueError("it takes more than is there")
+                size = 1 + sum(stack[start:]) if name.startswith("TUPLE") else 1
+                if size > LARGEST_TUPLE:
+                    raise ValueError(f"a tuple of more than {LARGEST_TUPLE} values")
+                stack[start:] = [size] * len(instruction.stack_after)
     return list(names)
