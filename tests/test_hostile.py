@@ -90,6 +90,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
     (lambda whole: whole + b"x", "cannot be read as a safetensors file"),
     (lambda whole: framed(b'{"a":' * 100_000), "cannot be read as JSON"),
     (lambda whole: framed(b'{"a": "\xff"}'), "cannot be read as JSON"),
+    (lambda whole: framed(json.dumps({str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+                                      for i in range(10**4)}).encode()), "holds 10000 tensors, more than"),
     (lambda whole: doubled_key(whole), "is there twice"),
     (lambda whole: changed(whole, data_offsets=[0, 2**62]), "cut short"),
     (lambda whole: changed(whole, data_offsets=[8, 4]), "cannot be read as a safetensors file"),
@@ -231,6 +233,8 @@ BINS = {
     "deep key": (one, programmed(b"\x80\x02}K\x01" + b"\x85" * 10**5 + b"K\x01s."), "a tuple of more than"),
     "nothing": (one, programmed(b""), "cut short, or no pickle"),
     "too short": (one, programmed(b"\x80\x02s."), "it takes more than is there"),
+    "many records": (one, lambda file: rezipped(file, lambda records: records.update(
+        {str(i): b"" for i in range(50_000)})), "its list of records has"),
     "other zip": (one, without("data.pkl"), "not of torch.save"),
     "no storage": (one, without("/data/0"), "cut short, or no pickle"),
 }
@@ -439,6 +443,7 @@ def test_settings_that_make_no_scheduler(tmp_path, settings):
 
 @pytest.mark.parametrize(("index", "words"), [
     ({}, "no weight_map"), ({"weight_map": []}, "no weight_map"), ({"weight_map": {}}, "no weight_map"),
+    ({"weight_map": {str(i): str(i) for i in range(10**4)}}, "lists 10000 tensors, more than"),
     ({"weight_map": {"a": 3}}, "no weight_map"), ({"weight_map": {"a": ["x"]}}, "no weight_map"),
     ({"weight_map": {"a": "../x.safetensors"}}, "not a file beside it"),
     ({"weight_map": {"a": "/etc/passwd"}}, "not a file beside it"),
@@ -448,7 +453,7 @@ def test_settings_that_make_no_scheduler(tmp_path, settings):
     ({"weight_map": {"a": "\ud800"}}, "cannot be a file"), ({"weight_map": {"a": "x" * 1000}}, "too long"),
     ({"weight_map": {"a": "none.safetensors"}}, "no such file"),
     ({"weight_map": {"a": "part.safetensors"}}, "disagree"),
-])
+], ids=lambda value: str(value)[:40])
 def test_indexes(folder, part, index, words):
     file = weights(folder, part)
     path = folder / part / f"{file.name}.index.json"

@@ -22,7 +22,7 @@ from .files import first_line
 
 MOST_INSTRUCTIONS = 250_000  # some 8,000 tensors
 LARGEST_PROGRAM = 2**24  # bytes of data.pkl, or of all that comes before the numbers in an old file
-MOST_RECORDS = 2**15  # of a zip file
+LARGEST_LIST = 2**21  # bytes in which a zip file lists its records
 LARGEST_TUPLE = 10_000  # values in it, and in those in it
 
 TENSORS = re.compile(r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v[23]|parameter)|torch\.Size"
@@ -79,10 +79,13 @@ def unpickle(path: Path, *, standins: bool = False) -> Any:
 
 def program(path: Path, file: IO[bytes]) -> bytes:
     """The pickle in a zip file of which every record is whole and as it is, uncompressed."""
+    if (size := listing(file)) > LARGEST_LIST:
+        raise CheckpointError(f"cannot be read as a file of tensors: its list of records has {size} bytes, more than "
+                              f"{LARGEST_LIST}", path=path)
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         found = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
-        if len(found) != 1 or len(records) > MOST_RECORDS:
+        if len(found) != 1:
             raise CheckpointError("cannot be read as a file of tensors: it is a zip file, but not of torch.save",
                                   path=path)
         packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
@@ -93,6 +96,15 @@ def program(path: Path, file: IO[bytes]) -> bytes:
             raise CheckpointError(f"cannot be read as a file of tensors: its pickle has {found[0].file_size} bytes, "
                                   f"more than {LARGEST_PROGRAM}", path=path)
         return archive.read(found[0])
+
+
+def listing(file: IO[bytes]) -> int:
+    """In how many bytes a zip file says that it lists its records, all of which `zipfile` would read."""
+    file.seek(-98, io.SEEK_END)
+    end = file.read()  # the last 22 bytes; before them, in large files, the same in 56 and a pointer to these in 20
+    if end[-22:-18] != b"PK\5\6":
+        raise zipfile.BadZipFile("it does not end as one")
+    return int.from_bytes(end[40:48] if end[-42:-38] == b"PK\6\7" else end[-10:-6], "little")
 
 
 def asked_for(programs: bytes, pickles: int = 1) -> list[str]:
