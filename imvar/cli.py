@@ -66,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=a_size, default=(None, None), metavar="N|HxW",
         help="pixels of a variation, multiples of 8 (default: what the checkpoint was trained at)")
     add("--scheduler", choices=SCHEDULERS, help="default: the checkpoint's own")
-    add("--checkpoint", default=CHECKPOINT, metavar="ID|FOLDER",
-        help=f"a hub id, or a folder in the published layout (default: {CHECKPOINT})")
+    add("--checkpoint", default=CHECKPOINT, metavar="ID|FOLDER|FILE",
+        help=f"a hub id, a folder in the published layout, or an original .ckpt file (default: {CHECKPOINT})")
     add("--revision", help=f"which state of a hub id (default: {REVISION} of the default checkpoint)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest that is here)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
@@ -123,22 +123,26 @@ def variations(pipe: StableDiffusionImageVariationPipeline, photo: Image, seeds:
 def load(checkpoint: str, revision: str | None, scheduler: str | None, dtype: torch.dtype,
          ) -> StableDiffusionImageVariationPipeline:
     """The checkpoint as a pipeline, with its own scheduler or the one that is named."""
-    if Path(checkpoint).is_dir() and revision:
-        raise InputError(f"--revision {revision}: a folder such as {checkpoint} has no revisions; leave it out")
+    if Path(checkpoint).exists() and revision:
+        raise InputError(f"--revision {revision}: what lies at {checkpoint} has no revisions; leave it out")
     revision = revision or (REVISION if checkpoint == CHECKPOINT else None)
+    kind = StableDiffusionImageVariationPipeline
     try:
-        pipe = StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, revision=revision, dtype=dtype)
+        if Path(checkpoint).is_file():  # the originals have no safety checker, which vary() will say
+            pipe = kind.from_single_file(checkpoint, dtype=dtype, requires_safety_checker=False)
+        else:
+            pipe = kind.from_pretrained(checkpoint, revision=revision, dtype=dtype)
     except CheckpointError as error:
         missing = error.__cause__ is not None and error.path is not None and not error.path.exists()
-        if Path(checkpoint).is_dir() or not missing:
+        if Path(checkpoint).exists() or not missing:
             raise
         at = f"{checkpoint} (revision {revision})" if revision else checkpoint
         raise ImvarError(f"{at} is not on this machine and could not be downloaded, for want of a network or because "
                          "the hub does not have it: connect once so that it gets downloaded, or name the folder of a "
                          "copy with --checkpoint FOLDER") from error
     if scheduler:
-        kind, changes = SCHEDULERS[scheduler]
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+        chosen, changes = SCHEDULERS[scheduler]
+        pipe.scheduler = chosen.from_config(pipe.scheduler.config, **changes)
     pipe.enable_vae_slicing()
     return pipe
 

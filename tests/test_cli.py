@@ -13,6 +13,7 @@ import imvar
 from imvar import cli
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, Row, contact_sheet, fitted
 from imvar.photos import distinct, load_image
+from imvar.weights import convert
 
 
 @pytest.fixture
@@ -67,6 +68,14 @@ def test_pictures_are_those_of_the_pipeline(run, checkpoint, photo, tmp_path):
                 generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)])
     for seed, picture in enumerate(made.images):
         assert np.abs(pixels(tmp_path / "out" / f"a photo-{seed}.png") - np.asarray(picture)).max() <= 1
+
+
+def test_an_original_file_is_a_checkpoint(run, checkpoint, photo, tmp_path, capsys):
+    file = tmp_path / "original.safetensors"
+    convert(checkpoint, file, to="original")
+    assert run(photo, "-n", "1") == run(photo, "-n", "1", "--checkpoint", file, out="other") == 0
+    assert "no safety checker" in capsys.readouterr().err
+    assert (pixels(tmp_path / "out" / "a photo-0.png") == pixels(tmp_path / "other" / "a photo-0.png")).all()
 
 
 def test_ddim_does_not_clip(checkpoint):

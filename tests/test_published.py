@@ -10,8 +10,8 @@ from published_checkpoint import PUBLISHED, Checkpoint, draw, key_list
 from random_checkpoint import tiny_pipeline
 
 import imvar
-from imvar.pipeline.storage import PARTS
 from imvar.weights import load
+from imvar.weights.index import PARTS
 
 MODELS = {  # and how many parameters each has
     "unet": (imvar.UNet2DConditionModel, 859_520_964),

@@ -104,7 +104,8 @@ class BatchFeature(Output):
         return self
 
 
-class CLIPImageProcessor(Pretrained):
+class CLIPImageProcessor(Pretrained, part="feature_extractor",
+                         also=("CLIPFeatureExtractor", "CLIPImageProcessorPil", "CLIPImageProcessorFast")):
     """Resize the short edge, crop the middle, scale to [0, 1], subtract CLIP's mean, divide by its deviation.
 
     Equal to transformers' processor of this name, pixel for pixel. Settings are read and set as attributes.

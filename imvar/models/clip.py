@@ -118,7 +118,7 @@ class VisionTower(Checkpointing, nn.Module):
         return self.norm_out(x[:, 0]), x
 
 
-class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel):
+class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel, part="image_encoder", also=("CLIPModel",)):
     """The image encoder: picture to embedding, in the space that pictures and texts share."""
 
     config_class = CLIPVisionConfig

@@ -46,7 +46,7 @@ class CLIPConfig(Config):
         object.__setattr__(self, "vision_config", CLIPVisionConfig.read(vision))
 
 
-class StableDiffusionSafetyChecker(TransformersModel):
+class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
     """Flags a picture whose embedding is closer to a concept than that concept's threshold.
 
     A hit among the special-care concepts makes the check stricter for that picture.

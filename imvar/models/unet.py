@@ -197,7 +197,7 @@ def concat(h: Tensor, skip: Tensor, level: int) -> Tensor:
     return torch.cat([h, skip], dim=1)
 
 
-class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedModel):
+class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedModel, part="unet"):
     """Down, middle, up, with skips across: eps(x_t, t, context) of arXiv:2112.10752, equation 3.
 
     Seams for forks: `block` and `transformer` are the classes it is built of, `merge` joins a skip.
@@ -257,7 +257,10 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
 
     @property
     def keymap(self) -> Keymap:
-        return tables.unet(len(self.down), self.config.layers_per_block, self.config.transformer_layers_per_block)
+        config = self.config
+        down, up = ([kind in WITH_ATTENTION for kind in kinds]
+                    for kinds in (config.down_block_types, config.up_block_types))
+        return tables.unet(down, up, config.layers_per_block, config.transformer_layers_per_block)
 
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor,
                 *unsupported: None, return_dict: bool = True, **more: None) -> UNet2DConditionOutput | tuple[Tensor]:

@@ -173,7 +173,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
-class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel):
+class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae"):
     """Compress pictures to latents and back (arXiv:2112.10752, section 3.1)."""
 
     config_class = VAEConfig

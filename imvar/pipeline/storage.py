@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -14,29 +13,11 @@ import torch
 from ..checks import as_dtype
 from ..config import Config
 from ..errors import CheckpointError, InputError, InputTypeError, shown
-from ..image import CLIPImageProcessor
-from ..models import AutoencoderKL, CLIPVisionModelWithProjection, StableDiffusionSafetyChecker, UNet2DConditionModel
-from ..schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
-from ..weights.files import Hub, inside, locate, read_json, within, write_text
-from ..weights.pretrained import FORMAT, PretrainedModel, asked_for
-
-INDEX = "model_index.json"
-
-PARTS: dict[str, dict[str, Any]] = {
-    # The class that serves each class name a checkpoint may give; the first is the one that is written.
-    "vae": {"AutoencoderKL": AutoencoderKL},
-    "image_encoder": {"CLIPVisionModelWithProjection": CLIPVisionModelWithProjection,
-                      "CLIPModel": CLIPVisionModelWithProjection},
-    "unet": {"UNet2DConditionModel": UNet2DConditionModel},
-    "scheduler": {"PNDMScheduler": PNDMScheduler, "DDIMScheduler": DDIMScheduler,
-                  "LMSDiscreteScheduler": LMSDiscreteScheduler},
-    "safety_checker": {"StableDiffusionSafetyChecker": StableDiffusionSafetyChecker},
-    "feature_extractor": {"CLIPImageProcessor": CLIPImageProcessor, "CLIPFeatureExtractor": CLIPImageProcessor,
-                          "CLIPImageProcessorPil": CLIPImageProcessor, "CLIPImageProcessorFast": CLIPImageProcessor},
-}
-
-LIBRARIES = {"image_encoder": "transformers", "feature_extractor": "transformers",
-             "safety_checker": "stable_diffusion"}  # the column that diffusers reads; the rest are its own
+from ..weights.files import Hub, inside, locate, locate_file, read_json, within, write_text
+from ..weights.folders import private, replaced, unchanged
+from ..weights.index import INDEX, OPTIONAL, PARTS, entry, first_class, index_text, served
+from ..weights.pretrained import Pretrained, PretrainedModel, asked_for, settings_part
+from ..weights.single import SingleFile
 
 
 class Storage:
@@ -65,41 +46,75 @@ class Storage:
         reading = {"variant": variant, "use_safetensors": use_safetensors}
         hub = Hub(revision, cache_dir, local_files_only, token)
         folder = locate(source, hub, lambda names: wanted_files(names, overrides, **reading))
-        index = read_index(inside(folder, INDEX), known)
-        if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
-            raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
-        if absent := sorted(set(parts) - index.keys() - overrides.keys()):
-            raise CheckpointError(f"is not listed; [null, null] would do without it, from_pretrained(..., "
-                                  f"{absent[0]}=...) with another", path=folder / INDEX, key=absent[0])
-        listed = {name: read_part(folder, name, value, dtypes, **reading)
-                  if name in parts or isinstance(value, list) else setting(folder, name, value, known[name].default)
-                  for name, value in index.items() if name not in overrides}
+
+        def listed() -> dict[str, Any]:
+            index = dict.fromkeys(OPTIONAL) | read_index(inside(folder, INDEX), known)
+            if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
+                raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
+            if absent := sorted(set(parts) - index.keys() - overrides.keys()):
+                raise CheckpointError(f"is not listed; from_pretrained(..., {absent[0]}=...) would do",
+                                      path=folder / INDEX, key=absent[0])
+            return {name: read_part(folder, name, value, dtypes, **reading)
+                    if name in parts or isinstance(value, list) else setting(folder, name, value, known[name].default)
+                    for name, value in index.items() if name not in overrides}
+
+        found = unchanged(folder, wanted_files(None, overrides, **reading), listed)
         try:
-            return cls(**(listed | overrides))
+            return cls(**(found | overrides))
         except InputError as error:
             if error.key is None or error.key in overrides:  # the caller's doing
                 raise
             raise CheckpointError(str(error), path=folder / INDEX, key=error.key) from error
 
+    @classmethod
+    def from_single_file(cls, source: str | Path, *, config: str | Path | None = None, torch_dtype: Any = None,
+                         dtype: Any = None, ema: str = "auto", revision: str | None = None,
+                         cache_dir: str | Path | None = None, local_files_only: bool = False,
+                         token: str | bool | None = None, **overrides: Any) -> Self:
+        """A pipeline from one `.ckpt` or safetensors file in an original layout.
+
+        `source`: a path, a link to a file on the hub, or "owner/name/file". `config`: the folder or hub repository
+        of a checkpoint whose settings these weights go with; else they are what the file says, what the tensors'
+        shapes tell, and the published ones. Original files hold no safety checker: hand one over
+        (`safety_checker=`), or there will be none. `ema` is as for one part, the rest as in `from_pretrained`.
+        """
+        hub = Hub(revision, cache_dir, local_files_only, token)
+        overrides = asked_for(overrides, cls.parameters(), f"{cls.__name__}.from_single_file")
+        dtypes = dtypes_by_part(torch_dtype if dtype is None else dtype)
+        file = SingleFile.read(locate_file(source, hub))
+        file.check(overrides)
+        folder = None if config is None else locate(config, hub, lambda _: ["*/*.json"])
+        found = {part: first_class(part).read_single(file, folder, ema=ema, dtype=dtypes[part])
+                 for part in file.parts if part not in overrides}
+        for part in {"scheduler", "feature_extractor"} - overrides.keys():
+            found[part] = settings_part(part, file, folder, found.get("image_encoder"))
+        found.setdefault("safety_checker", None)
+        return cls(**(found | overrides))
+
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
                         max_shard_size: int | str = "10GB", **_: Any) -> None:
-        """Write all parts into `folder`, made if need be, in the layout that diffusers reads."""
-        folder = Path(folder)
+        """Write all parts into `folder`, made if need be, in the layout that diffusers reads.
+
+        All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be. Other files
+        that are there stay.
+        """
         for name, part in self.components.items():
             if part is not None and not hasattr(part, "save_pretrained"):
                 raise InputTypeError(f"{name}: a {type(part).__name__} cannot be saved: it has no save_pretrained")
-        for name, part in self.components.items():
-            if part is not None:
-                part.save_pretrained(folder / name, safe_serialization=safe_serialization, variant=variant,
-                                     max_shard_size=max_shard_size)
-        index = {name: index_entry(name, part) for name, part in self.components.items()}
-        stamp = {"_class_name": type(self).__name__, "_diffusers_version": FORMAT}
-        write_text(folder / INDEX, json.dumps(stamp | self._settings | index, indent=2, sort_keys=True) + "\n")
+        ours = (Pretrained.save_pretrained, PretrainedModel.save_pretrained)
+        with replaced(folder) as new:
+            for name, part in self.components.items():
+                if part is not None:
+                    if getattr(type(part), "save_pretrained", None) not in ours:
+                        private(new / name)  # it may write in place
+                    part.save_pretrained(new / name, safe_serialization=safe_serialization, variant=variant,
+                                         max_shard_size=max_shard_size)
+            write_text(new / INDEX, index_text(type(self).__name__, self.components, self._settings))
 
     @property
     def config(self) -> Config:
         """The pipeline's own settings, and the class of each part."""
-        return Config.read(self._settings | {name: index_entry(name, part) for name, part in self.components.items()})
+        return Config.read(self._settings | {name: entry(name, part) for name, part in self.components.items()})
 
     @classmethod
     def parameters(cls) -> dict[str, inspect.Parameter]:
@@ -128,7 +143,7 @@ def read_index(path: Path, known: Container[str]) -> dict[str, Any]:
     """The parts and settings that `model_index.json` lists, None for parts left empty; unknown ones with a warning."""
     index = {key: None if value == [None, None] else value for key, value in read_json(path).items() if key[:1] != "_"}
     if odd := sorted(key for key, value in index.items() if key not in known and value is not None):
-        warnings.warn(f"{path}: {', '.join(odd)}: no part or setting of this pipeline, so left alone", stacklevel=3)
+        warnings.warn(f"{path}: {', '.join(odd)}: no part or setting of this pipeline, so left alone", stacklevel=5)
     return {key: value for key, value in index.items() if key in known}
 
 
@@ -136,12 +151,10 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, torch.dt
     """The part that `model_index.json` lists as `value`; class names are looked up, never imported."""
     if value is None:
         return None
-    classes, found = PARTS.get(name, {}), None
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(entry, str) for entry in value):
-        found = classes.get(value[1])
-    if found is None:
-        raise CheckpointError(f"is {shown(value)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
-                              f"be handed over: from_pretrained(..., {name}=...)", path=folder / INDEX, key=name)
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, str) for entry in value):
+        raise CheckpointError(f"is {shown(value)}; a library and a class would do, of which imvar has "
+                              f"{', '.join(PARTS.get(name, {})) or 'none'}", path=folder / INDEX, key=name)
+    found = served(name, value[1], folder / INDEX)
     folder = inside(folder, name)
     if not issubclass(found, PretrainedModel):
         return found.from_pretrained(folder)
@@ -177,14 +190,10 @@ def chosen(names: list[str] | None, model: type[PretrainedModel], variant: str |
 def wanted_files(names: set[str] | None, overrides: Mapping[str, Any], **reading: Any) -> list[str]:
     """Of all files in a repository, those that this pipeline reads; None where they are not known."""
     wanted = [INDEX]
-    for part, classes in PARTS.items():
-        model = next(iter(classes.values()))
+    for part in PARTS:
+        model = first_class(part)
         inside = within(names, f"{part}/")
         if part not in overrides and inside != []:
             files = chosen(inside, model, **reading)[0] if issubclass(model, PretrainedModel) else []
             wanted += [f"{part}/{name}" for name in (model.config_name, *files)]
     return wanted
-
-
-def index_entry(name: str, part: Any) -> list[str | None]:
-    return [None, None] if part is None else [LIBRARIES.get(name, "diffusers"), type(part).__name__]

@@ -61,7 +61,7 @@ class DDIMConfig(SchedulerConfig):
         real("sample_max_value", self.sample_max_value, high=math.inf)
 
 
-class DDIMScheduler(VariancePreserving):
+class DDIMScheduler(VariancePreserving, part="scheduler"):
     """DDIM, arXiv:2010.02502: deterministic steps at eta 0, DDPM's at eta 1.
 
     Each step stands alone: it knows its timestep and no history. Takes the settings of `DDIMConfig`.

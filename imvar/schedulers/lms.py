@@ -75,7 +75,7 @@ class LMSDiscreteConfig(SchedulerConfig):
                              key="use_karras_sigmas")
 
 
-class LMSDiscreteScheduler(Scheduler):
+class LMSDiscreteScheduler(Scheduler, part="scheduler"):
     """LMS: a walk along x = x_0 + sigma noise, each step along the last slopes dx/dsigma, four as a rule.
 
     Takes the settings of `LMSDiscreteConfig`. Attributes: `sigmas`, (n + 1,) float32, the noise level of each

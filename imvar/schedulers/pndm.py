@@ -51,7 +51,7 @@ class PNDMConfig(SchedulerConfig):
     steps_offset: int = 0  # added to the timesteps of leading spacing
 
 
-class PNDMScheduler(VariancePreserving):
+class PNDMScheduler(VariancePreserving, part="scheduler"):
     """PNDM, arXiv:2202.09778: steps along a blend of the last four predictions.
 
     The history begins in one of two ways. The paper's takes three Runge-Kutta steps of four evaluations

@@ -1,5 +1,6 @@
-"""Checkpoints: files, names, and the parts' `from_pretrained` and `save_pretrained`."""
+"""Checkpoints: files, names, the parts' `from_pretrained` and `save_pretrained`, and conversion."""
 
-from .pretrained import load
+from .convert import convert
+from .loading import load
 
-__all__ = ["load"]
+__all__ = ["convert", "load"]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
+import secrets
 import stat
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import huggingface_hub
 
 from ..errors import CheckpointError, InputTypeError
+
+T = TypeVar("T")
 
 Wanted = Callable[[set[str] | None], list[str]]
 """From the names of all files in a repository, None where they are not known, to the patterns of those to fetch."""
@@ -67,6 +72,23 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
         raise CheckpointError("not in the cache, and the hub could not be reached or does not have it: connect once so "
                               "that it is downloaded, or give the folder of a copy "
                               f"({type(fault).__name__}: {first_line(fault)})", path=at) from fault
+
+
+def locate_file(source: str | Path, hub: Hub) -> Path:
+    """A file: at that path, or on the hub as a link there or as "owner/name/file" says."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputTypeError(f"source: {type(source).__name__} came; a path or a link to a file on the hub would do")
+    if Path(source).is_file():
+        return Path(source)
+    if Path(source).is_dir():
+        raise CheckpointError("is a folder, not a file; from_pretrained reads folders", path=source)
+    link = re.fullmatch(r"(?:https://(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/"
+                        r"(?:(?:blob|resolve)/([^/]+)/)?([^?]+)(?:\?.*)?", str(source))
+    if not link:
+        raise CheckpointError("no such file (and not a file on the hub, as in 'owner/name/file')", path=source)
+    name, revision, file = link.groups()
+    hub = replace(hub, revision=revision or hub.revision)
+    return locate(name, hub, lambda _: [file]) / file
 
 
 def first_line(error: BaseException) -> str:
@@ -150,28 +172,59 @@ def finite(text: str) -> float:
     return number
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a temporary neighbour, then rename it over `path`: never half a file.
+REASONS = {"ENOSPC": "the disk is full", "EDQUOT": "the disk quota is used up", "EROFS": "the file system is read-only",
+           "EFBIG": "a file would be larger than is allowed here", "EACCES": "there is no permission to write here",
+           "EPERM": "there is no permission to write here", "ENOTDIR": "a file is where a folder should be",
+           "EEXIST": "a file is where a folder should be", "EISDIR": "a folder is where a file should be"}
 
-    Renaming also keeps a file intact that is mapped into memory, as loaded weights are.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+
+@contextmanager
+def plainly(path: Path, state: str = "nothing was changed") -> Iterator[None]:
+    """What goes wrong with files in here becomes a `CheckpointError` that says why, and in what `state` `path` is."""
     try:
-        write(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        reason = REASONS.get(errno.errorcode.get(error.errno or 0, ""), error.strerror or first_line(error))
+        raise CheckpointError(f"cannot be written: {reason}; {state}", path=path) from error
+
+
+def write_whole(path: Path, write: Callable[[Path], T]) -> T:
+    """Have `write` make a temporary neighbour, then rename it over `path`: never half a file, nor one after a crash.
+
+    Renaming also keeps a file intact that is mapped into memory, as loaded weights are, or that has a second name.
+    """
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
+    with plainly(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result = write(temporary)
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        sync(path.parent)
+    return result
 
 
 def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder where the system can promise those."""
+    if path.is_dir():
+        with suppress(OSError):  # no folder can be opened on Windows, and some network file systems sync none
+            _sync(path, os.O_RDONLY)
+    else:
+        _sync(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

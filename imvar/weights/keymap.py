@@ -8,23 +8,85 @@ are therefore saved under the place they live in, and found there again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 
 
+class Dialect(Enum):
+    """The languages that files speak of the same tensors."""
+
+    OURS = "imvar's names"
+    PUBLISHED = "diffusers' names"
+    ORIGINAL = "the original names"
+    DOTLESS = "the original names without dots"  # as the original code's moving average keeps them
+
+
+class Form:
+    """How a tensor of ours lies in one of theirs; this one, as it is."""
+
+    index = 0  # its place among those that share one of theirs
+
+    def take(self, theirs: Tensor) -> Tensor:
+        """Ours out of theirs."""
+        return theirs
+
+    def give(self, ours: Tensor) -> Tensor:
+        """Theirs of ours, or our share of it."""
+        return ours
+
+
+class Transposed(Form):
+    """A matrix that is applied from the right over there."""
+
+    def take(self, theirs: Tensor) -> Tensor:
+        return theirs.mT.contiguous() if theirs.ndim == 2 else theirs
+
+    def give(self, ours: Tensor) -> Tensor:
+        return ours.mT
+
+
+class Pointwise(Form):
+    """A linear layer that is a 1x1 convolution over there. Biases are the same."""
+
+    def take(self, theirs: Tensor) -> Tensor:
+        return theirs[:, :, 0, 0] if theirs.ndim == 4 and theirs.shape[2:] == (1, 1) else theirs
+
+    def give(self, ours: Tensor) -> Tensor:
+        return ours[:, :, None, None] if ours.ndim == 2 else ours
+
+
+@dataclass(frozen=True)
+class Share(Form):
+    """One of `of` equal pieces, stacked along the first dimension over there."""
+
+    index: int  # type: ignore[misc]
+    of: int = 3
+
+    def take(self, theirs: Tensor) -> Tensor:
+        rows = len(theirs) // self.of if theirs.ndim and len(theirs) % self.of == 0 else 0
+        return theirs[self.index * rows:(self.index + 1) * rows] if rows else theirs
+
+
+AS_IS, TRANSPOSED, POINTWISE = Form(), Transposed(), Pointwise()
+
+
 @dataclass(frozen=True)
 class Row:
-    """One place: our name, the published name, and older spellings of that."""
+    """One place: our name, the published name, its older spellings, and the original name and form if they differ."""
 
     ours: str
     theirs: str
     older: tuple[str, ...] = ()
+    original: str | None = None
+    form: Form = AS_IS
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -36,53 +98,103 @@ def under(place: Row, rows: Iterable[Row]) -> Iterator[Row]:
     yield place
     for row in rows:
         theirs = [f"{outer}.{inner}" for outer in place.spellings for inner in row.spellings]
-        yield Row(f"{place.ours}.{row.ours}", theirs[0], tuple(theirs[1:]))
+        original = f"{place.original or place.theirs}.{row.original or row.theirs}"
+        yield Row(f"{place.ours}.{row.ours}", theirs[0], tuple(theirs[1:]), original, row.form)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a file calls the tensors of a part: a dialect, behind a prefix."""
+
+    dialect: Dialect = Dialect.PUBLISHED
+    prefix: str = ""
+
+
+PUBLISHED = Naming()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of ours lies: in which tensor of the file, and how."""
+
+    name: str
+    form: Form = AS_IS
 
 
 class Keymap:
-    """The dictionary of one model. `droppable` lists, as patterns, what a file may hold beside its weights."""
+    """The dictionary of one model.
 
-    def __init__(self, rows: Iterable[Row], droppable: Iterable[str] = ()):
+    `droppable` lists, by dialect, patterns of what a file may hold beside the weights.
+    """
+
+    def __init__(self, rows: Iterable[Row], droppable: Mapping[Dialect, Collection[str]] | None = None):
         self.rows = {row.ours: row for row in rows}
-        self.droppable = tuple(droppable)
+        self.droppable = droppable or {}
 
-    def spellings(self, ours: str) -> list[str]:
-        """What a tensor of ours may be called in a file, the current name first."""
+    def row(self, ours: str) -> Row:
+        """The row of a tensor of ours: that of its place, with the rest of its name on either side."""
         place, rest = ours, ""
         while place not in self.rows:
             if not place:
-                return [ours]
+                return Row(ours, ours)
             place, _, last = place.rpartition(".")
             rest = f".{last}{rest}"
-        return [f"{theirs}{rest}" for theirs in self.rows[place].spellings]
+        row = self.rows[place]
+        return replace(row, ours=ours, theirs=row.theirs + rest, older=tuple(name + rest for name in row.older),
+                       original=(row.original or row.theirs) + rest)
 
-    def drops(self, theirs: str) -> bool:
-        """Whether a file may hold this tensor without the model having a use for it."""
-        return any(fnmatchcase(theirs, pattern) for pattern in self.droppable)
+    def sources(self, ours: str, naming: Naming = PUBLISHED) -> list[Source]:
+        """Where a tensor of ours may be found in a file, the spelling that is written first."""
+        row = self.row(ours)
+        original = row.original or row.theirs
+        spelled = {
+            Dialect.OURS: [Source(ours)],
+            Dialect.PUBLISHED: [Source(name) for name in row.spellings],
+            Dialect.ORIGINAL: [Source(original, row.form)],
+            Dialect.DOTLESS: [Source(original.replace(".", ""), row.form)],
+        }[naming.dialect]
+        return [Source(naming.prefix + source.name, source.form) for source in spelled]
+
+    def spelled(self, ours: str) -> str:
+        """The published name of a tensor of ours."""
+        return self.row(ours).theirs
+
+    def drops(self, theirs: str, naming: Naming = PUBLISHED) -> str | None:
+        """The pattern by which a file may hold this tensor without the model having a use for it; None without one."""
+        name = theirs.removeprefix(naming.prefix)
+        patterns = self.droppable.get(naming.dialect, ())
+        return next((naming.prefix + pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
     def renamed(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """Whichever of `tensors` have a published name, under our `names`; the rest as they are."""
-        ours = {theirs: name for name in names for theirs in self.spellings(name)}
+        ours = {source.name: name for name in names for source in self.sources(name)}
         return {ours.get(name, name): tensor for name, tensor in tensors.items() if not self.drops(name)}
 
-    def to_theirs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors under their current published names."""
-        return {self.spellings(name)[0]: tensor for name, tensor in tensors.items()}
+    def to_theirs(self, tensors: Mapping[str, Tensor], naming: Naming = PUBLISHED) -> dict[str, Tensor]:
+        """Our tensors as a file of that naming has them."""
+        shares: dict[str, dict[int, Tensor]] = {}
+        for name, tensor in tensors.items():
+            source = self.sources(name, naming)[0]
+            shares.setdefault(source.name, {})[source.form.index] = source.form.give(tensor)
+        return {name: parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in sorted(parts)])
+                for name, parts in shares.items()}
 
-    def to_ours(self, tensors: Mapping[str, Tensor], names: Iterable[str],
+    def to_ours(self, tensors: Mapping[str, Tensor], names: Iterable[str], naming: Naming = PUBLISHED,
                 path: Path | None = None) -> dict[str, Tensor]:
         """Their tensors under our `names`. Raises `CheckpointError` for a missing, doubled or unknown one."""
-        left, found, missing = dict(tensors), {}, []
+        found, used, missing = {}, set(), []
         for name in names:
-            there = [spelling for spelling in self.spellings(name) if spelling in left]
+            sources = self.sources(name, naming)
+            there = [source for source in sources if source.name in tensors]
             if len(there) > 1:
-                raise CheckpointError("the same tensor is there twice, in an old and a new spelling",
-                                      path=path, key=" and ".join(there))
+                raise CheckpointError("the same tensor is there twice, in an old and a new spelling", path=path,
+                                      key=" and ".join(source.name for source in there))
             if there:
-                found[name] = left.pop(there[0])
-            else:
-                missing.append(self.spellings(name)[0])
-        unknown = [name for name in left if not self.drops(name)]
+                found[name] = there[0].form.take(tensors[there[0].name])
+                used.add(there[0].name)
+            elif sources[0].name not in missing:
+                missing.append(sources[0].name)
+        unknown = [name for name in tensors if name not in used and not self.drops(name, naming)]
         if missing or unknown:
             faults = [f"{len(keys)} {what}: {listed(keys)}" for keys, what in
                       ((missing, "tensors missing"), (unknown, "unknown tensors")) if keys]

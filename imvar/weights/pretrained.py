@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from ..checks import as_dtype
 from ..config import Configured
 from ..errors import CheckpointError, InputError, InputTypeError
-from .files import Hub, inside, locate, read_json, within, write_text
-from .keymap import Keymap
+from .files import Hub, inside, locate, locate_file, read_json, within, write_text
+from .folders import replaced, unchanged
+from .index import FORMAT, PARTS, first_class, served
+from .keymap import Keymap, Naming
+from .loading import load, take_published_names
 from .reading import read_weights
+from .settings import settings_of, settings_without_weights
+from .single import SingleFile
 from .stems import DIFFUSERS, TRANSFORMERS, Stem
 from .writing import write_weights
 
-FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
 TRANSFORMERS_FORMAT = "5.23.0"
 FEW, MOST = 100, 1000  # layers: so few are built, to name the tensors that a file lacks for them; so many never are
 
@@ -29,6 +33,14 @@ class Pretrained(Configured):
     """A part whose settings live in a file of their own."""
 
     config_name: ClassVar[str] = "config.json"
+    part: ClassVar[str]
+
+    def __init_subclass__(cls, part: str | None = None, also: Sequence[str] = (), **more: Any):
+        """`part`: the folder of a checkpoint that this class serves; `also`: other names that it goes by there."""
+        super().__init_subclass__(**more)
+        if part:
+            cls.part = part
+            PARTS[part] |= dict.fromkeys((cls.__name__, *also), cls)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, subfolder: str | None = None, revision: str | None = None,
@@ -47,9 +59,13 @@ class Pretrained(Configured):
     @classmethod
     def read_config(cls, path: Path, **changes: Any) -> Any:
         """The settings in `path`, checked; `changes` are checked as constructor arguments are."""
+        return cls.checked(read_json(path), path, **changes)
+
+    @classmethod
+    def checked(cls, settings: Mapping[str, Any], path: Path, **changes: Any) -> Any:
+        """Settings that came from `path`, checked, and `changes`, checked as constructor arguments are."""
         known = [f.name for f in fields(cls.config_class)]
         changes = cls.config_class.of(**asked_for(changes, known, f"{cls.__name__}.from_pretrained")).explicit()
-        settings = read_json(path)
         try:
             return cls.config_class.read(settings, **changes)
         except InputError as error:
@@ -62,6 +78,19 @@ class Pretrained(Configured):
             return cls(config)
         except InputError as error:
             raise CheckpointError(str(error), path=path, key=error.key) from error
+
+    @classmethod
+    def settings_for(cls, file: SingleFile, config: Path | None) -> tuple[Mapping[str, Any], Path] | None:
+        """This part's settings for a file of weights, and where they are: in the folder `config`, which may be that of
+        a whole checkpoint, else beside the file if it holds nothing but this part, else in it; else None."""
+        beside = [file.path.parent] if file.alone else []
+        for folder in beside if config is None else (config / cls.part, config):
+            if (path := folder / cls.config_name).is_file():
+                return read_json(path), path
+        if config is not None:
+            raise CheckpointError(f"holds no settings of the {cls.part}: looked for {cls.part}/{cls.config_name} and "
+                                  f"{cls.config_name}", path=config)
+        return (file.settings[cls.part], file.path) if cls.part in file.settings else None
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write the settings into `folder`, made if need be, in the published format."""
@@ -117,24 +146,67 @@ class PretrainedModel(Pretrained, nn.Module):
     @classmethod
     def read(cls, folder: Path, *, variant: str | None, dtype: torch.dtype | None, use_safetensors: bool | None,
              **changes: Any) -> Self:
-        """Build the model on the meta device and give it the weights in `folder`."""
-        settings = inside(folder, cls.config_name)
-        config = cls.read_config(settings, **changes)
-        path, tensors = read_weights(folder, cls.stem, variant, use_safetensors)
+        """The model in `folder`, all of one save."""
+        def files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
+            config = cls.read_config(inside(folder, cls.config_name), **changes)
+            return config, read_weights(folder, cls.stem, variant, use_safetensors)
+
+        config, (path, tensors) = unchanged(folder, [cls.config_name, *cls.stem.choose(None, None, None)], files)
+        return cls.holding(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
+
+    @classmethod
+    def from_single_file(cls, source: str | Path, *, config: str | Path | None = None, subfolder: str | None = None,
+                         torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
+                         ema: str = "auto", revision: str | None = None, cache_dir: str | Path | None = None,
+                         local_files_only: bool = False, token: str | bool | None = None, **changes: Any) -> Self:
+        """This part out of one `.ckpt` or safetensors file, alone or among others, in any dialect that is known.
+
+        `source`: a path, a link to a file on the hub, or "owner/name/file". `config`: the folder or hub repository of
+        a checkpoint with the settings, where neither the file nor its neighbour `config.json` has them and the
+        tensors' shapes and the published settings do not say it all. `ema`: "yes" for the moving average of a UNet's
+        weights, "no" for the weights as last trained, "auto" for the first if it is there. The rest is as in
+        `from_pretrained`.
+        """
+        hub = Hub(revision, cache_dir, local_files_only, token)
+        file = SingleFile.read(locate_file(source, hub))
+        folder = None if config is None else locate(config, hub, lambda _: ["*.json", "*/*.json"]) / (subfolder or "")
+        wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
+        return cls.read_single(file, folder, ema=ema, dtype=wanted_dtype, **changes)
+
+    @classmethod
+    def read_single(cls, file: SingleFile, config: Path | None, *, ema: str, dtype: torch.dtype | None,
+                    **changes: Any) -> Self:
+        """The model out of `file`; `config` is a folder with its settings, if they are not to be told by the file."""
+        held = file.part(cls.part, ema)
+        settings, path = cls.settings_for(file, config) or (settings_of(held), file.path)
+        return cls.holding(held.tensors, cls.checked(settings, path, **changes), path, dtype=dtype,
+                           naming=held.naming, path=file.path)
+
+    @classmethod
+    def holding(cls, tensors: Mapping[str, Tensor], config: Any, told: Path, *, dtype: torch.dtype | None,
+                naming: Naming | None = None, path: Path) -> Self:
+        """A model in eval mode with the settings that `told` tells, holding `tensors` uncopied where they need no cast.
+
+        It is built on the meta device, and not at all where more layers are asked for than there can be tensors for.
+        """
         if (least := cls.least_tensors(config)) > min(max(len(tensors), FEW), MOST):
             raise CheckpointError(f"asks for {least} layers or more; {path.name} has {len(tensors)} tensors, and "
-                                  f"{MOST} layers are the most", path=settings)
+                                  f"{MOST} layers are the most", path=told)
         with torch.device("meta"):
-            model = cls.built(config, settings)
-        load(model, tensors, path=path, dtype=dtype)
+            model = cls.built(config, told)
+        load(model, tensors, naming=naming, path=path, dtype=dtype)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
                         max_shard_size: int | str = "10GB", **_: Any) -> None:
-        """Write settings and weights into `folder`, made if need be, as diffusers reads them."""
-        super().save_pretrained(folder)
-        write_weights(Path(folder), self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
-                      safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+        """Write settings and weights into `folder`, made if need be, as diffusers reads them.
+
+        All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be.
+        """
+        with replaced(folder) as new:
+            super().save_pretrained(new)
+            write_weights(new, self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
+                          safe_serialization=safe_serialization, max_shard_size=max_shard_size)
 
     @property
     def device(self) -> torch.device:
@@ -166,27 +238,12 @@ class TransformersModel(PretrainedModel):
                            "transformers_version": TRANSFORMERS_FORMAT}
 
 
-def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, path: Path | None = None,
-         dtype: torch.dtype | None = None) -> None:
-    """Load `tensors`, named as published (now or earlier) or as ours, into `model`.
-
-    A model on the meta device takes them as they are, or in another `dtype`; any other copies them. Raises
-    `CheckpointError` naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
-    """
-    expected = model.state_dict()
-    found = dict(tensors) if tensors.keys() == expected.keys() else model.keymap.to_ours(tensors, expected, path)
-    for name, tensor in found.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"is of {tensor.dtype}; floating numbers are needed", path=path,
-                                  key=model.keymap.spellings(name)[0])
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
-                                  "config", path=path, key=model.keymap.spellings(name)[0])
-    found = {name: cast(tensor, dtype) for name, tensor in found.items()}
-    model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
-    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-        raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
-                              "compute it in forward, or let it be saved", path=path, key=left[0])
+def settings_part(part: str, file: SingleFile, config: Path | None, image_encoder: Any) -> Any:
+    """A part without weights to go with those in `file`, by the settings that are found, else by the published ones."""
+    size = image_encoder.config.image_size if image_encoder is not None else 224
+    settings, path = first_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
+    kind = served(part, settings["_class_name"], path) if part == "scheduler" else first_class(part)
+    return kind.built(kind.checked(settings, path), path)
 
 
 def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:
@@ -195,16 +252,3 @@ def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> 
     if odd:
         raise InputTypeError(f"{where}: {min(odd)!r} is no part, setting or option here; leave it out")
     return {name: value for name, value in options.items() if name in known}
-
-
-def take_published_names(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`, of the model or of one that it is a part of: published names become ours."""
-    assert isinstance(model, PretrainedModel)
-    theirs = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    ours = model.keymap.renamed(theirs, model.state_dict())
-    state_dict.update({f"{prefix}{name}": tensor for name, tensor in ours.items()})
-
-
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-

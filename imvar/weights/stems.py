@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -44,6 +45,13 @@ class Stem:
                 return [self.index(ending, variant), self.shards(ending, variant)]
         looked = " or ".join(self.file(ending, variant) for ending in endings)
         raise CheckpointError(f"no weights here: looked for {looked}, whole or sharded")
+
+    def variants(self, names: Iterable[str]) -> list[str | None]:
+        """The variants whose files are among `names`, None for the plain ones, which come first."""
+        stems = "|".join(map(re.escape, {self.safetensors, self.pickle}))
+        whole = rf"(?:{stems})(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+        found = {match["variant"] for name in names if (match := re.fullmatch(whole, name))}
+        return sorted(found, key=lambda variant: variant or "")
 
 
 DIFFUSERS = Stem("diffusion_pytorch_model", "diffusion_pytorch_model")

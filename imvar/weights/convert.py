@@ -1,0 +1,117 @@
+"""Any known checkpoint in, a clean one out: looked over, told, checked, written whole, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from ..errors import InputError
+from .index import PARTS
+from .survey import Found, Survey, survey
+from .targets import Target, ToFile, ToFolder
+from .writing import Written, size_in_bytes
+
+DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TARGETS: dict[str, type[Target]] = {"diffusers": ToFolder, "original": ToFile}
+MODELS = ("unet", "vae", "image_encoder", "safety_checker")
+
+Say = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion found and wrote. `left_out`: the parts that the target goes without, and why."""
+
+    source: Survey
+    parts: dict[str, Found]
+    left_out: dict[str, str]
+    written: list[Written] = field(default_factory=list)
+
+
+def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", "original"] = "diffusers",
+            dtype: Literal["keep", "fp32", "fp16", "bf16"] = "keep", ema: Literal["auto", "yes", "no"] = "auto",
+            part: str | None = None, fill: str | Path | None = None, config: str | Path | None = None,
+            max_shard_size: int | str = "10GB", dry_run: bool = False, verify: bool = False,
+            say: Say = lambda line: None) -> Report:
+    """Convert a checkpoint to a folder in diffusers' layout, or to one safetensors file in the original layout.
+
+    `source`: a folder in any published layout, the folder or file of one part, or an original `.ckpt` or safetensors
+    file. `part`: convert this part alone. `dtype`: what floating tensors become. `ema`: which of a UNet's weights,
+    where the source has a moving average. `fill`: a checkpoint to take the parts from that the source has not.
+    `config`: a folder with settings to go by, instead of those that are with the weights. `dry_run` writes nothing;
+    `verify` reads back what was written and compares every bit. `say` is told what is found and done, line by line.
+    An existing target is replaced if all goes well, and only then; whatever else is in its folder stays.
+
+    Raises `CheckpointError` naming the file and tensor, before anything is written, and `InputError` for arguments.
+    """
+    check(to, dtype, part)
+    found = survey(source, ema=ema, config=None if config is None else Path(config), only=part)
+    tell(found, say)
+    parts = dict(found.parts)
+    if fill is not None:
+        spare = {name: more for name, more in survey(fill).parts.items() if name not in parts and part in (None, name)}
+        say(f"filled from {fill}: {', '.join(spare) or 'nothing, as nothing is missing that it has'}")
+        parts |= spare
+    job = TARGETS[to](Path(target), {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype],
+                      size_in_bytes(max_shard_size))
+    left_out = {} if part else job.left_out
+    for name, why in left_out.items():
+        say(f"without {name}: {why}")
+    say(f"target: {target}, {job.kind}: {', '.join(job.parts)}; {size(job.bytes)}, dtype {dtype}")
+    if dry_run:
+        say("dry run: nothing was written")
+        return Report(found, job.parts, left_out)
+    job.check_space()
+    with progress("checking", job) as bar:
+        job.check_values(bar.update)
+    with progress("writing", job) as bar:
+        written = job.write(bar.update)
+    if verify:
+        with progress("verifying", job) as bar:
+            job.verify(bar.update)
+    for file in written:
+        say(f"wrote {file.path}: {file.tensors} tensors, {size(file.bytes)}, sha256 {file.sha256}")
+    if verify:
+        say("verified: what was written reads back the same, bit for bit")
+    return Report(found, job.parts, left_out, written)
+
+
+def progress(what: str, job: Target) -> tqdm:
+    """A bar over the bytes of a job, where there is a terminal to show it."""
+    return tqdm(total=job.bytes, unit="B", unit_scale=True, desc=what, disable=None)
+
+
+def check(to: str, dtype: str, part: str | None) -> None:
+    """Arguments that cannot be honoured, before anything is read."""
+    for name, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES), ("part", part, (None, *MODELS))):
+        if value not in choices:
+            raise InputError(f"{name}={value!r}: {' or '.join(map(repr, choices))} would do")
+
+
+def tell(found: Survey, say: Say) -> None:
+    """What there is, a line for each part."""
+    say(f"source: {found.source}, {found.kind}")
+    for part in found.parts.values():
+        if part.has_weights:
+            dtypes = " and ".join(f"{count} {dtype}" for dtype, count in sorted(part.dtypes.items()))
+            say(f"  {part.part}: {part.value.num_parameters():,} numbers in {dtypes} tensors; {part.how}")
+        else:
+            say(f"  {part.part}: {type(part.value).__name__}, {part.how}")
+        for pattern, count in part.dropped.items():
+            say(f"    left out, as no model uses it: {pattern}" + (f", {count} tensors" if count > 1 else ""))
+    for note in found.notes:
+        say(f"  {note}")
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

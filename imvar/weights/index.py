@@ -1,0 +1,50 @@
+"""`model_index.json`: the parts of a checkpoint, and the class that serves each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, shown
+
+INDEX = "model_index.json"
+FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
+
+PARTS: dict[str, dict[str, Any]] = {
+    # The class that serves each class name a checkpoint may give. The classes enter themselves: `class X(..., part=)`.
+    "vae": {}, "image_encoder": {}, "unet": {}, "scheduler": {}, "safety_checker": {}, "feature_extractor": {},
+}
+
+OPTIONAL = ("safety_checker",)  # what an index need not list
+
+LIBRARIES = {"image_encoder": "transformers", "feature_extractor": "transformers",
+             "safety_checker": "stable_diffusion"}  # the column that diffusers reads; the rest are its own
+
+
+def served(part: str, class_name: Any, path: Path) -> Any:
+    """The class of that name for that part, looked up and never imported; `path` is where it is named."""
+    classes = PARTS.get(part, {})
+    found = classes.get(class_name) if isinstance(class_name, str) else None
+    if found is None:
+        raise CheckpointError(f"is {shown(class_name)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
+                              f"be handed over: from_pretrained(..., {part}=...)", path=path, key=part)
+    return found
+
+
+def first_class(part: str) -> Any:
+    """The class that a part has where no file names one."""
+    return next(iter(PARTS[part].values()))
+
+
+def entry(part: str, value: Any) -> list[str | None]:
+    """What the index says of a part: library and class."""
+    return [None, None] if value is None else [LIBRARIES.get(part, "diffusers"), type(value).__name__]
+
+
+def index_text(class_name: str, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The file of a pipeline of that class, with these parts and settings of its own."""
+    stamp = {"_class_name": class_name, "_diffusers_version": FORMAT}
+    listed = {part: entry(part, value) for part, value in parts.items()}
+    return json.dumps(stamp | dict(settings) | listed, indent=2, sort_keys=True) + "\n"

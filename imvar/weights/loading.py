@@ -1,0 +1,62 @@
+"""Tensors into a model: under which names they come, and whether they are the ones that it has places for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .keymap import PUBLISHED, Dialect, Naming
+from .single import recognise
+
+if TYPE_CHECKING:
+    from .pretrained import PretrainedModel
+
+OURS = Naming(Dialect.OURS)
+
+
+def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Naming | None = None,
+         path: Path | None = None, dtype: torch.dtype | None = None) -> None:
+    """Load `tensors`, named as published (now or earlier), as ours, or as `naming` says, into `model`.
+
+    A model on the meta device takes them as they are, or in another `dtype`; any other copies them. Raises
+    `CheckpointError` naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
+    """
+    expected = model.state_dict()
+    if naming is None:
+        naming = OURS if tensors.keys() == expected.keys() else PUBLISHED
+    try:
+        found = model.keymap.to_ours(tensors, expected, naming, path)
+    except CheckpointError as error:
+        other = recognise(tensors)
+        if other is None or other[0] == model.part:
+            raise
+        reason = f"{error.reason}; these look like the weights of another part, the {other[0]}"
+        raise CheckpointError(reason, path=path, key=error.key) from None
+    for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"is of {tensor.dtype}; floating numbers are needed", path=path,
+                                  key=model.keymap.sources(name, naming)[0].name)
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
+                                  "config", path=path, key=model.keymap.sources(name, naming)[0].name)
+    found = {name: cast(tensor, dtype) for name, tensor in found.items()}
+    model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
+    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
+                              "compute it in forward, or let it be saved", path=path, key=left[0])
+
+
+def take_published_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict`, of the model or of one that it is a part of: published names become ours."""
+    theirs = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    ours = model.keymap.renamed(theirs, model.state_dict())
+    state_dict.update({f"{prefix}{name}": tensor for name, tensor in ours.items()})
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
