@@ -143,7 +143,8 @@ class Config(dict[str, Any]):
         values = {key: value for key, value in settings.items() if key not in defaults} | changes
         known = {f.name for f in fields(cls)} & values.keys()
         config = cls(**{name: values[name] for name in known})
-        return config.marked(known, {k: v for k, v in values.items() if k not in known | {"_class_name", DEFAULTS}})
+        ours = known | {"_class_name", DEFAULTS}
+        return config.marked(known, {key: value for key, value in values.items() if key not in ours})
 
     def marked(self, given: Iterable[str], foreign: Mapping[str, Any]) -> Self:
         """This config, told once which fields were given, and what came beside them."""

@@ -36,7 +36,9 @@ class CheckpointError(ImvarError, OSError):
 
     def __init__(self, reason: str, *, path: str | Path | None = None, key: str | None = None):
         self.reason, self.path, self.key = reason, None if path is None else Path(path), key
-        super().__init__(": ".join(str(part) for part in (path, key, reason) if part is not None))
+        told = key is not None and (f"{key}=" in reason or reason.startswith(f"{key}:"))
+        parts = (path, None if told else key, reason)
+        super().__init__(": ".join(str(part) for part in parts if part is not None))
 
     def __reduce__(self):
         return _checkpoint_error, (self.reason, self.path, self.key)

@@ -269,7 +269,7 @@ def spoilt_pickle(program: bytes, rng: random.Random) -> bytes:
     if what == 1:
         number = rng.choice([0, 1, 2**31 - 1, -1, -2**31, 2**30]).to_bytes(4, "little", signed=True)
         at = max(program.find(rng.choice([b"J", b"K", b"M"]), at), 0)
-        return program[:at] + b"J" + number + program[at + {75: 2, 77: 3}.get(program[at], 5):]
+        return program[:at] + b"J" + number + program[at + {75: 2, 77: 3}.get(program[at] if program else 0, 5):]
     if what == 2:
         return program[:at] + rng.choice(GLOBALS) + program[at:]
     if what == 3:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..checks import LARGEST_SIDE
-from ..config import Config, one_of
+from ..config import UNFIT, Config, number, one_of
 from ..errors import InputError, InputTypeError, shown
 from ..outputs import Output
 from ..weights.pretrained import Pretrained
@@ -81,7 +80,8 @@ class CLIPImageProcessorConfig(Config):
     def _numbers(self, name: str, count: int) -> tuple[float, ...]:
         value = getattr(self, name)
         values = tuple(value) if isinstance(value, (Sequence, np.ndarray)) else (value,) * count
-        if len(values) != count or not all(isinstance(v, Real) and -1e30 <= v <= 1e30 for v in values):  # type: ignore[operator]
+        values = [number(entry, float) for entry in values]
+        if len(values) != count or any(v is UNFIT or abs(v) > 1e30 for v in values):  # float32 holds no more
             raise self._refused(name, "one number" if count == 1 else f"one finite number or {count}")
         return tuple(float(v) for v in values)
 

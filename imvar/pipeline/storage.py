@@ -62,7 +62,7 @@ class Storage:
         try:
             return cls(**(found | overrides))
         except InputError as error:
-            if overrides:  # which may be what does not go together
+            if error.key is None or error.key in overrides:  # the caller's doing
                 raise
             raise CheckpointError(str(error), path=folder / INDEX, key=error.key) from error
 
@@ -151,7 +151,10 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, torch.dt
     """The part that `model_index.json` lists as `value`; class names are looked up, never imported."""
     if value is None:
         return None
-    found = served(name, value[-1] if value and isinstance(value, list) else value, folder / INDEX)
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, str) for entry in value):
+        raise CheckpointError(f"is {shown(value)}; a library and a class would do, of which imvar has "
+                              f"{', '.join(PARTS.get(name, {})) or 'none'}", path=folder / INDEX, key=name)
+    found = served(name, value[1], folder / INDEX)
     folder = inside(folder, name)
     if not issubclass(found, PretrainedModel):
         return found.from_pretrained(folder)

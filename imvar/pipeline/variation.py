@@ -38,7 +38,8 @@ class StableDiffusionImageVariationPipeline(Assembly):
             warnings.warn("safety_checker=None: nobody looks at the pictures before they are handed out; with "
                           "requires_safety_checker=False this warning is off", stacklevel=2)
         if safety_checker is not None and feature_extractor is None:
-            raise InputError("feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None")
+            raise InputError("feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None",
+                             key="feature_extractor")
         if unet is not None and taken_as_64(unet.config):
             unet.register_to_config(sample_size=64)
         self.register_modules(vae=vae, image_encoder=image_encoder, unet=unet, scheduler=scheduler,

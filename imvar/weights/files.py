@@ -95,7 +95,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-LARGEST_JSON = 2**22  # bytes of a config, an index or the header of a weights file; ours have 100,000 at the most
+LARGEST_JSON = 2**21  # bytes of a config, an index or the header of a weights file; ours have 100,000 at the most
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -14,6 +14,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -256,7 +257,7 @@ def unchanged(folder: Path, patterns: Sequence[str], read: Callable[[], T]) -> T
 def stamps(folder: Path, patterns: Sequence[str]) -> dict[Path, Mark]:
     """The marks of the files that match, where links are followed: those of a hub's cache."""
     found = {}
-    for pattern in patterns:
-        with suppress(FileNotFoundError):
-            found |= {path: mark(path.resolve()) for path in folder.glob(pattern)}
+    for path in chain.from_iterable(map(folder.glob, patterns)):
+        with suppress(OSError, RuntimeError):  # it is gone by now, or leads nowhere, or back to itself
+            found[path] = mark(path.resolve())
     return found

@@ -20,9 +20,10 @@ import torch
 from ..errors import CheckpointError
 from .files import first_line
 
-MOST_INSTRUCTIONS = 500_000  # some 16,000 tensors
+MOST_INSTRUCTIONS = 250_000  # some 8,000 tensors
 LARGEST_PROGRAM = 2**24  # bytes of data.pkl, or of all that comes before the numbers in an old file
-MOST_RECORDS = 2**15  # of a zip file
+LARGEST_LIST = 2**21  # bytes in which a zip file lists its records
+LARGEST_TUPLE = 10_000  # values in it, and in those in it
 
 TENSORS = re.compile(r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v[23]|parameter)|torch\.Size"
                      r"|torch\.((Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|storage\.UntypedStorage)"
@@ -78,10 +79,13 @@ def unpickle(path: Path, *, standins: bool = False) -> Any:
 
 def program(path: Path, file: IO[bytes]) -> bytes:
     """The pickle in a zip file of which every record is whole and as it is, uncompressed."""
+    if (size := listing(file)) > LARGEST_LIST:
+        raise CheckpointError(f"cannot be read as a file of tensors: its list of records has {size} bytes, more than "
+                              f"{LARGEST_LIST}", path=path)
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         found = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
-        if len(found) != 1 or len(records) > MOST_RECORDS:
+        if len(found) != 1:
             raise CheckpointError("cannot be read as a file of tensors: it is a zip file, but not of torch.save",
                                   path=path)
         packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
@@ -94,13 +98,44 @@ def program(path: Path, file: IO[bytes]) -> bytes:
         return archive.read(found[0])
 
 
+def listing(file: IO[bytes]) -> int:
+    """In how many bytes a zip file says that it lists its records, all of which `zipfile` would read."""
+    file.seek(-98, io.SEEK_END)
+    end = file.read()  # the last 22 bytes; before them, in large files, the same in 56 and a pointer to these in 20
+    if end[-22:-18] != b"PK\5\6":
+        raise zipfile.BadZipFile("it does not end as one")
+    return int.from_bytes(end[40:48] if end[-42:-38] == b"PK\6\7" else end[-10:-6], "little")
+
+
 def asked_for(programs: bytes, pickles: int = 1) -> list[str]:
-    """The names, in full, that one or more pickles in a row ask for, the first first."""
+    """The names, in full, that one or more pickles in a row ask for, the first first.
+
+    Raises `ValueError` for what no checkpoint says: too much, or tuples that hold a tuple over and over. Such a one
+    is small to write and endless to walk, as it is when it becomes the key of a dictionary.
+    """
     names, count, source = dict[str, None](), 0, io.BytesIO(programs)
     for _ in range(pickles):
+        stack, marks, memo = [], [], {}  # of each value, how many values it is when written out
         for instruction, argument, _ in pickletools.genops(source):
             if (count := count + 1) > MOST_INSTRUCTIONS:
                 raise ValueError(f"more than {MOST_INSTRUCTIONS} instructions")
-            if instruction.name in ("GLOBAL", "INST"):
+            name, taken = instruction.name, instruction.stack_before
+            if name in ("GLOBAL", "INST"):
                 names[str(argument).replace("__builtin__", "builtins").replace(" ", ".", 1)] = None
+            if name == "MARK":
+                marks.append(len(stack))
+            elif name.endswith("PUT"):
+                memo[argument] = stack[-1]
+            elif name.endswith("GET"):
+                stack.append(memo[argument])
+            elif taken or instruction.stack_after:
+                marked = pickletools.markobject in taken
+                start = marks.pop() if marked else len(stack)
+                start -= len(taken) - 2 * marked  # the mark, and all that is above it, are two of what is taken
+                if start < 0:
+                    raise ValueError("it takes more than is there")
+                size = 1 + sum(stack[start:]) if name.startswith("TUPLE") else 1
+                if size > LARGEST_TUPLE:
+                    raise ValueError(f"a tuple of more than {LARGEST_TUPLE} values")
+                stack[start:] = [size] * len(instruction.stack_after)
     return list(names)

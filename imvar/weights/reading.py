@@ -17,6 +17,7 @@ from .files import LARGEST_JSON, beginning, first_line, inside, parse_json, read
 from .pickles import unpickle
 from .stems import Stem
 
+MOST_TENSORS = 2**13  # in one file, or in all shards of one part
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -36,6 +37,8 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError("has no weight_map from tensor to file name", path=index)
+    if len(places) > MOST_TENSORS:
+        raise CheckpointError(f"lists {len(places)} tensors, more than {MOST_TENSORS}", path=index)
     listed: dict[str, set[str]] = defaultdict(set)
     for key, name in places.items():
         listed[name].add(key)
@@ -119,6 +122,8 @@ def check_header(path: Path) -> None:
             raise CheckpointError(f"cannot be read as a safetensors file: it is cut short at {size} bytes, and its "
                                   f"header alone has {length}", path=path)
         header = parse_json(start + file.read(length - 1), path)
+    if len(header) > MOST_TENSORS + 1:
+        raise CheckpointError(f"holds {len(header)} tensors, more than {MOST_TENSORS}", path=path)
     ends = [entry["data_offsets"][-1:] for entry in header.values()
             if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list)]
     if (end := 8 + length + max((n for [n] in filter(None, ends) if isinstance(n, int)), default=0)) > size:
