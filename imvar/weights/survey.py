@@ -138,7 +138,8 @@ def survey_part(part: str, folder: Path, config: Path | None) -> Found:
     settings = kind.read_config(path) if told else kind.checked(settings_of(held), weights)
     model = kind.holding(held.tensors, settings, path if told else weights, dtype=None, naming=held.naming,
                          path=weights)
-    current = {model.keymap.sources(name, held.naming)[0].name for name in model.state_dict()}
+    keymap = model.keymap  # made anew at every asking
+    current = {keymap.sources(name, held.naming)[0].name for name in model.state_dict()}
     older = held.naming == PUBLISHED and not current <= held.tensors.keys()
     how = held.naming.dialect.value + (" of 2022" if older else "")
     return Found(part, model, weights, how, dropped_of(model, held))
@@ -156,4 +157,5 @@ def held_in(folder: Path) -> Held | None:
 
 
 def dropped_of(model: PretrainedModel, held: Held) -> Mapping[str, int]:
-    return Counter(pattern for name in held.tensors if (pattern := model.keymap.drops(name, held.naming)))
+    keymap = model.keymap
+    return Counter(pattern for name in held.tensors if (pattern := keymap.drops(name, held.naming)))
