@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from original_checkpoint import LAYOUTS, original, write
 from PIL import Image
+from published_checkpoint import write_checkpoint
 from random_checkpoint import tiny_pipeline
+
+from imvar.weights import convert
 
 PHOTOS = Path(__file__).parent / "photos"
 
@@ -33,3 +37,38 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     tiny_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """A folder as it was published, tiny and with random weights: pickles, and safetensors of the same."""
+    folder = tmp_path_factory.mktemp("published")
+    write_checkpoint(folder, tiny=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """A tiny original file of each layout."""
+    folder = tmp_path_factory.mktemp("originals")
+    files = {layout: folder / f"{layout}.ckpt" for layout in LAYOUTS}
+    for layout, file in files.items():
+        write(file, original(layout))
+    return files
+
+
+@pytest.fixture(scope="session")
+def converted(originals, tmp_path_factory):
+    """The folder in diffusers' layout that each of the original files becomes."""
+    folder = tmp_path_factory.mktemp("converted")
+    for layout, file in originals.items():
+        convert(file, folder / layout)
+    return {layout: folder / layout for layout in originals}
+
+
+@pytest.fixture(scope="session")
+def small(checkpoint, tmp_path_factory):
+    """An original file of a megabyte, with its settings in it."""
+    file = tmp_path_factory.mktemp("small") / "small.safetensors"
+    convert(checkpoint, file, to="original")
+    return file

@@ -9,7 +9,7 @@ from math import prod
 
 import pytest
 import torch
-from original_checkpoint import LAYOUTS, Row, original, original_keys, write
+from original_checkpoint import LAYOUTS, Row, original, original_keys
 from published_checkpoint import key_list, tiny_folder, write_checkpoint
 
 import imvar
@@ -29,14 +29,6 @@ GROUPS = {  # how many tensors, and bytes, of the schedule, the raw and the aver
     "late": [(12, 48_000), (686, 3_438_083_856), (688, 3_438_083_864), (248, 334_615_452), (302, 1_370_248_196)],
     "v2": [(686, 3_438_083_856), (248, 334_615_452), (393, 1_215_866_888)],
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("originals")
-    for layout in LAYOUTS:
-        write(folder / f"{layout}.ckpt", original(layout))
-    return {layout: folder / f"{layout}.ckpt" for layout in LAYOUTS}
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +87,8 @@ def test_every_tensor_of_the_parts_comes_from_one(layout, tiny):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pickles_name_what_the_published_ones_name(files, layout):
-    with zipfile.ZipFile(files[layout]) as file:
+def test_pickles_name_what_the_published_ones_name(originals, layout):
+    with zipfile.ZipFile(originals[layout]) as file:
         text = file.read(f"{layout}/data.pkl")
         assert file.testzip() is None
     found = {name for code, name, _ in pickletools.genops(text) if code.name in ("GLOBAL", "STACK_GLOBAL")}
@@ -104,8 +96,8 @@ def test_pickles_name_what_the_published_ones_name(files, layout):
 
 
 @pytest.mark.parametrize("layout", ["ema_only", "v2"])
-def test_safe_loading_gives_back_what_was_drawn(files, layout):
-    loaded, drawn = torch.load(files[layout], weights_only=True), original(layout)
+def test_safe_loading_gives_back_what_was_drawn(originals, layout):
+    loaded, drawn = torch.load(originals[layout], weights_only=True), original(layout)
     assert loaded.keys() == {"state_dict"}
     assert list(loaded["state_dict"]) == [row.name for row in original_keys(layout, tiny=True)]
     for row in original_keys(layout, tiny=True):
@@ -115,9 +107,9 @@ def test_safe_loading_gives_back_what_was_drawn(files, layout):
 
 
 @pytest.mark.parametrize("layout", ["full", "late"])
-def test_safe_loading_refuses_what_lightning_wrote(files, layout):
+def test_safe_loading_refuses_what_lightning_wrote(originals, layout):
     with pytest.raises(Exception, match="Weights only load failed"):
-        torch.load(files[layout], weights_only=True)
+        torch.load(originals[layout], weights_only=True)
 
 
 def test_flat_files_hold_tensors_alone():

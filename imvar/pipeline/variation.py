@@ -16,6 +16,7 @@ from ..errors import ImvarError, InputError
 from ..image import VaeImageProcessor
 from ..noise import randn
 from ..outputs import StableDiffusionPipelineOutput
+from ..weights.settings import taken_as_64
 from .assembly import Assembly
 from .checks import check_call, check_inputs, check_latents
 
@@ -193,10 +194,3 @@ class StableDiffusionImageVariationPipeline(Assembly):
 
 def how_many(image: Any) -> int:
     return len(image) if isinstance(image, (list, tuple, Tensor)) else 1
-
-
-def taken_as_64(config: Any) -> bool:
-    """Whether a UNet says it was trained at less than 64 only because its writer did not know better."""
-    version = str(config.get("_diffusers_version", "")).split(".")[:2]
-    old = all(part.isdecimal() and len(part) < 9 for part in version) and [int(part) for part in version] < [0, 9]
-    return old and isinstance(config.sample_size, int) and config.sample_size < 64

@@ -83,14 +83,19 @@ class Pretrained(Configured):
     def settings_for(cls, file: SingleFile, config: Path | None) -> tuple[Mapping[str, Any], Path] | None:
         """This part's settings for a file of weights, and where they are: in the folder `config`, which may be that of
         a whole checkpoint, else beside the file if it holds nothing but this part, else in it; else None."""
-        beside = [file.path.parent] if file.alone else []
-        for folder in beside if config is None else (config / cls.part, config):
-            if (path := folder / cls.config_name).is_file():
-                return read_json(path), path
-        if config is not None:
-            raise CheckpointError(f"holds no settings of the {cls.part}: looked for {cls.part}/{cls.config_name} and "
-                                  f"{cls.config_name}", path=config)
+        path = file.path.with_name(cls.config_name) if config is None else cls.settings_file(config)
+        if config is not None or (file.alone and path.is_file()):
+            return read_json(path), path
         return (file.settings[cls.part], file.path) if cls.part in file.settings else None
+
+    @classmethod
+    def settings_file(cls, config: Path) -> Path:
+        """This part's settings in the folder `config`, which may be that of a whole checkpoint."""
+        for folder in (config / cls.part, config):
+            if (folder / cls.config_name).is_file():
+                return inside(folder, cls.config_name)
+        raise CheckpointError(f"holds no settings of the {cls.part}: looked for {cls.part}/{cls.config_name} and "
+                              f"{cls.config_name}", path=config)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write the settings into `folder`, made if need be, in the published format."""
@@ -242,7 +247,7 @@ def settings_part(part: str, file: SingleFile, config: Path | None, image_encode
     """A part without weights to go with those in `file`, by the settings that are found, else by the published ones."""
     size = image_encoder.config.image_size if image_encoder is not None else 224
     settings, path = first_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
-    kind = served(part, settings["_class_name"], path) if part == "scheduler" else first_class(part)
+    kind = served(part, settings.get("_class_name"), path) if part == "scheduler" else first_class(part)
     return kind.built(kind.checked(settings, path), path)
 
 

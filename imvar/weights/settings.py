@@ -16,7 +16,7 @@ from .keymap import Dialect
 from .published import SETTINGS
 from .single import Held
 
-CLIP_HEAD = 64  # channels of a head, in every CLIP that there is
+CLIP_HEAD, CLIP_WIDEST = 64, 1024  # channels of a head in every CLIP of OpenAI's, and of the largest; others differ
 
 UNET = {  # the tensors that tell levels, layers and depth
     Dialect.OURS: ("down.{}.resnets.0.norm1.weight", "down.0.resnets.{}.norm1.weight",
@@ -50,6 +50,13 @@ def settings_without_weights(part: str, image_size: int) -> dict[str, Any]:
     """The published settings of a part that has no weights, the feature extractor's for pictures of that size."""
     size = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
     return SETTINGS[part] | (size if part == "feature_extractor" else {})
+
+
+def taken_as_64(config: Any) -> bool:
+    """Whether a UNet says it was trained at less than 64 only because its writer did not know better."""
+    version = str(config.get("_diffusers_version", "")).split(".")[:2]
+    old = all(part.isdecimal() and len(part) < 9 for part in version) and [int(part) for part in version] < [0, 9]
+    return old and isinstance(config.sample_size, int) and config.sample_size < 64
 
 
 def counted(held: Held, name: Callable[[int], str], first: int = 0) -> int:
@@ -102,8 +109,8 @@ def image_encoder(held: Held) -> dict[str, Any]:
     layers = max(counted(held, template.format) for template in CLIP[held.naming.dialect])
     found = tables.safety_checker(layers)
     width, patch = held.size(found, "tower.class_token"), held.size(found, "tower.patch.weight", 2)
-    if width % CLIP_HEAD:
-        raise CheckpointError(f"{width} channels are no multiple of {CLIP_HEAD}, so their heads cannot be told; "
+    if width % CLIP_HEAD or width > CLIP_WIDEST:
+        raise CheckpointError(f"no CLIP that is known here has {width} channels, so their heads cannot be told; "
                               "a folder with the settings would do (config=)", path=held.path)
     return SETTINGS["image_encoder"] | {
         "hidden_size": width,

@@ -60,6 +60,12 @@ class Held:
         dotless = self.naming.dialect is Dialect.DOTLESS
         return self.naming.prefix + (name.replace(".", "") if dotless else name) in self.tensors
 
+    @property
+    def looks(self) -> bool:
+        """Whether there is anything of a vision tower."""
+        (tower,) = tables.image_encoder(1).sources("tower", self.naming)
+        return any(name.startswith(f"{tower.name}.") for name in self.tensors)
+
     def holds(self, keymap: Keymap, *ours: str) -> bool:
         """Whether any of these tensors of ours is there."""
         return any(source.name in self.tensors for name in ours for source in keymap.sources(name, self.naming))
@@ -167,6 +173,10 @@ class SingleFile:
         if len(ways) > 1:
             raise CheckpointError(f"the {part} is there twice, under {' and '.join(h.naming.prefix for h in ways)}",
                                   path=self.path)
+        if part == "image_encoder" and not ways[0].looks:
+            raise CheckpointError("holds a text encoder where this model has an image encoder, so it is a text-to-image "
+                                  "checkpoint; its UNet and VAE can be taken one by one (--part, or from_single_file "
+                                  "of their class)", path=self.path, key=next(iter(ways[0].tensors)))
         return ways[0]
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError
 from .files import inside, read_json
-from .index import PARTS, first_class, served
-from .keymap import PUBLISHED, Naming
+from .index import INDEX, PARTS, first_class, served
+from .keymap import PUBLISHED, Keymap, Naming
 from .pretrained import PretrainedModel, settings_part
 from .reading import read_weights
-from .settings import settings_of
+from .settings import settings_of, taken_as_64
 from .single import EMA, RAW, Held, SingleFile, recognise
 from .stems import DIFFUSERS, TRANSFORMERS
 
@@ -28,12 +29,30 @@ class Found:
     path: Path
     how: str
     """In words: the dialect of the names, and which weights were taken where there was a choice."""
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    """The tensors beside the weights that no model has a use for: how many are called how."""
+    held: Held | None = None
+    """What the file has of it; None for a part without weights."""
 
     @property
     def has_weights(self) -> bool:
         return isinstance(self.value, PretrainedModel)
+
+    @cached_property
+    def keymap(self) -> Keymap:
+        return self.value.keymap
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """The tensors beside the weights that no model has a use for: how many are called how."""
+        if self.held is None:
+            return {}
+        return Counter(pattern for name in self.held.tensors if (pattern := self.keymap.drops(name, self.held.naming)))
+
+    def name(self, ours: str) -> str:
+        """What the file calls a tensor of ours."""
+        if self.held is None:
+            return ours
+        sources = self.keymap.sources(ours, self.held.naming)
+        return next((source.name for source in sources if source.name in self.held.tensors), ours)
 
     @property
     def dtypes(self) -> Counter[str]:
@@ -65,12 +84,12 @@ def survey(source: str | Path, *, ema: str = "auto", config: Path | None = None,
     else:
         raise CheckpointError("no such file or folder", path=source)
     if only and only not in found.parts:
-        raise CheckpointError(f"holds no {only}; there is {' and '.join(found.parts) or 'no part at all'}", path=source)
+        raise CheckpointError(f"holds no {only}", path=source)
     return found
 
 
 def survey_file(file: SingleFile, ema: str, config: Path | None, only: str | None) -> Survey:
-    wanted = [part for part in file.parts if only in (None, part)]
+    wanted = list(file.parts) if only is None else [only]
     if only is None:
         file.check_known()
     parts, notes = {}, []
@@ -80,7 +99,7 @@ def survey_file(file: SingleFile, ema: str, config: Path | None, only: str | Non
         how = held.naming.dialect.value
         if part == "unet":
             how += chosen(held.naming, file)
-        parts[part] = Found(part, model, file.path, how, dropped_of(model, held))
+        parts[part] = Found(part, grown_up(model), file.path, how, held)
     if "unet" in parts and not file.alone and only is None:
         for part in ("scheduler", "feature_extractor"):
             encoder = parts["image_encoder"].value if "image_encoder" in parts else None
@@ -108,10 +127,15 @@ def survey_folder(folder: Path, ema: str, config: Path | None, only: str | None)
     if ema != "auto":
         raise InputError(f"ema={ema!r}: a folder has one set of weights for the UNet, so there is nothing to choose; "
                          "'auto' would do")
-    places = {part: folder / part for part in PARTS if (folder / part).is_dir() and only in (None, part)}
-    if places:
-        found = [survey_part(part, inside(folder, part), config) for part in places]
-        return Survey(folder, "a folder in diffusers' layout", {part.part: part for part in found})
+    there = [part for part in PARTS if (folder / part).is_dir()]
+    if there:
+        index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+        none = [part for part in there if index.get(part) == [None, None]]
+        odd = [name for name, value in index.items() if isinstance(value, list) and name not in PARTS]
+        notes = [f"left where they are: {', '.join(none + odd)}"] if none + odd else []
+        found = {part: survey_part(part, inside(folder, part), config, index.get(part))
+                 for part in there if part not in none and only in (None, part)}
+        return Survey(folder, "a folder in diffusers' layout", found, notes)
     held = held_in(folder)
     alone = recognise(held.tensors) if held else None
     if alone is None:
@@ -119,15 +143,15 @@ def survey_folder(folder: Path, ema: str, config: Path | None, only: str | None)
     return Survey(folder, "the folder of one part", {alone[0]: survey_part(alone[0], folder, config)})
 
 
-def survey_part(part: str, folder: Path, config: Path | None) -> Found:
-    """One part's folder: settings, and weights if its kind has any."""
+def survey_part(part: str, folder: Path, config: Path | None, listed: Any = None) -> Found:
+    """One part's folder: settings, and weights if its kind has any. `listed`: what the index says of it."""
     kind = first_class(part)
-    at = next((place for place in (config / part, config) if (place / kind.config_name).is_file()), folder) \
-        if config else folder
-    path = inside(at, kind.config_name)
+    path = inside(folder, kind.config_name) if config is None else kind.settings_file(config)
     if not issubclass(kind, PretrainedModel):
         settings = read_json(path)
-        kind = served(part, settings.get("_class_name"), path) if part == "scheduler" else kind
+        if part == "scheduler":
+            name = listed[-1] if config is None and listed and isinstance(listed, list) else settings.get("_class_name")
+            kind = served(part, name, path)
         return Found(part, kind.built(kind.checked(settings, path), path), path, "settings alone")
     held = held_in(folder)
     if held is None:
@@ -138,10 +162,10 @@ def survey_part(part: str, folder: Path, config: Path | None) -> Found:
     settings = kind.read_config(path) if told else kind.checked(settings_of(held), weights)
     model = kind.holding(held.tensors, settings, path if told else weights, dtype=None, naming=held.naming,
                          path=weights)
-    current = {model.keymap.sources(name, held.naming)[0].name for name in model.state_dict()}
-    older = held.naming == PUBLISHED and not current <= held.tensors.keys()
-    how = held.naming.dialect.value + (" of 2022" if older else "")
-    return Found(part, model, weights, how, dropped_of(model, held))
+    found = Found(part, grown_up(model), weights, held.naming.dialect.value, held)
+    current = {found.keymap.spelled(name) for name in model.state_dict()}
+    older = " of 2022" if held.naming == PUBLISHED and not current <= held.tensors.keys() else ""
+    return replace(found, how=f"{found.how}{older}, from {weights.name}")
 
 
 def held_in(folder: Path) -> Held | None:
@@ -155,5 +179,8 @@ def held_in(folder: Path) -> Held | None:
     return None
 
 
-def dropped_of(model: PretrainedModel, held: Held) -> Mapping[str, int]:
-    return Counter(pattern for name in held.tensors if (pattern := model.keymap.drops(name, held.naming)))
+def grown_up(model: Any) -> Any:
+    """The model, with the setting that a pipeline puts right by the age of its file: what is written is of today."""
+    if model.part == "unet" and taken_as_64(model.config):
+        model.register_to_config(sample_size=64)
+    return model

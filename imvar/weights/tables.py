@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from .keymap import POINTWISE, TRANSPOSED, Dialect, Keymap, Row, Share, under
 
+VAE_TRAINING = ("loss.*", "model_ema.decay", "model_ema.num_updates")  # in autoencoders' own original files
 POSITION_IDS = "*embeddings.position_ids"  # int64 numbers from 0, once saved as a buffer
 TEXT_TOWER = ("text_model.*", "text_projection.weight", "logit_scale")  # of a whole CLIP model
 ORIGINAL_TEXT_TOWER = ("transformer.*", "token_embedding.weight", "positional_embedding", "ln_final.*",
@@ -146,7 +147,7 @@ def vae(levels: int, layers: int) -> Keymap:
         yield from half(Row("encoder", "encoder"), down())
         yield from half(Row("decoder", "decoder"), up())
 
-    return Keymap(rows())
+    return Keymap(rows(), {Dialect.ORIGINAL: VAE_TRAINING})
 
 
 def clip_tower(layers: int, *, older: tuple[str, ...] = ()) -> Iterator[Row]:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class Target(ABC):
         self.path, self.dtype, self.max_shard_size = path, dtype, max_shard_size
         self.parts = {name: found for name, found in parts.items() if self.takes(found)}
         self.check_path()
+        if not self.parts:
+            raise InputError(f"part: {self.kind} has no place for {' and '.join(parts)}")
 
     @abstractmethod
     def check_path(self) -> None:
@@ -68,7 +71,7 @@ class Target(ABC):
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By part, what is to be written under which name, not yet cast."""
-        return {name: found.value.keymap.to_theirs(found.value.state_dict(), self.naming(name))
+        return {name: found.keymap.to_theirs(found.value.state_dict(), self.naming(name))
                 for name, found in self.parts.items() if found.has_weights}
 
     @property
@@ -89,14 +92,15 @@ class Target(ABC):
 
     def check_values(self, on_bytes: OnBytes) -> None:
         """Raise for a tensor with NaN or infinite values, or with values that the new dtype cannot hold."""
-        for part, tensors in self.tensors.items():
-            for name, tensor in tensors.items():
-                low, high = (bound.item() for bound in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
-                if not all(map(torch.isfinite, torch.tensor([low, high]))):
-                    raise CheckpointError("has NaN or infinite values", path=self.parts[part].path, key=name)
+        for found in (part for part in self.parts.values() if part.has_weights):
+            for name, tensor in found.value.state_dict().items():
+                wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # few functions take 8 bits
+                low, high = (bound.item() for bound in wide.aminmax()) if tensor.numel() else (0.0, 0.0)
+                if not isfinite(low) or not isfinite(high):
+                    raise CheckpointError("has NaN or infinite values", path=found.path, key=found.name(name))
                 if self.dtype and max(-low, high) > torch.finfo(self.dtype).max:
-                    raise InputError(f"dtype: {name} of {part} goes up to {max(-low, high):g}, beyond {self.dtype}; "
-                                     "bf16 or fp32 would do")
+                    raise InputError(f"dtype: {found.name(name)} of {found.path} goes up to {max(-low, high):g}, "
+                                     f"beyond {self.dtype}; bf16 or fp32 would do")
                 on_bytes(self.written_bytes(tensor))
 
     def verify(self, on_bytes: OnBytes) -> None:
