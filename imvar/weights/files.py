@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -195,7 +194,7 @@ def write_whole(path: Path, write: Callable[[Path], T]) -> T:
 
     Renaming also keeps a file intact that is mapped into memory, as loaded weights are, or that has a second name.
     """
-    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name[:50]}.{os.urandom(8).hex()}.tmp")
     with plainly(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +93,7 @@ def alone(folder: Path, place: Path) -> Iterator[Path]:
                 for path in list(place.iterdir()):
                     if re.fullmatch(re.escape(stem) + "[0-9a-f]{16}", path.name) and not path.is_symlink():
                         remove(path)
-        yield place / f"{stem}{secrets.token_hex(8)}"
+        yield place / f"{stem}{os.urandom(8).hex()}"
 
 
 def aside(temporary: Path) -> Path:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,16 @@ DROPPABLE = ("model_ema.decay", "model_ema.num_updates",  # the moving average's
              "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
              "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
 
-TELLTALES: dict[str, tuple[Keymap, tuple[str, ...]]] = {  # places that tell a part, the more telling parts first
-    "unet": (tables.unet([True], [True], 1, 1), ("time.linear1",)),
-    "vae": (tables.vae(1, 1), ("encoder.mid.resnet1", "decoder.mid.resnet1")),
-    "safety_checker": (tables.safety_checker(1), ("concept_embeds", "tower.class_token")),
-    "image_encoder": (tables.image_encoder(1), ("tower.class_token",)),
-}
+
+@cache
+def telltales() -> dict[str, tuple[Keymap, tuple[str, ...]]]:
+    """The places that tell a part, and the dictionary that spells them; the more telling parts first."""
+    return {
+        "unet": (tables.unet([True], [True], 1, 1), ("time.linear1",)),
+        "vae": (tables.vae(1, 1), ("encoder.mid.resnet1", "decoder.mid.resnet1")),
+        "safety_checker": (tables.safety_checker(1), ("concept_embeds", "tower.class_token")),
+        "image_encoder": (tables.image_encoder(1), ("tower.class_token",)),
+    }
 
 
 @dataclass(frozen=True)
@@ -174,18 +178,18 @@ class SingleFile:
             raise CheckpointError(f"the {part} is there twice, under {' and '.join(h.naming.prefix for h in ways)}",
                                   path=self.path)
         if part == "image_encoder" and not ways[0].looks:
-            raise CheckpointError("holds a text encoder where this model has an image encoder, so it is a text-to-image "
-                                  "checkpoint; its UNet and VAE can be taken one by one (--part, or from_single_file "
-                                  "of their class)", path=self.path, key=next(iter(ways[0].tensors)))
+            raise CheckpointError("holds a text encoder where this model has an image encoder: a text-to-image "
+                                  "checkpoint. Its UNet and VAE can be taken one by one (part=, --part, or their "
+                                  "class's from_single_file)", path=self.path, key=next(iter(ways[0].tensors)))
         return ways[0]
 
 
 def recognise(names: Iterable[str]) -> tuple[str, Naming] | None:
     """The part that tensors of these names make up, and the dialect they are in; None if no part is known by them."""
     places = {name[:end] for name in names for end, letter in enumerate(f"{name}.") if letter == "."}
-    for part, (keymap, telltales) in TELLTALES.items():
+    for part, (keymap, tells) in telltales().items():
         for dialect in (Dialect.PUBLISHED, Dialect.OURS, Dialect.ORIGINAL):
             naming = Naming(dialect)
-            if all(any(source.name in places for source in keymap.sources(ours, naming)) for ours in telltales):
+            if all(any(source.name in places for source in keymap.sources(ours, naming)) for ours in tells):
                 return part, naming
     return None

@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import huggingface_hub
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
@@ -49,7 +49,7 @@ def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, va
     meanwhile: call this inside `replaced`.
     """
     ending = "safetensors" if safe_serialization else "bin"
-    parts = split_state_dict_into_shards_factory(
+    parts = huggingface_hub.split_state_dict_into_shards_factory(  # imported no sooner than here
         dict(tensors), max_shard_size=size_in_bytes(max_shard_size),
         get_storage_size=lambda tensor: tensor.numel() * written_dtype(tensor, dtype).itemsize,
         filename_pattern=f"{stem.named(ending, variant)}{{suffix}}.{ending}")
