@@ -20,6 +20,7 @@ from tiny_sizes import SETTINGS
 
 import imvar
 from imvar import CheckpointError
+from imvar.config import plain
 from imvar.weights import convert
 from imvar.weights.keymap import Dialect, Keymap, Naming
 from imvar.weights.settings import settings_of
@@ -237,6 +238,11 @@ def first_revision(folder):
         "text_model.final_layer_norm.weight": torch.ones(8), "text_projection.weight": torch.ones(24, 8)}), ".bin")
 
 
+def known(config):
+    """The settings that have a field."""
+    return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+
+
 @pytest.mark.parametrize("change", [pickles_alone, in_shards, half_alone, single_prefix, first_revision])
 def test_folders_of_any_age(published, tmp_path, change):
     source, target, said = linked(published, tmp_path / "source"), tmp_path / "target", []
@@ -254,7 +260,7 @@ def test_folders_of_any_age(published, tmp_path, change):
     before = imvar.StableDiffusionImageVariationPipeline.from_pretrained(source, variant=variant)
     after = imvar.StableDiffusionImageVariationPipeline.from_pretrained(target)
     for part, value in before.components.items():
-        assert getattr(after, part).config.to_json_string() == value.config.to_json_string()
+        assert known(getattr(after, part).config) == known(value.config)
     assert ("left out, as no model uses it: text_model.*" in " ".join(said)) is (change is first_revision)
 
 
