@@ -84,7 +84,7 @@ class Pretrained(Configured):
         """This part's settings for a file of weights, and where they are: in the folder `config`, which may be that of
         a whole checkpoint, else beside the file if it holds nothing but this part, else in it; else None."""
         path = file.path.with_name(cls.config_name) if config is None else cls.settings_file(config)
-        if config is not None or (file.alone and path.is_file()):
+        if config is not None or (file.alone and path.is_file() and not cls.strange(read_json(path))):
             return read_json(path), path
         return (file.settings[cls.part], file.path) if cls.part in file.settings else None
 
@@ -93,9 +93,20 @@ class Pretrained(Configured):
         """This part's settings in the folder `config`, which may be that of a whole checkpoint."""
         for folder in (config / cls.part, config):
             if (folder / cls.config_name).is_file():
-                return inside(folder, cls.config_name)
+                path = inside(folder, cls.config_name)
+                if name := cls.strange(read_json(path)):
+                    raise CheckpointError(f"holds the settings of a {name}, not of the {cls.part}", path=path)
+                return path
         raise CheckpointError(f"holds no settings of the {cls.part}: looked for {cls.part}/{cls.config_name} and "
                               f"{cls.config_name}", path=config)
+
+    @classmethod
+    def strange(cls, settings: Mapping[str, Any]) -> str | None:
+        """The class that these settings say they are of, if it is none of this part; None where they say nothing."""
+        several = settings.get("architectures")
+        names = [settings.get("_class_name"), *(several if isinstance(several, list) else ())]
+        strange = [name for name in names if isinstance(name, str) and name not in (cls.__name__, *PARTS[cls.part])]
+        return strange[0] if strange and cls.part != "scheduler" else None  # of those, other code tells more
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write the settings into `folder`, made if need be, in the published format."""

@@ -178,9 +178,9 @@ class SingleFile:
             raise CheckpointError(f"the {part} is there twice, under {' and '.join(h.naming.prefix for h in ways)}",
                                   path=self.path)
         if part == "image_encoder" and not ways[0].looks:
-            raise CheckpointError("holds a text encoder where this model has an image encoder: a text-to-image "
-                                  "checkpoint. Its UNet and VAE can be taken one by one (part=, --part, or their "
-                                  "class's from_single_file)", path=self.path, key=next(iter(ways[0].tensors)))
+            raise CheckpointError("holds a text encoder where this model has an image encoder, so it is a "
+                                  "text-to-image checkpoint; its UNet and VAE can be taken one by one (--part, or "
+                                  "from_single_file of their class)", path=self.path, key=next(iter(ways[0].tensors)))
         return ways[0]
 
 
