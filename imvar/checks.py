@@ -53,9 +53,10 @@ def finite(name: str, value: Any) -> float:
 
 
 def sizes(config: Any, *names: str, high: int = WIDEST) -> None:
-    """Settings that are whole numbers from 1."""
+    """Settings that are whole numbers from 1; one may be None where its type says so."""
     for name in names:
-        count(name, getattr(config, name), high=high)
+        if (value := getattr(config, name)) is not None:
+            count(name, value, high=high)
 
 
 def levels(config: Any) -> None:
@@ -69,7 +70,9 @@ def levels(config: Any) -> None:
 
 
 def side(name: str, value: Any) -> None:
-    """A size in pixels: one number for a square, or height and width."""
+    """A size in pixels: one number for a square, height and width, or None for any."""
+    if value is None:
+        return
     pair = value if isinstance(value, (list, tuple)) else (value, value)
     if len(pair) != 2:
         raise InputError(f"{name}={shown(value)}: a number, or height and width, would do", key=name)

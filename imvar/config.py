@@ -67,7 +67,7 @@ def number(value: Any, kind: type) -> Any:
         return UNFIT
     try:
         found = operator.index(value) if kind is int or type(value) is int else float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return UNFIT
     return found if (math.isfinite(found) if type(found) is float else abs(found) < 2**31) else UNFIT
 

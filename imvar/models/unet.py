@@ -84,20 +84,16 @@ class UNetConfig(Config):
     def check(self) -> None:
         super().check()
         sizes(self, "in_channels", "out_channels", "layers_per_block", "transformer_layers_per_block",
-              "cross_attention_dim", "norm_num_groups")  # one for all levels
+              "cross_attention_dim", "norm_num_groups", "time_embedding_dim")  # one for all levels
         levels(self)
         real("norm_eps", self.norm_eps)
-        if self.sample_size is not None:
-            side("sample_size", self.sample_size)
-        if self.time_embedding_dim is not None:
-            sizes(self, "time_embedding_dim")
+        side("sample_size", self.sample_size)
         if self.freq_shift == self.block_out_channels[0] // 2:
             raise InputError(f"freq_shift={self.freq_shift}: another number than half of block_out_channels[0], which "
                              "it is subtracted from to divide by, would do", key="freq_shift")
         number = len(self.block_out_channels)
-        for name, kinds in ("down_block_types", WITH_ATTENTION[:1] + WITHOUT[:1]), (
-                "up_block_types", WITH_ATTENTION[1:] + WITHOUT[1:]):
-            types = getattr(self, name)
+        for name, i in ("down_block_types", 0), ("up_block_types", 1):
+            types, kinds = getattr(self, name), (WITH_ATTENTION[i], WITHOUT[i])
             if len(types) != number or any(kind not in kinds for kind in types):
                 raise InputError(f"{name}={shown(list(types))}: {number} of {' or '.join(kinds)} would do, one per "
                                  f"entry of block_out_channels={list(self.block_out_channels)}", key=name)
