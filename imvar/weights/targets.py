@@ -141,7 +141,7 @@ class ToFolder(Target):
                 Pretrained.save_pretrained(found.value, new / name)
                 if found.has_weights:
                     files = write_weights(new / name, found.value.stem, self.tensors[name], dtype=self.dtype,
-                                          max_shard_size=self.max_shard_size, on_bytes=on_bytes)
+                                          max_shard_size=self.max_shard_size, on_bytes=on_bytes, digest=True)
                     written += [replace(file, path=self.path / name / file.path.name) for file in files]
             if self.parts.keys() >= WHOLE:
                 values = {name: self.parts[name].value if name in self.parts else None for name in PARTS}
@@ -177,7 +177,7 @@ class ToFile(Target):
     def write(self, on_bytes: OnBytes) -> list[Written]:
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
         settings = json.dumps({name: found.value.config_file() for name, found in self.parts.items()}, sort_keys=True)
-        return [write_tensors(self.path, tensors, dtype=self.dtype, on_bytes=on_bytes,
+        return [write_tensors(self.path, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True,
                               metadata={SETTINGS_KEY: settings})]
 
     def read(self, part: str) -> Mapping[str, Tensor]:

@@ -31,17 +31,18 @@ OnBytes = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class Written:
-    """A file of tensors that was written: how many of them, its size and its SHA-256 in hexadecimal."""
+    """A file of tensors that was written: how many of them, its size and, if asked for, its SHA-256 in hexadecimal."""
 
     path: Path
     tensors: int
     bytes: int
-    sha256: str
+    sha256: str | None
 
 
 def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, variant: str | None = None,
                   safe_serialization: bool = True, max_shard_size: int | str = "10GB",
-                  dtype: torch.dtype | None = None, on_bytes: OnBytes | None = None) -> list[Written]:
+                  dtype: torch.dtype | None = None, on_bytes: OnBytes | None = None,
+                  digest: bool = False) -> list[Written]:
     """Write a part's tensors into `folder`, in shards if they are large, and remove what they replace.
 
     Floating tensors are written as `dtype`, where one is given. The folder is a mix of old and new
@@ -53,8 +54,8 @@ def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, va
         get_storage_size=lambda tensor: tensor.numel() * written_dtype(tensor, dtype).itemsize,
         filename_pattern=f"{stem.named(ending, variant)}{{suffix}}.{ending}")
     files = parts.filename_to_tensors or {stem.file(ending, variant): []}
-    written = [write_tensors(folder / name, {key: tensors[key] for key in keys}, dtype=dtype, on_bytes=on_bytes)
-               for name, keys in files.items()]
+    written = [write_tensors(folder / name, {key: tensors[key] for key in keys}, dtype=dtype, on_bytes=on_bytes,
+                             digest=digest) for name, keys in files.items()]
     keep = set(files)
     if parts.is_sharded:
         index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
@@ -68,7 +69,8 @@ def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, va
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None,
-                  on_bytes: OnBytes | None = None, metadata: Mapping[str, str] | None = None) -> Written:
+                  on_bytes: OnBytes | None = None, metadata: Mapping[str, str] | None = None,
+                  digest: bool = False) -> Written:
     """One file, whole or not at all, in the format of its ending; floating tensors as `dtype`, where one is given.
 
     A safetensors file is the same, byte for byte, as the library's own `save_file` writes. That one wants all tensors
@@ -77,25 +79,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dty
     """
     def write(temporary: Path) -> Written:
         with temporary.open("xb") as file:
-            sink = Sink(file, on_bytes)
+            sink = Sink(file, on_bytes, hashlib.sha256() if digest else None)
             if path.suffix == ".safetensors":
                 write_safetensors(sink, tensors, dtype, metadata or {})
             else:
                 write_pickle(sink, tensors, dtype)
-        return Written(path, len(tensors), sink.bytes, sink.hash.hexdigest())
+        return Written(path, len(tensors), sink.bytes, sink.hash.hexdigest() if sink.hash else None)
 
     return write_whole(path, write)
 
 
 class Sink:
-    """A file that is written to: what passes is hashed, counted and reported.
+    """A file that is written to: what passes is counted, reported and, with a `hash`, hashed.
 
     Hashing while another thread writes was measured to be no faster.
     """
 
-    def __init__(self, file: BinaryIO, on_bytes: OnBytes | None):
-        self.file, self.on_bytes = file, on_bytes
-        self.bytes, self.hash = 0, hashlib.sha256()
+    def __init__(self, file: BinaryIO, on_bytes: OnBytes | None, hash: Any):
+        self.file, self.on_bytes, self.hash = file, on_bytes, hash
+        self.bytes = 0
         self.fault: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -107,7 +109,8 @@ class Sink:
             except OSError as error:
                 self.fault = error
                 raise
-            self.hash.update(piece)
+            if self.hash:
+                self.hash.update(piece)
             self.bytes += len(piece)
             if self.on_bytes:
                 self.on_bytes(len(piece))
