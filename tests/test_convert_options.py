@@ -72,9 +72,8 @@ def test_a_state_dict_of_ours_alone(published, tmp_path, part, ending):
     assert agree({"": model.state_dict()}, {"": after.state_dict()})
 
 
-@pytest.mark.parametrize("limit", ["100KB", 100_000])
-def test_shards(checkpoint, tmp_path, limit):
-    convert(checkpoint, tmp_path / "out", max_shard_size=limit, verify=True)
+def test_shards(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out", max_shard_size="100KB", verify=True)
     sizes = [path.stat().st_size for path in (tmp_path / "out/unet").glob("*-of-*")]
     assert len(sizes) > 3
     assert max(sizes) < 120_000  # headers count for nothing
