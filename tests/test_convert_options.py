@@ -22,7 +22,6 @@ from imvar.weights import convert
 PARTS = {"unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
          "image_encoder": imvar.CLIPVisionModelWithProjection, "safety_checker": imvar.StableDiffusionSafetyChecker}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OURS = ("model_index.json", "unet", "vae", "image_encoder", "safety_checker", "scheduler", "feature_extractor")
 
 
 # Which tensors, as what
