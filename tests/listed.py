@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from original_checkpoint import Row, original, original_keys
@@ -59,6 +61,12 @@ def agree(a: Parts, b: Parts) -> bool:
         part: sorted(tensors) for part, tensors in b.items()}
     assert not [(part, name) for part in a for name in a[part] if not same(a[part][name], b[part][name])]
     return bool(a)
+
+
+def settings(config: Any) -> dict[str, str]:
+    """What a config says in its own fields, whatever else came with it and in whichever order."""
+    return {field.name: str(sorted(value.items()) if type(value := config[field.name]) is dict else value)
+            for field in fields(config)}
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:

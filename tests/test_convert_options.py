@@ -1,30 +1,27 @@
-"""What a conversion is asked for and what it says: parts, dtypes, settings, targets, and the command line."""
+"""What a conversion is asked for and what it says: parts, dtypes, settings, targets."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from listed import agree, bytes_in, stored
 from published_checkpoint import FILES
+from random_checkpoint import TINY_ENCODER
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import imvar
-import weights_convert
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
 from imvar.weights import convert
 
 PARTS = {"unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
          "image_encoder": imvar.CLIPVisionModelWithProjection, "safety_checker": imvar.StableDiffusionSafetyChecker}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-OURS = ("model_index.json", "unet", "vae", "image_encoder", "safety_checker", "scheduler", "feature_extractor")
 
 
 # Which tensors, as what
@@ -72,9 +69,8 @@ def test_a_state_dict_of_ours_alone(published, tmp_path, part, ending):
     assert agree({"": model.state_dict()}, {"": after.state_dict()})
 
 
-@pytest.mark.parametrize("limit", ["100KB", 100_000])
-def test_shards(checkpoint, tmp_path, limit):
-    convert(checkpoint, tmp_path / "out", max_shard_size=limit, verify=True)
+def test_shards(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out", max_shard_size="100KB", verify=True)
     sizes = [path.stat().st_size for path in (tmp_path / "out/unet").glob("*-of-*")]
     assert len(sizes) > 3
     assert max(sizes) < 120_000  # headers count for nothing
@@ -96,6 +92,20 @@ def test_filled(checkpoint, small, tmp_path):
     said.clear()
     convert(tmp_path / "whole", tmp_path / "x", fill=small, say=said.append)
     assert f"filled from {small}: nothing, as nothing is missing that it has" in said
+
+
+def test_parts_that_do_not_fit(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "source", ignore=shutil.ignore_patterns("image_encoder"))
+    imvar.CLIPVisionModelWithProjection(**TINY_ENCODER | {"projection_dim": 20}).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(CheckpointError, match=r"gives 20 numbers \(projection_dim\), and the UNet of .* takes 24"):
+        convert(source, tmp_path / "target", fill=tmp_path / "encoder")
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("paths", [(None, "x"), ("x", 3)])
+def test_paths_that_are_none(paths):
+    with pytest.raises(TypeError, match="a path would do"):
+        convert(*paths)
 
 
 def test_without_filling_there_is_no_checker_and_it_is_said(converted, originals, tmp_path):
@@ -253,51 +263,3 @@ def test_verifying_notices(small, tmp_path, monkeypatch, to, tamper):
     with pytest.raises(CheckpointError, match="does not read back") as caught:
         convert(small, target, to=to, verify=True)
     assert caught.value.key
-
-
-# The command line
-
-
-def test_the_command_line(small, checkpoint, tmp_path, capsys):
-    target = tmp_path / "out"
-    assert weights_convert.main([
-        str(small), str(target), "--fill", str(checkpoint), "--dtype", "fp16", "--verify"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"source: {small}, the original layout, one file"
-    assert out[-1] == "verified: what was written reads back the same, bit for bit"
-    pipe = StableDiffusionImageVariationPipeline.from_pretrained(target, dtype="auto")
-    assert {model.dtype for model in pipe.modules.values()} == {torch.float16}
-
-
-@pytest.mark.parametrize(("args", "status", "words"), [
-    (["{small}"], 2, "TARGET"), (["{small}", "{out}", "--dtype", "int8"], 2, "--dtype"),
-    (["{small}", "{out}", "--part", "scheduler"], 2, "--part"), (["{small}", "{out}", "--to", "comfy"], 2, "--to"),
-    (["{out}/nowhere", "{out}"], 1, "no such file"), (["{small}", "{out}", "--ema", "yes"], 1, "no moving average"),
-    (["{small}", "{out}", "--to", "original"], 1, ".safetensors would do"),
-    (["{small}", "{out}.safetensors"], 1, "to='original' writes one file"),
-    (["{small}", "{out}", "--max-shard-size", "much"], 1, "max_shard_size"),
-    (["{small}", "{out}", "--part", "safety_checker"], 1, "holds no safety_checker; there is unet"),
-    (["{small}", "{out}", "--fill", "{out}/nowhere"], 1, "no such file"),
-    (["{small}", "{out}", "--config", "{out}/nowhere"], 1, "nowhere"),
-    (["{checkpoint}", "{out}", "--ema", "no"], 1, "nothing to choose"),
-    (["{checkpoint}/safety_checker", "{out}.safetensors", "--to", "original"], 1, "no place for"),
-])
-def test_misuse_and_failure_are_said_in_one_line(small, checkpoint, tmp_path, capsys, args, status, words):
-    places = {"small": small, "checkpoint": checkpoint, "out": tmp_path / "out"}
-    try:
-        found = weights_convert.main([arg.format(**places) for arg in args])
-    except SystemExit as error:
-        found = error.code
-    said = capsys.readouterr().err.strip().splitlines()
-    assert (found, words in said[-1]) == (status, True), said
-    assert status == 2 or len(said) == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_as_a_program(small, tmp_path):
-    script = Path(weights_convert.__file__)
-    done = subprocess.run([sys.executable, script, small, tmp_path / "out", "--dry-run"], check=False,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "dry run: nothing was written"
-    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.utils import tqdm
 
-from ..errors import InputError
+from ..errors import CheckpointError, InputError, InputTypeError
 from .index import PARTS
 from .survey import Found, Survey, survey
 from .targets import Target, ToFile, ToFolder
@@ -49,6 +50,9 @@ def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", 
 
     Raises `CheckpointError` naming the file and tensor, before anything is written, and `InputError` for arguments.
     """
+    for name, path in (("source", source), ("target", target)):
+        if not isinstance(path, (str, os.PathLike)):
+            raise InputTypeError(f"{name}: {type(path).__name__} came; a path would do")
     check(to, dtype, part)
     found = survey(source, ema=ema, config=None if config is None else Path(config), only=part)
     tell(found, say)
@@ -57,6 +61,7 @@ def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", 
         spare = {name: more for name, more in survey(fill).parts.items() if name not in parts and part in (None, name)}
         say(f"filled from {fill}: {', '.join(spare) or 'nothing, as nothing is missing that it has'}")
         parts |= spare
+        check_fit(parts)
     job = TARGETS[to](Path(target), {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype],
                       size_in_bytes(max_shard_size))
     left_out = {} if part else job.left_out
@@ -91,6 +96,16 @@ def check(to: str, dtype: str, part: str | None) -> None:
     for name, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES), ("part", part, (None, *MODELS))):
         if value not in choices:
             raise InputError(f"{name}={value!r}: {' or '.join(map(repr, choices))} would do")
+
+
+def check_fit(parts: dict[str, Found]) -> None:
+    """Parts that come from two checkpoints have to speak of pictures in numbers of one length."""
+    if {"unet", "image_encoder"} <= parts.keys():
+        unet, encoder = parts["unet"], parts["image_encoder"]
+        wanted, given = unet.value.config.cross_attention_dim, encoder.value.config.projection_dim
+        if wanted != given:
+            raise CheckpointError(f"the image encoder gives {given} numbers (projection_dim), and the UNet of "
+                                  f"{unet.path} takes {wanted} (cross_attention_dim)", path=encoder.path)
 
 
 def tell(found: Survey, say: Say) -> None:

@@ -1,0 +1,95 @@
+"""What is converted, beside diffusers and transformers: they load it, and compute from it what they and imvar do."""
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from listed import agree
+
+import imvar
+from imvar.weights import convert
+
+THEIRS = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+          "image_encoder": transformers.CLIPVisionModelWithProjection, "safety_checker": StableDiffusionSafetyChecker}
+OURS = {"unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
+        "image_encoder": imvar.CLIPVisionModelWithProjection}
+UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
+
+
+def outputs(models):
+    """What a UNet, a VAE and an image encoder make of noise."""
+    def noise(*shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+    with torch.no_grad():
+        return [models["unet"](noise(1, 4, 8, 8), 7, noise(1, 1, 24)).sample,
+                models["vae"].decode(noise(1, 4, 8, 8)).sample,
+                models["vae"].encode(noise(1, 3, 32, 32)).latent_dist.mean,
+                models["image_encoder"](noise(1, 3, 28, 28)).image_embeds]
+
+
+def same(ours, theirs, tolerance=1e-5):
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.abs().max() > 1e-2
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def loaded(classes, folder, **options):
+    return {part: kind.from_pretrained(folder / part, **options).eval() for part, kind in classes.items()}
+
+
+@pytest.mark.parametrize("layout", ["full", "v2"])
+def test_originals(converted, originals, layout):
+    """Loaded whole by diffusers: to the bit the tensors that imvar has, and its outputs."""
+    pipe = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(converted[layout], **UNCHECKED)
+    theirs = {part: getattr(pipe, part).float() for part in OURS}
+    ours = {part: kind.from_single_file(originals[layout]) for part, kind in OURS.items()}
+    for part, model in ours.items():
+        assert agree({"": model.keymap.to_theirs(model.state_dict())}, {"": theirs[part].state_dict()})
+    same(outputs(ours), outputs(theirs))
+
+
+def test_a_picture(converted, photo):
+    made = []
+    for kind in (diffusers.StableDiffusionImageVariationPipeline, imvar.StableDiffusionImageVariationPipeline):
+        pipe = kind.from_pretrained(converted["v2"], **UNCHECKED)
+        pipe.set_progress_bar_config(disable=True)
+        made.append(torch.as_tensor(pipe(
+            photo, height=64, width=64, num_inference_steps=3, guidance_scale=3.0, output_type="np",
+            generator=torch.Generator().manual_seed(0)).images))
+    same(made[:1], made[1:], 1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "9MB"}], ids=str)
+def test_a_published_folder(published, tmp_path, options):
+    """Diffusers and transformers load the same from the new folder as from the old one."""
+    convert(published, tmp_path, **options)
+    before, after = loaded(THEIRS, published), loaded(THEIRS, tmp_path)
+    for part, model in before.items():
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
+        assert agree({"": tensors}, {"": after[part].state_dict()})
+    same(outputs(after), outputs(before))
+    pipe = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(tmp_path)
+    assert isinstance(pipe.safety_checker, StableDiffusionSafetyChecker)
+    old = diffusers.PNDMScheduler.from_pretrained(published / "scheduler")
+    assert {key: pipe.scheduler.config[key] for key in old.config if key[0] != "_"} == {
+        key: value for key, value in old.config.items() if key[0] != "_"}
+
+
+def test_half_precision(originals, tmp_path):
+    convert(originals["full"], tmp_path, dtype="fp16")
+    half = loaded({part: THEIRS[part] for part in OURS}, tmp_path, torch_dtype=torch.float16)
+    assert {tensor.dtype for model in half.values() for tensor in model.state_dict().values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+@pytest.mark.parametrize("source", ["original", "ours"])
+def test_diffusers_reads_single_files_alike(originals, converted, tmp_path, part, source):
+    """The original v2 file, and the one that imvar makes of the folder."""
+    file = originals["v2"]
+    if source == "ours":
+        convert(converted["v2"], file := tmp_path / "v2.safetensors", to="original")
+    theirs = THEIRS[part].from_single_file(str(file), config=str(converted["v2"]), subfolder=part)
+    ours = OURS[part].from_single_file(file)
+    assert agree({"": ours.keymap.to_theirs(ours.state_dict())}, {"": theirs.state_dict()})

@@ -1,0 +1,58 @@
+"""`weights_convert.py` as it is called: its exit status, and what it says where."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import weights_convert
+from imvar import StableDiffusionImageVariationPipeline
+
+
+def test_the_command_line(small, checkpoint, tmp_path, capsys):
+    target = tmp_path / "out"
+    assert weights_convert.main([
+        str(small), str(target), "--fill", str(checkpoint), "--dtype", "fp16", "--verify"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"source: {small}, the original layout, one file"
+    assert out[-1] == "verified: what was written reads back the same, bit for bit"
+    pipe = StableDiffusionImageVariationPipeline.from_pretrained(target, dtype="auto")
+    assert {model.dtype for model in pipe.modules.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(("args", "status", "words"), [
+    (["{small}"], 2, "TARGET"), (["{small}", "{out}", "--dtype", "int8"], 2, "--dtype"),
+    (["{small}", "{out}", "--part", "scheduler"], 2, "--part"), (["{small}", "{out}", "--to", "comfy"], 2, "--to"),
+    (["{out}/nowhere", "{out}"], 1, "no such file"), (["{small}", "{out}", "--ema", "yes"], 1, "no moving average"),
+    (["{small}", "{out}", "--to", "original"], 1, ".safetensors would do"),
+    (["{small}", "{out}.safetensors"], 1, "to='original' writes one file"),
+    (["{small}", "{out}", "--max-shard-size", "much"], 1, "max_shard_size"),
+    (["{small}", "{out}", "--part", "safety_checker"], 1, "holds no safety_checker; there is unet"),
+    (["{small}", "{out}", "--fill", "{out}/nowhere"], 1, "no such file"),
+    (["{small}", "{out}", "--config", "{out}/nowhere"], 1, "nowhere"),
+    (["{checkpoint}", "{out}", "--ema", "no"], 1, "nothing to choose"),
+    (["{checkpoint}/safety_checker", "{out}.safetensors", "--to", "original"], 1, "no place for"),
+])
+def test_misuse_and_failure_are_said_in_one_line(small, checkpoint, tmp_path, capsys, args, status, words):
+    places = {"small": small, "checkpoint": checkpoint, "out": tmp_path / "out"}
+    try:
+        found = weights_convert.main([arg.format(**places) for arg in args])
+    except SystemExit as error:
+        found = error.code
+    said = capsys.readouterr().err.strip().splitlines()
+    assert (found, words in said[-1]) == (status, True), said
+    assert status == 2 or len(said) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_a_program(small, tmp_path):
+    script = Path(weights_convert.__file__)
+    done = subprocess.run([sys.executable, script, small, tmp_path / "out", "--dry-run"], check=False,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "dry run: nothing was written"
+    assert not list(tmp_path.iterdir())
