@@ -236,6 +236,21 @@ def test_which_file_of_several_is_said(published, tmp_path):
     assert any("diffusers' names of 2022" in line and "diffusion_pytorch_model.safetensors" in line for line in said)
 
 
+def test_older_files_at_the_target_are_named(small, tmp_path):
+    said = []
+    imvar.AutoencoderKL.from_pretrained(small, subfolder="vae").save_pretrained(
+        tmp_path / "vae", safe_serialization=False, variant="fp16")
+    convert(small, tmp_path, say=said.append)
+    assert [line for line in said if "stays beside" in line] == [
+        f"stays beside: {tmp_path}/vae/diffusion_pytorch_model.fp16.bin, which goes with what was there before"]
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.fp16.bin").exists()
+
+
+def test_a_part_of_the_source_is_no_target(small):
+    with pytest.raises(imvar.InputError, match="is a part of the source"):
+        convert(small, small / "unet")
+
+
 @pytest.mark.parametrize("to", ["diffusers", "original"])
 @pytest.mark.parametrize("tamper", ["a bit", "a tensor less", "another dtype"])
 def test_verifying_notices(small, tmp_path, monkeypatch, to, tamper):
@@ -260,6 +275,8 @@ def test_verifying_notices(small, tmp_path, monkeypatch, to, tamper):
     convert(small, target, to=to, verify=True)
     monkeypatch.setattr(module, reads, spoilt)
     convert(small, target, to=to)
+    before = bytes_in(tmp_path)
     with pytest.raises(CheckpointError, match="does not read back") as caught:
-        convert(small, target, to=to, verify=True)
+        convert(small, target, to=to, verify=True, dtype="bf16")
     assert caught.value.key
+    assert bytes_in(tmp_path) == before  # nothing has taken its place

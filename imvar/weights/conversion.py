@@ -45,7 +45,8 @@ def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", 
     file. `part`: convert this part alone. `dtype`: what floating tensors become. `ema`: which of a UNet's weights,
     where the source has a moving average. `fill`: a checkpoint to take the parts from that the source has not.
     `config`: a folder with settings to go by, instead of those that are with the weights. `dry_run` writes nothing;
-    `verify` reads back what was written and compares every bit. `say` is told what is found and done, line by line.
+    `verify` reads back what was written, before it takes its place, and compares every bit. `say` is told what is
+    found and done, line by line.
     An existing target is replaced if all goes well, and only then; whatever else is in its folder stays.
 
     Raises `CheckpointError` naming the file and tensor, before anything is written, and `InputError` for arguments.
@@ -53,6 +54,9 @@ def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", 
     for name, path in (("source", source), ("target", target)):
         if not isinstance(path, (str, os.PathLike)):
             raise InputTypeError(f"{name}: {type(path).__name__} came; a path would do")
+    if Path(target).absolute().parent == Path(source).absolute() and Path(target).name in PARTS:
+        raise InputError(f"target={str(target)!r}: is a part of the source; the source itself, or another folder, "
+                         "would do")
     check(to, dtype, part)
     found = survey(source, ema=ema, config=None if config is None else Path(config), only=part)
     tell(found, say)
@@ -68,17 +72,16 @@ def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", 
     for name, why in left_out.items():
         say(f"without {name}: {why}")
     say(f"target: {target}, {job.kind}: {', '.join(job.parts)}; {size(job.bytes)}, dtype {dtype}")
+    for path in job.beside:
+        say(f"stays beside: {path}, which goes with what was there before")
     if dry_run:
         say("dry run: nothing was written")
         return Report(found, job.parts, left_out)
     job.check_space()
-    with progress("checking", job) as bar:
+    with progress("checking", job.bytes) as bar:
         job.check_values(bar.update)
-    with progress("writing", job) as bar:
-        written = job.write(bar.update)
-    if verify:
-        with progress("verifying", job) as bar:
-            job.verify(bar.update)
+    with progress("writing and verifying", 2 * job.bytes) if verify else progress("writing", job.bytes) as bar:
+        written = job.write(bar.update, verify)
     for file in written:
         say(f"wrote {file.path}: {file.tensors} tensors, {size(file.bytes)}, sha256 {file.sha256}")
     if verify:
@@ -86,9 +89,9 @@ def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", 
     return Report(found, job.parts, left_out, written)
 
 
-def progress(what: str, job: Target) -> tqdm:
+def progress(what: str, total: int) -> tqdm:
     """A bar over the bytes of a job, where there is a terminal to show it."""
-    return tqdm(total=job.bytes, unit="B", unit_scale=True, desc=what, disable=None)
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
 
 
 def check(to: str, dtype: str, part: str | None) -> None:

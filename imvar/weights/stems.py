@@ -46,6 +46,10 @@ class Stem:
         looked = " or ".join(self.file(ending, variant) for ending in endings)
         raise CheckpointError(f"no weights here: looked for {looked}, whole or sharded")
 
+    def left(self, name: str) -> bool:
+        """Whether this is a file of weights that a plain save as safetensors leaves alone: a pickle or a variant."""
+        return name.endswith(".bin") or self.variants([name]) not in ([], [None])
+
     def variants(self, names: Iterable[str]) -> list[str | None]:
         """The variants whose files are among `names`, None for the plain ones, which come first."""
         stems = "|".join(map(re.escape, {self.safetensors, self.pickle}))

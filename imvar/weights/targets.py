@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError
+from .files import write_text
 from .folders import replaced
 from .index import INDEX, PARTS, index_text
 from .keymap import PUBLISHED, Naming
@@ -61,12 +62,12 @@ class Target(ABC):
         """What tensors of the part are called."""
 
     @abstractmethod
-    def write(self, on_bytes: OnBytes) -> list[Written]:
-        """Write it whole or not at all."""
+    def write(self, on_bytes: OnBytes, verify: bool) -> list[Written]:
+        """Write it whole or not at all; to `verify`, read it back before it takes its place."""
 
     @abstractmethod
-    def read(self, part: str) -> Mapping[str, Tensor]:
-        """What was written of the part."""
+    def read(self, part: str, place: Path) -> Mapping[str, Tensor]:
+        """What was written of the part, and is still at `place`."""
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -81,6 +82,11 @@ class Target(ABC):
 
     def written_bytes(self, tensor: Tensor) -> int:
         return tensor.numel() * (self.dtype or tensor.dtype).itemsize
+
+    @property
+    def beside(self) -> list[Path]:
+        """Files of weights at the target that the new ones neither replace nor go with."""
+        return []
 
     def check_space(self) -> None:
         """Raise `CheckpointError` if the disk has no room for it."""
@@ -103,13 +109,14 @@ class Target(ABC):
                                      f"beyond {self.dtype}; bf16 or fp32 would do")
                 on_bytes(self.written_bytes(tensor))
 
-    def verify(self, on_bytes: OnBytes) -> None:
+    def verify(self, place: Path, on_bytes: OnBytes) -> None:
         """Read back what was written. Raises `CheckpointError` naming a tensor that differs in a bit."""
         for part, tensors in self.tensors.items():
-            there = self.read(part)
+            there = self.read(part, place)
             for name, tensor in tensors.items():
                 if name not in there or not same(there[name], tensor.to(self.dtype or tensor.dtype)):
-                    raise CheckpointError("does not read back as it was written", path=self.path, key=name)
+                    raise CheckpointError("does not read back as it was written, so it was removed", path=self.path,
+                                          key=name)
                 on_bytes(self.written_bytes(tensor))
 
 
@@ -134,7 +141,12 @@ class ToFolder(Target):
     def naming(self, part: str) -> Naming:
         return PUBLISHED
 
-    def write(self, on_bytes: OnBytes) -> list[Written]:
+    @property
+    def beside(self) -> list[Path]:
+        return [path for name, found in self.parts.items() if found.has_weights
+                for path in sorted((self.path / name).glob("*")) if found.value.stem.left(path.name)]
+
+    def write(self, on_bytes: OnBytes, verify: bool) -> list[Written]:
         written = []
         with replaced(self.path) as new:
             for name, found in self.parts.items():
@@ -146,12 +158,13 @@ class ToFolder(Target):
             if self.parts.keys() >= WHOLE:
                 values = {name: self.parts[name].value if name in self.parts else None for name in PARTS}
                 settings = {"requires_safety_checker": "safety_checker" in self.parts}
-                (new / INDEX).unlink(missing_ok=True)
-                (new / INDEX).write_text(index_text(PIPELINE, values, settings), encoding="utf-8")
+                write_text(new / INDEX, index_text(PIPELINE, values, settings))
+            if verify:
+                self.verify(new, on_bytes)
         return written
 
-    def read(self, part: str) -> Mapping[str, Tensor]:
-        return read_weights(self.path / part, self.parts[part].value.stem, None, True)[1]
+    def read(self, part: str, place: Path) -> Mapping[str, Tensor]:
+        return read_weights(place / part, self.parts[part].value.stem, None, True)[1]
 
 
 class ToFile(Target):
@@ -174,14 +187,15 @@ class ToFile(Target):
     def naming(self, part: str) -> Naming:
         return PREFIXED[part][0]
 
-    def write(self, on_bytes: OnBytes) -> list[Written]:
+    def write(self, on_bytes: OnBytes, verify: bool) -> list[Written]:
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
         settings = json.dumps({name: found.value.config_file() for name, found in self.parts.items()}, sort_keys=True)
         return [write_tensors(self.path, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True,
-                              metadata={SETTINGS_KEY: settings})]
+                              metadata={SETTINGS_KEY: settings},
+                              inspect=lambda place: self.verify(place, on_bytes) if verify else None)]
 
-    def read(self, part: str) -> Mapping[str, Tensor]:
-        return read_checkpoint(self.path)[0]
+    def read(self, part: str, place: Path) -> Mapping[str, Tensor]:
+        return read_checkpoint(place)[0]
 
 
 def same(a: Tensor, b: Tensor) -> bool:
