@@ -238,7 +238,7 @@ def test_which_file_of_several_is_said(published, tmp_path):
 
 def test_older_files_at_the_target_are_named(small, tmp_path):
     said = []
-    imvar.AutoencoderKL.from_pretrained(small, subfolder="vae").save_pretrained(
+    imvar.AutoencoderKL.from_single_file(small).save_pretrained(
         tmp_path / "vae", safe_serialization=False, variant="fp16")
     convert(small, tmp_path, say=said.append)
     assert [line for line in said if "stays beside" in line] == [
@@ -246,9 +246,9 @@ def test_older_files_at_the_target_are_named(small, tmp_path):
     assert (tmp_path / "vae" / "diffusion_pytorch_model.fp16.bin").exists()
 
 
-def test_a_part_of_the_source_is_no_target(small):
+def test_a_part_of_the_source_is_no_target(published):
     with pytest.raises(imvar.InputError, match="is a part of the source"):
-        convert(small, small / "unet")
+        convert(published, published / "unet")
 
 
 @pytest.mark.parametrize("to", ["diffusers", "original"])
