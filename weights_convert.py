@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from imvar import ImvarError
+from imvar import ImvarError, InputError
 from imvar.weights import convert
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (ImvarError, OSError) as error:
         print(f"weights_convert: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("weights_convert: stopped; the target is as it was", file=sys.stderr)
         return 130

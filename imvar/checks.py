@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -87,10 +89,24 @@ def single(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from itself or its name; float32 where nothing is asked for, None for `"auto"`: as the file has it."""
-    if dtype == "auto":
-        return None
+def a_path(name: str, value: Any) -> Path:
+    """A path that a caller names, of a file or folder that may not be there yet."""
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise InputTypeError(f"{name}={shown(value)}: a path would do", key=name)
+    if not text or "\0" in text:
+        raise InputError(f"{name}={shown(value)}: a path, of characters other than NUL, would do", key=name)
+    return Path(text)
+
+
+Dtype = torch.dtype | Literal["auto"] | None
+"""What weights become as they are loaded: this, the widest that the file has of them, or each as it is."""
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | Literal["auto"]:
+    """A dtype from itself or its name, or `"auto"`; float32 where nothing is asked for."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return "auto"
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputTypeError(f"dtype={dtype!r}: a floating dtype such as torch.float16, its name, or 'auto' would do")

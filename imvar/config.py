@@ -165,7 +165,8 @@ class Config(dict[str, Any]):
             if fit is UNFIT:
                 error = InputError if allowed or isinstance(value, Number) else InputTypeError
                 raise error(f"{type(self).__name__}: {f.name}={shown(value)} is not supported; it can be "
-                            + (" or ".join(map(repr, allowed)) if allowed else would_do(kind)), key=f.name)
+                            + (" or ".join(dict.fromkeys(map(repr, allowed))) if allowed else would_do(kind)),
+                            key=f.name)
             object.__setattr__(self, f.name, fit)
         self.check()
         self.marked((f.name for f in fields(self) if getattr(self, f.name) is not f.default), {})

@@ -28,14 +28,14 @@ def test_the_command_line(small, checkpoint, tmp_path, capsys):
     (["{small}"], 2, "TARGET"), (["{small}", "{out}", "--dtype", "int8"], 2, "--dtype"),
     (["{small}", "{out}", "--part", "scheduler"], 2, "--part"), (["{small}", "{out}", "--to", "comfy"], 2, "--to"),
     (["{out}/nowhere", "{out}"], 1, "no such file"), (["{small}", "{out}", "--ema", "yes"], 1, "no moving average"),
-    (["{small}", "{out}", "--to", "original"], 1, ".safetensors would do"),
-    (["{small}", "{out}.safetensors"], 1, "to='original' writes one file"),
-    (["{small}", "{out}", "--max-shard-size", "much"], 1, "max_shard_size"),
+    (["{small}", "{out}", "--to", "original"], 2, ".safetensors would do"),
+    (["{small}", "{out}.safetensors"], 2, "to='original' writes one file"),
+    (["{small}", "{out}", "--max-shard-size", "much"], 2, "max_shard_size"),
     (["{small}", "{out}", "--part", "safety_checker"], 1, "holds no safety_checker; there is unet"),
     (["{small}", "{out}", "--fill", "{out}/nowhere"], 1, "no such file"),
     (["{small}", "{out}", "--config", "{out}/nowhere"], 1, "nowhere"),
-    (["{checkpoint}", "{out}", "--ema", "no"], 1, "nothing to choose"),
-    (["{checkpoint}/safety_checker", "{out}.safetensors", "--to", "original"], 1, "no place for"),
+    (["{checkpoint}", "{out}", "--ema", "no"], 2, "nothing to choose"),
+    (["{checkpoint}/safety_checker", "{out}.safetensors", "--to", "original"], 2, "no place for"),
 ])
 def test_misuse_and_failure_are_said_in_one_line(small, checkpoint, tmp_path, capsys, args, status, words):
     places = {"small": small, "checkpoint": checkpoint, "out": tmp_path / "out"}
@@ -45,7 +45,7 @@ def test_misuse_and_failure_are_said_in_one_line(small, checkpoint, tmp_path, ca
         found = error.code
     said = capsys.readouterr().err.strip().splitlines()
     assert (found, words in said[-1]) == (status, True), said
-    assert status == 2 or len(said) == 1
+    assert len(said) == 1 or said[0].startswith("usage:")
     assert not list(tmp_path.iterdir())
 
 

@@ -41,9 +41,9 @@ def both(one, other):
 
 
 FAULTS = [  # what is done to an original file, and what is said
-    (lambda t: t.pop(f"{RAW}time_embed.0.bias"), f"{RAW}time_embed.0.bias: 1 tensors missing"),
+    (lambda t: t.pop(f"{RAW}time_embed.0.bias"), f"{RAW}time_embed.0.bias: 1 tensor missing"),
     (lambda t: t.pop(f"{CLIP}visual.transformer.resblocks.1.attn.in_proj_bias"), "1.attn.in_proj_bias: 1 tensors mis"),
-    (lambda t: t.update({f"{VAE}encoder.extra": torch.ones(1)}), f"{VAE}encoder.extra: 1 unknown tensors"),
+    (lambda t: t.update({f"{VAE}encoder.extra": torch.ones(1)}), f"{VAE}encoder.extra: 1 unknown tensor"),
     (lambda t: t.update({f"{CLIP}visual.text_projection": torch.ones(1)}), "visual.text_projection: 1 unknown"),
     (lambda t: t.update({"control_model.x": torch.ones(1)}), "control_model.x: 1 unknown"),
     (lambda t: t.update({f"{RAW}out.2.bias": torch.ones(5)}), f"{RAW}out.2.bias: has shape (5,) in the file, (4,) by"),
@@ -72,7 +72,7 @@ def test_originals(small, tmp_path, capsys, fault, to):
 
 Fault = namedtuple("Fault", "part change options words")
 IN_FOLDERS = [
-    Fault("unet", lambda t: t.pop("conv_in.bias"), {}, "conv_in.bias: 1 tensors missing"),
+    Fault("unet", lambda t: t.pop("conv_in.bias"), {}, "conv_in.bias: 1 tensor missing"),
     Fault("vae", both("encoder.mid_block.attentions.0.to_q.bias", "encoder.mid_block.attentions.0.query.bias"), {},
           "to_q.bias and encoder.mid_block.attentions.0.query.bias: the same tensor is there twice"),
     Fault("safety_checker", both("vision_model.pre_layrnorm.bias", "vision_model.vision_model.pre_layrnorm.bias"), {},

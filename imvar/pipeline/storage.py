@@ -8,15 +8,21 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
-from ..checks import as_dtype
+from ..checks import Dtype, a_path, as_dtype
 from ..config import Config
 from ..errors import CheckpointError, InputError, InputTypeError, shown
-from ..weights.files import Hub, inside, locate, locate_file, read_json, within, write_text
+from ..weights.files import Hub, inside, locate, read_json, within, write_text
 from ..weights.folders import private, replaced, unchanged
 from ..weights.index import INDEX, OPTIONAL, PARTS, entry, first_class, index_text, served
-from ..weights.pretrained import Pretrained, PretrainedModel, asked_for, settings_part
+from ..weights.pretrained import (
+    READING,
+    Pretrained,
+    PretrainedModel,
+    asked_for,
+    config_folder,
+    settings_part,
+    which_ema,
+)
 from ..weights.single import SingleFile
 
 
@@ -27,7 +33,7 @@ class Storage:
     _settings: dict[str, Any]
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, torch_dtype: Any = None, dtype: Any = None,
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, torch_dtype: Any = None, dtype: Any = None,
                         revision: str | None = None, variant: str | None = None, use_safetensors: bool | None = None,
                         cache_dir: str | Path | None = None, local_files_only: bool = False,
                         token: str | bool | None = None, low_cpu_mem_usage: bool = True, **overrides: Any) -> Self:
@@ -45,7 +51,7 @@ class Storage:
         dtypes = dtypes_by_part(torch_dtype if dtype is None else dtype)
         reading = {"variant": variant, "use_safetensors": use_safetensors}
         hub = Hub(revision, cache_dir, local_files_only, token)
-        folder = locate(source, hub, lambda names: wanted_files(names, overrides, **reading))
+        folder = locate(pretrained_model_name_or_path, hub, lambda names: wanted_files(names, overrides, **reading))
 
         def listed() -> dict[str, Any]:
             index = dict.fromkeys(OPTIONAL) | read_index(inside(folder, INDEX), known)
@@ -67,23 +73,26 @@ class Storage:
             raise CheckpointError(str(error), path=folder / INDEX, key=error.key) from error
 
     @classmethod
-    def from_single_file(cls, source: str | Path, *, config: str | Path | None = None, torch_dtype: Any = None,
-                         dtype: Any = None, ema: str = "auto", revision: str | None = None,
+    def from_single_file(cls, pretrained_model_link_or_path: str | Path, *, config: str | Path | None = None,
+                         torch_dtype: Any = None, dtype: Any = None, ema: str = "auto",
+                         extract_ema: bool | None = None, revision: str | None = None,
                          cache_dir: str | Path | None = None, local_files_only: bool = False,
                          token: str | bool | None = None, **overrides: Any) -> Self:
         """A pipeline from one `.ckpt` or safetensors file in an original layout.
 
-        `source`: a path, a link to a file on the hub, or "owner/name/file". `config`: the folder or hub repository
+        The file: a path, a link to one on the hub, or "owner/name/file". `config`: the folder or hub repository
         of a checkpoint whose settings these weights go with; else they are what the file says, what the tensors'
         shapes tell, and the published ones. Original files hold no safety checker: hand one over
-        (`safety_checker=`), or there will be none. `ema` is as for one part, the rest as in `from_pretrained`.
+        (`safety_checker=`), or there will be none. `ema` and `extract_ema` are as for one part, the rest is as in
+        `from_pretrained`.
         """
         hub = Hub(revision, cache_dir, local_files_only, token)
+        overrides = {name: value for name, value in overrides.items() if name not in READING}
         overrides = asked_for(overrides, cls.parameters(), f"{cls.__name__}.from_single_file")
         dtypes = dtypes_by_part(torch_dtype if dtype is None else dtype)
-        file = SingleFile.read(locate_file(source, hub))
+        file = SingleFile.of(pretrained_model_link_or_path, hub)
         file.check(overrides)
-        folder = None if config is None else locate(config, hub, lambda _: ["*/*.json"])
+        folder, ema = config_folder(config, hub), which_ema(ema, extract_ema)
         found = {part: first_class(part).read_single(file, folder, ema=ema, dtype=dtypes[part])
                  for part in file.parts if part not in overrides}
         for part in {"scheduler", "feature_extractor"} - overrides.keys():
@@ -91,9 +100,9 @@ class Storage:
         found.setdefault("safety_checker", None)
         return cls(**(found | overrides))
 
-    def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
-                        max_shard_size: int | str = "10GB", **_: Any) -> None:
-        """Write all parts into `folder`, made if need be, in the layout that diffusers reads.
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None,
+                        max_shard_size: int | str | None = None, **options: Any) -> None:
+        """Write all parts into a folder, made if need be, in the layout that diffusers reads.
 
         All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be. Other files
         that are there stay.
@@ -102,13 +111,14 @@ class Storage:
             if part is not None and not hasattr(part, "save_pretrained"):
                 raise InputTypeError(f"{name}: a {type(part).__name__} cannot be saved: it has no save_pretrained")
         ours = (Pretrained.save_pretrained, PretrainedModel.save_pretrained)
-        with replaced(folder) as new:
+        asked_for(options, (), f"{type(self).__name__}.save_pretrained")
+        with replaced(a_path("save_directory", save_directory)) as new:
             for name, part in self.components.items():
                 if part is not None:
                     if getattr(type(part), "save_pretrained", None) not in ours:
                         private(new / name)  # it may write in place
                     part.save_pretrained(new / name, safe_serialization=safe_serialization, variant=variant,
-                                         max_shard_size=max_shard_size)
+                                         max_shard_size=max_shard_size or "10GB")
             write_text(new / INDEX, index_text(type(self).__name__, self.components, self._settings))
 
     @property
@@ -130,7 +140,7 @@ class Storage:
         return found
 
 
-def dtypes_by_part(dtype: Any) -> dict[str, torch.dtype | None]:
+def dtypes_by_part(dtype: Any) -> dict[str, Dtype]:
     """One dtype per part, from one for all or a dictionary with a `"default"`."""
     if not isinstance(dtype, Mapping):
         dtype = {"default": dtype}
@@ -147,7 +157,7 @@ def read_index(path: Path, known: Container[str]) -> dict[str, Any]:
     return {key: value for key, value in index.items() if key in known}
 
 
-def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, torch.dtype | None], **reading: Any) -> Any:
+def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], **reading: Any) -> Any:
     """The part that `model_index.json` lists as `value`; class names are looked up, never imported."""
     if value is None:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.utils import tqdm
 
-from ..errors import CheckpointError, InputError, InputTypeError
-from .index import PARTS
+from ..checks import a_path
+from ..errors import CheckpointError, InputError
+from .index import INDEX, PARTS
 from .survey import Found, Survey, survey
 from .targets import Target, ToFile, ToFolder
 from .writing import Written, size_in_bytes
@@ -47,27 +47,38 @@ def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", 
     `config`: a folder with settings to go by, instead of those that are with the weights. `dry_run` writes nothing;
     `verify` reads back what was written, before it takes its place, and compares every bit. `say` is told what is
     found and done, line by line.
-    An existing target is replaced if all goes well, and only then; whatever else is in its folder stays.
+    An existing target is replaced if all goes well, and only then; whatever else is in its folder stays, but for parts
+    of another checkpoint, beside which nothing is written.
 
     Raises `CheckpointError` naming the file and tensor, before anything is written, and `InputError` for arguments.
     """
-    for name, path in (("source", source), ("target", target)):
-        if not isinstance(path, (str, os.PathLike)):
-            raise InputTypeError(f"{name}: {type(path).__name__} came; a path would do")
-    if Path(target).absolute().parent == Path(source).absolute() and Path(target).name in PARTS:
+    source, target = a_path("source", source), a_path("target", target)
+    settings = None if config is None else a_path("config", config)
+    filler = None if fill is None else a_path("fill", fill)
+    check(to, dtype, part)
+    TARGETS[to].check_path(target)
+    shard_size = size_in_bytes(max_shard_size)
+    if target.absolute().parent == source.absolute() and target.name in PARTS:
         raise InputError(f"target={str(target)!r}: is a part of the source; the source itself, or another folder, "
                          "would do")
-    check(to, dtype, part)
-    found = survey(source, ema=ema, config=None if config is None else Path(config), only=part)
+    if filler is not None and not filler.exists():
+        raise CheckpointError("no such file or folder to fill from", path=filler)
+    found = survey(source, ema=ema, config=settings, only=part)
     tell(found, say)
     parts = dict(found.parts)
-    if fill is not None:
-        spare = {name: more for name, more in survey(fill).parts.items() if name not in parts and part in (None, name)}
+    if filler is not None:
+        spare = {name: more for name, more in survey(filler).parts.items()
+                 if name not in parts and part in (None, name)}
         say(f"filled from {fill}: {', '.join(spare) or 'nothing, as nothing is missing that it has'}")
         parts |= spare
         check_fit(parts)
-    job = TARGETS[to](Path(target), {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype],
-                      size_in_bytes(max_shard_size))
+    if part is None and (lost := [name for name in found.lacking if name not in parts]):
+        raise CheckpointError(f"names {' and '.join(lost)}, which is not there; fill= (--fill) can take it from "
+                              "another checkpoint, part= (--part) converts one part alone", path=source / INDEX,
+                              key=lost[0])
+    job = TARGETS[to](target, {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype], shard_size)
+    if part is None:
+        job.check_leftovers()
     left_out = {} if part else job.left_out
     for name, why in left_out.items():
         say(f"without {name}: {why}")

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 
-from ..errors import CheckpointError, InputTypeError
+from ..checks import a_path
+from ..errors import CheckpointError
 
 T = TypeVar("T")
 
@@ -44,11 +45,13 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
 
     Only wanted files are fetched. Raises `CheckpointError` where nothing is found.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputTypeError(f"checkpoint: {type(source).__name__} came; a folder or a hub id 'owner/name' would do")
-    name = str(source)
-    if name and Path(source).is_dir():
-        return Path(source)
+    if source == "":
+        raise CheckpointError("an empty name came; a folder or a hub id, which looks like 'owner/name', would do")
+    folder, name = a_path("pretrained_model_name_or_path", source), str(source)
+    if os.path.isdir(folder):
+        return folder
+    if os.path.isfile(folder):
+        raise CheckpointError("is a file, not a folder; from_single_file reads files", path=folder)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError("no such folder (and not a hub id, which looks like 'owner/name')", path=name)
     names, fault = None, None  # no names: no network, so what is in the cache has to do
@@ -75,11 +78,10 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
 
 def locate_file(source: str | Path, hub: Hub) -> Path:
     """A file: at that path, or on the hub as a link there or as "owner/name/file" says."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputTypeError(f"source: {type(source).__name__} came; a path or a link to a file on the hub would do")
-    if Path(source).is_file():
-        return Path(source)
-    if Path(source).is_dir():
+    path = a_path("pretrained_model_link_or_path", source)
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(path):
         raise CheckpointError("is a folder, not a file; from_pretrained reads folders", path=source)
     link = re.fullmatch(r"(?:https://(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/"
                         r"(?:(?:blob|resolve)/([^/]+)/)?([^?]+)(?:\?.*)?", str(source))

@@ -196,8 +196,8 @@ class Keymap:
                 missing.append(sources[0].name)
         unknown = [name for name in tensors if name not in used and not self.drops(name, naming)]
         if missing or unknown:
-            faults = [f"{len(keys)} {what}: {listed(keys)}" for keys, what in
-                      ((missing, "tensors missing"), (unknown, "unknown tensors")) if keys]
+            faults = [f"{len(keys)} {what.format('s' * (len(keys) > 1))}: {listed(keys)}" for keys, what in
+                      ((missing, "tensor{} missing"), (unknown, "unknown tensor{}")) if keys]
             raise CheckpointError("; ".join(faults), path=path, key=(missing or unknown)[0])
         return found
 

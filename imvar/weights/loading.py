@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import Dtype
 from ..errors import CheckpointError
 from .keymap import PUBLISHED, Dialect, Naming
 from .single import recognise
@@ -20,10 +22,11 @@ OURS = Naming(Dialect.OURS)
 
 
 def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Naming | None = None,
-         path: Path | None = None, dtype: torch.dtype | None = None) -> None:
+         path: Path | None = None, dtype: Dtype = None) -> None:
     """Load `tensors`, named as published (now or earlier), as ours, or as `naming` says, into `model`.
 
-    A model on the meta device takes them as they are, or in another `dtype`; any other copies them. Raises
+    A model on the meta device takes them as they are, or in another `dtype` ("auto": all in the widest there is); any
+    other copies them. Raises
     `CheckpointError` naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
     """
     expected = model.state_dict()
@@ -44,6 +47,8 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Namin
         if tensor.shape != expected[name].shape:
             raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
                                   "config", path=path, key=model.keymap.sources(name, naming)[0].name)
+    if dtype == "auto":
+        dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in found.values()})
     found = {name: cast(tensor, dtype) for name, tensor in found.items()}
     model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -11,21 +12,23 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_dtype
+from ..checks import Dtype, a_path, as_dtype
 from ..config import Configured
 from ..errors import CheckpointError, InputError, InputTypeError
-from .files import Hub, inside, locate, locate_file, read_json, within, write_text
+from .files import Hub, inside, locate, read_json, within, write_text
 from .folders import replaced, unchanged
 from .index import FORMAT, PARTS, first_class, served
 from .keymap import Keymap, Naming
 from .loading import load, take_published_names
 from .reading import read_weights
-from .settings import settings_of, settings_without_weights
+from .settings import guess, settings_of, settings_without_weights
 from .single import SingleFile
 from .stems import DIFFUSERS, TRANSFORMERS, Stem
 from .writing import write_weights
 
 TRANSFORMERS_FORMAT = "5.23.0"
+SAVING = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
+READING = {"use_safetensors", "disable_mmap", "low_cpu_mem_usage"}  # how to read a file, which the file decides here
 FEW, MOST = 100, 1000  # layers: so few are built, to name the tensors that a file lacks for them; so many never are
 
 
@@ -43,16 +46,17 @@ class Pretrained(Configured):
             PARTS[part] |= dict.fromkeys((cls.__name__, *also), cls)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, subfolder: str | None = None, revision: str | None = None,
-                        cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        token: str | bool | None = None, **changes: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, *,
+                        revision: str | None = None, cache_dir: str | Path | None = None,
+                        local_files_only: bool = False, token: str | bool | None = None, **changes: Any) -> Self:
         """Read settings from a folder or a hub repository; `changes` come on top.
 
-        `subfolder` is part of what the caller names, as if `source` ended in it. Raises `CheckpointError` for a file
+        `subfolder` is part of what the caller names, as if the path ended in it. Raises `CheckpointError` for a file
         that is missing or holds what this part cannot honour.
         """
         name = f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name
-        folder = locate(source, Hub(revision, cache_dir, local_files_only, token), lambda names: [name])
+        hub = Hub(revision, cache_dir, local_files_only, token)
+        folder = locate(pretrained_model_name_or_path, hub, lambda names: [name])
         path = inside(folder / (subfolder or ""), cls.config_name)
         return cls.built(cls.read_config(path, **changes), path)
 
@@ -65,11 +69,13 @@ class Pretrained(Configured):
     def checked(cls, settings: Mapping[str, Any], path: Path, **changes: Any) -> Any:
         """Settings that came from `path`, checked, and `changes`, checked as constructor arguments are."""
         known = [f.name for f in fields(cls.config_class)]
-        changes = cls.config_class.of(**asked_for(changes, known, f"{cls.__name__}.from_pretrained")).explicit()
+        changes = cls.config_class.of(**asked_for(changes, known, cls.__name__)).explicit()
         try:
             return cls.config_class.read(settings, **changes)
         except InputError as error:
-            raise CheckpointError(str(error), path=path, key=error.key) from error
+            other = cls.strange(settings)
+            reason = f"{error}; these are the settings of a {other}" if other else str(error)
+            raise CheckpointError(reason, path=path, key=error.key) from error
 
     @classmethod
     def built(cls, config: Any, path: Path) -> Self:
@@ -84,7 +90,8 @@ class Pretrained(Configured):
         """This part's settings for a file of weights, and where they are: in the folder `config`, which may be that of
         a whole checkpoint, else beside the file if it holds nothing but this part, else in it; else None."""
         path = file.path.with_name(cls.config_name) if config is None else cls.settings_file(config)
-        if config is not None or (file.alone and path.is_file() and not cls.strange(read_json(path))):
+        beside = file.alone and file.path.is_file() and path.is_file() and not cls.strange(read_json(path))
+        if config is not None or beside:
             return read_json(path), path
         return (file.settings[cls.part], file.path) if cls.part in file.settings else None
 
@@ -108,10 +115,14 @@ class Pretrained(Configured):
         strange = [name for name in names if isinstance(name, str) and name not in (cls.__name__, *PARTS[cls.part])]
         return strange[0] if strange and cls.part != "scheduler" else None  # of those, other code tells more
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Write the settings into `folder`, made if need be, in the published format."""
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the settings into a folder, made if need be, in the published format.
+
+        `options` are those of parts with weights, which ask for nothing here.
+        """
+        asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
         text = json.dumps(self.config_file(), indent=2, sort_keys=True) + "\n"
-        write_text(Path(folder) / self.config_name, text)
+        write_text(a_path("save_directory", save_directory) / self.config_name, text)
 
     def config_file(self) -> Mapping[str, Any]:
         """What the settings file says: the settings, and who wrote them in which format."""
@@ -133,15 +144,16 @@ class PretrainedModel(Pretrained, nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, subfolder: str | None = None, revision: str | None = None,
-                        variant: str | None = None, torch_dtype: torch.dtype | str | None = None,
-                        dtype: torch.dtype | str | None = None, use_safetensors: bool | None = None,
-                        cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        token: str | bool | None = None, low_cpu_mem_usage: bool = True, **changes: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, *,
+                        revision: str | None = None, variant: str | None = None,
+                        torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
+                        use_safetensors: bool | None = None, cache_dir: str | Path | None = None,
+                        local_files_only: bool = False, token: str | bool | None = None,
+                        low_cpu_mem_usage: bool = True, **changes: Any) -> Self:
         """Read settings and weights from a folder or a hub repository; `changes` of settings come on top.
 
-        Weights are float32 unless another `dtype` is named ("auto": as in the file), and are mapped from the
-        file where they need no conversion, whatever `low_cpu_mem_usage` says. The model is in eval mode.
+        Weights are float32 unless another `dtype` is named ("auto": the widest that the file has), and are mapped
+        from the file where they need no conversion, whatever `low_cpu_mem_usage` says. The model is in eval mode.
         Raises `CheckpointError` naming the file, and the tensor that is missing, unknown or misshapen.
         """
         wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
@@ -151,7 +163,8 @@ class PretrainedModel(Pretrained, nn.Module):
             files = cls.stem.choose(within(names, prefix), variant, use_safetensors)
             return [prefix + name for name in (cls.config_name, *files)]
 
-        folder = locate(source, Hub(revision, cache_dir, local_files_only, token), wanted) / prefix
+        hub = Hub(revision, cache_dir, local_files_only, token)
+        folder = locate(pretrained_model_name_or_path, hub, wanted) / prefix
         return cls.read(folder, variant=variant, dtype=wanted_dtype, use_safetensors=use_safetensors, **changes)
 
     @classmethod
@@ -160,7 +173,7 @@ class PretrainedModel(Pretrained, nn.Module):
         return 0
 
     @classmethod
-    def read(cls, folder: Path, *, variant: str | None, dtype: torch.dtype | None, use_safetensors: bool | None,
+    def read(cls, folder: Path, *, variant: str | None, dtype: Dtype, use_safetensors: bool | None,
              **changes: Any) -> Self:
         """The model in `folder`, all of one save."""
         def files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
@@ -171,35 +184,42 @@ class PretrainedModel(Pretrained, nn.Module):
         return cls.holding(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
 
     @classmethod
-    def from_single_file(cls, source: str | Path, *, config: str | Path | None = None, subfolder: str | None = None,
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict: str | Path | Mapping[str, Tensor], *,
+                         config: str | Path | None = None, subfolder: str | None = None,
                          torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
-                         ema: str = "auto", revision: str | None = None, cache_dir: str | Path | None = None,
-                         local_files_only: bool = False, token: str | bool | None = None, **changes: Any) -> Self:
+                         ema: str = "auto", extract_ema: bool | None = None, revision: str | None = None,
+                         cache_dir: str | Path | None = None, local_files_only: bool = False,
+                         token: str | bool | None = None, **changes: Any) -> Self:
         """This part out of one `.ckpt` or safetensors file, alone or among others, in any dialect that is known.
 
-        `source`: a path, a link to a file on the hub, or "owner/name/file". `config`: the folder or hub repository of
-        a checkpoint with the settings, where neither the file nor its neighbour `config.json` has them and the
-        tensors' shapes and the published settings do not say it all. `ema`: "yes" for the moving average of a UNet's
-        weights, "no" for the weights as last trained, "auto" for the first if it is there. The rest is as in
-        `from_pretrained`.
+        The file: a path, a link to one on the hub, "owner/name/file", or its tensors by name. `config`: the folder or
+        hub repository of a checkpoint with the settings, where neither the file nor its neighbour `config.json` has
+        them; else they are what the tensors' shapes tell, and the published ones, with a warning where these may not
+        fit. `ema`: "yes" for the moving average of a UNet's weights, "no" for the weights as last trained, "auto" for
+        the first if it is there; `extract_ema` says yes or no as well. The rest is as in `from_pretrained`.
         """
         hub = Hub(revision, cache_dir, local_files_only, token)
-        file = SingleFile.read(locate_file(source, hub))
-        folder = None if config is None else locate(config, hub, lambda _: ["*.json", "*/*.json"]) / (subfolder or "")
-        wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
-        return cls.read_single(file, folder, ema=ema, dtype=wanted_dtype, **changes)
+        file = SingleFile.of(pretrained_model_link_or_path_or_dict, hub)
+        return cls.read_single(file, config_folder(config, hub, subfolder), ema=which_ema(ema, extract_ema),
+                               dtype=as_dtype(torch_dtype if dtype is None else dtype),
+                               **{name: value for name, value in changes.items() if name not in READING})
 
     @classmethod
-    def read_single(cls, file: SingleFile, config: Path | None, *, ema: str, dtype: torch.dtype | None,
-                    **changes: Any) -> Self:
-        """The model out of `file`; `config` is a folder with its settings, if they are not to be told by the file."""
+    def read_single(cls, file: SingleFile, config: Path | None, *, ema: str, dtype: Dtype,
+                    tell: Callable[[str], Any] = warnings.warn, **changes: Any) -> Self:
+        """The model out of `file`; `config` is a folder with its settings, if they are not to be told by the file.
+
+        `tell` is told of settings that are but guessed.
+        """
         held = file.part(cls.part, ema)
         settings, path = cls.settings_for(file, config) or (settings_of(held), file.path)
+        if path == file.path and cls.part not in file.settings and (guessed := guess(held, {**settings, **changes})):
+            tell(guessed)
         return cls.holding(held.tensors, cls.checked(settings, path, **changes), path, dtype=dtype,
                            naming=held.naming, path=file.path)
 
     @classmethod
-    def holding(cls, tensors: Mapping[str, Tensor], config: Any, told: Path, *, dtype: torch.dtype | None,
+    def holding(cls, tensors: Mapping[str, Tensor], config: Any, told: Path, *, dtype: Dtype,
                 naming: Naming | None = None, path: Path) -> Self:
         """A model in eval mode with the settings that `told` tells, holding `tensors` uncopied where they need no cast.
 
@@ -213,16 +233,21 @@ class PretrainedModel(Pretrained, nn.Module):
         load(model, tensors, naming=naming, path=path, dtype=dtype)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None,
-                        max_shard_size: int | str = "10GB", **_: Any) -> None:
-        """Write settings and weights into `folder`, made if need be, as diffusers reads them.
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, save_function: Any = None,
+                        safe_serialization: bool = True, variant: str | None = None,
+                        max_shard_size: int | str | None = "10GB", **options: Any) -> None:
+        """Write settings and weights into a folder, made if need be, as diffusers reads them.
 
-        All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be.
+        All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be. Only the main
+        process of a distributed run writes. `save_function` is for code written against diffusers, and not called.
         """
-        with replaced(folder) as new:
+        asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
+        if not is_main_process:
+            return
+        with replaced(a_path("save_directory", save_directory)) as new:
             super().save_pretrained(new)
             write_weights(new, self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
-                          safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+                          safe_serialization=safe_serialization, max_shard_size=max_shard_size or "10GB")
 
     @property
     def device(self) -> torch.device:
@@ -260,6 +285,19 @@ def settings_part(part: str, file: SingleFile, config: Path | None, image_encode
     settings, path = first_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
     kind = served(part, settings.get("_class_name"), path) if part == "scheduler" else first_class(part)
     return kind.built(kind.checked(settings, path), path)
+
+
+def config_folder(config: str | Path | None, hub: Hub, subfolder: str | None = None) -> Path | None:
+    """The folder that `config=` names: itself, that of a file in it, or of a hub repository."""
+    if config is None:
+        return None
+    path = a_path("config", config)
+    folder = path.parent if path.is_file() else locate(path, hub, lambda _: ["*.json", "*/*.json"])
+    return folder / (subfolder or "")
+
+
+def which_ema(ema: str, extract_ema: bool | None) -> str:
+    return ema if extract_ema is None else "yes" if extract_ema else "no"
 
 
 def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:

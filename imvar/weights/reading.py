@@ -86,6 +86,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 def is_safetensors(path: Path) -> bool:
     """Whether this is one rather than a pickle; `CheckpointError` for a file that is plainly neither."""
     start = beginning(path)
+    if start[8:9] == b"{" and path.suffix not in PICKLES:
+        return True
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError("cannot be read as a file of tensors: it is a git-lfs pointer, which stands for the real "
                               "file; git lfs pull would fetch that", path=path)
@@ -94,8 +96,6 @@ def is_safetensors(path: Path) -> bool:
                               "download leaves it", path=path)
     if path.suffix in (".safetensors", *PICKLES):
         return path.suffix == ".safetensors"
-    if start[8:9] == b"{":
-        return True
     if start.startswith((b"PK", b"\x80")):
         return False
     raise CheckpointError("cannot be read as a file of tensors: it is neither safetensors nor of torch.save", path=path)
@@ -151,4 +151,4 @@ def dense(held: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"has shape {tuple(tensor.shape)}, but the file holds "
                                   f"{tensor.untyped_storage().nbytes()} bytes of it, not {tensor.nbytes}",
                                   path=path, key=name)
-    return {name: tensor.detach() for name, tensor in held.items()}
+    return {name: tensor.detach().resolve_neg() for name, tensor in held.items()}

@@ -5,7 +5,7 @@ Counts are taken by asking whether a tensor is there, widths from shapes; no nam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count, takewhile
 from math import isqrt
 from typing import Any
@@ -15,6 +15,13 @@ from . import tables
 from .keymap import Dialect
 from .published import SETTINGS
 from .single import Held
+
+UNTOLD: dict[str, tuple[Any, dict[str, Any]]] = {  # the published widths, and what goes with them but shows nowhere
+    "unet": ([320, 640, 1280, 1280], {"attention_head_dim": 8, "norm_num_groups": 32, "sample_size": 64}),
+    "vae": ([128, 256, 512, 512], {"norm_num_groups": 32, "scaling_factor": 0.18215}),
+    "image_encoder": (1024, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}),
+    "safety_checker": (1024, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}),
+}
 
 CLIP_HEAD, CLIP_WIDEST = 64, 1024  # channels of a head in every CLIP of OpenAI's, and of the largest; others differ
 
@@ -44,6 +51,17 @@ def settings_of(held: Held) -> dict[str, Any]:
     Raises `CheckpointError` naming a tensor without which they cannot be told.
     """
     return {"unet": unet, "vae": vae, "image_encoder": image_encoder, "safety_checker": safety_checker}[held.part](held)
+
+
+def guess(held: Held, settings: Mapping[str, Any]) -> str | None:
+    """What of these settings no tensor shows, in words, for a part of another size than the published one."""
+    widths, untold = UNTOLD[held.part]
+    vision = settings.get("vision_config", settings)
+    if widths in (vision.get("block_out_channels"), vision.get("hidden_size")):
+        return None
+    taken = ", ".join(f"{name}={value!r}" for name, value in untold.items())
+    return (f"the {held.part} is not of the published size, and nothing says whether {taken} are right for it, as they "
+            "are for the published one; a folder with its settings would (config=, --config)")
 
 
 def settings_without_weights(part: str, image_size: int) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, InputTypeError
 from . import tables
+from .files import Hub, locate_file
 from .keymap import Dialect, Keymap, Naming, listed
 from .reading import read_checkpoint
 
@@ -94,6 +95,16 @@ class SingleFile:
     tensors: Mapping[str, Tensor]
     aside: tuple[str, ...] = ()
     """What else the file holds, such as the state of an optimizer; it is left where it is."""
+
+    @classmethod
+    def of(cls, source: str | Path | Mapping[str, Tensor], hub: Hub) -> SingleFile:
+        """The file at a path or on the hub, or one whose tensors are in memory."""
+        if isinstance(source, Mapping):
+            odd = [name for name, value in source.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+            if odd:
+                raise InputTypeError(f"{odd[0]!r}: a dictionary of tensors by name would do")
+            return cls(Path("(tensors in memory)"), source)
+        return cls.read(locate_file(source, hub))
 
     @classmethod
     def read(cls, path: Path) -> SingleFile:

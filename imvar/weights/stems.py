@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Stem:
 
     def named(self, ending: str, variant: str | None) -> str:
         stem = self.safetensors if ending == "safetensors" else self.pickle
+        if variant and not (isinstance(variant, str) and re.fullmatch(r"\w[\w.-]*", variant)):
+            raise InputError(f"variant={variant!r}: letters, digits, '.', '_' and '-', as in 'fp16', would do")
         return f"{stem}.{variant}" if variant else stem
 
     def file(self, ending: str, variant: str | None) -> str:

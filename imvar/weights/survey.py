@@ -15,7 +15,7 @@ from .index import INDEX, PARTS, first_class, served
 from .keymap import PUBLISHED, Keymap, Naming
 from .pretrained import PretrainedModel, settings_part
 from .reading import read_weights
-from .settings import settings_of, taken_as_64
+from .settings import guess, settings_of, taken_as_64
 from .single import EMA, RAW, Held, SingleFile, recognise
 from .stems import DIFFUSERS, TRANSFORMERS
 
@@ -62,12 +62,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Survey:
-    """A checkpoint that was looked over. `notes` say, in words, what of it is left where it is."""
+    """A checkpoint that was looked over.
+
+    `notes` say, in words, what of it is left where it is; `lacking` are parts that its index names and it has not.
+    """
 
     source: Path
     kind: str
     parts: dict[str, Found]
     notes: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
 
 
 def survey(source: str | Path, *, ema: str = "auto", config: Path | None = None, only: str | None = None) -> Survey:
@@ -95,7 +99,7 @@ def survey_file(file: SingleFile, ema: str, config: Path | None, only: str | Non
     parts, notes = {}, []
     for part in wanted:
         held = file.part(part, ema)
-        model: Any = first_class(part).read_single(file, config, ema=ema, dtype=None)
+        model: Any = first_class(part).read_single(file, config, ema=ema, dtype=None, tell=notes.append)
         how = held.naming.dialect.value
         if part == "unet":
             how += chosen(held.naming, file)
@@ -131,11 +135,12 @@ def survey_folder(folder: Path, ema: str, config: Path | None, only: str | None)
     if there:
         index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
         none = [part for part in there if index.get(part) == [None, None]]
-        odd = [name for name, value in index.items() if isinstance(value, list) and name not in PARTS]
+        odd = [path.name for path in sorted(folder.iterdir()) if path.name not in PARTS and any(path.glob("*.json"))]
         notes = [f"left where they are: {', '.join(none + odd)}"] if none + odd else []
+        lacking = [part for part in PARTS if part not in there and index.get(part, [None, None]) != [None, None]]
         found = {part: survey_part(part, inside(folder, part), config, index.get(part))
                  for part in there if part not in none and only in (None, part)}
-        return Survey(folder, "a folder in diffusers' layout", found, notes)
+        return Survey(folder, "a folder in diffusers' layout", found, notes, lacking)
     held = held_in(folder)
     alone = recognise(held.tensors) if held else None
     if alone is None:
@@ -160,12 +165,13 @@ def survey_part(part: str, folder: Path, config: Path | None, listed: Any = None
     told = path.is_file()
     weights = held.path or folder
     settings = kind.read_config(path) if told else kind.checked(settings_of(held), weights)
+    guessed = None if told else guess(held, settings)
     model = kind.holding(held.tensors, settings, path if told else weights, dtype=None, naming=held.naming,
                          path=weights)
     found = Found(part, grown_up(model), weights, held.naming.dialect.value, held)
     current = {found.keymap.spelled(name) for name in model.state_dict()}
     older = " of 2022" if held.naming == PUBLISHED and not current <= held.tensors.keys() else ""
-    return replace(found, how=f"{found.how}{older}, from {weights.name}")
+    return replace(found, how=f"{found.how}{older}, from {weights.name}{f'; {guessed}' if guessed else ''}")
 
 
 def held_in(folder: Path) -> Held | None:

@@ -29,6 +29,8 @@ from .writing import Written, write_tensors, write_weights
 PIPELINE = "StableDiffusionImageVariationPipeline"
 WHOLE = {"unet", "vae", "image_encoder"}  # without these there is no pipeline, and so no index of its parts
 
+WIDER = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 OnBytes = Callable[[int], Any]
 
 
@@ -40,12 +42,12 @@ class Target(ABC):
     def __init__(self, path: Path, parts: Mapping[str, Found], dtype: torch.dtype | None, max_shard_size: int):
         self.path, self.dtype, self.max_shard_size = path, dtype, max_shard_size
         self.parts = {name: found for name, found in parts.items() if self.takes(found)}
-        self.check_path()
         if not self.parts:
             raise InputError(f"part: {self.kind} has no place for {' and '.join(parts)}")
 
+    @staticmethod
     @abstractmethod
-    def check_path(self) -> None:
+    def check_path(path: Path) -> None:
         """Raise `InputError` for a path that cannot be of this layout."""
 
     @abstractmethod
@@ -83,6 +85,9 @@ class Target(ABC):
     def written_bytes(self, tensor: Tensor) -> int:
         return tensor.numel() * (self.dtype or tensor.dtype).itemsize
 
+    def check_leftovers(self) -> None:  # noqa: B027
+        """Raise `CheckpointError` for a part of another checkpoint at the target that this one would stand beside."""
+
     @property
     def beside(self) -> list[Path]:
         """Files of weights at the target that the new ones neither replace nor go with."""
@@ -104,9 +109,10 @@ class Target(ABC):
                 low, high = (bound.item() for bound in wide.aminmax()) if tensor.numel() else (0.0, 0.0)
                 if not isfinite(low) or not isfinite(high):
                     raise CheckpointError("has NaN or infinite values", path=found.path, key=found.name(name))
-                if self.dtype and max(-low, high) > torch.finfo(self.dtype).max:
-                    raise InputError(f"dtype: {found.name(name)} of {found.path} goes up to {max(-low, high):g}, "
-                                     f"beyond {self.dtype}; bf16 or fp32 would do")
+                if self.dtype and (most := max(-low, high)) > torch.finfo(self.dtype).max:
+                    wide = [name for name, dtype in WIDER.items() if most <= torch.finfo(dtype).max] or ["keep"]
+                    raise InputError(f"dtype: {found.name(name)} of {found.path} goes up to {most:g}, beyond "
+                                     f"{self.dtype}; {' or '.join(wide)} would do")
                 on_bytes(self.written_bytes(tensor))
 
     def verify(self, place: Path, on_bytes: OnBytes) -> None:
@@ -125,9 +131,10 @@ class ToFolder(Target):
 
     kind = "a folder in diffusers' layout"
 
-    def check_path(self) -> None:
-        if self.path.suffix in (".safetensors", ".ckpt", ".bin", ".pt") or self.path.is_file():
-            raise InputError(f"target={str(self.path)!r}: diffusers' layout is a folder, and this is a file or named "
+    @staticmethod
+    def check_path(path: Path) -> None:
+        if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt") or path.is_file():
+            raise InputError(f"target={str(path)!r}: diffusers' layout is a folder, and this is a file or named "
                              "like one; to='original' writes one file")
 
     def takes(self, found: Found) -> bool:
@@ -140,6 +147,13 @@ class ToFolder(Target):
 
     def naming(self, part: str) -> Naming:
         return PUBLISHED
+
+    def check_leftovers(self) -> None:
+        old = [self.path / name for name in PARTS if name not in self.parts and (self.path / name).is_dir()]
+        if old and len(self.parts) > 1:
+            raise CheckpointError("is there from another checkpoint, and there is none to replace it: it would stand "
+                                  "beside the new parts as if it were theirs. Another target, or fill= (--fill), would "
+                                  "do", path=old[0])
 
     @property
     def beside(self) -> list[Path]:
@@ -172,9 +186,10 @@ class ToFile(Target):
 
     kind = "one file in the original layout"
 
-    def check_path(self) -> None:
-        if self.path.suffix != ".safetensors" or self.path.is_dir():
-            raise InputError(f"target={str(self.path)!r}: the original layout is one file, and a name that ends in "
+    @staticmethod
+    def check_path(path: Path) -> None:
+        if path.suffix != ".safetensors" or path.is_dir():
+            raise InputError(f"target={str(path)!r}: the original layout is one file, and a name that ends in "
                              ".safetensors would do")
 
     def takes(self, found: Found) -> bool:

@@ -61,7 +61,8 @@ def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, va
         index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
         write_text(folder / stem.index(ending, variant), json.dumps(index, indent=2, sort_keys=True) + "\n")
         keep.add(stem.index(ending, variant))
-    replaced = (stem.file(ending, variant), stem.index(ending, variant), stem.shards(ending, variant))
+    endings = [ending] if safe_serialization else ["bin", "safetensors"]  # which would be read in place of pickles
+    replaced = [name(ending, variant) for name in (stem.file, stem.index, stem.shards) for ending in endings]
     for path in list(folder.iterdir()):
         if path.name not in keep and any(fnmatchcase(path.name, pattern) for pattern in replaced):
             path.unlink()
