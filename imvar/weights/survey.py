@@ -83,8 +83,8 @@ def survey(source: str | Path, *, ema: str = "auto", config: Path | None = None,
         found = survey_file(SingleFile.read(source), ema, config, only)
     else:
         raise CheckpointError("no such file or folder", path=source)
-    if only and only not in found.parts:
-        raise CheckpointError(f"holds no {only}", path=source)
+    if not found.parts or (only and only not in found.parts):
+        raise CheckpointError(f"holds no {only or 'part of a checkpoint'}", path=source)
     return found
 
 

@@ -41,7 +41,7 @@ class Target(ABC):
         self.parts = {name: found for name, found in parts.items() if self.takes(found)}
         self.check_path()
         if not self.parts:
-            raise InputError(f"part: {self.kind} has no place for {' and '.join(parts)}")
+            raise InputError(f"to: {self.kind} has no place for the {' and the '.join(parts)}")
 
     @abstractmethod
     def check_path(self) -> None:
