@@ -11,7 +11,7 @@ import pytest
 from saving import forked, held, killed_at_each_step, mount, nano_encoder, nano_pipeline, saved, temporaries
 
 from imvar import CheckpointError
-from imvar.weights import swapping
+from imvar.weights import convert, swapping
 
 
 @pytest.fixture
@@ -113,6 +113,28 @@ def test_an_old_folder_is_put_back(tmp_path, monkeypatch):
         nano_encoder(1).save_pretrained(tmp_path / "model")
     assert held(tmp_path / "model") == before
     assert not temporaries(tmp_path)
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_a_single_file_killed_anywhere(tmp_path):
+    """It is the old or the new one, and what is left goes with the next write of it."""
+    place = tmp_path / "place"
+    for seed in (0, 1):
+        nano_pipeline(seed).save_pretrained(tmp_path / str(seed))
+
+    def write(seed):
+        convert(tmp_path / str(seed), place / "model.safetensors", to="original")
+        return held(place)
+
+    after, before, seen = write(1), write(0), set()
+    for killed in killed_at_each_step(lambda: write(1), every=4):
+        found = {"model.safetensors": (place / "model.safetensors").read_bytes()}
+        assert found in (before, after)
+        seen.add(found == after)
+        if killed:
+            assert write(0) == before
+            assert [path.name for path in place.iterdir()] == ["model.safetensors"]
+    assert seen == {True, False}
 
 
 # Out of disk

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, InputError
-from .folders import replaced
+from .folders import replaced, replaced_file
 from .index import INDEX, PARTS, index_text
 from .keymap import PUBLISHED, Naming
 from .pretrained import Pretrained
@@ -177,8 +177,10 @@ class ToFile(Target):
     def write(self, on_bytes: OnBytes) -> list[Written]:
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
         settings = json.dumps({name: found.value.config_file() for name, found in self.parts.items()}, sort_keys=True)
-        return [write_tensors(self.path, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True,
-                              metadata={SETTINGS_KEY: settings})]
+        with replaced_file(self.path) as new:
+            written = write_tensors(new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True,
+                                    metadata={SETTINGS_KEY: settings})
+        return [replace(written, path=self.path)]
 
     def read(self, part: str) -> Mapping[str, Tensor]:
         return read_checkpoint(self.path)[0]
