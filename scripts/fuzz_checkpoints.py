@@ -104,15 +104,15 @@ def ways(file: Path, folder: Path) -> list[Callable[[random.Random], Tensors]]:
     if layout == "original":
         return [lambda rng: read_checkpoint(file)[0], partial(load_single, file), partial(convert_dry, file)]
     if layout == "single":
-        return [*4 * [partial(load_single, file)], partial(convert_dry, file)]
+        return [*5 * [partial(load_single, file)], partial(convert_dry, file)]
     if layout == "pipeline":
         (unspoilt,) = ours.iterdir()
         alone = {"part": file.parent.name} if file.parent.name in OPTIONS["part"] else {}
-        return [*4 * [partial(load_pipeline, file)], partial(load_single, unspoilt, config=whole),
+        return [*6 * [partial(load_pipeline, file)], partial(load_single, unspoilt, config=whole),
                 partial(convert_dry, whole, **alone), partial(convert_dry, unspoilt, fill=whole),
                 partial(convert_dry, unspoilt, config=whole, **alone)]
     single = [] if file.suffix == ".json" else [partial(load_single, file)]
-    return [*4 * [partial(load_part, file.parent)], partial(convert_dry, file.parent), *single]
+    return [*6 * [partial(load_part, file.parent)], partial(convert_dry, file.parent), *single]
 
 
 # A case

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import weights_convert
-from imvar import ImvarError
+from imvar import CheckpointError, ImvarError
 from imvar.weights import convert
 
 FLOAT8 = torch.float8_e4m3fn
@@ -188,3 +188,10 @@ def test_settings_that_are_of_something_else(published, tmp_path, settings):
         with pytest.raises(ImvarError, match=r"config\.json: holds the settings of a .*, not of the image_encoder"):
             convert(source, tmp_path / "named", config=tmp_path)
     assert not (tmp_path / "named").exists()
+
+
+def test_a_folder_whose_parts_are_all_none(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"unet": [null, null]}')
+    with pytest.raises(CheckpointError, match="holds no part of a checkpoint"):
+        convert(tmp_path, tmp_path / "out")
