@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import tempfile
@@ -20,56 +21,28 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_checkpoint import tiny_pipeline
-from safetensors.torch import save_file
+from spoilable import LOADERS, make
 from spoiling import spoil
 from torch import nn
 
-import imvar
-from imvar import CheckpointError, StableDiffusionImageVariationPipeline
+from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
+from imvar.weights import convert
 from imvar.weights.reading import read_checkpoint
 
 SECONDS, MEGABYTES, HUNG = 2.0, 200, 20.0  # the most that a case may take; after the last it is killed
 
-LOADERS: dict[str, Any] = {
-    "unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
-    "image_encoder": imvar.CLIPVisionModelWithProjection, "safety_checker": imvar.StableDiffusionSafetyChecker,
-    "scheduler": imvar.PNDMScheduler, "feature_extractor": imvar.CLIPImageProcessor,
-}
-SMALLER = {"unet": {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "norm_num_groups": 4,
-                    "up_block_types": ("CrossAttnUpBlock2D",), "layers_per_block": 1, "cross_attention_dim": 8,
-                    "attention_head_dim": 2, "sample_size": 8},
-           "vae": {"block_out_channels": (4,), "norm_num_groups": 2, "sample_size": 8}}
-
-
-# What a checkpoint looks like before it is spoilt
-
-
-def make(folder: Path) -> None:
-    """The parts in every layout, `folder/layout/part`, a pipeline, and two original checkpoints."""
-    torch.manual_seed(0)  # the same bytes every time, so that a case is the same
-    pipe = tiny_pipeline()
-    parts = dict(pipe.components) | {name: LOADERS[name](**settings) for name, settings in SMALLER.items()}
-    for layout, options in {"safetensors": {}, "bin": {"safe_serialization": False},
-                            "sharded": {"max_shard_size": "4KB"}}.items():
-        for name, part in parts.items():
-            if layout == "safetensors" or isinstance(part, nn.Module):
-                part.save_pretrained(folder / layout / name, **options)
-    old = folder / "old" / "unet"
-    shutil.copytree(folder / "bin" / "unet", old)
-    weights = torch.load(old / "diffusion_pytorch_model.bin", weights_only=True)
-    torch.save(weights, old / "diffusion_pytorch_model.bin", _use_new_zipfile_serialization=False)
-    StableDiffusionImageVariationPipeline(**parts).save_pretrained(folder / "pipeline")
-    (folder / "original").mkdir()
-    held = {"epoch": 3, "state_dict": weights, "optimizer_states": [{"state": {0: torch.ones(3)}}], "hparams": None}
-    torch.save(held, folder / "original" / "nested.ckpt")
-    torch.save(weights, folder / "original" / "flat.pt")
-    save_file(weights, folder / "original" / "model.safetensors")
+MODELS = [kind for kind in LOADERS.values() if issubclass(kind, nn.Module)]
+OPTIONS = {"to": ["diffusers", "original"], "dtype": ["keep", "fp16"], "ema": ["auto", "yes", "no"],
+           "part": ["unet", "vae", "image_encoder", "safety_checker"]}
+Tensors = dict[str, torch.Tensor]
 
 
 def targets(folder: Path) -> list[list[Path]]:
@@ -80,26 +53,77 @@ def targets(folder: Path) -> list[list[Path]]:
     return list(groups.values())
 
 
+# Ways to load
+
+
+def load_part(folder: Path, rng: random.Random) -> Tensors:
+    loaded = LOADERS[folder.name].from_pretrained(folder)
+    return loaded.state_dict() if isinstance(loaded, nn.Module) else {}
+
+
+def load_pipeline(file: Path, rng: random.Random) -> Tensors:
+    """The pipeline that a file belongs to, without most of its other parts."""
+    part = file.parent.name
+    others = {name: None for name in LOADERS if name not in (part, "feature_extractor")
+              and (part in LOADERS or rng.random() < 0.5)}
+    return held(StableDiffusionImageVariationPipeline.from_pretrained(file.parents[part in LOADERS], **others))
+
+
+def load_single(file: Path, rng: random.Random, **options: Any) -> Tensors:
+    """The pipeline, or one part, of a single file."""
+    kind = rng.choice([StableDiffusionImageVariationPipeline, *MODELS])
+    if rng.random() < 0.3:
+        options["ema"] = rng.choice(OPTIONS["ema"])
+    loaded = kind.from_single_file(file, **options)
+    return loaded.state_dict() if isinstance(loaded, nn.Module) else held(loaded)
+
+
+def held(pipe: StableDiffusionImageVariationPipeline) -> Tensors:
+    return {f"{part}.{key}": tensor for part, module in pipe.modules.items()
+            for key, tensor in module.state_dict().items()}
+
+
+def convert_dry(source: Path, rng: random.Random, **options: Any) -> Tensors:
+    """What would be converted. An option that does not fit the source is refused by its name, if it was given."""
+    options |= {name: rng.choice(values) for name, values in OPTIONS.items() if rng.random() < 0.3}
+    target = source.parents[1] / ("new.safetensors" if options.get("to") == "original" else "new")
+    try:
+        report = convert(source, target, dry_run=True, **options)
+    except InputError as error:
+        if re.split("[:=]", str(error))[0] not in options:
+            raise
+        raise CheckpointError(str(error), path=source) from error
+    assert not target.exists()
+    return {f"{name}.{key}": tensor for name, part in report.parts.items() if part.has_weights
+            for key, tensor in part.value.state_dict().items()}
+
+
+def ways(file: Path, folder: Path) -> list[Callable[[random.Random], Tensors]]:
+    """All the ways to load something that `file` takes part in."""
+    layout, whole, ours = file.relative_to(folder).parts[0], folder / "pipeline", folder / "single" / "ours"
+    if layout == "original":
+        return [lambda rng: read_checkpoint(file)[0], partial(load_single, file), partial(convert_dry, file)]
+    if layout == "single":
+        return [*5 * [partial(load_single, file)], partial(convert_dry, file)]
+    if layout == "pipeline":
+        (unspoilt,) = ours.iterdir()
+        alone = {"part": file.parent.name} if file.parent.name in OPTIONS["part"] else {}
+        return [*6 * [partial(load_pipeline, file)], partial(load_single, unspoilt, config=whole),
+                partial(convert_dry, whole, **alone), partial(convert_dry, unspoilt, fill=whole),
+                partial(convert_dry, unspoilt, config=whole, **alone)]
+    single = [] if file.suffix == ".json" else [partial(load_single, file)]
+    return [*6 * [partial(load_part, file.parent)], partial(convert_dry, file.parent), *single]
+
+
 # A case
 
 
-def load(file: Path, folder: Path, rng: random.Random) -> None:
-    """Load what `file` is a part of, and look at every number of it."""
-    layout, part, *_ = file.relative_to(folder).parts
+def load(way: Callable[[random.Random], Tensors], rng: random.Random) -> None:
+    """Load in this way, and look at every number."""
     with warnings.catch_warnings(action="ignore"):
-        if layout == "original":
-            tensors = read_checkpoint(file)[0]
-        elif layout == "pipeline":
-            others = {name: None for name in LOADERS if name not in (part, "feature_extractor")
-                      and (part in LOADERS or rng.random() < 0.5)}
-            pipe = StableDiffusionImageVariationPipeline.from_pretrained(file.parents[part in LOADERS], **others)
-            tensors = {key: tensor for module in pipe.modules.values() for key, tensor in module.state_dict().items()}
-        else:
-            loaded = LOADERS[part].from_pretrained(folder / layout / part)
-            tensors = loaded.state_dict() if isinstance(loaded, nn.Module) else {}
+        tensors = way(rng)
     for key, tensor in tensors.items():
         assert tensor.device.type == "cpu", key
-        assert tensor.is_floating_point() or layout == "original", key
         float(tensor.double().sum()) if not tensor.is_complex() else None
 
 
@@ -113,7 +137,7 @@ def run_case(number: int, seed: int, folder: Path, groups: list[list[Path]]) -> 
     content, before, start = file.read_bytes(), peak(), time.perf_counter()
     done = f"{file.relative_to(folder)}: {spoil(file, rng)}"
     try:
-        load(file, folder, rng)
+        load(rng.choice(ways(file, folder)), rng)
         outcome = "loaded"
     except CheckpointError as error:
         outcome = "refused" if error.path is not None and len(str(error)) < 5000 else f"BAD MESSAGE {error!s:.300}"
@@ -132,10 +156,12 @@ def run_case(number: int, seed: int, folder: Path, groups: list[list[Path]]) -> 
 
 
 def warm_up(folder: Path) -> None:
-    """Load everything unspoilt: what the libraries do only once is no case's fault."""
-    for file in (folder / "pipeline" / "model_index.json", folder / "original" / "nested.ckpt",
-                 *folder.glob("*/*/config.json")):
-        load(file, folder, random.Random(0))
+    """Load everything unspoilt, in every way: what the libraries do only once is no case's fault."""
+    for file in (folder / "pipeline" / "model_index.json", folder / "single" / "full" / "model.ckpt",
+                 *folder.glob("bin/*/*.bin")):
+        for way in ways(file, folder):
+            with suppress(CheckpointError):  # not every option fits
+                load(way, random.Random(0))
 
 
 def peak() -> int:

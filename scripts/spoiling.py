@@ -140,9 +140,12 @@ def spoilt_header(content: bytes, rng: random.Random) -> bytes:
         value = json.loads(header)
         name = rng.choice(sorted(value))
         entry = value[name]
-        what = rng.randrange(6)
+        settings = (value.get("__metadata__") or {}).get("imvar.settings")
+        what = rng.randrange(6 if settings is None else 12)
         if what == 0:
             header = spoilt_json(header, rng)
+        elif what > 5:
+            value["__metadata__"]["imvar.settings"] = spoilt_json(settings.encode(), rng).decode(errors="replace")
         elif what == 1:
             entry["dtype"] = rng.choice(DTYPES)
         elif what == 2:

@@ -1,5 +1,7 @@
 """Tiny models and quiet progress bars for every test."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ from PIL import Image
 from published_checkpoint import write_checkpoint
 from random_checkpoint import tiny_pipeline
 
+from imvar import StableDiffusionImageVariationPipeline
 from imvar.weights import convert
 
+pytest.register_assert_rewrite("hostile", "listed", "saving")
 PHOTOS = Path(__file__).parent / "photos"
 
 
@@ -33,10 +37,17 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A folder with a whole tiny checkpoint, written by imvar."""
+    """A folder with a whole tiny checkpoint, loaded once: no test is charged for what the libraries do only once."""
     folder = tmp_path_factory.mktemp("checkpoint")
     tiny_pipeline().save_pretrained(folder)
+    StableDiffusionImageVariationPipeline.from_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    """A copy of it, to be spoilt."""
+    return shutil.copytree(checkpoint, tmp_path / "checkpoint")
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +83,9 @@ def small(checkpoint, tmp_path_factory):
     file = tmp_path_factory.mktemp("small") / "small.safetensors"
     convert(checkpoint, file, to="original")
     return file
+
+
+@pytest.fixture
+def no_fsync(monkeypatch):
+    """A killed process loses nothing that it has written, synchronised or not; waiting for the disk takes long."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

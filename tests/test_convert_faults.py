@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import weights_convert
-from imvar import ImvarError
+from imvar import CheckpointError, ImvarError
 from imvar.weights import convert
 
 FLOAT8 = torch.float8_e4m3fn
@@ -41,11 +41,13 @@ def both(one, other):
 
 
 FAULTS = [  # what is done to an original file, and what is said
-    (lambda t: t.pop(f"{RAW}time_embed.0.bias"), f"{RAW}time_embed.0.bias: 1 tensor missing"),
-    (lambda t: t.pop(f"{CLIP}visual.transformer.resblocks.1.attn.in_proj_bias"), "1.attn.in_proj_bias: 1 tensors mis"),
-    (lambda t: t.update({f"{VAE}encoder.extra": torch.ones(1)}), f"{VAE}encoder.extra: 1 unknown tensor"),
-    (lambda t: t.update({f"{CLIP}visual.text_projection": torch.ones(1)}), "visual.text_projection: 1 unknown"),
-    (lambda t: t.update({"control_model.x": torch.ones(1)}), "control_model.x: 1 unknown"),
+    (lambda t: t.pop(f"{RAW}time_embed.0.bias"), f"1 tensor missing: {RAW}time_embed.0.bias"),
+    (lambda t: t.pop(f"{CLIP}visual.transformer.resblocks.1.attn.in_proj_bias"),
+     f"1 tensor missing: {CLIP}visual.transformer.resblocks.1.attn.in_proj_bias"),
+    (lambda t: t.update({f"{VAE}encoder.extra": torch.ones(1)}), f"1 unknown tensor: {VAE}encoder.extra"),
+    (lambda t: t.update({f"{CLIP}visual.text_projection": torch.ones(1)}),
+     f"1 unknown tensor: {CLIP}visual.text_projection"),
+    (lambda t: t.update({"control_model.x": torch.ones(1)}), "1 unknown tensor: control_model.x"),
     (lambda t: t.update({f"{RAW}out.2.bias": torch.ones(5)}), f"{RAW}out.2.bias: has shape (5,) in the file, (4,) by"),
     (lambda t: t.update({f"{CLIP}visual.proj": t[f"{CLIP}visual.proj"].mT.contiguous()}), "visual.proj: has shape"),
     (lambda t: t.update({f"{VAE}quant_conv.bias": torch.ones(8).char()}), "quant_conv.bias: is of torch.int8"),
@@ -72,7 +74,7 @@ def test_originals(small, tmp_path, capsys, fault, to):
 
 Fault = namedtuple("Fault", "part change options words")
 IN_FOLDERS = [
-    Fault("unet", lambda t: t.pop("conv_in.bias"), {}, "conv_in.bias: 1 tensor missing"),
+    Fault("unet", lambda t: t.pop("conv_in.bias"), {}, "1 tensor missing: conv_in.bias"),
     Fault("vae", both("encoder.mid_block.attentions.0.to_q.bias", "encoder.mid_block.attentions.0.query.bias"), {},
           "to_q.bias and encoder.mid_block.attentions.0.query.bias: the same tensor is there twice"),
     Fault("safety_checker", both("vision_model.pre_layrnorm.bias", "vision_model.vision_model.pre_layrnorm.bias"), {},
@@ -169,7 +171,7 @@ def test_stopped_in_the_middle(small, checkpoint, tmp_path, monkeypatch, capsys)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("imvar.weights.targets.index_text", stop)
-    assert weights_convert.main([str(small), str(target)]) == 130
+    assert weights_convert.main([str(small), str(target), "--fill", str(checkpoint)]) == 130
     assert "as it was" in capsys.readouterr().err
     assert bytes_in(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -188,3 +190,10 @@ def test_settings_that_are_of_something_else(published, tmp_path, settings):
         with pytest.raises(ImvarError, match=r"config\.json: holds the settings of a .*, not of the image_encoder"):
             convert(source, tmp_path / "named", config=tmp_path)
     assert not (tmp_path / "named").exists()
+
+
+def test_a_folder_whose_parts_are_all_none(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"unet": [null, null]}')
+    with pytest.raises(CheckpointError, match="holds no part of a checkpoint"):
+        convert(tmp_path, tmp_path / "out")

@@ -1,7 +1,8 @@
 """Spoilt checkpoints, each loaded whole or refused; scripts/fuzz_checkpoints.py tries as many as one likes."""
 
 import pytest
-from fuzz_checkpoints import make, run_case, targets, warm_up
+from fuzz_checkpoints import run_case, targets, warm_up
+from spoilable import make
 
 
 @pytest.fixture(scope="module")

@@ -146,9 +146,11 @@ def test_dtypes(small):
         load(small, dtype={"text_encoder": torch.float16})
 
 
-def test_mixed_dtypes_stay_if_asked_for(originals):
-    encoder = imvar.CLIPVisionModelWithProjection.from_single_file(originals["full"], dtype="auto")
-    assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float16, torch.float32}
+def test_a_file_of_mixed_dtypes_makes_a_model_of_the_widest(originals, converted):
+    kind = imvar.CLIPVisionModelWithProjection
+    for encoder in (kind.from_single_file(originals["full"], dtype="auto"),
+                    kind.from_pretrained(converted["full"], subfolder="image_encoder", torch_dtype="auto")):
+        assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float32}
 
 
 def test_parts_handed_over(small, checkpoint):

@@ -78,8 +78,25 @@ def replaced(folder: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """The same for one file: a name to write it under, which takes the place of `path` if all goes well."""
+    with plainly(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with alone(path, path.parent) as temporary:
+            temporary.mkdir()
+            try:
+                yield temporary / path.name
+                (temporary / path.name).replace(path)
+                sync(path.parent)
+            except CheckpointError as error:
+                raise CheckpointError(error.reason, path=path, key=error.key) from error
+            finally:
+                remove(temporary)
+
+
+@contextmanager
 def alone(folder: Path, place: Path) -> Iterator[Path]:
-    """While nobody else saves `folder`: a free name in `place`, after removing there what killed saves left.
+    """While nobody else saves `folder`, which may be a file: a free name in `place`, without what killed saves left.
 
     Where the system has no locks nobody waits, and nothing is removed.
     """

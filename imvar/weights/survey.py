@@ -87,8 +87,8 @@ def survey(source: str | Path, *, ema: str = "auto", config: Path | None = None,
         found = survey_file(SingleFile.read(source), ema, config, only)
     else:
         raise CheckpointError("no such file or folder", path=source)
-    if only and only not in found.parts:
-        raise CheckpointError(f"holds no {only}", path=source)
+    if not found.parts or (only and only not in found.parts):
+        raise CheckpointError(f"holds no {only or 'part of a checkpoint'}", path=source)
     return found
 
 
@@ -135,7 +135,8 @@ def survey_folder(folder: Path, ema: str, config: Path | None, only: str | None)
     if there:
         index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
         none = [part for part in there if index.get(part) == [None, None]]
-        odd = [path.name for path in sorted(folder.iterdir()) if path.name not in PARTS and any(path.glob("*.json"))]
+        odd = sorted({name for name, value in index.items() if isinstance(value, list)}.union(
+            path.parent.name for path in folder.glob("*/*.json")) - PARTS.keys())
         notes = [f"left where they are: {', '.join(none + odd)}"] if none + odd else []
         lacking = [part for part in PARTS if part not in there and index.get(part, [None, None]) != [None, None]]
         found = {part: survey_part(part, inside(folder, part), config, index.get(part))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InputError
 from .files import write_text
-from .folders import replaced
+from .folders import replaced, replaced_file
 from .index import INDEX, PARTS, index_text
 from .keymap import PUBLISHED, Naming
 from .pretrained import Pretrained
@@ -43,7 +43,7 @@ class Target(ABC):
         self.path, self.dtype, self.max_shard_size = path, dtype, max_shard_size
         self.parts = {name: found for name, found in parts.items() if self.takes(found)}
         if not self.parts:
-            raise InputError(f"part: {self.kind} has no place for {' and '.join(parts)}")
+            raise InputError(f"to: {self.kind} has no place for the {' and the '.join(parts)}")
 
     @staticmethod
     @abstractmethod
@@ -205,9 +205,12 @@ class ToFile(Target):
     def write(self, on_bytes: OnBytes, verify: bool) -> list[Written]:
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
         settings = json.dumps({name: found.value.config_file() for name, found in self.parts.items()}, sort_keys=True)
-        return [write_tensors(self.path, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True,
-                              metadata={SETTINGS_KEY: settings},
-                              inspect=lambda place: self.verify(place, on_bytes) if verify else None)]
+        with replaced_file(self.path) as new:
+            written = write_tensors(new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True,
+                                    metadata={SETTINGS_KEY: settings})
+            if verify:
+                self.verify(new, on_bytes)
+        return [replace(written, path=self.path)]
 
     def read(self, part: str, place: Path) -> Mapping[str, Tensor]:
         return read_checkpoint(place)[0]

@@ -71,10 +71,8 @@ def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, va
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None,
                   on_bytes: OnBytes | None = None, metadata: Mapping[str, str] | None = None,
-                  digest: bool = False, inspect: Callable[[Path], Any] = bool) -> Written:
+                  digest: bool = False) -> Written:
     """One file, whole or not at all, in the format of its ending; floating tensors as `dtype`, where one is given.
-
-    `inspect` is called with the file before that takes its place, and may raise to prevent it.
 
     A safetensors file is the same, byte for byte, as the library's own `save_file` writes. That one wants all tensors
     at once, on the CPU and in the dtype to write, so that casting a model, or taking it from a GPU, would hold a second
@@ -87,7 +85,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dty
                 write_safetensors(sink, tensors, dtype, metadata or {})
             else:
                 write_pickle(sink, tensors, dtype)
-        inspect(temporary)
         return Written(path, len(tensors), sink.bytes, sink.hash.hexdigest() if sink.hash else None)
 
     return write_whole(path, write)
