@@ -118,7 +118,7 @@ class Storage:
                     if getattr(type(part), "save_pretrained", None) not in ours:
                         private(new / name)  # it may write in place
                     part.save_pretrained(new / name, safe_serialization=safe_serialization, variant=variant,
-                                         max_shard_size="10GB" if max_shard_size is None else max_shard_size)
+                                         max_shard_size=max_shard_size)
             write_text(new / INDEX, index_text(type(self).__name__, self.components, self._settings))
 
     @property

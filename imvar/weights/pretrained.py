@@ -247,7 +247,7 @@ class PretrainedModel(Pretrained, nn.Module):
         with replaced(a_path("save_directory", save_directory)) as new:
             super().save_pretrained(new)
             write_weights(new, self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
-                          safe_serialization=safe_serialization, max_shard_size="10GB" if max_shard_size is None else max_shard_size)
+                          safe_serialization=safe_serialization, max_shard_size=max_shard_size)
 
     @property
     def device(self) -> torch.device:

@@ -156,7 +156,9 @@ class SingleFile:
         """Raise `CheckpointError` for tensors that belong to no part and that no original file is known to hold."""
         mine = {name for ways in self.parts.values() for held in ways for name in held.tensors}
         if unknown := [name for name in self.tensors if name not in mine and not self.droppable(name)]:
-            raise CheckpointError(f"{len(unknown)} unknown tensor{'s' * (len(unknown) > 1)}: {listed(unknown)}", path=self.path, key=unknown[0])
+            several = "s" * (len(unknown) > 1)
+            raise CheckpointError(f"{len(unknown)} unknown tensor{several}: {listed(unknown)}", path=self.path,
+                                  key=unknown[0])
 
     def _behind(self, part: str, naming: Naming) -> Held:
         mine = {name: tensor for name, tensor in self.tensors.items() if name.startswith(naming.prefix)}

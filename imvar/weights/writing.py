@@ -40,7 +40,7 @@ class Written:
 
 
 def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, variant: str | None = None,
-                  safe_serialization: bool = True, max_shard_size: int | str = "10GB",
+                  safe_serialization: bool = True, max_shard_size: int | str | None = None,
                   dtype: torch.dtype | None = None, on_bytes: OnBytes | None = None,
                   digest: bool = False) -> list[Written]:
     """Write a part's tensors into `folder`, in shards if they are large, and remove what they replace.
@@ -178,8 +178,9 @@ def finite(tensor: Tensor) -> bool:
     return not wide.numel() or all(bool(bound.isfinite()) for bound in wide.aminmax())
 
 
-def size_in_bytes(size: int | str) -> int:
-    """`max_shard_size` as a number: whole bytes, or text such as "10GB", a thousand MB each."""
+def size_in_bytes(size: int | str | None) -> int:
+    """`max_shard_size` as a number: whole bytes, or text such as "10GB", a thousand MB each, which is also None."""
+    size = "10GB" if size is None else size
     number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])B\s*", size, re.IGNORECASE) if isinstance(size, str) else None
     if number:
         found = float(number[1]) * 1000 ** ("KMGT".index(number[2].upper()) + 1)
