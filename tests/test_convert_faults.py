@@ -154,6 +154,46 @@ def test_folders_that_hold_nothing_known(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
 
 
+def test_a_source_without_a_part_that_it_names(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    shutil.rmtree(source / "vae")
+    with pytest.raises(CheckpointError, match=r"vae, which is not there; fill=") as caught:
+        convert(source, tmp_path / "target")
+    assert (caught.value.path, caught.value.key) == (source / "model_index.json", "vae")
+    assert not (tmp_path / "target").exists()
+    convert(source, tmp_path / "unet", part="unet")
+    convert(source, tmp_path / "target", fill=checkpoint)
+    assert bytes_in(tmp_path / "target") == bytes_in(checkpoint)
+
+
+def test_no_part_stands_beside_those_of_another_checkpoint(small, checkpoint, tmp_path):
+    target = shutil.copytree(checkpoint, tmp_path / "target")
+    before = bytes_in(target)
+    with pytest.raises(CheckpointError, match="is there from another checkpoint") as caught:
+        convert(small, target)
+    assert caught.value.path == target / "safety_checker"
+    assert bytes_in(target) == before
+
+
+def test_folders_that_no_index_names_are_told(checkpoint, tmp_path):
+    source, said = shutil.copytree(checkpoint, tmp_path / "source"), []
+    shutil.copytree(source / "unet", source / "unet_ema")
+    convert(source, tmp_path / "target", say=said.append)
+    assert "  left where they are: unet_ema" in said
+    assert not (tmp_path / "target" / "unet_ema").exists()
+
+
+@pytest.mark.parametrize(("value", "dtype", "would_do"), [
+    (1e5, "fp16", "bf16 or fp32 would do"), (3.4028e38, "bf16", "; fp32 would do"), (1e300, "fp32", "; keep would do")])
+def test_what_would_hold_a_value_is_told(checkpoint, tmp_path, value, dtype, would_do):
+    source = shutil.copytree(checkpoint / "vae", tmp_path / "vae")
+    file = source / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"quant_conv.bias": torch.full((8,), value, dtype=torch.float64)}, file)
+    with pytest.raises(ImvarError, match=would_do):
+        convert(source, tmp_path / "out", dtype=dtype)
+
+
 def test_a_full_disk_is_noticed_beforehand(small, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1_000_000))
     with pytest.raises(ImvarError, match="1000000 are free on that disk; nothing was written"):

@@ -110,6 +110,7 @@ class Storage:
         for name, part in self.components.items():
             if part is not None and not hasattr(part, "save_pretrained"):
                 raise InputTypeError(f"{name}: a {type(part).__name__} cannot be saved: it has no save_pretrained")
+        sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}  # each part has its own default
         ours = (Pretrained.save_pretrained, PretrainedModel.save_pretrained)
         asked_for(options, (), f"{type(self).__name__}.save_pretrained")
         with replaced(a_path("save_directory", save_directory)) as new:
@@ -117,8 +118,7 @@ class Storage:
                 if part is not None:
                     if getattr(type(part), "save_pretrained", None) not in ours:
                         private(new / name)  # it may write in place
-                    part.save_pretrained(new / name, safe_serialization=safe_serialization, variant=variant,
-                                         max_shard_size=max_shard_size)
+                    part.save_pretrained(new / name, safe_serialization=safe_serialization, variant=variant, **sizes)
             write_text(new / INDEX, index_text(type(self).__name__, self.components, self._settings))
 
     @property

@@ -23,7 +23,7 @@ DTYPES = {torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.f
           torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
           torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8",
           torch.bool: "BOOL"}  # what safetensors calls them, in the order in which it writes them
-PIECE = 2**24  # bytes written, hashed and reported at a time
+PIECE = 2**18  # bytes written, hashed and reported at a time: measured to be up to ten times as fast as 2**24
 
 OnBytes = Callable[[int], Any]
 """Is told how many more bytes are written."""
