@@ -36,7 +36,7 @@ class CheckpointError(ImvarError, OSError):
 
     def __init__(self, reason: str, *, path: str | Path | None = None, key: str | None = None):
         self.reason, self.path, self.key = reason, None if path is None else Path(path), key
-        told = key is not None and key in reason
+        told = key is not None and (reason.startswith(f"{key}:") or f"{key}=" in reason or f": {key}" in reason)
         parts = (path, None if told else key, reason)
         super().__init__(": ".join(str(part) for part in parts if part is not None))
 
