@@ -171,6 +171,7 @@ def test_a_tensor_in_two_spellings(folder):
     (b"", "cannot be read"), (b"<html>not found</html>", "cannot be read"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "cannot be read"),
     (b"\xff" * 4096, "cannot be read"),
+    (b"PK\x06\x07" + bytes(12) + b"\2\0\0\0" + b"PK\x05\x06" + bytes(18), "cannot be read"),  # of two disks
 ])
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
 def test_files_that_hold_no_tensors(folder, name, content, words):

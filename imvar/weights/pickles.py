@@ -55,8 +55,8 @@ def unpickle(path: Path, *, standins: bool = False) -> Any:
     Raises `CheckpointError` naming what the pickle asks for other than dense tensors and, if `standins`, the
     few things that training leaves in an original checkpoint, each of which is then an `Inert`.
     """
-    mapped = zipfile.is_zipfile(path)
     try:
+        mapped = zipfile.is_zipfile(path)  # which may also raise, for one that says it goes on on another disk
         with path.open("rb") as file:
             names = asked_for(program(path, file)) if mapped else asked_for(file.read(LARGEST_PROGRAM), pickles=5)
         allowed = (*STANDINS, BYTES) if standins else ()
