@@ -1,15 +1,19 @@
 """Checkpoints: files, names, the parts' `from_pretrained` and `save_pretrained`, and conversion."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .loading import load
 
-
-def convert(*args: Any, **options: Any) -> Any:
-    """`imvar.weights.conversion.convert`, which is imported when it is called for the first time."""
+if TYPE_CHECKING:
     from .conversion import convert
 
-    return convert(*args, **options)
-
-
 __all__ = ["convert", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """`convert`, with what only conversion needs, is imported when somebody asks for it."""
+    if name == "convert":
+        from .conversion import convert
+
+        return convert
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
