@@ -1,0 +1,169 @@
+"""Train imvar-emoji, the small checkpoint that imvar carries: from npm packages to a folder, in one command.
+
+    python scripts/train_default [--work out/train-default] [--budget MINUTES] [--scope reduced|full]
+
+Needs `npm`, which fetches 24 MB of drawings, and `pip install .[train]`. Everything is kept in the work folder: a run
+that was stopped, or that used up its --budget, goes on where it was when started again. Sample grids (*.png) and logs
+(*.jsonl) appear there along the way; the checkpoint is in WORK/imvar-emoji, and nothing outside is written.
+
+The stages, and the minutes planned for each, of one core for the convolutional ones and two for the rest on a CPU:
+teacher, encoder (which has to name half of the held-out drawings before anything builds on it), vae, unet, safety,
+judge. `--minutes unet=120` plans otherwise; a stage that was done with fewer minutes than planned trains on, and those
+that build on it have to be begun again, which it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from imvar import AutoencoderKL, CLIPVisionModelWithProjection, StableDiffusionSafetyChecker
+from train_default import autoencoder, diffusion, drawings, encoder, examples, folder, judging, naming, safety, samples
+from train_default.catalogue import REDUCED, SAFETY_CONCEPTS, Split, codes
+from train_default.loop import Job, train
+from train_default.networks import Namer
+
+MINUTES = {
+    "cpu": {"teacher": 8, "encoder": 30, "vae": 45, "unet": 90, "safety": 5, "judge": 5},
+    "cuda": {"teacher": 1, "encoder": 3, "vae": 4, "unet": 10, "safety": 1, "judge": 1},
+}
+STAGES = tuple(MINUTES["cpu"])
+GATE = 0.5  # of the held-out drawings the encoder has to name, before a UNet is trained to listen to it
+
+
+class Run:
+    """The stages: each is a property that is trained, or read from its file, when something first asks for it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.work, self.seed, self.device = args.work, args.seed, torch.device(args.device)
+        self.minutes = MINUTES["cpu" if self.device.type == "cpu" else "cuda"] | dict(args.minutes or ())
+        self.until = time.monotonic() + 60 * args.budget
+        self.prediction = args.prediction
+        self.all = drawings.load(self.work)
+        self.split: Split = REDUCED if args.scope == "reduced" else drawings.everything(self.all, self.work)
+        self.known = drawings.learnable(self.all, self.split)
+        self.ours = self.known.of(self.split.concepts)
+        self.held_out = drawings.held_out(self.all, self.split)
+        self.figures: dict[str, dict[str, float]] = {}
+
+    def trained(self, job: Job, seed: int, after: tuple[str, ...] = ()) -> Any:
+        """The job's model, trained for its minutes; SystemExit where the budget ends before."""
+        steps = {name: int(self.figures[name]["step"]) for name in after}
+        model, figures = train(job, self.work, self.minutes[job.name], self.seed + seed, self.device, self.until, steps)
+        self.figures[job.name] = figures
+        if figures["seconds"] < 60 * self.minutes[job.name]:
+            raise SystemExit(f"the budget ended in {job.name}; the same command goes on from there")
+        return model
+
+    def namer(self, name: str, known: drawings.Drawings, preferred: list[str], seed: int, width: int) -> Namer:
+        torch.manual_seed(self.seed + seed)
+        return self.trained(naming.job(name, known, preferred, self.held_out, self.device, width=width), seed)
+
+    @cached_property
+    def teacher(self) -> Namer:
+        return self.namer("teacher", self.known, self.split.concepts, 2, width=32)
+
+    @cached_property
+    def judge(self) -> Namer:
+        """Knows the held-out concepts as well, to tell whether something like them comes out."""
+        more = self.all.of(self.split.unseen, styles=set(self.known.styles.tolist()))
+        known = drawings.together(self.known, more)
+        return self.namer("judge", known, self.split.concepts + self.split.unseen, 7, width=40)
+
+    def distilled(self, name: str, model: Any, embed: Any, preferred: list[str], check: drawings.Drawings,
+                  seed: int) -> Any:
+        job = encoder.job(name, model, embed, self.known, self.teacher, preferred, check, self.device)
+        return self.trained(job, seed, after=("teacher",))
+
+    @cached_property
+    def encoder(self) -> CLIPVisionModelWithProjection:
+        torch.manual_seed(self.seed + 3)
+        model = self.distilled("encoder", CLIPVisionModelWithProjection(**encoder.SETTINGS), encoder.image_embeds,
+                               self.split.concepts, self.held_out, 3)
+        reached = self.figures["encoder"]["top-1"]
+        if reached < GATE:
+            more = 2 * self.minutes["encoder"]
+            raise SystemExit(f"the encoder names {reached:.0%} of the held-out drawings, and a UNet is worth training "
+                             f"from {GATE:.0%} on: --minutes encoder={more:g} trains the encoder on")
+        return model
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        torch.manual_seed(self.seed + 1)
+        unseen = self.all.of(self.split.unseen, styles=set(self.known.styles.tolist()))
+        model = self.trained(autoencoder.job(self.ours, self.known, unseen, self.work, self.device), 1)
+        autoencoder.normalize(model, self.ours.rgb().to(self.device))
+        return model
+
+    @cached_property
+    def unet(self) -> Any:
+        bank = diffusion.bank(self.ours, self.vae, self.encoder, self.seed, self.device)
+        torch.manual_seed(self.seed + 4)
+        look = samples.look(self.work, self.ours, self.held_out, self.vae, self.encoder, self.teacher,
+                            codes(self.split.concepts), self.prediction)
+        job = diffusion.job(self.ours, bank, self.device, prediction=self.prediction, look=look)
+        return self.trained(job, 4, after=("encoder", "vae"))
+
+    @cached_property
+    def safety(self) -> StableDiffusionSafetyChecker:
+        torch.manual_seed(self.seed + 5)
+        looked_for = list(SAFETY_CONCEPTS.values())
+        check = self.all.of(looked_for, styles=["openmoji"])
+        model = self.distilled("safety", StableDiffusionSafetyChecker(**safety.SETTINGS), safety.embed,
+                               looked_for, check, 5)
+        self.figures["safety"] |= safety.calibrate(model.cpu(), self.known, self.seed)
+        return model
+
+    @cached_property
+    def folder(self) -> Path:
+        """Everything."""
+        target = self.work / "imvar-emoji"
+        pipe = folder.pipeline(self.vae, self.encoder, self.unet, self.safety, self.prediction)
+        judging.write(self.judge, self.work / "test-assets" / "judge.safetensors")
+        examples.write_fixture(self.work / "test-assets", self.all)
+        examples.write_examples(target / "examples", self.work)
+        folder.write(target, pipe, {
+            "seed": self.seed, "torch": torch.__version__, "device": self.device.type,
+            "prediction_type": self.prediction, "concepts": self.split.by_category,
+            "held_out_concepts": self.split.unseen_by_category, "held_out_drawings": self.split.held_out,
+            "stages": self.figures})
+        return target
+
+
+def minutes(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    if name not in STAGES or not value.replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: STAGE=MINUTES would do, as in unet=90")
+    return name, float(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--work", type=Path, default=Path("out/train-default"), help="where everything is kept")
+    add("--budget", type=float, default=math.inf, metavar="MINUTES", help="stop after that long (default: when done)")
+    add("--minutes", type=minutes, action="append", metavar="STAGE=MINUTES", help="plan other than the usual minutes")
+    add("--scope", choices=("reduced", "full"), help="187 concepts, or a thousand (default: full on CUDA)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction", help="what the UNet predicts")
+    add("--only", choices=STAGES, metavar="STAGE", help="stop after this stage; others may run beside it")
+    args = parser.parse_args()
+    args.scope = args.scope or ("reduced" if args.device == "cpu" else "full")
+    print(json.dumps({name: str(value) for name, value in vars(args).items()}))
+    made = getattr(Run(args), args.only or "folder")
+    print(f"done: {made if args.only is None else args.only}")
+
+
+if __name__ == "__main__":
+    main()

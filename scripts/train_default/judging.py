@@ -1,0 +1,29 @@
+"""The judge's file: a test asset, in half precision, that knows the names of what it tells apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .networks import Namer
+
+
+def write(judge: Namer, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.half() if tensor.is_floating_point() else tensor
+               for name, tensor in judge.cpu().state_dict().items()}
+    width = judge.stages[0].down[0].out_channels  # type: ignore[index]
+    save_file(tensors, path, {"names": " ".join(judge.names), "width": str(width)})
+
+
+def read(path: Path) -> Namer:
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+        judge = Namer(about["names"].split(), int(about["width"]))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    judge.load_state_dict({name: tensor.float() if tensor.dtype == torch.half else tensor
+                           for name, tensor in tensors.items()})
+    return judge.eval()
