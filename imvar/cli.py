@@ -131,7 +131,8 @@ def fill_in(args: argparse.Namespace, emoji: bool) -> None:
     if emoji and not args.photos:
         args.photos = list(bundled_examples(EMOJI).values())
     if not args.photos:
-        args.misused(f"no PHOTO came; name one or more, or --checkpoint {EMOJI}, which has drawings of its own")
+        hides = f"; {Path(EMOJI).absolute()} hides the bundled one here" if args.checkpoint == EMOJI else ""
+        args.misused(f"no PHOTO came; name one or more, or --checkpoint {EMOJI}, which has drawings of its own{hides}")
 
 
 def variations(pipe: StableDiffusionImageVariationPipeline, photo: Image, seeds: Sequence[int],

@@ -221,6 +221,14 @@ def test_without_photos_and_without_drawings(args, capsys):
     assert "no PHOTO came; name one or more, or --checkpoint imvar-emoji" in said
 
 
+def test_without_photos_where_a_folder_of_that_name_comes_first(capsys):
+    """As after `-o imvar-emoji`."""
+    Path(NAME).mkdir()
+    with pytest.raises(SystemExit):
+        cli.main(["vary", "--checkpoint", NAME])
+    assert f"{Path(NAME).absolute()} hides the bundled one here" in capsys.readouterr().err
+
+
 def test_a_revision_of_it(capsys):
     assert cli.main(["vary", "--checkpoint", NAME, "--revision", "v1.0"]) == 1
     assert "imvar-emoji comes with imvar and has no revisions" in capsys.readouterr().err
