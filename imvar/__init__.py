@@ -18,6 +18,7 @@ from .outputs import StableDiffusionPipelineOutput
 from .photos import load_image
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from .weights.bundled import bundled_checkpoint, bundled_examples
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,8 @@ __all__ = [
     "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
     "VaeImageProcessor",
+    "bundled_checkpoint",
+    "bundled_examples",
     "load_image",
     "sdpa",
     "set_attend",

@@ -18,8 +18,13 @@ from .errors import CheckpointError, ImvarError, InputError
 from .photos import distinct, load_image, spare
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from .weights.bundled import bundled_examples
 
 CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
+EMOJI = "imvar-emoji"
+KNOWS = (f"{EMOJI} knows drawings in the style of emoji: objects, animals, food, vehicles and faces; not photographs, "
+         f"which --checkpoint {CHECKPOINT} knows, a download of 6 GB")
+STEPS, EMOJI_STEPS = 50, 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULERS = {  # and what each has to be told: published configs leave clip_sample on, which spoils latents
     "ddim": (DDIMScheduler, {"clip_sample": False}),
@@ -52,26 +57,32 @@ def parser() -> argparse.ArgumentParser:
     job = jobs.add_parser(
         "vary", help="make variations of photographs",
         description="Make variations of each photograph, and one contact sheet that shows them beside it.",
-        epilog="Variation k of a photo comes of seed S + k and is saved as PHOTO-SEED.png; a file of that name in "
+        epilog=f"The checkpoint {EMOJI} comes with imvar and needs no download: a small model that makes 64 x 64 "
+               "pictures in seconds. It knows drawings in the style of emoji, not photographs. With no PHOTO it makes "
+               "variations of drawings that come with it. "
+               "Variation k of a photo comes of seed S + k and is saved as PHOTO-SEED.png; a file of that name in "
                "FOLDER, such as one of an earlier run, is replaced. Exit status: 0 done, 1 failed, 2 misused, "
                "130 stopped.")
     add = job.add_argument
-    add("photos", nargs="+", type=Path, metavar="PHOTO", help="a JPEG, PNG or WebP file")
+    job.set_defaults(misused=job.error)
+    add("photos", nargs="*", type=Path, metavar="PHOTO",
+        help=f"a JPEG, PNG or WebP file (default with --checkpoint {EMOJI}: drawings that come with it)")
     add("-n", type=a_count, default=4, metavar="N", help="variations of each photo (default: 4)")
     add("-o", dest="out", type=Path, default=Path("variations"), metavar="FOLDER",
         help="where the pictures go; made if need be (default: variations)")
     add("--seed", type=a_seed, default=0, metavar="S", help="seed of the first variation (default: 0)")
-    add("--steps", type=a_count, default=50, metavar="N", help="steps of denoising (default: 50)")
+    add("--steps", type=a_count, metavar="N",
+        help=f"steps of denoising (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
     add("--guidance", type=a_number, default=3.0, metavar="W", help="how closely to follow the photo (default: 3)")
     add("--size", type=a_size, default=(None, None), metavar="N|HxW",
         help="pixels of a variation, multiples of 8 (default: what the checkpoint was trained at)")
     add("--scheduler", choices=SCHEDULERS, help="default: the checkpoint's own")
     add("--checkpoint", default=CHECKPOINT, metavar="ID|FOLDER|FILE",
-        help=f"a hub id, a folder in the published layout, or an original .ckpt file (default: {CHECKPOINT})")
+        help=f"a hub id, a folder in the published layout, an original .ckpt file, or {EMOJI} (default: {CHECKPOINT})")
     add("--revision", help=f"which state of a hub id (default: {REVISION} of the default checkpoint)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest that is here)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="default: auto, half precision where the device is fast at it, else float32")
+        help=f"default: auto, half precision where the device is fast at it, else float32; float32 with {EMOJI}")
     add("--batch", type=a_count, default=4, metavar="N",
         help="variations made at a time; fewer need less memory (default: 4)")
     return top
@@ -79,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
 
 def vary(args: argparse.Namespace) -> None:
     """Make, save and report the variations; device, photos and names are checked before the checkpoint is loaded."""
+    emoji = is_emoji(args.checkpoint)
+    fill_in(args, emoji)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     pictures = [load_image(path) for path in args.photos]
@@ -88,6 +101,8 @@ def vary(args: argparse.Namespace) -> None:
     if any(place.exists() and not place.is_dir() for place in (args.out, *args.out.parents)):
         raise InputError(f"-o {args.out}: is, or lies in, a file; a folder would do")
     spare(args.photos, [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)])
+    if emoji:
+        print(f"imvar: {KNOWS}", file=sys.stderr)
     pipe = load(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -106,6 +121,18 @@ def vary(args: argparse.Namespace) -> None:
     print(sheet, "(the variations beside the photos)")
     if pipe.safety_checker is None:
         print("imvar: this checkpoint has no safety checker, so none looked at the pictures", file=sys.stderr)
+
+
+def fill_in(args: argparse.Namespace, emoji: bool) -> None:
+    """Fill in what was not said and depends on the checkpoint: photos, steps and dtype."""
+    args.steps = args.steps or (EMOJI_STEPS if emoji else STEPS)
+    if emoji and args.dtype == "auto":  # so that pictures are those of the same lines in Python, on any machine
+        args.dtype = "float32"
+    if emoji and not args.photos:
+        args.photos = list(bundled_examples(EMOJI).values())
+    if not args.photos:
+        hides = f"; {Path(EMOJI).absolute()} hides the bundled one here" if args.checkpoint == EMOJI else ""
+        args.misused(f"no PHOTO came; name one or more, or --checkpoint {EMOJI}, which has drawings of its own{hides}")
 
 
 def variations(pipe: StableDiffusionImageVariationPipeline, photo: Image, seeds: Sequence[int],
@@ -139,12 +166,17 @@ def load(checkpoint: str, revision: str | None, scheduler: str | None, dtype: to
         at = f"{checkpoint} (revision {revision})" if revision else checkpoint
         raise ImvarError(f"{at} is not on this machine and could not be downloaded, for want of a network or because "
                          "the hub does not have it: connect once so that it gets downloaded, or name the folder of a "
-                         "copy with --checkpoint FOLDER") from error
+                         f"copy with --checkpoint FOLDER; --checkpoint {EMOJI} needs no download") from error
     if scheduler:
         chosen, changes = SCHEDULERS[scheduler]
         pipe.scheduler = chosen.from_config(pipe.scheduler.config, **changes)
     pipe.enable_vae_slicing()
     return pipe
+
+
+def is_emoji(checkpoint: str) -> bool:
+    """Whether this is the bundled checkpoint, rather than a folder or file of its name."""
+    return checkpoint == EMOJI and not Path(checkpoint).exists()
 
 
 def pick_device(name: str) -> torch.device:

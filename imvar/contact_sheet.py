@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-SIDE = 256  # pixels of the longer side of a variation
+SIDE = 256  # pixels of the longer side of a variation; of a small one, the whole multiple that comes next below
 GAP, MARGIN, GUTTER = 10, 28, 34  # between variations, around the sheet, between a photo and its variations
 CAPTION = 30
 PAPER, INK, FAINT, RULE = "#faf9f6", "#2b2a28", "#8a8780", "#dedbd4"
@@ -26,7 +26,8 @@ class Row:
 def contact_sheet(rows: Sequence[Row], footer: str) -> Image.Image:
     """The sheet as an RGB picture; every row has at least one variation."""
     first = rows[0].variations[0][1]
-    width, height = ImageOps.contain(first, (SIDE, SIDE)).size
+    width, height = size_on_sheet(first)
+    smooth = Image.Resampling.BICUBIC if width > first.width else Image.Resampling.LANCZOS
     photos = [ImageOps.contain(row.photo, (3 * height // 2, height)) for row in rows]
     column = max(photo.width for photo in photos)
     most = max(len(row.variations) for row in rows)
@@ -45,11 +46,19 @@ def contact_sheet(rows: Sequence[Row], footer: str) -> Image.Image:
         place(photo, row.name, MARGIN + column - photo.width, y, INK)
         for k, (caption, variation) in enumerate(row.variations):
             x = MARGIN + column + GUTTER + k * (width + GAP)
-            place(variation.resize((width, height), Image.Resampling.LANCZOS), caption, x, y, FAINT)
+            place(variation.resize((width, height), smooth), caption, x, y, FAINT)
     x = MARGIN + column + GUTTER // 2
     draw.line((x, MARGIN, x, down - MARGIN // 2 - 2 * CAPTION - GAP), RULE)
     draw.text((MARGIN, down - MARGIN // 2 - CAPTION + 4), fitted(footer, font, across - 2 * MARGIN), FAINT, font)
     return sheet
+
+
+def size_on_sheet(picture: Image.Image) -> tuple[int, int]:
+    """Width and height to show it at: made smaller to fit `SIDE`, or larger by a whole factor, so that dots stay even.
+    """
+    if factor := SIDE // max(picture.size):
+        return picture.width * factor, picture.height * factor
+    return ImageOps.contain(picture, (SIDE, SIDE)).size
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -11,7 +11,7 @@ from PIL import Image, ImageFont
 
 import imvar
 from imvar import cli
-from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, Row, contact_sheet, fitted
+from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, Row, contact_sheet, fitted, size_on_sheet
 from imvar.photos import distinct, load_image
 from imvar.weights import convert
 
@@ -197,11 +197,19 @@ def test_text_is_shortened_to_fit():
     assert font.getlength(short) <= 100 < font.getlength("w" + short)
 
 
+@pytest.mark.parametrize(("size", "on_sheet"), [
+    ((64, 64), (256, 256)), ((96, 64), (192, 128)), ((40, 100), (80, 200)), ((256, 128), (256, 128)),
+    ((300, 200), (256, 171)), ((512, 512), (256, 256)),
+])
+def test_small_pictures_grow_by_a_whole_factor(size, on_sheet):
+    assert size_on_sheet(Image.new("RGB", size)) == on_sheet
+
+
 def test_size_of_the_contact_sheet():
-    picture = Image.new("RGB", (96, 64), "teal")
+    picture = Image.new("RGB", (384, 256), "teal")
     rows = [Row("wide", Image.new("RGB", (300, 100)), [("", picture)] * 3),
             Row("tall", Image.new("RGB", (100, 300)), [("", picture)])]
-    height = SIDE * 64 // 96 + 1
+    height = SIDE * 256 // 384 + 1
     sheet = contact_sheet(rows, "a footer that is too long " * 99)
     assert sheet.width == MARGIN + 3 * height // 2 + GUTTER + 3 * SIDE + 2 * GAP + MARGIN
     assert sheet.height == MARGIN + 2 * (height + CAPTION + GAP) + CAPTION + MARGIN // 2

@@ -21,7 +21,8 @@ def test_every_block_of_code(checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["scripts/demo", "scripts/test", "scripts/fork.py", "scripts/verify_reference.py",
-                                  "tests/photos/LICENSES.md", "imvar/pipeline/variation.py"])
+                                  "tests/photos/LICENSES.md", "imvar/pipeline/variation.py",
+                                  "imvar/checkpoints/imvar-emoji/README.md"])
 def test_what_it_names_is_there(name):
     assert (ROOT / name).exists()
     assert Path(name).name in (ROOT / "README.md").read_text()

@@ -37,7 +37,7 @@ class Storage:
                         revision: str | None = None, variant: str | None = None, use_safetensors: bool | None = None,
                         cache_dir: str | Path | None = None, local_files_only: bool = False,
                         token: str | bool | None = None, low_cpu_mem_usage: bool = True, **overrides: Any) -> Self:
-        """A pipeline from a folder or a hub repository in the published layout.
+        """A pipeline from a folder or a hub repository in the published layout, or "imvar-emoji", which is bundled.
 
         `dtype` (or `torch_dtype`): one for all parts, or a dictionary of part to dtype with `"default"`; float32
         unless said. `overrides` are parts to use instead of the checkpoint's, None to go without, and settings of

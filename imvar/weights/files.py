@@ -18,6 +18,7 @@ import huggingface_hub
 
 from ..checks import a_path
 from ..errors import CheckpointError
+from .bundled import BUNDLED, bundled_checkpoint
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class Hub:
 
 
 def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
-    """The folder of a checkpoint: `source` itself, or a snapshot of that hub repository.
+    """The folder of a checkpoint: `source` itself, the bundled one of that name, or a snapshot of that hub repository.
 
     Only wanted files are fetched. Raises `CheckpointError` where nothing is found.
     """
@@ -52,8 +53,11 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
         return folder
     if os.path.isfile(folder):
         raise CheckpointError("is a file, not a folder; from_single_file reads files", path=folder)
+    if name in BUNDLED:
+        return bundled_checkpoint(name, hub.revision)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError("no such folder (and not a hub id, which looks like 'owner/name')", path=name)
+        raise CheckpointError("no such folder (and neither a hub id, which looks like 'owner/name', nor "
+                              f"{' or '.join(BUNDLED)}, which comes with imvar)", path=name)
     names, fault = None, None  # no names: no network, so what is in the cache has to do
     try:
         if not hub.local_files_only and not huggingface_hub.constants.HF_HUB_OFFLINE:

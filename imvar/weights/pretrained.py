@@ -49,7 +49,7 @@ class Pretrained(Configured):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, *,
                         revision: str | None = None, cache_dir: str | Path | None = None,
                         local_files_only: bool = False, token: str | bool | None = None, **changes: Any) -> Self:
-        """Read settings from a folder or a hub repository; `changes` come on top.
+        """Read settings from a folder, a hub repository or a bundled checkpoint; `changes` come on top.
 
         `subfolder` is part of what the caller names, as if the path ended in it. Raises `CheckpointError` for a file
         that is missing or holds what this part cannot honour.
@@ -150,11 +150,12 @@ class PretrainedModel(Pretrained, nn.Module):
                         use_safetensors: bool | None = None, cache_dir: str | Path | None = None,
                         local_files_only: bool = False, token: str | bool | None = None,
                         low_cpu_mem_usage: bool = True, **changes: Any) -> Self:
-        """Read settings and weights from a folder or a hub repository; `changes` of settings come on top.
+        """Read settings and weights from a folder, a hub repository or a bundled checkpoint.
 
-        Weights are float32 unless another `dtype` is named ("auto": the widest that the file has), and are mapped
-        from the file where they need no conversion, whatever `low_cpu_mem_usage` says. The model is in eval mode.
-        Raises `CheckpointError` naming the file, and the tensor that is missing, unknown or misshapen.
+        `changes` of settings come on top. Weights are float32 unless another `dtype` is named ("auto": the widest
+        that the file has), and are mapped from the file where they need no conversion, whatever `low_cpu_mem_usage`
+        says. The model is in eval mode. Raises `CheckpointError` naming the file, and the tensor that is missing,
+        unknown or misshapen.
         """
         wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
         prefix = f"{subfolder}/" if subfolder else ""
