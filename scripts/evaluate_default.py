@@ -2,7 +2,7 @@
 
     python scripts/evaluate_default.py [--checkpoint imvar-emoji] [--work out/train-default] [--out out/evaluation]
 
-Prints a table, writes it to OUT as metrics.json and metrics.md, and grids to look at beside it. The judge is a network
+Prints a table, writes it to OUT as metrics.json, and grids to look at beside it. The judge is a network
 that was trained apart from the model, from another seed; it is a file of the tests. The drawings are fetched and
 rendered into the work folder if they are not there, OpenMoji's among them, on which nothing was trained. About ten
 minutes on two cores; `--quick` measures an eighth.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,14 @@ from train_default.encoder import pixels
 from train_default.measures import Share, from_time, identity, nearest, spread, variations
 from train_default.pictures import save_grid
 
-from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
+from imvar import (
+    DDIMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionImageVariationPipeline,
+    bundled_checkpoint,
+)
+from imvar.weights.bundled import BUNDLED
 
 JUDGE = Path(__file__).parents[1] / "tests" / "emoji" / "judge.safetensors"
 Row = tuple[str, str, str]  # what, the figure, the goal
@@ -160,6 +168,7 @@ def main() -> None:
     add("--work", type=Path, default=Path("out/train-default"), help="where the drawings are, or will be")
     add("--judge", type=Path, default=JUDGE, help="default: that of the tests")
     add("--out", type=Path, default=Path("out/evaluation"))
+    add("--write", action="store_true", help="write the table into the checkpoint's folder and model card as well")
     add("--quick", action="store_true", help="an eighth of the pictures")
     args = parser.parse_args()
 
@@ -174,9 +183,21 @@ def main() -> None:
         table.append(row)
         print(f"{row[0]:58} {row[1]:30} {row[2]}", flush=True)
     print(f"{time.monotonic() - begun:.0f} s")
-    (args.out / "metrics.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in table))
-    (args.out / "metrics.json").write_text(json.dumps([dict(zip(table[0], row, strict=True)) for row in table[2:]],
-                                                      indent=2) + "\n")
+    write(args.out, table)
+    if args.write:
+        write(bundled_checkpoint() if args.checkpoint in BUNDLED else Path(args.checkpoint), table)
+
+
+def write(folder: Path, table: list[Row]) -> None:
+    """The table as metrics.json, and in a model card that is there, between its two marks."""
+    rows = [dict(zip(table[0], row, strict=True)) for row in table[2:]]
+    (folder / "metrics.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    card = folder / "README.md"
+    if card.exists():
+        lines = "".join(f"| {' | '.join(row).strip()} |\n" for row in table)
+        text = re.sub(r"(?s)(<!-- metrics -->\n).*(<!-- /metrics -->)", lambda marks: marks[1] + lines + marks[2],
+                      card.read_text(encoding="utf-8"))
+        card.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

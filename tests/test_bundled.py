@@ -58,7 +58,8 @@ def test_the_folder_is_whole():
     folder = imvar.bundled_checkpoint()
     assert folder == imvar.bundled_checkpoint(NAME) == ROOT / "imvar" / "checkpoints" / NAME
     assert {path.name for path in folder.iterdir()} == {
-        "model_index.json", *PARTS, *SETTINGS, "README.md", "NOTICE", "metrics.json", "examples"}
+        "model_index.json", *PARTS, *SETTINGS, "README.md", "NOTICE", "metrics.json", "training.json", "gallery.png",
+        "examples"}
     assert {path.suffix for part in PARTS for path in (folder / part).iterdir()} == {".json", ".safetensors"}
     assert json.loads((folder / "metrics.json").read_text()) is not None
     assert (folder / "README.md").read_text().strip()

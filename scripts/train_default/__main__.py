@@ -9,7 +9,7 @@ that was stopped, or that used up its --budget, goes on where it was when starte
 The stages, and the minutes planned for each, of one core for the convolutional ones and two for the rest on a CPU:
 teacher, encoder (which has to name half of the held-out drawings before anything builds on it), vae, unet, safety,
 judge. `--minutes unet=120` plans otherwise; a stage that was done with fewer minutes than planned trains on, and those
-that build on it have to be begun again, which it says.
+that build on it are begun again, or kept and trained on as well with --keep.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Run:
         self.work, self.seed, self.device = args.work, args.seed, torch.device(args.device)
         self.minutes = MINUTES["cpu" if self.device.type == "cpu" else "cuda"] | dict(args.minutes or ())
         self.until = time.monotonic() + 60 * args.budget
-        self.prediction = args.prediction
+        self.prediction, self.keep = args.prediction, args.keep
         self.all = drawings.load(self.work)
         self.split: Split = REDUCED if args.scope == "reduced" else drawings.everything(self.all, self.work)
         self.known = drawings.learnable(self.all, self.split)
@@ -59,7 +59,8 @@ class Run:
     def trained(self, job: Job, seed: int, after: tuple[str, ...] = ()) -> Any:
         """The job's model, trained for its minutes; SystemExit where the budget ends before."""
         steps = {name: int(self.figures[name]["step"]) for name in after}
-        model, figures = train(job, self.work, self.minutes[job.name], self.seed + seed, self.device, self.until, steps)
+        model, figures = train(job, self.work, self.minutes[job.name], self.seed + seed, self.device, self.until, steps,
+                               self.keep)
         self.figures[job.name] = figures
         if figures["seconds"] < 60 * self.minutes[job.name]:
             raise SystemExit(f"the budget ended in {job.name}; the same command goes on from there")
@@ -95,6 +96,7 @@ class Run:
             more = 2 * self.minutes["encoder"]
             raise SystemExit(f"the encoder names {reached:.0%} of the held-out drawings, and a UNet is worth training "
                              f"from {GATE:.0%} on: --minutes encoder={more:g} trains the encoder on")
+        encoder.normalize(model, self.ours.rgb().to(self.device))
         return model
 
     @cached_property
@@ -107,12 +109,20 @@ class Run:
 
     @cached_property
     def unet(self) -> Any:
-        bank = diffusion.bank(self.ours, self.vae, self.encoder, self.seed, self.device)
+        bank = self.bank()
         torch.manual_seed(self.seed + 4)
         look = samples.look(self.work, self.ours, self.held_out, self.vae, self.encoder, self.teacher,
                             codes(self.split.concepts), self.prediction)
         job = diffusion.job(self.ours, bank, self.device, prediction=self.prediction, look=look)
         return self.trained(job, 4, after=("encoder", "vae"))
+
+    def bank(self) -> diffusion.Bank:
+        """What the UNet learns from, computed once for each state of the stages before."""
+        vae, image_encoder = self.vae, self.encoder
+        path = self.work / "bank-{}-{}.pt".format(*(int(self.figures[name]["step"]) for name in ("vae", "encoder")))
+        if not path.exists():
+            torch.save(vars(diffusion.bank(self.ours, vae, image_encoder, self.seed, self.device)), path)
+        return diffusion.Bank(**torch.load(path, map_location=self.device, weights_only=True))
 
     @cached_property
     def safety(self) -> StableDiffusionSafetyChecker:
@@ -157,6 +167,7 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction", help="what the UNet predicts")
+    add("--keep", action="store_true", help="go on with a stage although one that it builds on was trained on")
     add("--only", choices=STAGES, metavar="STAGE", help="stop after this stage; others may run beside it")
     args = parser.parse_args()
     args.scope = args.scope or ("reduced" if args.device == "cpu" else "full")

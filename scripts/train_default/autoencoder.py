@@ -49,7 +49,8 @@ def job(known: Drawings, others: Drawings, unseen: Drawings, folder: Path, devic
         save_grid(folder / "vae.png", torch.stack([shown[:32], back[:32]], dim=1).flatten(0, 1), columns=16)
         return {"psnr of held-out concepts": float(psnr(back, shown).mean())}
 
-    return Job("vae", model, loss, batch, rate=2e-3, look=look, average=0.998)
+    return Job("vae", model, loss, batch, rate=2e-3, look=look, average=0.998,
+               compiled=(model.encoder, model.decoder))
 
 
 def edges(y: Tensor, x: Tensor) -> Tensor:

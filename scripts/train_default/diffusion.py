@@ -25,7 +25,7 @@ SETTINGS = {
 }
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
              "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-VIEWS = 16  # kept of each drawing: of latents, moved a little, and of embeddings, changed strongly
+MOVED, VIEWS = 8, 16  # kept of each drawing: latents of it moved a little, and embeddings of views of it
 SAME = 0.5  # share of steps that are told the drawing's own embedding, and not another vendor's
 DROPPED = 0.1  # share that is told nothing, for guidance (arXiv:2207.12598, algorithm 1)
 DEVIATION = 0.3  # the most noise on an embedding, whose elements are about 1
@@ -34,7 +34,7 @@ HIGH, HIGH_SHARE = 700, 0.25  # a share of all timesteps is drawn from above thi
 
 @dataclass(frozen=True)
 class Bank:
-    """Latents (n, views, 2, 4, 16, 16), as mean and deviation, and embeddings (n, views, 128) of n drawings."""
+    """Latents (n, MOVED, 2, 4, 16, 16), as mean and deviation, and embeddings (n, VIEWS, 128) of n drawings."""
 
     latents: Tensor
     embeddings: Tensor
@@ -49,7 +49,7 @@ def bank(drawings: Drawings, vae: AutoencoderKL, encoder: CLIPVisionModelWithPro
     vae, encoder = vae.to(device), encoder.to(device)
     for rgba in drawings.images.to(device).split(64):
         plain = premultiplied(rgba)
-        shown = [plain, *(moved(plain, generator, turn=6, scale=(0.88, 1.02), shift=0.04) for _ in range(VIEWS - 1))]
+        shown = [plain, *(moved(plain, generator, turn=6, scale=(0.88, 1.02), shift=0.04) for _ in range(MOVED - 1))]
         posteriors = [vae.encode(over(one) * 2 - 1).latent_dist for one in shown]
         latents.append(torch.stack([torch.stack([one.mean, one.std], dim=1) for one in posteriors], dim=1))
         seen = [encoder(pixels(view(rgba, generator, strong=i >= VIEWS // 2))).image_embeds for i in range(VIEWS)]
@@ -66,7 +66,7 @@ def job(drawings: Drawings, known: Bank, device: torch.device, *, prediction: st
     pairs = Pairs(drawings, concepts, concepts, 1.0, device)
 
     def pick(values: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
-        return values[which, torch.randint(VIEWS, (batch,), generator=generator, device=device)]
+        return values[which, torch.randint(values.shape[1], (batch,), generator=generator, device=device)]
 
     def loss(generator: torch.Generator) -> Tensor:
         _, first, second = pairs.draw(batch, generator)
@@ -86,4 +86,4 @@ def job(drawings: Drawings, known: Bank, device: torch.device, *, prediction: st
         answer = model(noisy, times, embedding[:, None], return_dict=False)[0]
         return F.mse_loss(answer.float(), target)
 
-    return Job("unet", model, loss, batch, rate, decay=0.01, look=look)
+    return Job("unet", model, loss, batch, rate, decay=0.01, look=look, compiled=(model,))

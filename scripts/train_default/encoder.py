@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imvar import CLIPImageProcessor
+from imvar import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from .catalogue import codes
 from .drawings import Drawings
@@ -66,7 +66,15 @@ def job(name: str, model: nn.Module, embed: Callable[[nn.Module, Tensor], Tensor
         scores = F.normalize(embed(model, pixels(shown)).float(), dim=-1) @ among.T
         return {"top-1": top(scores, labels, 1), "top-5": top(scores, labels, 5)}
 
-    return Job(name, model, loss, batch, rate=1e-3, decay=0.05, average=0.998, look=look, look_every=120)
+    return Job(name, model, loss, batch, rate=1e-3, decay=0.05, average=0.998, look=look, look_every=120,
+               compiled=(model.tower,))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def normalize(model: CLIPVisionModelWithProjection, rgb: Tensor) -> None:
+    """Scale the projection, in place, so that embeddings of pictures have the length of sqrt(128) in the mean."""
+    length = torch.cat([model(pixels(part)).image_embeds.norm(dim=-1) for part in rgb.split(256)]).mean()
+    model.proj.weight *= LENGTH / length
 
 
 def image_embeds(model: nn.Module, pixels: Tensor) -> Tensor:

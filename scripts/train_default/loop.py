@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ class Job:
     rate: float
     average: float = 0.999
     decay: float = 0.01
+    compiled: Sequence[nn.Module] = ()  # by torch.compile, where there is a GPU
     look: Callable[[nn.Module], dict[str, float]] | None = None
     look_every: float = 240.0  # seconds
 
@@ -83,11 +84,13 @@ class Average:
 
 
 def train(job: Job, folder: Path, minutes: float, seed: int, device: torch.device,
-          until: float = math.inf, after: Mapping[str, int] | None = None) -> tuple[nn.Module, dict[str, float]]:
+          until: float = math.inf, after: Mapping[str, int] | None = None,
+          keep: bool = False) -> tuple[nn.Module, dict[str, float]]:
     """The job's model with averaged weights, after `minutes` in all runs together, or as far as `until` allows.
 
     `until` is a time of `time.monotonic()`. What was reached lies in `folder` as NAME.pt, the log as NAME.jsonl.
-    `after` are the steps of the stages that this one builds on, which must not have changed since it was begun.
+    `after` are the steps of the stages that this one builds on, which must not have changed since it was begun, unless
+    it is to be kept nevertheless.
     Answers the last figures as well.
     """
     after = dict(after or {})
@@ -97,12 +100,15 @@ def train(job: Job, folder: Path, minutes: float, seed: int, device: torch.devic
     average, progress = Average(model, job.average), Progress()
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        if saved["after"] != after:
+        if saved["after"] != after and not keep:
             raise SystemExit(f"{path} builds on {saved['after']} steps, and now there are {after}: delete it to begin "
-                             "this stage again, or plan as many --minutes as before")
+                             "this stage again, --keep to go on with it, or plan as many --minutes as before")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average.tensors, progress = saved["average"], Progress(**saved["progress"])
+    if device.type == "cuda":
+        for module in job.compiled:
+            module.compile()
     begun, planned = time.monotonic() - progress.seconds, minutes * 60
     saved_at = looked_at = progress.seconds
     while progress.seconds < planned and time.monotonic() < until:
