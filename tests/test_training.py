@@ -44,7 +44,8 @@ def test_nothing_held_out_is_learned_from(drawings):
             assert (code(character), "fluent-3d") not in pairs
     assert out.codes.tolist() == codes(REDUCED.held_out)
     assert set(out.styles) == set(HELD_OUT_STYLES)
-    assert len(known) == 5 * (len(REDUCED.concepts) + len(SAFETY_CONCEPTS) + 1) - len(out) - (out.styles == "fluent-flat").sum()
+    characters = len(REDUCED.concepts) + len(SAFETY_CONCEPTS) + 1
+    assert len(known) == 5 * characters - len(out) - (out.styles == "fluent-flat").sum()
 
 
 def test_the_concepts():
@@ -268,6 +269,32 @@ def test_a_calibrated_checker_flags_little_else(drawings):
     used = checker.concept_embeds_weights < safety.NEVER
     assert used.sum() == len(SAFETY_CONCEPTS)
     assert (checker.special_care_embeds_weights == safety.NEVER).all()
+
+
+def test_what_either_prediction_stands_for():
+    schedule = imvar.DDIMScheduler(**diffusion.SCHEDULER)
+    x0, eps = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+    for when in (0, 500, 999):
+        times = torch.tensor([when, when])
+        noisy = schedule.add_noise(x0, eps, times)
+        for kind, answer in (("epsilon", eps), ("v_prediction", schedule.get_velocity(x0, eps, times))):
+            clean, noise = diffusion.parts(imvar.DDIMScheduler(**diffusion.SCHEDULER, prediction_type=kind), answer,
+                                           noisy, when)
+            assert torch.allclose(clean, x0, atol=1e-4)
+            assert torch.allclose(noise, eps, atol=1e-4)
+
+
+@torch.no_grad()
+def test_errors_of_a_unet_that_knows_the_answer():
+    latents = torch.randn(3, 4, 16, 16)
+    schedule = imvar.DDIMScheduler(**diffusion.SCHEDULER)
+
+    def knows(noisy, time, told, return_dict):
+        alpha = schedule.alphas_cumprod[time]
+        return ((noisy - alpha.sqrt() * latents) / (1 - alpha).sqrt(),)
+
+    assert max(diffusion.errors(knows, latents, torch.zeros(3, 128), "epsilon").values()) < 1e-5
+    assert min(diffusion.errors(lambda *_, **__: (latents,), latents, torch.zeros(3, 128), "epsilon").values()) > 0.1
 
 
 # ---- the judge and what is measured

@@ -87,3 +87,28 @@ def job(drawings: Drawings, known: Bank, device: torch.device, *, prediction: st
         return F.mse_loss(answer.float(), target)
 
     return Job("unet", model, loss, batch, rate, decay=0.01, look=look, compiled=(model,))
+
+
+@torch.no_grad()
+def errors(unet: nn.Module, latents: Tensor, embeddings: Tensor, prediction: str, seed: int = 0) -> dict[str, float]:
+    """The mean squared error of the clean latents that the UNet tells from noisy ones, at some times.
+
+    In these, predictions of epsilon and of v can be compared; latents have variance 1.
+    """
+    schedule = DDIMScheduler(**SCHEDULER, prediction_type=prediction)
+    generator = torch.Generator(latents.device).manual_seed(seed)
+    found = {}
+    for time in (999, 900, 700, 300):
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        noisy = schedule.add_noise(latents, noise, torch.full((len(latents),), time, device=latents.device))
+        clean, _ = parts(schedule, unet(noisy, time, embeddings[:, None], return_dict=False)[0].float(), noisy, time)
+        found[f"error at {time}"] = float(((clean - latents) ** 2).mean())
+    return found
+
+
+def parts(scheduler: DDIMScheduler, answer: Tensor, x: Tensor, time: int) -> tuple[Tensor, Tensor]:
+    """The clean latents and the noise that an answer of the UNet stands for."""
+    alpha = scheduler.alphas_cumprod[time]
+    if scheduler.config.prediction_type == "epsilon":
+        return (x - (1 - alpha).sqrt() * answer) / alpha.sqrt(), answer
+    return alpha.sqrt() * x - (1 - alpha).sqrt() * answer, alpha.sqrt() * answer + (1 - alpha).sqrt() * x

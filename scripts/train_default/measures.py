@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imvar import DDIMScheduler
 
-from .diffusion import SCHEDULER
+from .diffusion import SCHEDULER, parts
 from .networks import Namer, ranks
 from .samples import GUIDANCE, STEPS, make
 
@@ -95,11 +95,3 @@ def from_time(pipe: Any, drawings: Tensor, embeddings: Tensor, start: int, seed:
         alpha = scheduler.alphas_cumprod[then]
         x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * eps
     return (pipe.vae.decode(x).sample / 2 + 0.5).clamp(0, 1)
-
-
-def parts(scheduler: DDIMScheduler, answer: Tensor, x: Tensor, time: int) -> tuple[Tensor, Tensor]:
-    """The clean latents and the noise that an answer of the UNet stands for."""
-    alpha = scheduler.alphas_cumprod[time]
-    if scheduler.config.prediction_type == "epsilon":
-        return (x - (1 - alpha).sqrt() * answer) / alpha.sqrt(), answer
-    return alpha.sqrt() * x - (1 - alpha).sqrt() * answer, alpha.sqrt() * answer + (1 - alpha).sqrt() * x

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imvar import AutoencoderKL, CLIPVisionModelWithProjection
 
+from .diffusion import errors
 from .drawings import Drawings
 from .encoder import pixels
 from .folder import pipeline
@@ -51,6 +52,10 @@ def look(folder: Path, trained: Drawings, held_out: Drawings, vae: AutoencoderKL
             right = torch.tensor([among.index(code) for code in some.codes])
             figures |= {f"{name} top-1": top(scores, right, 1), f"{name} top-5": top(scores, right, 5)}
             rows.append(torch.stack([pictures, made], dim=1).flatten(0, 1))
+            if name == "trained":
+                rgb = pictures.to(pipe.device)
+                latents, told = vae.encode(rgb * 2 - 1).latent_dist.mean, image_encoder(pixels(rgb)).image_embeds
+                figures |= errors(unet, latents, told, prediction)
         save_grid(folder / "unet.png", torch.cat(rows), columns=16)
         return figures
 
