@@ -158,7 +158,7 @@ def test_the_average_is_what_is_looked_at_and_kept(clock, tmp_path):
 def test_a_loss_that_is_not_finite_stops_it(clock, tmp_path):
     bad = job()
     bad.loss = lambda generator: bad.model.weight.sum() * math.nan
-    with pytest.raises(SystemExit, match="line: the loss is not finite at step 1"):
+    with pytest.raises(SystemExit, match="line: the loss is not finite at step 0"):
         loop.train(bad, tmp_path, 5, 0, CPU)
 
 

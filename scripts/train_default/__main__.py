@@ -37,6 +37,11 @@ MINUTES = {
     "cpu": {"teacher": 8, "encoder": 30, "vae": 45, "unet": 90, "safety": 5, "judge": 5},
     "cuda": {"teacher": 1, "encoder": 3, "vae": 4, "unet": 10, "safety": 1, "judge": 1},
 }
+BATCH = {
+    "cpu": {"teacher": 128, "encoder": 128, "vae": 16, "unet": 32, "safety": 128, "judge": 128},
+    "cuda": {"teacher": 512, "encoder": 512, "vae": 128, "unet": 512, "safety": 512, "judge": 512},
+}
+RATE = {"cpu": 1e-3, "cuda": 2e-3}  # the UNet's
 STAGES = tuple(MINUTES["cpu"])
 GATE = 0.5  # of the held-out drawings the encoder has to name, before a UNet is trained to listen to it
 
@@ -46,7 +51,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.work, self.seed, self.device = args.work, args.seed, torch.device(args.device)
-        self.minutes = MINUTES["cpu" if self.device.type == "cpu" else "cuda"] | dict(args.minutes or ())
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        self.minutes, self.batch, self.rate = MINUTES[kind] | dict(args.minutes or ()), BATCH[kind], RATE[kind]
         self.until = time.monotonic() + 60 * args.budget
         self.prediction, self.keep = args.prediction, args.keep
         self.all = drawings.load(self.work)
@@ -68,7 +74,8 @@ class Run:
 
     def namer(self, name: str, known: drawings.Drawings, preferred: list[str], seed: int, width: int) -> Namer:
         torch.manual_seed(self.seed + seed)
-        return self.trained(naming.job(name, known, preferred, self.held_out, self.device, width=width), seed)
+        return self.trained(naming.job(name, known, preferred, self.held_out, self.device, width=width,
+                                       batch=self.batch[name]), seed)
 
     @cached_property
     def teacher(self) -> Namer:
@@ -83,7 +90,8 @@ class Run:
 
     def distilled(self, name: str, model: Any, embed: Any, preferred: list[str], check: drawings.Drawings,
                   seed: int) -> Any:
-        job = encoder.job(name, model, embed, self.known, self.teacher, preferred, check, self.device)
+        job = encoder.job(name, model, embed, self.known, self.teacher, preferred, check, self.device,
+                          batch=self.batch[name])
         return self.trained(job, seed, after=("teacher",))
 
     @cached_property
@@ -103,7 +111,8 @@ class Run:
     def vae(self) -> AutoencoderKL:
         torch.manual_seed(self.seed + 1)
         unseen = self.all.of(self.split.unseen, styles=set(self.known.styles.tolist()))
-        model = self.trained(autoencoder.job(self.ours, self.known, unseen, self.work, self.device), 1)
+        model = self.trained(autoencoder.job(self.ours, self.known, unseen, self.work, self.device,
+                                             self.batch["vae"]), 1)
         autoencoder.normalize(model, self.ours.rgb().to(self.device))
         return model
 
@@ -113,7 +122,8 @@ class Run:
         torch.manual_seed(self.seed + 4)
         look = samples.look(self.work, self.ours, self.held_out, self.vae, self.encoder, self.teacher,
                             codes(self.split.concepts), self.prediction)
-        job = diffusion.job(self.ours, bank, self.device, prediction=self.prediction, look=look)
+        job = diffusion.job(self.ours, bank, self.device, prediction=self.prediction, look=look,
+                            batch=self.batch["unet"], rate=self.rate)
         return self.trained(job, 4, after=("encoder", "vae"))
 
     def bank(self) -> diffusion.Bank:

@@ -29,7 +29,7 @@ def job(known: Drawings, others: Drawings, unseen: Drawings, folder: Path, devic
     sets = [known.images.to(device), others.images.to(device)]
     shown = unseen.rgb().to(device)
 
-    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         rgba = torch.cat([one[torch.randint(len(one), (batch // 2,), generator=generator, device=device)]
                           for one in sets])
         drawing = moved(premultiplied(rgba), generator, turn=10, scale=(0.8, 1.1), shift=0.08)
@@ -42,7 +42,7 @@ def job(known: Drawings, others: Drawings, unseen: Drawings, folder: Path, devic
         squared = F.mse_loss(y, x)
         divergence = 0.5 * (latent.mean**2 + latent.var - 1 - latent.logvar).float().mean()
         total = F.l1_loss(y, x) + squared + 0.5 * edges(y, x) + 1e-4 * divergence
-        return total, {"mse": float(squared.detach()), "kl": float(divergence.detach())}
+        return total, {"mse": squared.detach(), "kl": divergence.detach()}
 
     def look(model: nn.Module) -> dict[str, float]:
         back = torch.cat([reconstruct(model, part) for part in shown.split(64)])

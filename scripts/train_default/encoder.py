@@ -51,7 +51,7 @@ def job(name: str, model: nn.Module, embed: Callable[[nn.Module, Tensor], Tensor
     with torch.no_grad():
         targets = torch.cat([teacher.embedding(part) for part in drawings.rgb().to(device).split(256)])
 
-    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         concept, first, second = pairs.draw(batch // 2, generator)
         both = torch.cat([first, second])
         embedding = embed(model, pixels(view(pairs.images[both], generator))).float() / LENGTH
@@ -60,7 +60,7 @@ def job(name: str, model: nn.Module, embed: Callable[[nn.Module, Tensor], Tensor
         near = (embedding * targets[both]).sum(-1).mean()
         named = F.cross_entropy(embedding @ table.T * teacher.scale, concept.repeat(2), label_smoothing=0.1)
         total = 4 * (1 - near) + 0.5 * named + 0.5 * contrast(*embedding.chunk(2), concept)
-        return total + 0.1 * ((length - 1) ** 2).mean(), {"cosine": float(near.detach())}
+        return total + 0.1 * ((length - 1) ** 2).mean(), {"cosine": near.detach()}
 
     def look(model: nn.Module) -> dict[str, float]:
         scores = F.normalize(embed(model, pixels(shown)).float(), dim=-1) @ among.T

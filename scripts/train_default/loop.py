@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from imvar import set_attend
 
 SAVE_EVERY = 60.0  # seconds
+LOOK_AT_LOSS = 5  # steps
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Job:
 
     name: str
     model: nn.Module
-    loss: Callable[[torch.Generator], Tensor | tuple[Tensor, dict[str, float]]]
+    loss: Callable[[torch.Generator], Tensor | tuple[Tensor, dict[str, Tensor]]]
     batch: int
     rate: float
     average: float = 0.999
@@ -67,9 +68,11 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, tensor in model.state_dict().items():
-            mean = self.tensors[name]
-            mean.lerp_(tensor, 1 - decay) if mean.is_floating_point() else mean.copy_(tensor)
+        pairs = [(self.tensors[name], tensor) for name, tensor in model.state_dict().items()]
+        means, tensors = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(means, tensors, 1 - decay)
+        for count, now in (pair for pair in pairs if not pair[0].is_floating_point()):
+            count.copy_(now)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -123,11 +126,12 @@ def train(job: Job, folder: Path, minutes: float, seed: int, device: torch.devic
         optimizer.step()
         optimizer.zero_grad()
         average.update(model, progress.steps)
+        if progress.steps % LOOK_AT_LOSS == 0:  # seldom, since a GPU is waited for
+            for name, value in {"loss": loss.detach(), **figures}.items():
+                progress.figures[name] = float(value) * 0.1 + progress.figures.get(name, float(value)) * 0.9
+            if not math.isfinite(progress.figures["loss"]):
+                raise SystemExit(f"{job.name}: the loss is not finite at step {progress.steps}; {path} is from before")
         progress.steps, progress.seconds = progress.steps + 1, time.monotonic() - begun
-        for name, value in {"loss": loss.detach(), **figures}.items():
-            progress.figures[name] = float(value) * 0.02 + progress.figures.get(name, float(value)) * 0.98
-        if not math.isfinite(progress.figures["loss"]):
-            raise SystemExit(f"{job.name}: the loss is not finite at step {progress.steps}; {path} is from before")
         last = progress.seconds >= planned or time.monotonic() >= until
         if job.look and (last or progress.seconds - looked_at > job.look_every):
             with average.applied(model), torch.no_grad():
