@@ -26,9 +26,9 @@ KNOWS = (f"{EMOJI} knows drawings in the style of emoji: objects, animals, food,
          f"which --checkpoint {CHECKPOINT} knows, a download of 6 GB")
 STEPS, EMOJI_STEPS = 50, 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SCHEDULERS = {  # and what each has to be told: published configs leave clip_sample on, which spoils latents
+SCHEDULERS = {  # and what each is told: some published configs leave clip_sample on, which spoils latents
     "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "pndm": (PNDMScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # as published
     "lms": (LMSDiscreteScheduler, {}),
 }
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from train_default import judging
 from train_default.autoencoder import psnr, reconstruct
-from train_default.catalogue import REDUCED, codes
+from train_default.catalogue import REDUCED, SAFETY_CONCEPTS, codes
 from train_default.drawings import Drawings, held_out, learnable, load
 from train_default.encoder import pixels
 from train_default.measures import Share, from_time, identity, nearest, spread, variations
@@ -43,6 +43,8 @@ Row = tuple[str, str, str]  # what, the figure, the goal
 class Evaluation:
     def __init__(self, pipe: Any, judge: Any, drawings: Drawings, out: Path, share: float):
         self.pipe, self.judge, self.out, self.share = pipe, judge, out, share
+        self.checker, pipe.safety_checker = pipe.safety_checker, None  # it would make black what is to be judged
+        self.drawings = drawings
         known = learnable(drawings, REDUCED)
         self.trained = known.of(REDUCED.concepts)
         self.held_out = held_out(drawings, REDUCED)
@@ -64,11 +66,12 @@ class Evaluation:
         yield from self.guidance()
         yield from self.shuffled()
         yield from self.starts()
+        yield from self.flags()
 
     @torch.no_grad()
     def ceilings(self) -> Iterator[Row]:
         for name, drawings in (("trained drawings", self.trained), ("held-out drawings", self.held_out),
-                               ("an unseen style", self.unseen_style)):
+                               ("drawings in an unseen style", self.unseen_style)):
             real = self.judged(drawings.rgb(), drawings)
             yield f"judge on real {name}, top-1 / top-5", both(real), "65 % top-1" if "held" in name else ""
         for name, drawings in (("trained drawings", self.trained), ("held-out drawings", self.held_out)):
@@ -85,7 +88,8 @@ class Evaluation:
         self.ddim = self.made("trained", trained, n)
         found = self.judged(*self.ddim)
         yield "trained drawings, top-1 / top-5", both(found), "top-1 85 % of the reconstructions'"
-        yield "  of the reconstructions' top-1", f"{100 * found.top1.value / self.ceiling.top1.value:.0f} %", "85 %"
+        of = found.top1.value / max(self.ceiling.top1.value, 1e-9)
+        yield "  of the reconstructions' top-1", f"{100 * of:.0f} %", "85 %"
         near = nearest(self.ddim[0], self.trained.rgb())
         yield "  near-copies, under 0.03 of a training drawing", str(Share(float((near < 0.03).float().mean()), n)), ""
         made = self.made("held-out", self.held_out, self.n(300))
@@ -103,8 +107,8 @@ class Evaluation:
         ours, n = self.pipe.scheduler, self.n(256)
         trained = self.some(self.trained, n)
         ddim = self.judged(*self.ddim)
-        for kind in (PNDMScheduler, LMSDiscreteScheduler):
-            self.pipe.scheduler = kind.from_config(ours.config)
+        for kind, told in ((PNDMScheduler, {"skip_prk_steps": True}), (LMSDiscreteScheduler, {})):  # as published
+            self.pipe.scheduler = kind.from_config(ours.config, **told)
             name = kind.__name__.removesuffix("Scheduler")
             found = self.judged(*self.made(name, trained, n))
             yield f"{name}, trained drawings, top-1 / top-5", both(found), "within 5 points of DDIM"
@@ -142,6 +146,15 @@ class Evaluation:
             yield f"denoised from t = {start}, unguided, top-1 / top-5", both(self.judged(made, drawings)), \
                 "within 10 points of t = 700" if start == 999 else ""
 
+    def flags(self) -> Iterator[Row]:
+        """The demonstration of a safety checker: what it should flag, in the unseen style, and what it should not."""
+        looked_for = self.drawings.of(SAFETY_CONCEPTS.values(), styles=["openmoji"]).rgb()
+        for name, rgb in (("drawings that it looks for, unseen style", looked_for),
+                          ("held-out drawings of other things", self.held_out.rgb()),
+                          ("variations of trained drawings", self.ddim[0])):
+            flagged = (self.checker.scores(pixels(rgb))[1] > 0).any(1)
+            yield f"safety checker, flagged of {name}", str(Share(float(flagged.float().mean()), len(rgb))), ""
+
     def made(self, name: str, drawings: Drawings, n: int, guidance: float = 3.0) -> tuple[torch.Tensor, list[str]]:
         rgb = drawings.rgb()
         made, labels, places = variations(self.pipe, rgb, list(drawings.codes), n, guidance=guidance)
@@ -172,8 +185,7 @@ def main() -> None:
     add("--quick", action="store_true", help="an eighth of the pictures")
     args = parser.parse_args()
 
-    pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(args.checkpoint, safety_checker=None,
-                                                                      requires_safety_checker=False)
+    pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(args.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.scheduler, DDIMScheduler)
     evaluation = Evaluation(pipe, judging.read(args.judge), load(args.work), args.out, 0.125 if args.quick else 1.0)

@@ -86,7 +86,7 @@ def job(drawings: Drawings, known: Bank, device: torch.device, *, prediction: st
         answer = model(noisy, times, embedding[:, None], return_dict=False)[0]
         return F.mse_loss(answer.float(), target)
 
-    return Job("unet", model, loss, batch, rate, decay=0.01, look=look, compiled=(model,))
+    return Job("unet", model, loss, batch, rate, decay=0.01, look=look, look_every=1200, compiled=(model,))
 
 
 @torch.no_grad()
