@@ -83,10 +83,10 @@ class Run:
 
     @cached_property
     def judge(self) -> Namer:
-        """Knows the held-out concepts as well, to tell whether something like them comes out."""
-        more = self.all.of(self.split.unseen, styles=set(self.known.styles.tolist()))
-        known = drawings.together(self.known, more)
-        return self.namer("judge", known, self.split.concepts + self.split.unseen, 7, width=40)
+        """Knows the model's concepts and the unseen ones, to tell whether something like those comes out."""
+        unseen = self.all.of(self.split.unseen, styles=set(self.known.styles.tolist()))
+        return self.namer("judge", drawings.together(self.ours, unseen), self.split.concepts + self.split.unseen, 7,
+                          width=28)
 
     def distilled(self, name: str, model: Any, embed: Any, preferred: list[str], check: drawings.Drawings,
                   seed: int) -> Any:

@@ -1,7 +1,7 @@
 """Teacher and judge: each learns to name drawings, whoever drew them.
 
 The teacher learns every character outside what is held out, since telling 1,300 things apart teaches it how vendors
-differ; the judge knows the trained concepts and the held-out ones, from its own seed, width and views.
+differ; the judge knows only the model's concepts and the unseen ones, from its own seed and width.
 """
 
 from __future__ import annotations
