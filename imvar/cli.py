@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +21,13 @@ from .photos import distinct, load_image, spare
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .weights.bundled import bundled_examples
+from .weights.files import write_whole
 
 CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
 EMOJI = "imvar-emoji"
 KNOWS = (f"{EMOJI} knows drawings in the style of emoji: objects, animals, food, vehicles and faces; not photographs, "
          f"which --checkpoint {CHECKPOINT} knows, a download of 6 GB")
+TRAINED = (64, 64)
 STEPS, EMOJI_STEPS = 50, 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULERS = {  # and what each is told: some published configs leave clip_sample on, which spoils latents
@@ -36,12 +40,16 @@ SCHEDULERS = {  # and what each is told: some published configs leave clip_sampl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
     args = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of photos need not exist in a terminal's encoding
     try:
         vary(args)
-    except torch.OutOfMemoryError:
-        print("imvar: out of memory: --batch 1, or a smaller --size, would need less", file=sys.stderr)
     except (ImvarError, OSError) as error:
         print(f"imvar: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        print("imvar: out of memory: --batch 1, or a smaller --size, would need less", file=sys.stderr)
     except KeyboardInterrupt:
         print("imvar: stopped", file=sys.stderr)
         return 130  # as shells have it
@@ -55,14 +63,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"imvar {__version__}")
     jobs = top.add_subparsers(required=True, metavar="JOB")
     job = jobs.add_parser(
-        "vary", help="make variations of photographs",
-        description="Make variations of each photograph, and one contact sheet that shows them beside it.",
+        "vary", help="make variations of pictures",
+        description="Make variations of each picture, and one contact sheet that shows them beside it.",
         epilog=f"The checkpoint {EMOJI} comes with imvar and needs no download: a small model that makes 64 x 64 "
                "pictures in seconds. It knows drawings in the style of emoji, not photographs. With no PHOTO it makes "
                "variations of drawings that come with it. "
-               "Variation k of a photo comes of seed S + k and is saved as PHOTO-SEED.png; a file of that name in "
-               "FOLDER, such as one of an earlier run, is replaced. Exit status: 0 done, 1 failed, 2 misused, "
-               "130 stopped.")
+               "Variation k of a photo comes of seed S + k and is saved as PHOTO-SEED.png, the sheet as "
+               "contact-sheet.png; files of those names in FOLDER, such as an earlier run's, are replaced. "
+               "Exit status: 0 done, 1 failed, 2 misused, 130 stopped.")
     add = job.add_argument
     job.set_defaults(misused=job.error)
     add("photos", nargs="*", type=Path, metavar="PHOTO",
@@ -98,11 +106,14 @@ def vary(args: argparse.Namespace) -> None:
     names = distinct([path.stem for path in args.photos])
     seeds = range(args.seed, args.seed + args.n)
     sheet = args.out / "contact-sheet.png"
-    if any(place.exists() and not place.is_dir() for place in (args.out, *args.out.parents)):
-        raise InputError(f"-o {args.out}: is, or lies in, a file; a folder would do")
-    spare(args.photos, [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)])
+    outputs = [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)]
+    check_folder(args.out)
+    spare(args.photos, outputs)
     if emoji:
         print(f"imvar: {KNOWS}", file=sys.stderr)
+        if args.size[0] and args.size != TRAINED:
+            print(f"imvar: {EMOJI} was trained at 64x64 pixels, and what it makes at other sizes is seldom a thing; "
+                  "the larger, the slower", file=sys.stderr)
     pipe = load(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -111,16 +122,30 @@ def vary(args: argparse.Namespace) -> None:
         pipe.set_progress_bar_config(desc=name)
         for seed, picture, flagged in variations(pipe, row.photo, seeds, args):
             path, note = args.out / f"{name}-{seed}.png", ", flagged" if flagged else ""
-            picture.save(path)
+            save(picture, path)
             row.variations.append((f"seed {seed}{note}", picture))
             print(f"{path}{note} by the safety checker and made black" if flagged else path)
 
     scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
-    footer = f"{args.steps} steps of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
-    contact_sheet(rows, footer).save(sheet)
+    footer = f"{args.steps} step{'s' * (args.steps > 1)} of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
+    save(contact_sheet(rows, footer), sheet)
     print(sheet, "(the variations beside the photos)")
     if pipe.safety_checker is None:
         print("imvar: this checkpoint has no safety checker, so none looked at the pictures", file=sys.stderr)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `InputError` where nothing can be written into a folder, or it cannot be made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"-o {folder}: is, or lies in, a file; a folder would do")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"-o {folder}: there is no permission to write in {there}; another folder would do")
+
+
+def save(picture: Image, path: Path) -> None:
+    """As PNG, whole or not at all: what had that name before stays if this fails."""
+    write_whole(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
 def fill_in(args: argparse.Namespace, emoji: bool) -> None:

@@ -40,8 +40,10 @@ def distinct(stems: Sequence[str]) -> list[str]:
 
 
 def spare(photos: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """Raise `InputError` where a variation would be written over a photo."""
+    """Raise `InputError` where a variation would be written over a photo, or cannot be since a folder has its name."""
     sources = {path.resolve() for path in photos}
     for path in outputs:
         if path.resolve() in sources:
             raise InputError(f"{path}: is one of the photos and would be written over; another -o FOLDER would do")
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, and a picture is to have its name; another -o FOLDER would do")

@@ -137,6 +137,14 @@ def test_a_folder_of_that_name_wins(checkpoint, monkeypatch):
     assert cli.is_emoji(NAME)
 
 
+def test_a_folder_of_that_name_without_a_checkpoint(capsys):
+    Path(NAME).mkdir()
+    with pytest.raises(CheckpointError, match=r"imvar-emoji: holds no checkpoint, and hides the one of its name"):
+        StableDiffusionImageVariationPipeline.from_pretrained(NAME)
+    assert cli.main(["vary", str(imvar.bundled_examples()["fox-noto"]), "--checkpoint", NAME]) == 1
+    assert "hides the one of its name that comes with imvar" in capsys.readouterr().err
+
+
 def test_another_revision():
     for kind, options in ((StableDiffusionImageVariationPipeline, {}), (imvar.AutoencoderKL, {"subfolder": "vae"}),
                           (imvar.DDIMScheduler, {"subfolder": "scheduler"})):
@@ -200,6 +208,15 @@ def test_of_a_photo_with_its_own_defaults(pipe, monkeypatch):
     assert cli.main(["vary", "cat.jpg", "--checkpoint", NAME, "-n", "1", "-o", "out", "--device", "cpu"]) == 0
     assert {path.name for path in Path("out").iterdir()} == {"cat-0.png", "contact-sheet.png"}
     assert same(pipe, "cat.jpg", "out/cat-0.png", steps=20)
+
+
+@pytest.mark.parametrize(("size", "said"), [("64", 1), ("32x64", 2)])
+def test_a_size_that_it_was_not_trained_at(size, said, capsys):
+    fox = str(imvar.bundled_examples()["fox-noto"])
+    assert cli.main(["vary", fox, "--checkpoint", NAME, "-n", "1", "--steps", "1", "--size", size]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("imvar: ")]
+    assert len(lines) == said
+    assert said == 1 or "trained at 64x64" in lines[1]
 
 
 @pytest.mark.parametrize(("args", "steps", "dtype"), [

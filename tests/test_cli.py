@@ -1,5 +1,7 @@
 """The command line, on a tiny checkpoint with random weights."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -133,6 +135,55 @@ def test_a_photo_is_never_written_over(run, photo, tmp_path, capsys):
         assert run(photo, other) == 1
         assert f"{name}: is one of the photos" in capsys.readouterr().err
         assert Image.open(other).size == (32, 32)
+
+
+def test_a_second_name_of_a_photo_keeps_it(run, photo, tmp_path):
+    (tmp_path / "out").mkdir()
+    other = tmp_path / "out" / "a photo-0.png"
+    other.hardlink_to(photo)
+    before = photo.read_bytes()
+    assert run(photo, "-n", 1) == 0
+    assert photo.read_bytes() == before
+    assert Image.open(other).size == (128, 128)
+
+
+def test_a_picture_is_written_whole_or_not_at_all(run, photo, tmp_path, capsys, monkeypatch):
+    assert run(photo, "-n", 1) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(self, place, format):
+        place.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run(photo, "-n", 1, "--seed", 0, "--guidance", 1) == 1
+    assert "a photo-0.png: cannot be written: the disk is full; nothing was changed" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_where_nothing_can_be_written_nothing_is_made(run, photo, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out" / "contact-sheet.png").mkdir(parents=True)
+    assert run(photo) == 1
+    assert "contact-sheet.png: is a folder" in capsys.readouterr().err
+    monkeypatch.setattr(cli.os, "access", lambda place, mode: place != tmp_path)
+    assert run(photo, out="other/inner") == 1
+    assert f"there is no permission to write in {tmp_path}" in capsys.readouterr().err
+    assert not any(path.is_file() for path in tmp_path.rglob("*.png"))
+
+
+def test_a_machine_with_too_little_memory(run, photo, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "load", lambda *_: torch.empty(2**60))
+        assert run(photo) == 1
+    assert capsys.readouterr().err.startswith("imvar: out of memory: --batch 1")
+
+
+def test_a_name_that_the_terminal_cannot_write(run, photo, tmp_path):
+    fox = photo.rename(tmp_path / "🦊.jpg")
+    done = subprocess.run([sys.executable, "-m", "imvar", "vary", str(fox), "--checkpoint", "imvar-emoji", "-n", "1",
+                           "--steps", "1", "-o", str(tmp_path / "out")], capture_output=True, check=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert b"\\U0001f98a-0.png" in done.stdout
+    assert (tmp_path / "out" / "🦊-0.png").exists()
 
 
 def test_no_network_and_no_copy(photo, tmp_path, capsys, monkeypatch):

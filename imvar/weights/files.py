@@ -48,8 +48,11 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
     """
     if source == "":
         raise CheckpointError("an empty name came; a folder or a hub id, which looks like 'owner/name', would do")
-    folder, name = a_path("pretrained_model_name_or_path", source), str(source)
+    folder, name = a_path("pretrained_model_name_or_path", source), str(source).rstrip("/")
     if os.path.isdir(folder):
+        if name in BUNDLED and next(folder.rglob("*.json"), None) is None:
+            raise CheckpointError(f"holds no checkpoint, and hides the one of its name that comes with imvar: str("
+                                  f"bundled_checkpoint({name!r})), or another working directory, would do", path=folder)
         return folder
     if os.path.isfile(folder):
         raise CheckpointError("is a file, not a folder; from_single_file reads files", path=folder)

@@ -26,7 +26,6 @@ SETTINGS = {
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
              "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 MOVED, VIEWS = 8, 16  # kept of each drawing: latents of it moved a little, and embeddings of views of it
-SAME = 0.5  # share of steps that are told the drawing's own embedding, and not another vendor's
 DROPPED = 0.1  # share that is told nothing, for guidance (arXiv:2207.12598, algorithm 1)
 DEVIATION = 0.3  # the most noise on an embedding, whose elements are about 1
 HIGH, HIGH_SHARE = 700, 0.25  # a share of all timesteps is drawn from above this one, where layout is decided
@@ -72,8 +71,8 @@ def job(drawings: Drawings, known: Bank, device: torch.device, *, prediction: st
         _, first, second = pairs.draw(batch, generator)
         mean, deviation = pick(known.latents, first, generator).unbind(1)
         latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=device)
-        told = torch.where(uniform(batch, (0, 1), generator) < SAME, first, second)
-        embedding = pick(known.embeddings, told, generator)
+        between = uniform(batch, (-1, 2), generator).clamp(0, 1)[:, None]  # a third its own, a third another vendor's
+        embedding = pick(known.embeddings, first, generator).lerp(pick(known.embeddings, second, generator), between)
         strength = uniform(batch, (0, DEVIATION), generator)[:, None]
         embedding = embedding + strength * torch.randn(embedding.shape, generator=generator, device=device)
         embedding = torch.where(uniform(batch, (0, 1), generator)[:, None] < DROPPED, 0.0, embedding)
