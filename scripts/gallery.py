@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=4, help="variations of each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.n < 1:
+        parser.error(f"-n {args.n}: 1 or more would do")
+    args.file.parent.mkdir(parents=True, exist_ok=True)
     pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained("imvar-emoji")
     pipe.set_progress_bar_config(disable=True)
     rows = [row(pipe, name, path, range(args.seed, args.seed + args.n)) for name, path in bundled_examples().items()]
@@ -48,7 +51,7 @@ def main() -> None:
     sheet = Image.new("RGB", (COLUMNS * width + GAP, -(-len(rows) // COLUMNS) * height + GAP), PAPER)
     for i, image in enumerate(rows):
         sheet.paste(image, (i % COLUMNS * width + GAP, i // COLUMNS * height + GAP))
-    sheet.save(args.file, optimize=True)
+    sheet.save(args.file, "PNG", optimize=True)
     print(args.file)
 
 

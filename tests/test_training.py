@@ -130,10 +130,10 @@ def test_a_stopped_run_goes_on_as_it_would_have(tmp_path, monkeypatch):
 
 
 def test_a_stage_whose_ground_has_moved(clock, tmp_path):
-    loop.train(job(), tmp_path, 1, 0, CPU, after={"vae": 3})
-    with pytest.raises(SystemExit, match=r"line.pt builds on \{'vae': 3\} steps, and now there are \{'vae': 4\}"):
-        loop.train(job(), tmp_path, 2, 0, CPU, after={"vae": 4})
-    _, figures = loop.train(job(), tmp_path, 2, 0, CPU, after={"vae": 4}, keep=True)
+    loop.train(job(), tmp_path, 1, 0, CPU, begun_with={"seed": 0, "vae": 3})
+    with pytest.raises(SystemExit, match=r"line.pt was begun with seed 0, vae 3, and now there is seed 0, vae 4"):
+        loop.train(job(), tmp_path, 2, 0, CPU, begun_with={"seed": 0, "vae": 4})
+    _, figures = loop.train(job(), tmp_path, 2, 0, CPU, begun_with={"seed": 0, "vae": 4}, keep=True)
     assert figures["seconds"] >= 120
 
 

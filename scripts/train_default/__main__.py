@@ -3,13 +3,14 @@
     python scripts/train_default [--work out/train-default] [--budget MINUTES] [--scope reduced|full]
 
 Needs `npm`, which fetches 24 MB of drawings, and `pip install .[train]`. Everything is kept in the work folder: a run
-that was stopped, or that used up its --budget, goes on where it was when started again. Sample grids (*.png) and logs
-(*.jsonl) appear there along the way; the checkpoint is in WORK/imvar-emoji, and nothing outside is written.
+that was stopped, or that used up its --budget (exit status 1), goes on where it was when started again. Sample grids
+(*.png) and logs (*.jsonl) appear there along the way; the checkpoint is in WORK/imvar-emoji, and nothing outside is
+written.
 
-The stages, and the minutes planned for each, of one core for the convolutional ones and two for the rest on a CPU:
-teacher, encoder (which has to name half of the held-out drawings before anything builds on it), vae, unet, safety,
-judge. `--minutes unet=120` plans otherwise; a stage that was done with fewer minutes than planned trains on, and those
-that build on it are begun again, or kept and trained on as well with --keep.
+The stages: teacher, encoder (which has to name half of the held-out drawings before the rest is begun), vae, unet,
+safety, judge. On a CPU each has minutes planned that suit two cores; `--minutes unet=120` plans otherwise. A stage that
+was done with fewer minutes than planned trains on, and those that build on it are begun again, or kept and trained on
+as well with --keep.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class Run:
         self.minutes, self.batch, self.rate = MINUTES[kind] | dict(args.minutes or ()), BATCH[kind], RATE[kind]
         self.until = time.monotonic() + 60 * args.budget
         self.prediction, self.keep = args.prediction, args.keep
+        self.options = {"seed": args.seed, "scope": args.scope}
         self.all = drawings.load(self.work)
         self.split: Split = REDUCED if args.scope == "reduced" else drawings.everything(self.all, self.work)
         self.known = drawings.learnable(self.all, self.split)
@@ -62,11 +64,11 @@ class Run:
         self.held_out = drawings.held_out(self.all, self.split)
         self.figures: dict[str, dict[str, float]] = {}
 
-    def trained(self, job: Job, seed: int, after: tuple[str, ...] = ()) -> Any:
+    def trained(self, job: Job, seed: int, after: tuple[str, ...] = (), **options: str) -> Any:
         """The job's model, trained for its minutes; SystemExit where the budget ends before."""
-        steps = {name: int(self.figures[name]["step"]) for name in after}
-        model, figures = train(job, self.work, self.minutes[job.name], self.seed + seed, self.device, self.until, steps,
-                               self.keep)
+        begun_with = self.options | options | {name: int(self.figures[name]["step"]) for name in after}
+        model, figures = train(job, self.work, self.minutes[job.name], self.seed + seed, self.device, self.until,
+                               begun_with, self.keep)
         self.figures[job.name] = figures
         if figures["seconds"] < 60 * self.minutes[job.name]:
             raise SystemExit(f"the budget ended in {job.name}; the same command goes on from there")
@@ -124,11 +126,11 @@ class Run:
                             codes(self.split.concepts), self.prediction)
         job = diffusion.job(self.ours, bank, self.device, prediction=self.prediction, look=look,
                             batch=self.batch["unet"], rate=self.rate)
-        return self.trained(job, 4, after=("encoder", "vae"))
+        return self.trained(job, 4, after=("encoder", "vae"), prediction=self.prediction)
 
     def bank(self) -> diffusion.Bank:
         """What the UNet learns from, computed once for each state of the stages before."""
-        vae, image_encoder = self.vae, self.encoder
+        image_encoder, vae = self.encoder, self.vae  # in this order, since the encoder has a gate to pass
         path = self.work / "bank-{}-{}.pt".format(*(int(self.figures[name]["step"]) for name in ("vae", "encoder")))
         if not path.exists():
             torch.save(vars(diffusion.bank(self.ours, vae, image_encoder, self.seed, self.device)), path)
@@ -147,34 +149,50 @@ class Run:
     @cached_property
     def folder(self) -> Path:
         """Everything."""
-        target = self.work / "imvar-emoji"
-        pipe = folder.pipeline(self.vae, self.encoder, self.unet, self.safety, self.prediction)
+        target, unet = self.work / "imvar-emoji", self.unet
+        pipe = folder.pipeline(self.vae, self.encoder, unet, self.safety, self.prediction)
         judging.write(self.judge, self.work / "test-assets" / "judge.safetensors")
         examples.write_fixture(self.work / "test-assets", self.all)
         examples.write_examples(target / "examples", self.work)
         folder.write(target, pipe, {
             "seed": self.seed, "torch": torch.__version__, "device": self.device.type,
-            "prediction_type": self.prediction, "concepts": self.split.by_category,
+            "prediction_type": self.prediction,
+            "drawings": {"the UNet's": len(self.ours), "the other parts'": len(self.known)},
+            "concepts": self.split.by_category,
             "held_out_concepts": self.split.unseen_by_category, "held_out_drawings": self.split.held_out,
             "stages": self.figures})
         return target
 
 
-def minutes(text: str) -> tuple[str, float]:
+def minutes(text: str) -> float:
+    if not text.replace(".", "", 1).isdecimal() or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: minutes would do, as in 90 or 0.5")
+    return float(text)
+
+
+def planned(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    if name not in STAGES or not value.replace(".", "", 1).isdecimal():
+    if name not in STAGES:
         raise argparse.ArgumentTypeError(f"{text!r}: STAGE=MINUTES would do, as in unet=90")
-    return name, float(value)
+    return name, minutes(value)
+
+
+def device(text: str) -> str:
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for what it was not built with
+        raise argparse.ArgumentTypeError(f"{text!r}: not here, or not known to this torch; cpu would do") from error
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--work", type=Path, default=Path("out/train-default"), help="where everything is kept")
-    add("--budget", type=float, default=math.inf, metavar="MINUTES", help="stop after that long (default: when done)")
-    add("--minutes", type=minutes, action="append", metavar="STAGE=MINUTES", help="plan other than the usual minutes")
+    add("--budget", type=minutes, default=math.inf, metavar="MINUTES", help="stop after that long (default: when done)")
+    add("--minutes", type=planned, action="append", metavar="STAGE=MINUTES", help="plan other than the usual minutes")
     add("--scope", choices=("reduced", "full"), help="187 concepts, or a thousand (default: full on CUDA)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction", help="what the UNet predicts")
     add("--keep", action="store_true", help="go on with a stage although one that it builds on was trained on")

@@ -107,7 +107,10 @@ def fetch(style: Style, folder: Path) -> Path:
     """The package's archive, from the npm registry by name and version; its digest is compared with the one here."""
     path = folder / (style.package[1:].replace("/", "-") + f"-{style.version}.tgz")
     if not path.exists():
-        subprocess.run(["npm", "pack", "--silent", f"{style.package}@{style.version}"], cwd=folder, check=True)
+        try:
+            subprocess.run(["npm", "pack", "--silent", f"{style.package}@{style.version}"], cwd=folder, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(f"npm could not fetch {style.package}@{style.version} into {folder}: {error}") from error
     digest = "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if digest != style.integrity:
         raise SystemExit(f"{path}: its digest is {digest}, not {style.integrity} of {style.package}@{style.version}")
@@ -154,7 +157,10 @@ def vectors(files: tarfile.TarFile, only: Container[str] | None = None) -> Any:
 
     A set without code points of its own is read by the names of Noto's.
     """
-    import resvg_py  # not needed by those who have the rendered file
+    try:
+        import resvg_py  # not needed by those who have the rendered file
+    except ImportError as error:
+        raise SystemExit("resvg_py, which renders the drawings, is not installed: pip install .[train]") from error
 
     icons = read(files, "icons.json")
     points = read(files, "chars.json") or names_of_noto(files)

@@ -36,6 +36,7 @@ def pipeline(vae: AutoencoderKL, image_encoder: CLIPVisionModelWithProjection, u
 def write(folder: Path, pipe: StableDiffusionImageVariationPipeline, training: dict[str, Any]) -> None:
     """Save `pipe` in float16, and beside it what `training` says of its making, and the texts that go with it."""
     pipe.to(torch.float16).save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+    (folder / "training.json").write_text(json.dumps(training, indent=2, ensure_ascii=False) + "\n",
+                                          encoding="utf-8")
     for name in ("README.md", "NOTICE"):
         shutil.copyfile(HERE / "texts" / name, folder / name)

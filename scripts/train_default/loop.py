@@ -1,8 +1,8 @@
 """One training loop for every part: a time budget, a moving average of the weights, resuming, a log.
 
 A job says how to draw a loss; everything random in a step comes of the seed and the step's number, so a run that was
-stopped goes on as it would have. The learning rate falls with the time spent out of the time planned: planning more
-time and starting again trains on.
+stopped goes on with the batches that it would have had. The learning rate falls with the time spent out of the time
+planned: planning more time and starting again trains on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,25 +88,25 @@ class Average:
 
 
 def train(job: Job, folder: Path, minutes: float, seed: int, device: torch.device,
-          until: float = math.inf, after: Mapping[str, int] | None = None,
+          until: float = math.inf, begun_with: Mapping[str, Any] | None = None,
           keep: bool = False) -> tuple[nn.Module, dict[str, float]]:
     """The job's model with averaged weights, after `minutes` in all runs together, or as far as `until` allows.
 
     `until` is a time of `time.monotonic()`. What was reached lies in `folder` as NAME.pt, the log as NAME.jsonl.
-    `after` are the steps of the stages that this one builds on, which must not have changed since it was begun, unless
-    it is to be kept nevertheless.
-    Answers the last figures as well.
+    `begun_with` is what must not have changed since this stage was begun, unless it is to be kept nevertheless: the
+    options, and the steps of the stages that it builds on. Answers the last figures as well.
     """
-    after = dict(after or {})
+    begun_with = dict(begun_with or {})
     folder.mkdir(parents=True, exist_ok=True)
     path, model = folder / f"{job.name}.pt", job.model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), job.rate, weight_decay=job.decay, fused=True)
     average, progress = Average(model, job.average), Progress()
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        if saved["after"] != after and not keep:
-            raise SystemExit(f"{path} builds on {saved['after']} steps, and now there are {after}: delete it to begin "
-                             "this stage again, --keep to go on with it, or plan as many --minutes as before")
+        if saved["begun_with"] != begun_with and not keep:
+            raise SystemExit(f"{path} was begun with {said(saved['begun_with'])}, and now there is {said(begun_with)}: "
+                             "delete it to begin this stage again, --keep to go on with it, or give the options and "
+                             "--minutes of before")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average.tensors, progress = saved["average"], Progress(**saved["progress"])
@@ -139,7 +140,7 @@ def train(job: Job, folder: Path, minutes: float, seed: int, device: torch.devic
                 report(job, folder, progress, planned, progress.seen)
             looked_at = progress.seconds
         if last or progress.seconds - saved_at > SAVE_EVERY:
-            save(path, model, optimizer, average, progress, after)
+            save(path, model, optimizer, average, progress, begun_with)
             report(job, folder, progress, planned)
             saved_at = progress.seconds
     model.load_state_dict(average.tensors)
@@ -152,11 +153,15 @@ def pace(step: int, part: float) -> float:
     return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(part, 1.0))))
 
 
+def said(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items()) or "nothing"
+
+
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average, progress: Progress,
-         after: dict[str, int]) -> None:
+         begun_with: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.tensors,
-                "progress": vars(progress), "after": after}, part)
+                "progress": vars(progress), "begun_with": begun_with}, part)
     part.replace(path)
 
 
