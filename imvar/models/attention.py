@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend
 from ..checks import count
 from ..errors import InputError
 from .layers import Seams
+from .told import Ready, repeated
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q: b h n d; k, v: b h m d; answer: b h n d, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, equation 1)."""
@@ -123,7 +124,7 @@ class CrossAttention(Attention):
     """The image asks, the context answers.
 
     A softmax over one key is 1 whatever the query, so a context of one token is answered by
-    `to_out(to_v(context))` at every position. That is exact, and it is the usual case here. The query,
+    `to_out(to_v(context))` at every position, in every step. That is exact, and the usual case here. The query,
     the key and the norm then change nothing; in training their gradients are zero. A kernel of one's own
     is asked all the same.
     """
@@ -132,11 +133,16 @@ class CrossAttention(Attention):
         super().__init__(dim, context_dim, heads, attend=attend)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def prepare(self, context: Tensor) -> Ready | Tensor:
+        """The answer (b 1 c), the same at every position, where it needs no question; else the context as it is."""
         if context.shape[1] > 1 or not self.is_softmax:
-            return self.answer(self.norm(x), context)
-        answer = self.to_out(self.to_v(context))  # b 1 c: the same at every position of x
-        return answer + self.nothing() if torch.is_grad_enabled() else answer
+            return context
+        answer = self.to_out(self.to_v(context))
+        return Ready(answer + self.nothing() if torch.is_grad_enabled() else answer)
+
+    def forward(self, x: Tensor, context: Tensor | Ready) -> Tensor:
+        told = context if isinstance(context, Ready) else self.prepare(context)
+        return told.value if isinstance(told, Ready) else self.answer(self.norm(repeated(x, told)), told)
 
     def nothing(self) -> Tensor:
         """Zero, from the parameters that one token leaves out: so trainers find a gradient, and it is zero."""

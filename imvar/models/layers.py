@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .told import Ready, repeated
+
 Old = TypeVar("Old", bound=nn.Module)
 
 
@@ -26,10 +28,14 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+    def prepare(self, time: Tensor) -> Ready:
+        return Ready(self.time(F.silu(time))[:, :, None, None] if self.time else None)  # b c -> b c 1 1
+
+    def forward(self, x: Tensor, time: Tensor | Ready | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time is not None and time is not None:
-            h = h + self.time(F.silu(time))[:, :, None, None]  # b c -> b c 1 1
+            shift = (time if isinstance(time, Ready) else self.prepare(time)).value
+            h = h + (shift if len(shift) == 1 else repeated(shift, h))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.skip(x) + h
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..checks import count, levels, real, side, sizes
@@ -18,9 +17,12 @@ from ..outputs import UNet2DConditionOutput
 from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
-from .attention import AttentionSettings, CrossAttention, SelfAttention
+from .attention import AttentionSettings
 from .freeu import FreeU
-from .layers import Checkpointing, Downsample, FeedForward, ResnetBlock, Seams, TimestepEmbedding, Upsample
+from .layers import Checkpointing, Downsample, ResnetBlock, Seams, TimestepEmbedding, Upsample
+from .levels import DownLevel, MidLevel, UpLevel
+from .told import Ready, ready, repeated
+from .transformer import Transformer
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """h: b c h w, skip: b d h w, the level counted from the coarsest; answer: b c+d h w."""
@@ -117,77 +119,6 @@ class UNetConfig(Config):
         return [per_level] * len(self.block_out_channels) if isinstance(per_level, int) else per_level
 
 
-class TransformerBlock(nn.Module):
-    """Look around, look at the picture, think; each added to what came in."""
-
-    def __init__(self, dim: int, context_dim: int, heads: int):
-        super().__init__()
-        self.self_attn = SelfAttention(dim, heads)
-        self.cross_attn = CrossAttention(dim, context_dim, heads)
-        self.feed_forward = FeedForward(dim)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.self_attn(x)
-        x = x + self.cross_attn(x, context)
-        return x + self.feed_forward(x)
-
-
-class Transformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, around an identity."""
-
-    def __init__(self, channels: int, context_dim: int, heads: int, *, depth: int, groups: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        pixels = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
-        for block in self.blocks:
-            pixels = block(pixels, context)
-        return x + self.proj_out(rearrange(pixels, "b (h w) c -> b c h w", h=x.shape[2]))
-
-
-class Level(nn.Module):
-    """One resolution: resnet blocks, each followed by a transformer where the level has any."""
-
-    def __init__(self, resnets: list[nn.Module], transformers: list[nn.Module], resample: nn.Module | None = None):
-        super().__init__()
-        self.resnets, self.transformers = nn.ModuleList(resnets), nn.ModuleList(transformers)
-        self.resample = resample
-
-    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[i](x, time)
-        return self.transformers[i](x, context) if i < len(self.transformers) else x
-
-
-class DownLevel(Level):
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        skips = []
-        for i in range(len(self.resnets)):
-            x = self.layer(i, x, time, context)
-            skips.append(x)
-        if self.resample is not None:
-            x = self.resample(x)
-            skips.append(x)
-        return x, skips
-
-
-class MidLevel(Level):
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.layer(0, x, time, context)
-        return self.resnets[1](x, time)
-
-
-class UpLevel(Level):
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor,
-                join: Callable[[Tensor, Tensor], Tensor], size: tuple[int, int] | None) -> Tensor:
-        for i, skip in enumerate(skips):
-            x = self.layer(i, join(x, skip), time, context)
-        return x if self.resample is None else self.resample(x, size)
-
-
 def concat(h: Tensor, skip: Tensor, level: int) -> Tensor:
     """The usual merge of a skip."""
     return torch.cat([h, skip], dim=1)
@@ -258,27 +189,45 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
                     for kinds in (config.down_block_types, config.up_block_types))
         return tables.unet(down, up, config.layers_per_block, config.transformer_layers_per_block)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor,
+    @property
+    def levels(self) -> list[Any]:
+        return [*self.down, self.mid, *self.up]
+
+    def prepare_time(self, timesteps: Tensor) -> Ready:
+        """What each resnet block makes of these timesteps, (n,): a row for each, and a list of blocks per level."""
+        time = self.time(timesteps)
+        return Ready([[ready(block, time) for block in level.resnets] for level in self.levels])
+
+    def prepare_context(self, context: Tensor) -> Ready:
+        """What each transformer makes of the context, (b, m, c), on its own: a list of them per level."""
+        return Ready([[ready(layer, context) for layer in level.transformers] for level in self.levels])
+
+    def forward(self, sample: Tensor, timestep: Tensor | float | Ready, encoder_hidden_states: Tensor | Ready,
                 *unsupported: None, return_dict: bool = True, **more: None) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict what `sample` (b, c, h, w) hides at `timestep` (one, or one per sample).
 
-        `encoder_hidden_states`: (b, m, cross_attention_dim), m tokens that describe the picture; here m is 1.
-        Of diffusers' further arguments `return_dict` alone can be other than None: `InputError`.
+        `encoder_hidden_states`: (b, m, cross_attention_dim), m tokens that describe the picture; here m is 1. Of k b
+        contexts, k for each sample in the samples' order k times over, the answer has as many samples. Either may
+        come `Ready`, as a loop has them. Of diffusers' further arguments `return_dict` alone can be other than None:
+        `InputError`.
         """
         refuse(unsupported, more)
-        context = encoder_hidden_states
-        x = self.conv_in(sample)
-        time = self.time(torch.as_tensor(timestep, device=x.device).expand(len(x)))
+        x, time, context = self.conv_in(sample), timestep, encoder_hidden_states
+        if not isinstance(time, Ready):
+            time = self.prepare_time(torch.as_tensor(time, device=x.device).expand(len(x)))
+        if not isinstance(context, Ready):
+            context = self.prepare_context(context)
+        told = list(zip(time.value, context.value, strict=True))  # level by level
 
         skips = [x]
         for level in self.down:
-            x, more_skips = self.run(level, x, time, context)
+            x, more_skips = self.run(level, x, *told.pop(0))
             skips += more_skips
-        x = self.run(self.mid, x, time, context)
+        x = self.run(self.mid, x, *told.pop(0))
         for i, level in enumerate(self.up):
-            here = [skips.pop() for _ in range(self.config.layers_per_block + 1)]
+            here = [repeated(skips.pop(), x) for _ in range(self.config.layers_per_block + 1)]
             size = skips[-1].shape[2:] if skips else None  # odd sizes: the next skip tells what to grow to
-            x = self.run(level, x, here, time, context, lambda h, skip, i=i: self.merge(h, skip, i), size)
+            x = self.run(level, x, here, *told.pop(0), lambda h, skip, i=i: self.merge(h, skip, i), size)
 
         sample = self.conv_out(F.silu(self.norm_out(x)))
         return UNet2DConditionOutput(sample) if return_dict else (sample,)

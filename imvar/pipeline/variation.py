@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ..errors import ImvarError, InputError
 from ..image import VaeImageProcessor
+from ..models import UNet2DConditionModel
+from ..models.prepared import Prepared, untouched
+from ..models.told import repeated
 from ..noise import randn
 from ..outputs import StableDiffusionPipelineOutput
 from ..weights.settings import taken_as_64
@@ -98,19 +101,22 @@ class StableDiffusionImageVariationPipeline(Assembly):
             x = self.prepare_latents(*shape[:2], height, width, context.dtype, device, generator, latents)
             options = self.prepare_extra_step_kwargs(generator, eta)
 
-            opening = len(scheduler.timesteps) - num_inference_steps * order  # PNDM takes a few more
+            times = scheduler.timesteps  # of the walk; where they are numbers on the CPU no step waits for the device
+            numbers = times.cpu() if isinstance(times, Tensor) else times
+            predict = self.predictor(times, context)
+
+            opening = len(times) - num_inference_steps * order  # PNDM takes a few more
             with self.progress_bar(total=num_inference_steps) as bar:
-                for i, t in enumerate(scheduler.timesteps):
-                    doubled = torch.cat([x, x]) if guided else x
-                    eps = self.unet(scheduler.scale_model_input(doubled, t), t, encoder_hidden_states=context).sample
+                for i, t in enumerate(numbers):
+                    eps = predict(scheduler.scale_model_input(x, t), i)
                     if guided:
                         uncond, cond = eps.chunk(2)
                         eps = uncond + guidance_scale * (cond - uncond)
                     x = scheduler.step(eps, t, x, **options).prev_sample
-                    if i == len(scheduler.timesteps) - 1 or (i >= opening and (i + 1) % order == 0):
+                    if i == len(times) - 1 or (i >= opening and (i + 1) % order == 0):
                         bar.update()
                         if callback is not None and i % callback_steps == 0:
-                            callback(i // order, t, x)
+                            callback(i // order, times[i], x)
 
             images, flags = self.finish(x, output_type, device, context.dtype)
         return StableDiffusionPipelineOutput(images, flags) if return_dict else (images, flags)
@@ -155,6 +161,15 @@ class StableDiffusionImageVariationPipeline(Assembly):
             check_latents(latents, shape)
             latents = latents.to(device=device, dtype=dtype)
         return latents * self.scheduler.init_noise_sigma
+
+    def predictor(self, timesteps: Any, context: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The UNet as a function of scaled latents (b n, 4, h, w) and the number of a step: a prediction per context.
+
+        Prepared, if it is imvar's and nobody watches its layers; else called with all that it is told, each time.
+        """
+        if isinstance(self.unet, UNet2DConditionModel) and untouched(self.unet):
+            return Prepared(self.unet, timesteps, context)
+        return lambda x, i: self.unet(repeated(x, context), timesteps[i], encoder_hidden_states=context).sample
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Which of `eta` and `generator` this scheduler's step takes."""

@@ -1,0 +1,41 @@
+"""A UNet made ready for a run: what does not depend on the latents is worked out before the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Attention
+from .told import Ready, ours
+
+
+class Prepared:
+    """The UNet as a function of the latents (b, c, h, w) and the number of a step, to (k b, c, h, w).
+
+    A table of the time's biases, a row per step, and the answers of cross-attention to a single token. `timesteps`:
+    (n,), those of the run; `context`: (k b, m, c), k for each sample, in the samples' order, k times over.
+    """
+
+    def __init__(self, unet: Any, timesteps: Tensor, context: Tensor):
+        timesteps = torch.as_tensor(timesteps, device=context.device)
+        self.unet, self.times, self.context = unet, unet.prepare_time(timesteps), unet.prepare_context(context)
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        return self.unet(x, row(self.times, step), self.context).sample
+
+
+def row(table: Any, step: int) -> Any:
+    """Of what was made ready for the times (n,), what one of them needs."""
+    if isinstance(table, Ready):
+        return Ready(row(table.value, step))
+    return table[step:step + 1] if isinstance(table, Tensor) else [row(part, step) for part in table]
+
+
+def untouched(model: nn.Module) -> bool:
+    """Whether a run of this model may be prepared: every layer is as it was written, every attention kernel a softmax.
+
+    Else somebody sees what goes from layer to layer, and gets to see what a plain call shows.
+    """
+    return all(ours(layer) and (not isinstance(layer, Attention) or layer.is_softmax) for layer in model.modules())

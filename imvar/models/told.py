@@ -1,0 +1,36 @@
+"""What layers are told beside the latents, a time and a context, and what they make of these alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Ready(NamedTuple):
+    """What one layer, or a list of them, made of a time or a context: the part of its answer that no latents change."""
+
+    value: Any
+
+
+def ready(layer: nn.Module, told: Tensor) -> Any:
+    """`told` as `layer.prepare` makes it ready; as it came, for a layer that is not ours or that others watch."""
+    return layer.prepare(told) if hasattr(layer, "prepare") and ours(layer) else told  # type: ignore[operator]
+
+
+def ours(layer: nn.Module) -> bool:
+    """Whether this layer is PyTorch's or imvar's as it was written, without a hook or an override of others."""
+    hooks = *layer._forward_pre_hooks.values(), *layer._forward_hooks.values()
+    return "forward" not in vars(layer) and all(map(own, (type(layer), type(layer).forward, *hooks)))
+
+
+def own(code: Any) -> bool:
+    return getattr(code, "__module__", "").partition(".")[0] in ("torch", __name__.partition(".")[0])
+
+
+def repeated(x: Tensor, like: Tensor) -> Tensor:
+    """x, b ..., over and over until it is as many as `like`, k b ...: a context of k per sample makes k of each.
+
+    What comes before the first context is thus computed once for both halves of guidance.
+    """
+    return x if len(x) == len(like) else x.repeat(len(like) // len(x), *[1] * (x.ndim - 1))

@@ -1,0 +1,113 @@
+"""A run's UNet is prepared once and called with latents alone: the same answer, for less work."""
+
+import pytest
+import torch
+from random_checkpoint import tiny_pipeline
+from torch import nn
+
+from imvar.models import ResnetBlock, SelfAttention
+from imvar.models.prepared import Prepared, untouched
+
+TIMES = torch.tensor([981.0, 500.5, 1.0])
+SHAPES = [(1, 8, 8), (2, 8, 8), (3, 7, 5)]
+
+
+def near(a, b):
+    return (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def told(n, tokens=1, each=2):
+    torch.manual_seed(0)
+    return torch.cat([torch.zeros(n, tokens, 24), *torch.randn(each - 1, n, tokens, 24)])
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("each", [1, 2, 3])
+@pytest.mark.parametrize(("n", "h", "w"), SHAPES)
+@torch.no_grad()
+def test_equals_the_plain_call(pipe, n, h, w, each, tokens):
+    x, context = torch.randn(n, 4, h, w), told(n, tokens, each)
+    prepared = Prepared(pipe.unet, TIMES, context)
+    for step, t in enumerate(TIMES):
+        plain = pipe.unet(x.repeat(each, 1, 1, 1), t, context).sample
+        assert near(prepared(x, step), plain)
+
+
+@torch.no_grad()
+def test_equals_the_plain_call_under_freeu_and_slicing(pipe):
+    x, context = torch.randn(2, 4, 8, 8), told(2)
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    pipe.enable_attention_slicing("max")
+    assert near(Prepared(pipe.unet, TIMES, context)(x, 1), pipe.unet(x.repeat(2, 1, 1, 1), TIMES[1], context).sample)
+
+
+@torch.no_grad()
+def test_a_step_works_out_nothing_that_the_run_knows(pipe, monkeypatch):
+    prepared, seen = Prepared(pipe.unet, TIMES, told(3)), []
+    names = {module: name for name, module in pipe.unet.named_modules()}
+    for kind in nn.Linear, nn.Conv2d:
+        def watching(self, x, kind=kind, forward=kind.forward):
+            seen.append((names[self], len(x)))
+            return forward(self, x)
+        monkeypatch.setattr(kind, "forward", watching)
+    prepared(torch.randn(3, 4, 8, 8), 0)
+    batches = dict(seen)
+    assert not [name for name in batches if "time" in name or "cross_attn" in name]
+    assert batches["conv_in"] == batches["down.0.transformers.0.blocks.0.self_attn.to_out"] == 3  # for both halves
+    assert batches["down.0.transformers.0.blocks.0.feed_forward.widen"] == batches["conv_out"] == 6
+
+
+def test_who_watches_layers_sees_every_call_as_it_was(photo):
+    """A hook, an override, a kernel or a layer of one's own: each sees both halves and what it was always told."""
+    def hooked(unet, see):
+        unet.down[0].resnets[0].register_forward_hook(lambda layer, inputs, out: see(inputs[0]) or see(inputs[1]))
+
+    def overridden(unet, see):
+        forward = unet.conv_in.forward
+        unet.conv_in.forward = lambda x: (see(x), forward(x))[1]
+
+    def kernel(unet, see):
+        unet.down[0].transformers[0].blocks[0].self_attn.attend = lambda q, k, v: (see(q), v)[1]
+
+    def layer(unet, see):
+        class Mine(ResnetBlock):
+            def forward(self, x, time=None):
+                see(x)
+                see(time)
+                return super().forward(x, time)
+
+        block = unet.down[0].resnets[0]
+        block.__class__ = Mine
+
+    def attention(unet, see):
+        class Mine(SelfAttention):
+            def answer(self, x, context):
+                see(x)
+                return super().answer(x, context)
+
+        unet.down[0].transformers[0].blocks[0].self_attn.__class__ = Mine
+
+    for change in hooked, overridden, kernel, layer, attention:
+        pipe, seen = tiny_pipeline(), []
+        pipe.set_progress_bar_config(disable=True)
+        assert untouched(pipe.unet)
+        change(pipe.unet, lambda x, seen=seen: seen.append(len(x)))
+        assert not untouched(pipe.unet)
+        pipe(photo, num_inference_steps=2, output_type="latent")
+        assert set(seen) == {2}, change.__name__
+
+
+def test_offloading_is_no_watching(pipe):
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert untouched(pipe.unet)
+
+
+def test_gradients_are_those_of_the_plain_call(pipe):
+    x, context = torch.randn(2, 4, 8, 8), told(2)
+    found = []
+    for predict in (lambda: pipe.unet(x.repeat(2, 1, 1, 1), 500, context).sample,
+                    lambda: pipe.unet(x, torch.tensor([500, 500]), context).sample):
+        pipe.unet.zero_grad()
+        predict().square().mean().backward()
+        found.append([p.grad.clone() for p in pipe.unet.parameters()])
+    assert all((a - b).abs().max() <= 1e-5 * a.abs().max().clamp(min=1e-3) for a, b in zip(*found, strict=True))
