@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 
 from ..checks import count
 from ..errors import InputError
-from .layers import Seams
+from .layers import Linear, Seams
 from .told import Ready, repeated
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -91,10 +91,10 @@ class Attention(Seams, nn.Module):
         self.heads, self.attend = heads, attend
         self.slice_size: int | None = None  # heads at a time
         self.override: Attend | None = None  # a backend that takes precedence over slicing
-        self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k = nn.Linear(context_dim, dim, bias=bias)
-        self.to_v = nn.Linear(context_dim, dim, bias=bias)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_q = Linear(dim, dim, bias=bias)
+        self.to_k = Linear(context_dim, dim, bias=bias)
+        self.to_v = Linear(context_dim, dim, bias=bias)
+        self.to_out = Linear(dim, dim)
 
     @property
     def is_softmax(self) -> bool:

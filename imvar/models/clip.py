@@ -19,7 +19,7 @@ from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import TransformersModel
 from .attention import AttentionSettings, SelfAttention
-from .layers import Checkpointing
+from .layers import Checkpointing, Linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -70,9 +70,9 @@ class MLP(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.widen = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.widen = Linear(config.hidden_size, config.intermediate_size)
         self.act = ACTIVATIONS[config.hidden_act]
-        self.narrow = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.narrow = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.narrow(self.act(self.widen(self.norm(x))))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import count, levels, real, side, sizes
@@ -19,7 +18,7 @@ from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
 from .attention import AttentionSettings
 from .freeu import FreeU
-from .layers import Checkpointing, Downsample, ResnetBlock, Seams, TimestepEmbedding, Upsample
+from .layers import Checkpointing, Downsample, ResnetBlock, Seams, TimestepEmbedding, Upsample, normed_silu
 from .levels import DownLevel, MidLevel, UpLevel
 from .told import Ready, ready, repeated
 from .transformer import Transformer
@@ -229,7 +228,7 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
             size = skips[-1].shape[2:] if skips else None  # odd sizes: the next skip tells what to grow to
             x = self.run(level, x, here, *told.pop(0), lambda h, skip, i=i: self.merge(h, skip, i), size)
 
-        sample = self.conv_out(F.silu(self.norm_out(x)))
+        sample = self.conv_out(normed_silu(self.norm_out, x))
         return UNet2DConditionOutput(sample) if return_dict else (sample,)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import levels, real, side, sizes
@@ -20,7 +19,7 @@ from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
 from .attention import AttentionSettings, PixelAttention
-from .layers import Checkpointing, Downsample, ResnetBlock, Upsample
+from .layers import Checkpointing, Downsample, ResnetBlock, Upsample, normed_silu
 
 EPS = 1e-6  # of every norm in here
 
@@ -115,7 +114,7 @@ class Encoder(Checkpointing, nn.Module):
         for level in self.down:
             x = self.run(level, x)
         x = self.run(self.mid, x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(normed_silu(self.norm_out, x))
 
 
 class Decoder(Checkpointing, nn.Module):
@@ -137,7 +136,7 @@ class Decoder(Checkpointing, nn.Module):
         x = self.run(self.mid, self.conv_in(z))
         for level in self.up:
             x = self.run(level, x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(normed_silu(self.norm_out, x))
 
 
 class DiagonalGaussianDistribution:
