@@ -2,6 +2,7 @@
 
 from .errors import CheckpointError, ImvarError, InputError, InputTypeError
 from .image import CLIPImageProcessor, VaeImageProcessor
+from .memory import keep_freed_memory
 from .models import (
     AutoencoderKL,
     CLIPConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "VaeImageProcessor",
     "bundled_checkpoint",
     "bundled_examples",
+    "keep_freed_memory",
     "load_image",
     "sdpa",
     "set_attend",

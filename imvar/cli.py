@@ -17,6 +17,7 @@ from PIL.Image import Image
 from . import __version__
 from .contact_sheet import Row, contact_sheet
 from .errors import CheckpointError, ImvarError, InputError
+from .memory import keep_freed_memory
 from .photos import distinct, load_image, spare
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
@@ -40,6 +41,7 @@ SCHEDULERS = {  # and what each is told: some published configs leave clip_sampl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
     args = parser().parse_args(argv)
+    keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of photos need not exist in a terminal's encoding
     try:

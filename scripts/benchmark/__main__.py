@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+import imvar
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from published_checkpoint import write_checkpoint
@@ -100,10 +102,12 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
     cuda = args.device.type == "cuda"
+    freed = "kept" if args.keep_memory else "handed back"
     return {"date": date.today().isoformat(), "commit": commit, "dtype": args.dtype, "rounds": args.rounds,
             "machine": torch.cuda.get_device_name() if cuda else model[0], "threads": torch.get_num_threads(),
             "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "rival": "compiled, max-autotune" if args.compile else "eager"}
+            "python": platform.python_version(), "freed memory": freed,
+            "rival": "compiled, max-autotune" if args.compile else "eager"}
 
 
 def markdown(results: list[Result], facts: dict[str, Any]) -> str:
@@ -127,6 +131,7 @@ def arguments() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="pictures at a time")
     add("--steps", type=int, default=50, help="of the pipeline")
     add("--compile", action="store_true", help="the rival as fast as it goes: fused QKV, channels_last, max-autotune")
+    add("--keep-memory", action="store_true", help="for both, imvar.keep_freed_memory, which `imvar vary` calls")
     add("--rounds", type=int, default=5)
     add("--warm", type=int, default=0, help="rounds before those that count, after the first comparison")
     add("--json", type=Path)
@@ -141,6 +146,8 @@ def main() -> None:
     args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.keep_memory:
+        imvar.keep_freed_memory()
     folder = args.checkpoint or args.work / ("tiny" if args.tiny else "full")
     if not folder.exists():
         print(f"making {folder}", file=sys.stderr)

@@ -60,11 +60,14 @@ class Sides:
         quiet(diffusers, transformers)
         where = self.folder if name == "pipeline" else self.folder / name
         both = [kind.from_pretrained(where, torch_dtype=self.dtype).to(self.device) for kind in (theirs, ours)]
-        if name == "pipeline":
+        whole = name == "pipeline"
+        if whole:
             for pipe in both:
                 pipe.set_progress_bar_config(disable=True)
+                for thresholds in "concept_embeds_weights", "special_care_embeds_weights":  # nothing is made black
+                    getattr(pipe.safety_checker, thresholds).data.fill_(2.0)
         if self.args.compile:
-            for model in [both[0].unet, both[0].vae] if name == "pipeline" else [both[0]]:
+            for model in [both[0].unet, both[0].vae] if whole else [both[0]]:
                 fastest(model)
         return both[0], both[1]
 
