@@ -51,7 +51,7 @@ SIDES = {  # of each part: the reference's class, and ours
     "LMS": (diffusers.LMSDiscreteScheduler, imvar.LMSDiscreteScheduler),
     "pipeline": (diffusers.StableDiffusionImageVariationPipeline, imvar.StableDiffusionImageVariationPipeline),
 }
-SCHEDULERS = ("PNDM", "DDIM", "LMS")
+RELATIVE = ("image_encoder", "vae", "unet", "safety_checker", "PNDM", "DDIM", "LMS")  # as in tests/reference
 TOLERANCE = {"feature_extractor": 0.0, "image_encoder": 1e-5, "vae": 1e-5, "unet": 1e-5, "safety_checker": 1e-5,
              "PNDM": 1e-6, "DDIM": 1e-6, "LMS": 1e-6, "pipeline": 1e-4}
 OF_ANSWERS = {"flags": 0.0, "timesteps": 0.0, "files": 0.0, "PIL levels": 1.0}  # these first, by how `what` begins
@@ -59,7 +59,7 @@ OF_ANSWERS = {"flags": 0.0, "timesteps": 0.0, "files": 0.0, "PIL levels": 1.0}  
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. The schedulers' tolerance is relative to the reference's largest value, all others absolute."""
+    """One comparison. Of networks and schedulers the tolerance is relative to the reference's largest value."""
 
     part: str
     what: str
@@ -76,10 +76,10 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        return (self.relative if self.part in SCHEDULERS else self.difference) <= self.tolerance
+        return (self.relative if self.part in RELATIVE else self.difference) <= self.tolerance
 
     def cells(self) -> list[str]:
-        tolerance = f"{self.tolerance:g}" + (" relative" if self.part in SCHEDULERS else "")
+        tolerance = f"{self.tolerance:g}" + (" relative" if self.part in RELATIVE else "")
         return [self.part, self.what, f"{self.difference:.2e}", f"{self.largest:.3g}", f"{self.relative:.1e}",
                 tolerance, "yes" if self.ok else "**NO**"]
 
