@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .told import Ready, ours
+
+Runner = Callable[[Callable[..., Any], Any], Callable[..., Any]]
+"""How a function of a model and of tensors is to be run: as `partial(function, model)`, or quicker."""
 
 
 class Prepared:
@@ -18,12 +23,17 @@ class Prepared:
     (n,), those of the run; `context`: (k b, m, c), k for each sample, in the samples' order, k times over.
     """
 
-    def __init__(self, unet: Any, timesteps: Tensor, context: Tensor):
+    def __init__(self, unet: Any, timesteps: Tensor, context: Tensor, runner: Runner = partial):
         timesteps = torch.as_tensor(timesteps, device=context.device)
-        self.unet, self.times, self.context = unet, unet.prepare_time(timesteps), unet.prepare_context(context)
+        self.times, self.context = unet.prepare_time(timesteps), unet.prepare_context(context)
+        self.whole = runner(whole, unet)
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        return self.unet(x, row(self.times, step), self.context).sample
+        return self.whole(x, row(self.times, step), self.context)
+
+
+def whole(unet: Any, x: Tensor, time: Ready, context: Ready) -> Tensor:
+    return unet(x, time, context).sample
 
 
 def row(table: Any, step: int) -> Any:

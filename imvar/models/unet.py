@@ -202,16 +202,18 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         return Ready([[ready(layer, context) for layer in level.transformers] for level in self.levels])
 
     def forward(self, sample: Tensor, timestep: Tensor | float | Ready, encoder_hidden_states: Tensor | Ready,
-                *unsupported: None, return_dict: bool = True, **more: None) -> UNet2DConditionOutput | tuple[Tensor]:
+                *unsupported: None, merge: Merge | None = None, return_dict: bool = True, **more: None,
+                ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict what `sample` (b, c, h, w) hides at `timestep` (one, or one per sample).
 
         `encoder_hidden_states`: (b, m, cross_attention_dim), m tokens that describe the picture; here m is 1. Of k b
         contexts, k for each sample in the samples' order k times over, the answer has as many samples. Either may
-        come `Ready`, as a loop has them. Of diffusers' further arguments `return_dict` alone can be other than None:
-        `InputError`.
+        come `Ready`, as a loop has them; `merge` joins the skips of this call. Of diffusers' further arguments
+        `return_dict` alone can be other than None: `InputError`.
         """
         refuse(unsupported, more)
         x, time, context = self.conv_in(sample), timestep, encoder_hidden_states
+        merge = merge or self.merge
         if not isinstance(time, Ready):
             time = self.prepare_time(torch.as_tensor(time, device=x.device).expand(len(x)))
         if not isinstance(context, Ready):
@@ -226,7 +228,7 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         for i, level in enumerate(self.up):
             here = [repeated(skips.pop(), x) for _ in range(self.config.layers_per_block + 1)]
             size = skips[-1].shape[2:] if skips else None  # odd sizes: the next skip tells what to grow to
-            x = self.run(level, x, here, *told.pop(0), lambda h, skip, i=i: self.merge(h, skip, i), size)
+            x = self.run(level, x, here, *told.pop(0), lambda h, skip, i=i: merge(h, skip, i), size)
 
         sample = self.conv_out(normed_silu(self.norm_out, x))
         return UNet2DConditionOutput(sample) if return_dict else (sample,)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch.nn.attention import SDPBackend
 from ..errors import InputError
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
+from ..models.compiled import Compiler
+from ..models.prepared import Runner, untouched
 from .offload import Offload
 from .storage import Storage
 
@@ -36,6 +39,7 @@ class Assembly(Storage):
         self._settings: dict[str, Any] = {}
         self._bar_options: dict[str, Any] = {}
         self._offload: Offload | None = None
+        self._compiler: Compiler | None = None
 
     def register_modules(self, **parts: Any) -> None:
         """Keep these parts under their names; None for one that is left out."""
@@ -139,6 +143,27 @@ class Assembly(Storage):
         """Under offloading, send every part back to main memory."""
         if self._offload:
             self._offload.rest()
+
+    # Speed
+
+    def compile(self, **options: Any) -> None:
+        """Let the UNet and the autoencoder's decoder be compiled, with the `options` of `torch.compile`.
+
+        On CUDA each of their calls is then replayed as a graph, so that no step waits for Python. That happens in the
+        first call of this pipeline, and again for every new size, batch or dtype: from a minute up to many with
+        `mode="max-autotune"`. Seeds, pictures, guidance, samplers and numbers of steps need nothing new, and neither
+        does what changes weights in place; other weights are recorded anew. A model that cannot be compiled runs as
+        it is, with a warning. Parts with hooks or layers of others, and parts that are offloaded, run as they are.
+        """
+        self._compiler = Compiler(**options)
+
+    @property
+    def runner(self) -> Runner:
+        """How functions of the models are run: see `compile`."""
+        compiler = self._compiler
+        if compiler is None or self._offload:
+            return partial
+        return lambda function, model: (compiler if untouched(model) else partial)(function, model)
 
     # Settings that belong to the models
 

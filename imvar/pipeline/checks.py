@@ -8,8 +8,8 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
-from ..checks import count, finite
-from ..errors import InputError, InputTypeError
+from ..checks import count, finite, real
+from ..errors import InputError, InputTypeError, shown
 from ..noise import check_generator
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -58,6 +58,17 @@ def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: fl
         raise InputError(f"output_type={output_type!r}: {', '.join(map(repr, OUTPUT_TYPES))} would do")
     if callback is not None and not callable(callback):
         raise InputTypeError(f"callback={callback!r}: a function of (step, timestep, latents) would do")
+
+
+def check_approximate(guidance_interval: Any, cache_interval: Any) -> None:
+    """What trades a little of the pictures for speed."""
+    count("cache_interval", cache_interval)
+    if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
+        raise InputTypeError(f"guidance_interval={shown(guidance_interval)}: two shares of the steps would do, such as "
+                             "(0.0, 0.8)")
+    low, high = (real("guidance_interval", share) for share in guidance_interval)
+    if low > high:
+        raise InputError(f"guidance_interval=({low}, {high}): the lower share first would do")
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:

@@ -36,13 +36,15 @@ class Storage:
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, torch_dtype: Any = None, dtype: Any = None,
                         revision: str | None = None, variant: str | None = None, use_safetensors: bool | None = None,
                         cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        token: str | bool | None = None, low_cpu_mem_usage: bool = True, **overrides: Any) -> Self:
+                        token: str | bool | None = None, low_cpu_mem_usage: bool = True, compile: bool = False,
+                        **overrides: Any) -> Self:
         """A pipeline from a folder or a hub repository in the published layout, or "imvar-emoji", which is bundled.
 
         `dtype` (or `torch_dtype`): one for all parts, or a dictionary of part to dtype with `"default"`; float32
         unless said. `overrides` are parts to use instead of the checkpoint's, None to go without, and settings of
         the pipeline such as `requires_safety_checker`. `variant` chooses files such as `*.fp16.safetensors` where
-        a part has them. Weights are always mapped rather than copied, whatever `low_cpu_mem_usage` says.
+        a part has them. Weights are always mapped rather than copied, whatever `low_cpu_mem_usage` says. `compile`:
+        call `compile()` on it.
         Raises `CheckpointError` naming the file and what is wrong with it.
         """
         known = cls.parameters()
@@ -66,11 +68,14 @@ class Storage:
 
         found = unchanged(folder, wanted_files(None, overrides, **reading), listed)
         try:
-            return cls(**(found | overrides))
+            pipe = cls(**(found | overrides))
         except InputError as error:
             if error.key is None or error.key in overrides:  # the caller's doing
                 raise
             raise CheckpointError(str(error), path=folder / INDEX, key=error.key) from error
+        if compile:
+            pipe.compile()  # type: ignore[attr-defined]
+        return pipe
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | Path, *, config: str | Path | None = None,

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,12 @@ from torch import Tensor
 
 from ..errors import ImvarError, InputError
 from ..image import VaeImageProcessor
-from ..models import UNet2DConditionModel
-from ..models.prepared import Prepared, untouched
-from ..models.told import repeated
 from ..noise import randn
 from ..outputs import StableDiffusionPipelineOutput
 from ..weights.settings import taken_as_64
 from .assembly import Assembly
-from .checks import check_call, check_inputs, check_latents
+from .checks import check_approximate, check_call, check_inputs, check_latents
+from .guidance import Guided, Predict, predictor
 
 
 class StableDiffusionImageVariationPipeline(Assembly):
@@ -58,6 +57,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
         generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
         output_type: str = "pil", return_dict: bool = True,
         callback: Callable[[int, Any, Tensor], Any] | None = None, callback_steps: int = 1,
+        guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Make variations of one picture or of several.
 
@@ -78,6 +78,10 @@ class StableDiffusionImageVariationPipeline(Assembly):
             return_dict: False for a tuple of pictures and flags.
             callback: called as callback(i, t, latents) after the steps i that `callback_steps` divides; under PNDM
                 not after its opening ones.
+            guidance_interval: approximate, for speed: guidance in the steps from this share of all of them, 0 to 1,
+                up to that; a step without takes half the time (arXiv:2404.07724).
+            cache_interval: approximate, for speed: the whole UNet in every so many-th step alone, and in the others
+                its last layer (arXiv:2312.00858).
 
         Returns:
             `images`, and `nsfw_content_detected`, a flag each, or None where no checker looked; flagged pictures
@@ -93,6 +97,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
             pictures = how_many(image) * (num_images_per_prompt or 1)
             shape = self.latents_shape(pictures, self.unet.config.in_channels, height, width)
             check_call(guidance_scale, num_images_per_prompt, eta, generator, latents, output_type, callback, shape)
+            check_approximate(guidance_interval, cache_interval)
 
             device, guided = self._execution_device, guidance_scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
@@ -103,15 +108,14 @@ class StableDiffusionImageVariationPipeline(Assembly):
 
             times = scheduler.timesteps  # of the walk; where they are numbers on the CPU no step waits for the device
             numbers = times.cpu() if isinstance(times, Tensor) else times
-            predict = self.predictor(times, context)
+            make = partial(self.predictor, times, cache_interval=cache_interval)
+            predict = (Guided(make, context, guidance_scale, guidance_interval, len(times)) if guided
+                       else make(context))
 
             opening = len(times) - num_inference_steps * order  # PNDM takes a few more
             with self.progress_bar(total=num_inference_steps) as bar:
                 for i, t in enumerate(numbers):
                     eps = predict(scheduler.scale_model_input(x, t), i)
-                    if guided:
-                        uncond, cond = eps.chunk(2)
-                        eps = uncond + guidance_scale * (cond - uncond)
                     x = scheduler.step(eps, t, x, **options).prev_sample
                     if i == len(times) - 1 or (i >= opening and (i + 1) % order == 0):
                         bar.update()
@@ -162,14 +166,9 @@ class StableDiffusionImageVariationPipeline(Assembly):
             latents = latents.to(device=device, dtype=dtype)
         return latents * self.scheduler.init_noise_sigma
 
-    def predictor(self, timesteps: Any, context: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """The UNet as a function of scaled latents (b n, 4, h, w) and the number of a step: a prediction per context.
-
-        Prepared, if it is imvar's and nobody watches its layers; else called with all that it is told, each time.
-        """
-        if isinstance(self.unet, UNet2DConditionModel) and untouched(self.unet):
-            return Prepared(self.unet, timesteps, context)
-        return lambda x, i: self.unet(repeated(x, context), timesteps[i], encoder_hidden_states=context).sample
+    def predictor(self, timesteps: Any, context: Tensor, cache_interval: int = 1) -> Predict:
+        """The UNet as a function of scaled latents (b n, 4, h, w) and a step's number: a prediction per context."""
+        return predictor(self.unet, timesteps, context, cache_interval, self.runner)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Which of `eta` and `generator` this scheduler's step takes."""
@@ -190,7 +189,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b, 4, h, w) to pictures (b, 3, 8h, 8w) around [-1, 1]."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return self.runner(decode, self.vae)(latents / self.vae.config.scaling_factor)
 
     def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype,
                            ) -> tuple[Any, list[bool] | None]:
@@ -205,6 +204,10 @@ class StableDiffusionImageVariationPipeline(Assembly):
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         """Latents to an array (b, h, w, 3) in [0, 1]: a step of older pipelines, kept for code that calls it."""
         return self.image_processor.postprocess(self.decode(latents), "np")
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    return vae.decode(latents, return_dict=False)[0]
 
 
 def how_many(image: Any) -> int:

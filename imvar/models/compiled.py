@@ -1,0 +1,119 @@
+"""Quicker ways to run a model's functions: compiled, and on CUDA recorded once and replayed without Python."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from .attention import attentions
+
+GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}  # graphs are made here
+KEPT = 8  # recordings; each keeps the memory of one call
+
+
+class Compiler:
+    """`compiler(function, model)` runs `function(model, *inputs)` as `torch.compile` made it, without a graph break.
+
+    `inputs` are tensors, also in lists and tuples; what comes back is the caller's own. It is compiled for each set
+    of shapes, dtypes and devices, when they are first seen, and stays so for any values. On CUDA a call is then
+    recorded as a graph, once for each set, and again after weights or settings of the model were replaced. Where a
+    function cannot be compiled or recorded, a warning says why, once, and it runs as it is. Threads may share one.
+    `options` are those of `torch.compile`.
+    """
+
+    def __init__(self, **options: Any):
+        self.options: dict[str, Any] = {"fullgraph": True, "dynamic": False} | options
+        self.options["mode"] = GRAPHS.get(options.get("mode", ""), options.get("mode"))
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.recordings: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self.turn = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Compiler, **self.options), ()  # a copy begins anew
+
+    def __call__(self, function: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+        if any(p.is_cuda for p in model.parameters()):
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # tensor cores' order
+            return partial(self.replay, function, model, state(model))
+        return partial(self.run, function, model)
+
+    def run(self, function: Callable[..., Any], model: nn.Module, *inputs: Any) -> Any:
+        """The compiled call."""
+        if function not in self.compiled:
+            self.compiled[function] = torch.compile(function, **self.options)
+        try:
+            with many_shapes():
+                return self.compiled[function](model, *inputs)
+        except Exception as error:
+            if self.compiled[function] is not function:
+                self.gave_up("compile", error)
+            self.compiled[function] = function
+            return function(model, *inputs)
+
+    def replay(self, function: Callable[..., Any], model: nn.Module, known: Any, *inputs: Any) -> Any:
+        """The compiled call as recorded, on CUDA."""
+        tensors, form = tree_flatten(inputs)
+        key = function, known, form, tuple((t.shape, t.dtype, t.device) for t in tensors)
+        with self.turn:
+            if key not in self.recordings:
+                def call(*tensors: Tensor) -> Any:
+                    return self.run(function, model, *tree_unflatten(tensors, form))
+
+                try:
+                    self.recordings[key] = Recording(call, tensors)
+                except Exception as error:
+                    self.gave_up("record", error)
+                    self.recordings[key] = call
+                while len(self.recordings) > KEPT:
+                    self.recordings.popitem(last=False)
+            self.recordings.move_to_end(key)
+            return self.recordings[key](*tensors)
+
+    @staticmethod
+    def gave_up(doing: str, error: Exception) -> None:
+        reason = shorten(f"{type(error).__name__}: {error}", 200)
+        warnings.warn(f"compile: cannot {doing} this model here, so it runs without: {reason}", stacklevel=2)
+
+
+class Recording:
+    """A call as a CUDA graph: its tensors copied in, every kernel started at once, the answer copied out."""
+
+    def __init__(self, call: Callable[..., Any], inputs: list[Tensor]):
+        self.inputs = [t.clone() for t in inputs]
+        warm, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        warm.wait_stream(here)
+        with torch.cuda.stream(warm):
+            for _ in range(3):  # kernels are compiled, chosen and loaded before the recording
+                call(*self.inputs)
+        here.wait_stream(warm)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.answer = call(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        torch._foreach_copy_(self.inputs, list(inputs))  # type: ignore[attr-defined]  # in one kernel or two
+        self.graph.replay()
+        return tree_map_only(Tensor, Tensor.clone, self.answer)
+
+
+def state(model: nn.Module) -> tuple[Any, ...]:
+    """What a recording holds for: where the weights lie, and the settings that change what is computed."""
+    kernels = [(layer.attend, layer.override, layer.slice_size) for layer in attentions(model)]
+    return model, getattr(model, "merge", None), *(p.data_ptr() for p in model.parameters()), *kernels
+
+
+@contextmanager
+def many_shapes() -> Iterator[None]:
+    """PyTorch takes more than a few shapes for a mistake; here they are sizes that somebody asked for."""
+    with torch._dynamo.config.patch(recompile_limit=64):  # type: ignore[attr-defined]
+        yield

@@ -1,0 +1,107 @@
+"""Approximate ways to be quicker: off unless asked for, and then what their papers say."""
+
+import copy
+
+import pytest
+import torch
+
+from imvar import DDIMScheduler, InputError
+from imvar.models.cached import Cached
+from imvar.models.prepared import Prepared
+
+
+def run(pipe, photo, **options):
+    return pipe(photo, **({"num_inference_steps": 8, "output_type": "latent", "guidance_scale": 3.0} | options),
+                generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.fixture
+def seen(pipe, monkeypatch):
+    """How many samples the whole UNet and its last layer were given, call by call."""
+    found = []
+    levels = pipe.unet.mid, pipe.unet.up[-1].resnets[-1]
+    for level in levels:
+        forward = type(level).forward
+
+        def watching(*inputs, level=level, forward=forward):
+            if inputs[0] is level:
+                found.append(("whole", "last")[levels.index(level)] + f" {len(inputs[1])}")
+            return forward(*inputs)
+
+        monkeypatch.setattr(type(level), "forward", watching)
+        watching.__module__ = "imvar.models"  # or it would count as somebody else's
+    return found
+
+
+def test_the_defaults_change_nothing(pipe, photo):
+    assert torch.equal(run(pipe, photo), run(pipe, photo, guidance_interval=(0.0, 1.0), cache_interval=1))
+
+
+@pytest.mark.parametrize(("interval", "guided"), [
+    ((0.25, 0.75), (2, 3, 4, 5)), ((0, 0.5), (0, 1, 2, 3)), ([0.5, 1], (4, 5, 6, 7)), ((0.5, 0.5), ()),
+    ((0, 1), range(8)),
+])
+def test_guidance_in_an_interval_is_a_scale_that_depends_on_the_step(pipe, photo, interval, guided, seen):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    made = run(pipe, photo, guidance_interval=interval)
+    assert [entry for entry in seen if "whole" in entry] == [f"whole {2 if i in guided else 1}" for i in range(8)]
+
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(8)
+    context = pipe._encode_image(photo, torch.device("cpu"), 1, True).detach()
+    x = torch.randn(made.shape, generator=torch.Generator().manual_seed(0))
+    for i, t in enumerate(scheduler.timesteps):
+        with torch.no_grad():
+            uncond, cond = pipe.unet(x.repeat(2, 1, 1, 1), t, context).sample.chunk(2)
+        x = scheduler.step(uncond + (3.0 if i in guided else 1.0) * (cond - uncond), t, x).prev_sample
+    assert (made - x).abs().max() <= 1e-5 * x.abs().max()
+
+
+def test_the_whole_unet_runs_in_every_so_many_th_step(pipe, photo, seen):
+    exact = run(pipe, photo, num_inference_steps=7)
+    seen.clear()
+    made = run(pipe, photo, num_inference_steps=7, cache_interval=3)
+    assert [entry.split()[0] for entry in seen] == ["whole", "last", "last", "last"] * 2 + ["whole", "last", "last"]
+    assert made.shape == exact.shape
+    assert made.isfinite().all()
+    assert not torch.allclose(made, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("each", [1, 2])
+@torch.no_grad()
+def test_the_last_layer_completes_the_unet(pipe, each):
+    """Told the same latents and time, the kept features give what the whole UNet gives."""
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    times, context, x = torch.tensor([981.0, 500.0]), torch.randn(2 * each, 1, 24), torch.randn(2, 4, 8, 8)
+    cached, whole = Cached(pipe.unet, times, context, 3), Prepared(pipe.unet, times, context)
+    for _ in range(3):
+        assert (cached(x, 0) - whole(x, 0)).abs().max() <= 1e-6 * whole(x, 0).abs().max()
+    other = torch.randn(2, 4, 8, 8)
+    assert torch.equal(cached(other, 1), whole(other, 1))
+
+
+def test_a_guided_and_an_unguided_run_keep_their_own_features(pipe, photo, seen):
+    run(pipe, photo, guidance_interval=(0.5, 1), cache_interval=2, num_inference_steps=7)  # 8 calls under PNDM
+    assert [entry for entry in seen if "whole" in entry] == ["whole 1", "whole 1", "whole 2", "whole 2"]
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"guidance_interval": 0.5}, "guidance_interval=0.5"),
+    ({"guidance_interval": (0.1, 0.5, 0.9)}, "guidance_interval"),
+    ({"guidance_interval": (0.8, 0.2)}, "lower share first"),
+    ({"guidance_interval": (-0.1, 1)}, "guidance_interval=-0.1"),
+    ({"guidance_interval": (0, float("nan"))}, "guidance_interval=nan"),
+    ({"guidance_interval": ("a", 1)}, "guidance_interval='a'"),
+    ({"cache_interval": 0}, "cache_interval=0"),
+    ({"cache_interval": 1.5}, "cache_interval=1.5"),
+])
+def test_bad_values_are_named(pipe, photo, options, says):
+    with pytest.raises(InputError, match=says.replace("(", r"\(")):
+        run(pipe, photo, **options)
+
+
+def test_features_of_a_unet_that_somebody_watches_are_not_kept(pipe, photo):
+    pipe.unet.conv_in.register_forward_hook(lambda *_: None)
+    run(pipe, photo)
+    with pytest.raises(InputError, match="cache_interval=2"):
+        run(pipe, photo, cache_interval=2)

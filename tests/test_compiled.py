@@ -1,0 +1,176 @@
+"""`pipe.compile()`: the same pictures; compiled once per size, without a graph break, whatever the values are."""
+
+import copy
+import pickle
+import shutil
+import warnings
+
+import pytest
+import torch
+
+from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
+from imvar.models.compiled import Compiler, state
+
+
+class Counting:
+    """A backend of `torch.compile` that runs the graph as it is and counts how many it was given."""
+
+    graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _afresh():
+    torch._dynamo.reset()
+
+
+def near(a, b):
+    return (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def run(pipe, photo, seed=0, **options):
+    options = {"num_inference_steps": 4, "output_type": "pt"} | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a fallback would be one
+        return pipe(photo, generator=torch.Generator().manual_seed(seed), **options).images
+
+
+def test_one_graph_for_every_seed_picture_guidance_sampler_and_number_of_steps(pipe, photo):
+    calls = [{}, {"seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 7}, {"photo": photo.rotate(90)}]
+    samplers = [kind.from_config(pipe.scheduler.config)
+                for kind in (DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler)]
+
+    def pictures():
+        made = [run(pipe, **({"photo": photo} | call)) for call in calls]
+        for pipe.scheduler in samplers:
+            made.append(run(pipe, photo))
+        return made
+
+    plain, counting = pictures(), Counting()
+    pipe.compile(backend=counting)
+    assert all(map(near, pictures(), plain))
+    assert counting.graphs == 2  # the UNet's step and the decoder, each in one piece
+
+
+@pytest.mark.parametrize(("options", "graphs"), [
+    ({"num_images_per_prompt": 3}, 4),
+    ({"height": 96}, 4),
+    ({"guidance_interval": (0.25, 0.75)}, 3),  # the picture alone is another batch
+    ({"cache_interval": 2}, 4),
+    ({"guidance_scale": 1.0}, 3),
+])
+def test_another_size_is_compiled_once(pipe, photo, options, graphs):
+    plain, counting = run(pipe, photo, **options), Counting()
+    pipe.compile(backend=counting)
+    for _ in range(2):
+        run(pipe, photo)
+        assert near(run(pipe, photo, **options), plain)
+    assert counting.graphs == graphs
+
+
+def test_freeu_slicing_and_weights_loaded_later_are_honoured(pipe, photo):
+    other = copy.deepcopy(pipe.unet)
+    for parameter in other.parameters():
+        parameter.data.mul_(0.9)
+    changes = [lambda p: None, lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4), lambda p: p.enable_attention_slicing(1),
+               lambda p: p.unet.load_state_dict(other.state_dict()), lambda p: p.disable_freeu()]
+    plain, compiled = [], copy.deepcopy(pipe)
+    compiled.compile(backend="aot_eager")
+    for change in changes:
+        change(pipe)
+        change(compiled)
+        plain.append(run(pipe, photo))
+        assert near(run(compiled, photo), plain[-1])
+    assert not near(plain[0], plain[-1])
+
+
+def test_what_the_caller_and_callbacks_get_stays_theirs(pipe, photo):
+    pipe.compile(backend="eager")
+    seen = []
+    first = run(pipe, photo, callback=lambda i, t, x: seen.append((x, x.clone())))
+    kept = first.clone()
+    run(pipe, photo, seed=1)
+    assert torch.equal(first, kept)
+    assert len(seen) == 4
+    assert all(torch.equal(x, copied) for x, copied in seen)
+
+
+def test_what_cannot_be_compiled_runs_with_one_line_of_warning_per_function(pipe, photo):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler\nis here")
+
+    plain = run(pipe, photo)
+    pipe.compile(backend=broken)
+    for expected in 2, 0:  # the UNet and the decoder; the second time nothing is tried again
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            images = pipe(photo, num_inference_steps=4, output_type="pt",
+                          generator=torch.Generator().manual_seed(0)).images
+        told = [str(w.message) for w in found if "compile" in str(w.message)]
+        assert len(told) == expected
+        assert all("no compiler is here" in line and "\n" not in line for line in told)
+        assert torch.equal(images, plain)
+
+
+def test_errors_of_the_model_itself_are_raised(pipe, photo):
+    pipe.compile(backend="eager")
+    run = pipe.runner(lambda unet, x: unet.conv_in(x), pipe.unet)
+    with pytest.warns(UserWarning, match="compile"), pytest.raises(RuntimeError, match="channels"):
+        run(torch.randn(1, 5, 8, 8))
+
+
+def test_layers_that_somebody_watches_are_not_compiled(pipe, photo):
+    counting, seen = Counting(), []
+    pipe.compile(backend=counting)
+    pipe.unet.conv_in.register_forward_hook(lambda layer, inputs, out: seen.append(len(out)))
+    run(pipe, photo)
+    assert seen == [2] * 5  # PNDM visits one timestep twice
+    assert counting.graphs == 1  # the decoder
+
+
+def test_nothing_is_compiled_under_offloading(pipe, photo):
+    counting, plain = Counting(), run(pipe, photo)
+    pipe.compile(backend=counting)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert near(run(pipe, photo), plain)
+    assert counting.graphs == 0
+
+
+def test_from_pretrained_compiles_on_request(folder, photo, monkeypatch):
+    kind = StableDiffusionImageVariationPipeline
+    assert kind.from_pretrained(folder)._compiler is None
+    assert kind.from_pretrained(folder, compile=False)._compiler is None
+    assert isinstance(kind.from_pretrained(folder, compile=True)._compiler, Compiler)
+
+
+def test_copies_compile_for_themselves(pipe, photo):
+    pipe.compile(mode="max-autotune")
+    for copied in copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)):
+        assert copied._compiler is not pipe._compiler
+        assert copied._compiler.options == pipe._compiler.options
+        assert copied._compiler.options["mode"] == "max-autotune-no-cudagraphs"  # imvar records its own
+
+
+def test_a_recording_holds_for_the_same_weights_and_settings(pipe):
+    """The key that a recorded call is found again by; `tests/cuda` records."""
+    before = state(pipe.unet)
+    assert state(pipe.unet) == before
+    for change in (lambda: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), lambda: pipe.unet.set_attention_slice(1),
+                   lambda: setattr(pipe.unet.conv_in, "weight", copy.deepcopy(pipe.unet.conv_in.weight)),
+                   lambda: pipe.unet.to(torch.bfloat16)):
+        change()
+        assert state(pipe.unet) != before
+        before = state(pipe.unet)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(2)  # in place
+    assert state(pipe.unet) == before
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_pytorchs_own_compiler(pipe, photo):
+    plain = run(pipe, photo, output_type="latent")
+    pipe.compile()
+    assert near(run(pipe, photo, output_type="latent"), plain)
