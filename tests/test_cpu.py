@@ -1,12 +1,16 @@
 """The CPU's quicker kernels beside the plain ones: the same answers, where they may be asked, and only there."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imvar.models import cpu
-from imvar.models.layers import Linear, Upsample
+from imvar.models import cpu, winograd
+from imvar.models.kept import Kept, run, running
+from imvar.models.layers import Conv2d, GroupNorm, Linear, Upsample
+from imvar.models.prepared import Prepared
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest answer
 
@@ -22,7 +26,7 @@ def asked(monkeypatch):
     names = []
     for dtype in TOLERANCE:
         cpu.has_onednn(dtype)
-    for kernel in cpu.onednn_linear, cpu.upsample_in_phases:
+    for kernel in cpu.onednn_linear, cpu.enlarge:
         def watching(*args, kernel=kernel):
             names.append(kernel.__name__)
             return kernel(*args)
@@ -59,7 +63,7 @@ def test_upsample(asked, dtype, n, h, w):
     for size in None, (2 * h, 2 * w), torch.Size([2 * h, 2 * w]):
         assert near(layer(x, size), expected)
     assert near(layer(x.to(memory_format=torch.channels_last)), expected)
-    assert asked == 4 * ["upsample_in_phases"]
+    assert asked == 4 * ["enlarge"]
     assert layer(x, (2 * h - 1, 2 * w)).shape == (n, 8, 2 * h - 1, 2 * w)
     assert len(asked) == 4
 
@@ -103,3 +107,207 @@ def test_where_onednn_is_switched_off_or_gone(asked, monkeypatch):
         assert near(layer(x), F.linear(x, layer.weight, layer.bias))
     finally:
         cpu.has_onednn.cache_clear()
+
+
+# Runs
+
+
+@pytest.fixture
+def all_pay(monkeypatch):
+    """Even the tiniest layer takes the way that is for large ones."""
+    for limit in "WORTH_IT", "FEW", "SOME", "WIDE":
+        monkeypatch.setattr(cpu, limit, 0)
+    monkeypatch.setattr(cpu, "IN_A_SUM", 12)
+    monkeypatch.setattr(winograd, "PIXELS", 8)
+    monkeypatch.setattr(winograd, "CHANNELS", 3)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The names of the ways that convolutions took."""
+    names = []
+    for dtype in TOLERANCE:
+        cpu.has_onednn(dtype)
+    for module, name in (winograd, "convolve"), (winograd, "enlarge"), (cpu, "onednn_convolution"):
+        real = getattr(module, name)
+
+        def watching(*args, name=name, real=real):
+            names.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(module, name, watching)
+    return names
+
+
+@pytest.mark.parametrize(("n", "h", "w"), [(1, 2, 2), (2, 6, 4), (3, 64, 32), (1, 2, 3000), (1, 130, 128), (5, 46, 46)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fewer_products_are_exact(n, h, w, bias):
+    """In double precision, so that rounding hides nothing."""
+    torch.manual_seed(0)
+    x, kernel = torch.randn(n, h, w, 3, dtype=torch.float64), torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    shift = torch.randn(5, dtype=torch.float64) if bias else None
+    for way, matrices, expected in (
+        (winograd.convolve, winograd.convolution_matrices, x.permute(0, 3, 1, 2)),
+        (winograd.enlarge, winograd.enlargement_matrices, F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0)),
+    ):
+        made = way(x, matrices(kernel), shift, F.linear).permute(0, 3, 1, 2)
+        assert (made - F.conv2d(expected, kernel, shift, padding=1)).abs().max() <= 1e-12
+
+
+@torch.no_grad()
+def test_fewer_products_round_hardly_more_than_the_usual_ones():
+    torch.manual_seed(0)
+    x, kernel = torch.randn(2, 320, 16, 16), torch.randn(320, 320, 3, 3) / 54
+    exact = F.conv2d(x.double(), kernel.double(), padding=1)
+    made = winograd.convolve(x.permute(0, 2, 3, 1), winograd.convolution_matrices(kernel), None, F.linear)
+    errors = [(found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+              for found in (made.permute(0, 3, 1, 2), F.conv2d(x, kernel, padding=1))]
+    assert errors[0] <= 4 * errors[1] <= 2e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0, -30.0])
+@pytest.mark.parametrize(("n", "c", "h", "w"), [(2, 32, 16, 16), (1, 64, 128, 96), (3, 32, 97, 1), (1, 96, 1, 1)])
+@torch.no_grad()
+def test_group_norm_keeps_its_digits(all_pay, monkeypatch, n, c, h, w, offset):
+    torch.manual_seed(0)
+    monkeypatch.setattr(cpu, "IN_A_SUM", 2**11)
+    norm, x = GroupNorm(32, c), (torch.randn(n, c, h, w) + offset).to(memory_format=torch.channels_last)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double())
+    usual = (norm(x.contiguous()) - exact).abs().max()
+    with Kept().at_hand():
+        assert (norm(x) - exact).abs().max() <= max(10 * usual, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("options", [
+    {}, {"stride": 2}, {"padding": 0}, {"dilation": 2, "padding": 2}, {"groups": 2}, {"bias": False},
+], ids=str)
+@pytest.mark.parametrize("size", [(8, 6), (7, 6), (8, 5)])
+@torch.no_grad()
+def test_convolutions_in_a_run(all_pay, ways, dtype, options, size):
+    layer = Conv2d(8, 6, 3, **({"padding": 1} | options)).to(dtype)
+    x = torch.randn(2, 8, *size).to(dtype)
+    expected = layer(x)
+    assert not ways
+    with Kept().at_hand():
+        for given in x, x.to(memory_format=torch.channels_last):
+            assert near(layer(given), expected)
+    usual = not options.keys() - {"bias"} and size == (8, 6)
+    quick = "onednn_convolution" if dtype == torch.bfloat16 else "convolve"
+    assert ways == (2 * [quick] if usual or dtype == torch.bfloat16 else [])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@torch.no_grad()
+def test_enlarging_in_a_run(all_pay, ways, dtype):
+    grow, x = Upsample(8).to(dtype), torch.randn(2, 8, 5, 6).to(dtype)
+    expected = grow.conv(F.interpolate(x, scale_factor=2.0))
+    with Kept().at_hand():
+        assert near(grow(x), expected)
+    assert ways == (["enlarge"] if dtype == torch.float32 else 4 * ["onednn_convolution"])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("h", "w"), [(8, 8), (16, 6), (7, 5)])
+@torch.no_grad()
+def test_whole_models_in_a_run(pipe, all_pay, ways, dtype, h, w):
+    """Every layer by its quick way; answers lie in memory as ever."""
+    pipe.to(dtype=dtype)
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    x, context, times = (torch.randn(2, 4, h, w).to(dtype), torch.randn(4, 1, 24).to(dtype), torch.tensor([500.0]))
+    plain = pipe.unet(x.repeat(2, 1, 1, 1), times, context).sample
+    made = Prepared(pipe.unet, times, context)(x, 0)
+    assert near(made, plain)
+    assert made.is_contiguous()
+    vae, picture = pipe.vae, torch.randn(2, 3, 8 * h, 8 * w).to(dtype)
+    for call, given, least in (vae.decode, x, vae.decoder), (vae.encode, picture, vae.encoder):
+        handle = least.register_forward_hook(lambda *_: None)
+        ways.clear()
+        plain = call(given, return_dict=False)[0]
+        assert not ways  # somebody watches
+        handle.remove()
+        made = call(given, return_dict=False)[0]
+        assert ways
+        for found, expected in [(made, plain)] if call == vae.decode else [(made.mean, plain.mean)]:
+            assert near(found, expected)
+            assert found._base is not None or found.is_contiguous()
+
+
+@torch.no_grad()
+def test_slices_and_tiles_share_a_run(pipe, all_pay, monkeypatch):
+    made = []
+    monkeypatch.setattr(cpu, "listed", lambda *args, real=cpu.listed: made.append(args[0]) or real(*args))
+    z = torch.randn(3, 4, 16, 16)
+    whole = pipe.vae.decode(z).sample
+    once = len(made)
+    pipe.vae.enable_slicing()
+    assert near(pipe.vae.decode(z).sample, whole)
+    assert len(made) == 2 * once
+    pipe.vae.enable_tiling()
+    pipe.vae.decode(z)
+    assert len(made) == 3 * once
+
+
+@torch.no_grad()
+def test_weights_are_kept_for_a_run_alone():
+    made = []
+
+    def make(weight, *how):
+        made.append(how)
+        return weight * 2
+
+    weight, kept = nn.Parameter(torch.ones(2)), Kept(3)
+    assert run() is None
+    with kept.at_hand():
+        assert run() is kept
+        with Kept().at_hand():
+            assert run() is not kept
+        assert run() is kept
+    assert run() is None
+    for _ in range(2):
+        assert torch.equal(kept.get(make, weight), torch.full((2,), 2.0))
+    assert torch.equal(kept.get(make, weight, 7), torch.full((2,), 2.0))
+    assert made == [(), (7,)]
+    weight.mul_(3)  # in place
+    assert torch.equal(kept.get(make, weight), torch.full((2,), 6.0))
+    assert torch.equal(kept.get(make, nn.Parameter(torch.zeros(2))), torch.zeros(2))
+
+
+def test_who_watches_or_wants_gradients_gets_no_run(pipe):
+    with running(pipe.vae):
+        assert run() is None  # gradients
+    with torch.no_grad(), running(pipe.vae, calls=5):
+        assert run().calls == 5
+        with running(pipe.unet):
+            assert run().calls == 5  # of which this is a part
+    pipe.vae.decoder.conv_in.register_forward_hook(lambda *_: None)
+    with torch.no_grad(), running(pipe.vae):
+        assert run() is None
+    with torch.no_grad(), running(pipe.unet), torch.enable_grad():
+        layer = pipe.unet.conv_out
+        layer(torch.randn(1, 16, 8, 8)).sum().backward()
+        assert layer.weight.grad is not None
+
+
+@torch.no_grad()
+def test_weights_changed_between_steps_count(pipe, all_pay):
+    x, context, times = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 24), torch.tensor([500.0, 1.0])
+    prepared = Prepared(pipe.unet, times, context)
+    prepared(x, 0)
+    for block in pipe.unet.mid.resnets:
+        block.conv1.weight.mul_(1.5)
+    pipe.unet.conv_in.weight = nn.Parameter(pipe.unet.conv_in.weight * 2)
+    assert near(prepared(x, 0), pipe.unet(x.repeat(2, 1, 1, 1), times[0], context).sample)
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+@torch.no_grad()
+def test_runs_without_onednn(pipe, all_pay):
+    x, context, times = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 24), torch.tensor([500.0])
+    for dtype in TOLERANCE:
+        unet = copy.deepcopy(pipe.unet).to(dtype)
+        with torch.backends.mkldnn.flags(enabled=False):
+            plain = unet(x.repeat(2, 1, 1, 1).to(dtype), times, context.to(dtype)).sample
+            assert near(Prepared(unet, times, context.to(dtype))(x.to(dtype), 0), plain)

@@ -6,8 +6,9 @@ from random_checkpoint import tiny_pipeline
 from torch import nn
 
 from imvar.models import ResnetBlock, SelfAttention
-from imvar.models.layers import Linear
-from imvar.models.prepared import Prepared, untouched
+from imvar.models.layers import Conv2d, Linear
+from imvar.models.prepared import Prepared
+from imvar.models.told import untouched
 
 TIMES = torch.tensor([981.0, 500.5, 1.0])
 SHAPES = [(1, 8, 8), (2, 8, 8), (3, 7, 5)]
@@ -46,7 +47,7 @@ def test_equals_the_plain_call_under_freeu_and_slicing(pipe):
 def test_a_step_works_out_nothing_that_the_run_knows(pipe, monkeypatch):
     prepared, seen = Prepared(pipe.unet, TIMES, told(3)), []
     names = {module: name for name, module in pipe.unet.named_modules()}
-    for kind in Linear, nn.Linear, nn.Conv2d:
+    for kind in Linear, nn.Linear, Conv2d:
         def watching(self, x, kind=kind, forward=kind.forward):
             seen.append((names[self], len(x)))
             return forward(self, x)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 
 from ..checks import count
 from ..errors import InputError
-from .layers import Linear, Seams
+from .layers import GroupNorm, Linear, Seams
 from .told import Ready, repeated
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -155,7 +155,7 @@ class PixelAttention(Attention):
 
     def __init__(self, dim: int, *, groups: int, eps: float, attend: Attend = sdpa):
         super().__init__(dim, dim, 1, bias=True, attend=attend)
-        self.norm = nn.GroupNorm(groups, dim, eps)
+        self.norm = GroupNorm(groups, dim, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = rearrange(self.norm(x), "b c h w -> b (h w) c")

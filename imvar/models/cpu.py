@@ -1,19 +1,28 @@
 """Quicker ways to the same answers on a CPU, up to rounding: each is asked by the layer that it is for.
 
-None keeps anything between calls, none has gradients, and what is compiled or traced is left to whoever does that.
+Linear layers go to oneDNN, and pictures are enlarged with fewer multiplications. The rest is for runs (`kept.py`), in
+which weights may be had in another form, and nobody watches how pictures lie in memory: pixel by pixel, PyTorch's
+channels_last. None has gradients, and what is compiled or traced is left to whoever does that.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from . import kept, winograd
 from .told import ours
 
 WORTH_IT = 2**24  # multiplications, below which the way to a kernel costs more than it saves
+FEW = 512  # pixels of a batch: so few that to read the weights takes longer than to multiply by them
+SOME = 2048  # pixels in a whole run, below which it takes longer to make 16 matrices of a kernel than they save
+WIDE = 150  # channels, half the harmonic mean of those before and after: below, it takes longer to sum than to multiply
+IN_A_SUM = 2**13  # pixels of a channel: more in one sum cost digits
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -23,14 +32,24 @@ def eager(x: Tensor) -> bool:
             and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling())
 
 
+# oneDNN's layers, which PyTorch keeps for its own compiler
+
+
 @cache
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear layer, which PyTorch keeps for its own compiler, is here and does what it should."""
+    """Whether they are here and do what they should."""
+    conv, x = nn.Conv2d(3, 4, 1, dtype=dtype), torch.ones(2, 3, 1, 1, dtype=dtype)
+    weight, bias = torch.ones(4, 3, 1, 1, dtype=dtype), torch.ones(4, dtype=dtype)
     try:
-        x, weight, bias = torch.ones(2, 3, dtype=dtype), torch.ones(4, 3, dtype=dtype), torch.ones(4, dtype=dtype)
-        return torch.equal(onednn_linear(x, weight, bias), F.linear(x, weight, bias))
+        linear = onednn_linear(x.flatten(1), weight.flatten(1), bias)
+        convolved = onednn_convolution(x, packed(weight, conv), bias, conv)
     except (AttributeError, RuntimeError, TypeError):
         return False
+    return bool((linear == 4).all() and (convolved == 4).all())
+
+
+def usable(x: Tensor) -> bool:
+    return torch.backends.mkldnn.enabled and has_onednn(x.dtype)  # type: ignore[attr-defined]
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,32 +57,120 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def onednn_convolution(x: Tensor, packed: Tensor, bias: Tensor | None, like: nn.Conv2d) -> Tensor:
+    """x by a kernel that lies in memory as oneDNN wants it; otherwise it is moved there in every call."""
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *strides(like), "none", [], "")
+
+
+def packed(weight: Tensor, like: nn.Conv2d) -> Tensor:
+    padding, stride, dilation, groups = strides(like)
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups)
+
+
+def strides(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
+    return conv.padding, conv.stride, conv.dilation, conv.groups
+
+
+# Layers
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, the quickest that is here."""
-    if (x.numel() * len(weight) >= WORTH_IT and eager(x) and weight.dtype == x.dtype and eager(weight)
-            and torch.backends.mkldnn.enabled and has_onednn(x.dtype)):  # type: ignore[attr-defined]
+    if (x.numel() * len(weight) >= WORTH_IT and eager(x) and weight.dtype == x.dtype and eager(weight) and usable(x)):
         return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def phases_pay(conv: nn.Module, x: Tensor) -> bool:
-    """Whether `upsample_in_phases` would be quicker than to repeat pixels and convolve."""
-    return eager(x) and len(x) * x.shape[2] * x.shape[3] >= 512 and type(conv) is nn.Conv2d and ours(conv)
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """`conv` of x, the quickest way that is here."""
+    run = kept.run()
+    if run is None or not eager(x) or conv.weight.dtype != x.dtype:
+        return conv._conv_forward(x, conv.weight, conv.bias)
+    if x.dtype == torch.float32 and fewer_products_pay(conv, x, run.calls):
+        return by_matrices(winograd.convolve, winograd.convolution_matrices, conv, x, run)
+    if x.dtype == torch.bfloat16 and usable(x):
+        return onednn_convolution(channels_last(x), run.get(packed, conv.weight, conv), conv.bias, conv)
+    few = len(x) * x.shape[2] * x.shape[3] < FEW
+    return conv._conv_forward(x.contiguous() if few else channels_last(x), conv.weight, conv.bias)
 
 
-def upsample_in_phases(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Every pixel repeated to 2x2, then convolved by 3x3: as four convolutions of the small picture by 2x2.
+def fewer_products_pay(conv: nn.Conv2d, x: Tensor, calls: int) -> bool:
+    """Whether F(2x2, 3x3) can be used, and is quicker. (In half precision its sums would round too much.)"""
+    n, c, h, w = x.shape
+    usual = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == ((3, 3), *[(1, 1)] * 3, 1)
+    return (usual and h % 2 == w % 2 == 0 and n * h * w >= FEW and calls * n * h * w >= SOME
+            and c * conv.out_channels >= WIDE * (c + conv.out_channels))
 
-    b c h w -> b d 2h 2w. Each of the four makes every other pixel of every other row, with the weights summed that
-    would have met the same pixel: 16 multiplications in place of 36.
-    """
-    h, w = x.shape[2:]
-    made = x.new_empty(len(x), conv.out_channels, 2 * h, 2 * w)
-    for row, rows in enumerate(halves(conv.weight.float(), dim=2)):  # summed in single precision, whatever they are
-        for column, kernel in enumerate(halves(rows, dim=3)):
-            phase = F.conv2d(x, kernel.to(x.dtype), conv.bias, padding=1)  # of which one more is made than is wanted
-            made[:, :, row::2, column::2] = phase[:, :, row:row + h, column:column + w]
+
+def by_matrices(way: Any, matrices: Any, conv: nn.Conv2d, x: Tensor, run: kept.Kept) -> Tensor:
+    """One of Winograd's ways, b c h w, with the matrices that it needs of the kernel kept for the run."""
+    fast = usable(x)
+    made = run.get(listed, conv.weight, matrices, fast)
+    pixels = way(rearrange(x, "b c h w -> b h w c"), made, conv.bias, onednn_linear if fast else F.linear)
+    return rearrange(pixels, "b h w c -> b c h w")
+
+
+def listed(weight: Tensor, matrices: Any, fast: bool) -> list[list[Tensor]]:
+    made = matrices(weight)
+    pack = torch.ops.mkldnn._reorder_linear_weight if fast else torch.Tensor.contiguous
+    return [[pack(matrix) for matrix in line] for line in made]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """`norm` of x; PyTorch's own loses the digits of a mean far from 0 where pictures lie pixel by pixel."""
+    b, c, h, w = x.shape
+    apart = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if not (apart and kept.run() and eager(x) and x.dtype == norm.weight.dtype == torch.float32):
+        return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    number = next(n for n in range(min(-(-h * w // IN_A_SUM), h), h + 1) if h % n == 0)  # parts of a size
+    found = [torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0))  # mean and variance: 2 c
+             for one in x.split(1) for part in one.chunk(number, dim=2)]
+    means, variances = rearrange(torch.stack(found), "(b n) two (g c) -> two b g (n c)", b=b, g=norm.num_groups)
+    mean = means.mean(dim=2, keepdim=True)
+    variance = (variances + (means - mean) ** 2).mean(dim=2, keepdim=True)  # of groups, b g 1, as they are of a size
+    scale = norm.weight.view(1, norm.num_groups, -1) * (variance + norm.eps).rsqrt()
+    shift = norm.bias.view(1, norm.num_groups, -1) - scale * mean
+    return torch.addcmul(shift.reshape(b, c, 1, 1), x, scale.reshape(b, c, 1, 1))
+
+
+# Every pixel repeated to 2x2, then convolved by 3x3: b c h w -> b d 2h 2w
+
+
+def enlarging_pays(conv: nn.Module, x: Tensor) -> bool:
+    """Whether `enlarge` would be quicker than to repeat pixels and convolve."""
+    many = FEW if kept.run() is None else FEW / 4
+    return eager(x) and len(x) * x.shape[2] * x.shape[3] >= many and isinstance(conv, nn.Conv2d) and ours(conv)
+
+
+def enlarge(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """With a quarter of the multiplications; in half precision with less than half, and no more rounding."""
+    run = kept.run()
+    if run and x.dtype == torch.float32:
+        return by_matrices(winograd.enlarge, winograd.enlargement_matrices, conv, x, run)
+    pack = bool(run) and usable(x)
+    kernels = run.get(phases, conv.weight, conv) if run and pack else phases(conv.weight)
+    made = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
+    made = channels_last(made) if pack else made
+    for row, line in enumerate(kernels):
+        for column, kernel in enumerate(line):
+            phase = (onednn_convolution(x, kernel, conv.bias, conv) if pack else
+                     F.conv2d(x, kernel, conv.bias, padding=1))  # a row and a column more than are wanted
+            made[:, :, row::2, column::2] = phase[:, :, row:, column:][:, :, :x.shape[2], :x.shape[3]]
     return made
+
+
+def phases(weight: Tensor, like: nn.Conv2d | None = None) -> list[list[Tensor]]:
+    """Kernels 2x2 that make every other pixel of every other row, packed `like` a layer's if one is named.
+
+    Of the 3x3 those weights are summed, in single precision, that would meet the same pixel of the small picture.
+    """
+    made = [[kernel.to(weight.dtype) for kernel in halves(rows, dim=3)]
+            for rows in halves(weight.float(), dim=2)]
+    return made if like is None else [[packed(kernel, like) for kernel in kernels] for kernels in made]
 
 
 def halves(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class FreeU:
 
 def scale_lowest(x: Tensor, factor: float) -> Tensor:
     """Multiply the frequencies around zero, from -1 up to 0 in both directions, by `factor`. x: b c h w."""
-    waves = torch.fft.fftn(x.float(), dim=(-2, -1))
+    waves = torch.fft.fftn(x if x.dtype == torch.float64 else x.float(), dim=(-2, -1))  # which knows no half
     mask = torch.ones(waves.shape[-2:], device=x.device)
     rows, columns = (torch.tensor([0, -1], device=x.device).remainder(n) for n in mask.shape)
     mask[rows[:, None], columns] = factor

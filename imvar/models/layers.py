@@ -24,10 +24,24 @@ class Linear(nn.Linear):
         return cpu.linear(input, self.weight, self.bias)
 
 
+class Conv2d(nn.Conv2d):
+    """PyTorch's, by the quickest kernel that is here."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cpu.convolve(self, input)
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, as precise in whatever order a picture lies in memory."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cpu.group_norm(self, input)
+
+
 def normed_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """SiLU of the normalised x; over it in memory, where neither a gradient nor a hook has a use for it."""
     h = norm(x)
-    return F.silu(h, inplace=type(norm) is nn.GroupNorm and not norm._forward_hooks and not torch.is_grad_enabled())
+    return F.silu(h, inplace=type(norm) is GroupNorm and not norm._forward_hooks and not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
@@ -35,12 +49,12 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_dim: int = 0):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, out_channels) if time_dim else None
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def prepare(self, time: Tensor) -> Ready:
         return Ready(self.time(F.silu(time))[:, :, None, None] if self.time else None)  # b c -> b c 1 1
@@ -65,7 +79,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.widen(self.norm(x)).chunk(2, dim=-1)
-        return self.narrow(x * F.gelu(gate))
+        gate = F.gelu(gate)
+        return self.narrow(x * gate if torch.is_grad_enabled() else gate.mul_(x))  # in its place: they are large
 
 
 class Downsample(nn.Module):
@@ -74,7 +89,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, *, one_sided: bool = False):
         super().__init__()
         self.one_sided = one_sided
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if one_sided else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if one_sided else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
@@ -85,12 +100,12 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         twice = 2 * x.shape[2], 2 * x.shape[3]
-        if size in (None, twice) and cpu.phases_pay(self.conv, x):
-            return cpu.upsample_in_phases(self.conv, x)
+        if size in (None, twice) and cpu.enlarging_pays(self.conv, x):
+            return cpu.enlarge(self.conv, x)
         return self.conv(F.interpolate(x, size or twice, mode="nearest"))
 
 

@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import CrossAttention, SelfAttention
-from .layers import FeedForward
+from .layers import Conv2d, FeedForward, GroupNorm
 from .told import Ready, ready, repeated
 
 
@@ -35,10 +35,10 @@ class Transformer(nn.Module):
 
     def __init__(self, channels: int, context_dim: int, heads: int, *, depth: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def prepare(self, context: Tensor) -> Ready:
         return Ready([ready(block, context) for block in self.blocks])

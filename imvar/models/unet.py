@@ -18,7 +18,17 @@ from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
 from .attention import AttentionSettings
 from .freeu import FreeU
-from .layers import Checkpointing, Downsample, ResnetBlock, Seams, TimestepEmbedding, Upsample, normed_silu
+from .layers import (
+    Checkpointing,
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    Seams,
+    TimestepEmbedding,
+    Upsample,
+    normed_silu,
+)
 from .levels import DownLevel, MidLevel, UpLevel
 from .told import Ready, ready, repeated
 from .transformer import Transformer
@@ -150,7 +160,7 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
                                      depth=config.transformer_layers_per_block, groups=config.norm_num_groups)
                     for _ in range(number) if kind not in WITHOUT]
 
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time = TimestepEmbedding(widths[0], time_dim, cos_first=config.flip_sin_to_cos, shift=config.freq_shift)
 
         self.down, skips = nn.ModuleList(), [widths[0]]  # the channels of every skip, to be used last first
@@ -170,8 +180,8 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
             self.up.append(UpLevel(resnets, transformers(layers + 1, level, kind), grow))
             above = width
 
-        self.norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.merge: Merge = concat
 
     @classmethod

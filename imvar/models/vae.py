@@ -19,7 +19,8 @@ from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
 from .attention import AttentionSettings, PixelAttention
-from .layers import Checkpointing, Downsample, ResnetBlock, Upsample, normed_silu
+from .kept import running
+from .layers import Checkpointing, Conv2d, Downsample, GroupNorm, ResnetBlock, Upsample, normed_silu
 
 EPS = 1e-6  # of every norm in here
 
@@ -98,7 +99,7 @@ class Encoder(Checkpointing, nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = config.block_out_channels
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down, before = nn.ModuleList(), widths[0]
         for width in widths:
             resnets = [resnet(width if i else before, width, config) for i in range(config.layers_per_block)]
@@ -106,8 +107,8 @@ class Encoder(Checkpointing, nn.Module):
             self.down.append(Level(resnets, None if last else Downsample(width, one_sided=True)))
             before = width
         self.mid = Middle(widths[-1], config)
-        self.norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.norm_out = GroupNorm(config.norm_num_groups, widths[-1], EPS)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -121,7 +122,7 @@ class Decoder(Checkpointing, nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = list(reversed(config.block_out_channels))
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid = Middle(widths[0], config)
         self.up, before = nn.ModuleList(), widths[0]
         for width in widths:
@@ -129,8 +130,8 @@ class Decoder(Checkpointing, nn.Module):
             last = len(self.up) == len(widths) - 1
             self.up.append(Level(resnets, None if last else Upsample(width)))
             before = width
-        self.norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.norm_out = GroupNorm(config.norm_num_groups, widths[-1], EPS)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.run(self.mid, self.conv_in(z))
@@ -182,8 +183,8 @@ class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae
         super().__init__(*args, **settings)
         config, channels = self.config, self.config.latent_channels
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+        self.quant_conv = Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = Conv2d(channels, channels, 1)
 
         size = config.sample_size
         self.use_slicing = self.use_tiling = False
@@ -236,7 +237,10 @@ class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae
         return decode(z)
 
     def _sliced(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([run(one) for one in x.split(1)]) if self.use_slicing and len(x) > 1 else run(x)
+        parts = x.split(1) if self.use_slicing else [x]
+        with running(self, calls=len(parts)):
+            made = [run(part).contiguous() for part in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def enable_slicing(self) -> None:
         """Encode and decode a batch one picture at a time: exact, and less memory at once."""

@@ -20,7 +20,8 @@ from ..errors import InputError
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
 from ..models.compiled import Compiler
-from ..models.prepared import Runner, untouched
+from ..models.prepared import Runner
+from ..models.told import untouched
 from .offload import Offload
 from .storage import Storage
 

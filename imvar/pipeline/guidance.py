@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..models import UNet2DConditionModel
 from ..models.cached import Cached
-from ..models.prepared import Prepared, Runner, untouched
-from ..models.told import repeated
+from ..models.prepared import Prepared, Runner
+from ..models.told import repeated, untouched
 
 Predict = Callable[[Tensor, int], Tensor]
 """Scaled latents (b, 4, h, w) and the number of a step to a prediction for each context, (k b, 4, h, w)."""
