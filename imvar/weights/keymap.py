@@ -9,7 +9,7 @@ are therefore saved under the place they live in, and found there again.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -140,20 +140,19 @@ class Keymap:
             place, _, last = place.rpartition(".")
             rest = f".{last}{rest}"
         row = self.rows[place]
-        return replace(row, ours=ours, theirs=row.theirs + rest, older=tuple(name + rest for name in row.older),
-                       original=(row.original or row.theirs) + rest)
+        return Row(ours, row.theirs + rest, tuple(name + rest for name in row.older),
+                   (row.original or row.theirs) + rest, row.form)
 
     def sources(self, ours: str, naming: Naming = PUBLISHED) -> list[Source]:
         """Where a tensor of ours may be found in a file, the spelling that is written first."""
+        if naming.dialect is Dialect.OURS:
+            return [Source(naming.prefix + ours)]
         row = self.row(ours)
+        if naming.dialect is Dialect.PUBLISHED:
+            return [Source(naming.prefix + name) for name in row.spellings]
         original = row.original or row.theirs
-        spelled = {
-            Dialect.OURS: [Source(ours)],
-            Dialect.PUBLISHED: [Source(name) for name in row.spellings],
-            Dialect.ORIGINAL: [Source(original, row.form)],
-            Dialect.DOTLESS: [Source(original.replace(".", ""), row.form)],
-        }[naming.dialect]
-        return [Source(naming.prefix + source.name, source.form) for source in spelled]
+        dotted = naming.dialect is Dialect.ORIGINAL
+        return [Source(naming.prefix + (original if dotted else original.replace(".", "")), row.form)]
 
     def spelled(self, ours: str) -> str:
         """The published name of a tensor of ours."""

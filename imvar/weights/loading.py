@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..checks import Dtype
 from ..errors import CheckpointError
@@ -56,10 +57,24 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Namin
                               "compute it in forward, or let it be saved", path=path, key=left[0])
 
 
+class Unset(TorchFunctionMode):
+    """In here the functions of `torch.nn.init` do nothing: what they would set is about to be loaded."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def take_published_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before `load_state_dict`, of the model or of one that it is a part of: published names become ours."""
-    theirs = {name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    ours = model.keymap.renamed(theirs, model.state_dict())
+    theirs = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    expected = model.state_dict()
+    if theirs.keys() == expected.keys():  # they are ours
+        return
+    for name in theirs:
+        del state_dict[prefix + name]
+    ours = model.keymap.renamed(theirs, expected)
     state_dict.update({f"{prefix}{name}": tensor for name, tensor in ours.items()})
 
 

@@ -19,7 +19,7 @@ from .files import Hub, inside, locate, read_json, within, write_text
 from .folders import replaced, unchanged
 from .index import FORMAT, PARTS, first_class, served
 from .keymap import Keymap, Naming
-from .loading import load, take_published_names
+from .loading import Unset, load, take_published_names
 from .reading import read_weights
 from .settings import guess, settings_of, settings_without_weights
 from .single import SingleFile
@@ -229,7 +229,7 @@ class PretrainedModel(Pretrained, nn.Module):
         if (least := cls.least_tensors(config)) > min(max(len(tensors), FEW), MOST):
             raise CheckpointError(f"asks for {least} layers or more; {path.name} has {len(tensors)} tensors, and "
                                   f"{MOST} layers are the most", path=told)
-        with torch.device("meta"):
+        with torch.device("meta"), Unset():
             model = cls.built(config, told)
         load(model, tensors, naming=naming, path=path, dtype=dtype)
         return model.eval()
