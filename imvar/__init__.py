@@ -1,25 +1,34 @@
 """Variations of a picture with Stable Diffusion, in plain PyTorch."""
 
-from .errors import CheckpointError, ImvarError, InputError, InputTypeError
-from .image import CLIPImageProcessor, VaeImageProcessor
-from .memory import keep_freed_memory
-from .models import (
-    AutoencoderKL,
-    CLIPConfig,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    StableDiffusionSafetyChecker,
-    UNet2DConditionModel,
-    sdpa,
-    set_attend,
-    sliced,
-    swap,
-)
-from .outputs import StableDiffusionPipelineOutput
-from .photos import load_image
-from .pipeline import StableDiffusionImageVariationPipeline
-from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
-from .weights.bundled import bundled_checkpoint, bundled_examples
+import gc
+
+collecting = gc.isenabled()
+gc.disable()  # nothing that is imported here is garbage, and to look for some in all that is torch takes as long again
+try:
+    from .errors import CheckpointError, ImvarError, InputError, InputTypeError
+    from .image import CLIPImageProcessor, VaeImageProcessor
+    from .memory import keep_freed_memory
+    from .models import (
+        AutoencoderKL,
+        CLIPConfig,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+        StableDiffusionSafetyChecker,
+        UNet2DConditionModel,
+        sdpa,
+        set_attend,
+        sliced,
+        swap,
+    )
+    from .outputs import StableDiffusionPipelineOutput
+    from .photos import load_image
+    from .pipeline import StableDiffusionImageVariationPipeline
+    from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+    from .weights.bundled import bundled_checkpoint, bundled_examples
+finally:
+    if collecting:
+        gc.enable()
+    del collecting, gc
 
 __version__ = "0.1.0"
 

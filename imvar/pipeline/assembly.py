@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from huggingface_hub.utils import tqdm
 from PIL.Image import Image
 from torch import nn
 from torch.nn.attention import SDPBackend
@@ -19,11 +18,13 @@ from torch.nn.attention import SDPBackend
 from ..errors import InputError
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
-from ..models.compiled import Compiler
 from ..models.prepared import Runner
 from ..models.told import untouched
 from .offload import Offload
 from .storage import Storage
+
+if TYPE_CHECKING:
+    from ..models.compiled import Compiler
 
 _stepping: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("imvar_stepping", default=())
 """The pipelines that are being called here, innermost last, each with that call's own scheduler."""
@@ -156,6 +157,8 @@ class Assembly(Storage):
         does what changes weights in place; other weights are recorded anew. A model that cannot be compiled runs as
         it is, with a warning. Parts with hooks or layers of others, and parts that are offloaded, run as they are.
         """
+        from ..models.compiled import Compiler  # with what only it needs
+
         self._compiler = Compiler(**options)
 
     @property
@@ -210,6 +213,8 @@ class Assembly(Storage):
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """A tqdm bar over `iterable`, or one of `total` ticks to be updated by hand."""
+        from huggingface_hub.utils import tqdm
+
         if iterable is None and total is None:
             raise InputError("progress_bar: an iterable or a total would do")
         return tqdm(iterable, total=total, **self._bar_options)

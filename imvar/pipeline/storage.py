@@ -23,7 +23,6 @@ from ..weights.pretrained import (
     settings_part,
     which_ema,
 )
-from ..weights.single import SingleFile
 
 
 class Storage:
@@ -91,6 +90,8 @@ class Storage:
         (`safety_checker=`), or there will be none. `ema` and `extract_ema` are as for one part, the rest is as in
         `from_pretrained`.
         """
+        from ..weights.single import SingleFile  # see weights/__init__.py
+
         hub = Hub(revision, cache_dir, local_files_only, token)
         overrides = {name: value for name, value in overrides.items() if name not in READING}
         overrides = asked_for(overrides, cls.parameters(), f"{cls.__name__}.from_single_file")

@@ -17,7 +17,7 @@ from ..errors import ImvarError, InputError
 from ..image import VaeImageProcessor
 from ..noise import randn
 from ..outputs import StableDiffusionPipelineOutput
-from ..weights.settings import taken_as_64
+from ..weights.published import taken_as_64
 from .assembly import Assembly
 from .checks import check_approximate, check_call, check_inputs, check_latents
 from .guidance import Guided, Predict, predictor

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from ..checks import Dtype
 from ..errors import CheckpointError
 from .keymap import PUBLISHED, Dialect, Naming
-from .single import recognise
 
 if TYPE_CHECKING:
     from .pretrained import PretrainedModel
@@ -36,6 +35,8 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Namin
     try:
         found = model.keymap.to_ours(tensors, expected, naming, path)
     except CheckpointError as error:
+        from .single import recognise  # see weights/__init__.py
+
         other = recognise(tensors)
         if other is None or other[0] == model.part:
             raise

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ from .index import FORMAT, PARTS, first_class, served
 from .keymap import Keymap, Naming
 from .loading import Unset, load, take_published_names
 from .reading import read_weights
-from .settings import guess, settings_of, settings_without_weights
-from .single import SingleFile
 from .stems import DIFFUSERS, TRANSFORMERS, Stem
-from .writing import write_weights
+
+if TYPE_CHECKING:
+    from .single import SingleFile
 
 TRANSFORMERS_FORMAT = "5.23.0"
 SAVING = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
@@ -199,6 +199,8 @@ class PretrainedModel(Pretrained, nn.Module):
         fit. `ema`: "yes" for the moving average of a UNet's weights, "no" for the weights as last trained, "auto" for
         the first if it is there; `extract_ema` says yes or no as well. The rest is as in `from_pretrained`.
         """
+        from .single import SingleFile  # see weights/__init__.py
+
         hub = Hub(revision, cache_dir, local_files_only, token)
         file = SingleFile.of(pretrained_model_link_or_path_or_dict, hub)
         return cls.read_single(file, config_folder(config, hub, subfolder), ema=which_ema(ema, extract_ema),
@@ -212,6 +214,8 @@ class PretrainedModel(Pretrained, nn.Module):
 
         `tell` is told of settings that are but guessed.
         """
+        from .settings import guess, settings_of
+
         held = file.part(cls.part, ema)
         settings, path = cls.settings_for(file, config) or (settings_of(held), file.path)
         if path == file.path and cls.part not in file.settings and (guessed := guess(held, {**settings, **changes})):
@@ -242,6 +246,8 @@ class PretrainedModel(Pretrained, nn.Module):
         All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be. Only the main
         process of a distributed run writes. `save_function` is for code written against diffusers, and not called.
         """
+        from .writing import write_weights
+
         asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
         if not is_main_process:
             return
@@ -282,6 +288,8 @@ class TransformersModel(PretrainedModel):
 
 def settings_part(part: str, file: SingleFile, config: Path | None, image_encoder: Any) -> Any:
     """A part without weights to go with those in `file`, by the settings that are found, else by the published ones."""
+    from .settings import settings_without_weights
+
     size = image_encoder.config.image_size if image_encoder is not None else 224
     settings, path = first_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
     kind = served(part, settings.get("_class_name"), path) if part == "scheduler" else first_class(part)

@@ -23,3 +23,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "feature_extractor": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224},
                           "crop_size": {"height": 224, "width": 224}, "do_convert_rgb": True, "resample": 3},
 }
+
+
+def taken_as_64(config: Any) -> bool:
+    """Whether a UNet says it was trained at less than 64 only because its writer did not know better."""
+    version = str(config.get("_diffusers_version", "")).split(".")[:2]
+    old = all(part.isdecimal() and len(part) < 9 for part in version) and [int(part) for part in version] < [0, 9]
+    return old and isinstance(config.sample_size, int) and config.sample_size < 64

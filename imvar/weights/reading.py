@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .files import LARGEST_JSON, beginning, first_line, inside, parse_json, read_json
-from .pickles import unpickle
 from .stems import Stem
 
 MOST_TENSORS = 2**13  # in one file, or in all shards of one part
@@ -62,6 +61,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if is_safetensors(path):
         return read_safetensors(path)
+    from .pickles import unpickle  # see weights/__init__.py
+
     return dense(named(unpickle(path), path), path)
 
 
@@ -73,6 +74,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """
     if is_safetensors(path):
         return read_safetensors(path), []
+    from .pickles import unpickle
+
     held = named(unpickle(path, standins=True), path)
     weights = held.get("state_dict")
     if weights is None:

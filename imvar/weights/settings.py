@@ -70,13 +70,6 @@ def settings_without_weights(part: str, image_size: int) -> dict[str, Any]:
     return SETTINGS[part] | (size if part == "feature_extractor" else {})
 
 
-def taken_as_64(config: Any) -> bool:
-    """Whether a UNet says it was trained at less than 64 only because its writer did not know better."""
-    version = str(config.get("_diffusers_version", "")).split(".")[:2]
-    old = all(part.isdecimal() and len(part) < 9 for part in version) and [int(part) for part in version] < [0, 9]
-    return old and isinstance(config.sample_size, int) and config.sample_size < 64
-
-
 def counted(held: Held, name: Callable[[int], str], first: int = 0) -> int:
     """How many of the numbered tensors are there, from the first one on."""
     return sum(1 for _ in takewhile(lambda i: held.has(name(i)), count(first)))

@@ -14,8 +14,9 @@ from .files import inside, read_json
 from .index import INDEX, PARTS, first_class, served
 from .keymap import PUBLISHED, Keymap, Naming
 from .pretrained import PretrainedModel, settings_part
+from .published import taken_as_64
 from .reading import read_weights
-from .settings import guess, settings_of, taken_as_64
+from .settings import guess, settings_of
 from .single import EMA, RAW, Held, SingleFile, recognise
 from .stems import DIFFUSERS, TRANSFORMERS
 
