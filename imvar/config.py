@@ -104,7 +104,7 @@ def kinds(cls: type[Config]) -> Mapping[str, Any]:
 DEFAULTS = "_use_default_values"  # diffusers' key for the fields that were not given
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Config(dict[str, Any]):
     """The settings of one part, a dictionary that cannot be changed and is read by attribute as well.
 

@@ -25,7 +25,7 @@ FILTERS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VaeImageProcessorConfig(Config):
     """`vae_scale_factor`: pixels per latent, of which `preprocess` makes height and width a multiple."""
 

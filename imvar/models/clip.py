@@ -30,7 +30,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CLIPVisionConfig(Config):
     """`image_encoder/config.json`; also reads the vision part out of a whole CLIP model's config."""
 

@@ -26,7 +26,7 @@ ADJUSTMENT = 0.01  # what a special-care hit adds to every later score of that p
 logger = logging.getLogger("imvar")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CLIPConfig(Config):
     """`safety_checker/config.json`. The projection is `projection_dim` here, whatever `vision_config` says."""
 

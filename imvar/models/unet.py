@@ -39,7 +39,7 @@ Merge = Callable[[Tensor, Tensor, int], Tensor]
 WITH_ATTENTION, WITHOUT = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class UNetConfig(Config):
     """`unet/config.json`. `attention_head_dim` is the number of heads, whatever its name says."""
 

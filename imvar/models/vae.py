@@ -25,7 +25,7 @@ from .layers import Checkpointing, Conv2d, Downsample, GroupNorm, ResnetBlock, U
 EPS = 1e-6  # of every norm in here
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VAEConfig(Config):
     """`vae/config.json`."""
 

@@ -58,7 +58,7 @@ def to_eps(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
 
 MOST_TIMESTEPS = 10_000  # every table has as many entries
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SchedulerConfig(Config):
     """The settings that every scheduler begins with. Raises `InputError` for values out of range."""
 

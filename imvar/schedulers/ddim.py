@@ -39,7 +39,7 @@ def dynamic_threshold(x0: Tensor, ratio: float, limit: float) -> Tensor:
     return (x.clamp(-bound, bound) / bound).to(x0.dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DDIMConfig(SchedulerConfig):
     """The settings of `DDIMScheduler`: fields, order and defaults of `scheduler_config.json`."""
 

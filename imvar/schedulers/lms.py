@@ -57,7 +57,7 @@ def lagrange(tau: np.ndarray, past: np.ndarray, j: int) -> np.ndarray:
     return np.prod((tau[:, None] - others) / (past[j] - others), axis=1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LMSDiscreteConfig(SchedulerConfig):
     """The settings of `LMSDiscreteScheduler`: fields, order and defaults of `scheduler_config.json`."""
 

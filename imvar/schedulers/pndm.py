@@ -40,7 +40,7 @@ def adams_bashforth(history: Sequence[Tensor]) -> Tensor:
     raise InputError(f"history: {len(history)} predictions came; 1 to 4 would do")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PNDMConfig(SchedulerConfig):
     """The settings of `PNDMScheduler`: fields, order and defaults of `scheduler_config.json`."""
 
