@@ -1,7 +1,7 @@
 """Pictures to pixels and back: what CLIP sees, and what the autoencoder reads and writes."""
 
 from .clip import BatchFeature, CLIPImageProcessor, CLIPImageProcessorConfig
-from .vae import VaeImageProcessor, VaeImageProcessorConfig, numpy_to_pil
+from .vae import VaeImageProcessor, VaeImageProcessorConfig, numpy_to_pil, to_levels
 
 __all__ = [
     "BatchFeature",
@@ -10,4 +10,5 @@ __all__ = [
     "VaeImageProcessor",
     "VaeImageProcessorConfig",
     "numpy_to_pil",
+    "to_levels",
 ]

@@ -15,6 +15,8 @@ from ..config import UNFIT, Config, number, one_of
 from ..errors import InputError, InputTypeError, shown
 from ..outputs import Output
 from ..weights.pretrained import Pretrained
+from .device import can_prepare
+from .device import prepare as prepare_levels
 from .read import one_by_one, to_pixels, to_rgb
 from .resize import center_crop, resize, target_size
 
@@ -140,6 +142,13 @@ class CLIPImageProcessor(Pretrained, part="feature_extractor",
         return BatchFeature(torch.from_numpy(batch) if return_tensors == "pt" else batch)
 
     preprocess = __call__
+
+    def of_levels(self, levels: torch.Tensor) -> torch.Tensor:
+        """The `pixel_values` of pictures that come as uint8 (b, 3, h, w), equal to the bit, and where these lie."""
+        if levels.device.type != "cpu" and can_prepare(levels, self.config):
+            return prepare_levels(levels, self.config)
+        batch = self(list(levels), return_tensors="pt", input_data_format="channels_first")
+        return batch.pixel_values.to(levels.device)
 
     def settings(self, changes: Mapping[str, Any]) -> Config:
         """This processor's settings with these changes."""

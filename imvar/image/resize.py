@@ -61,15 +61,17 @@ def resize(image: Image.Image, height: int, width: int, resample: int,
 
 
 class Taps:
-    """Some rows of an enlarged picture, as blends of the rows `first` to `last` of the picture."""
+    """Some rows of a resized picture, as blends of the rows `first` to `last` of the picture."""
 
-    def __init__(self, length: int, enlarged: int, span: tuple[int, int], resample: int):
+    def __init__(self, length: int, resized: int, span: tuple[int, int], resample: int):
         radius, weigh = FILTERS[resample]
-        center = (np.arange(max(span[0], 0), min(span[1], enlarged)) + 0.5) * (length / enlarged)
-        start = np.maximum((center - radius + 0.5).astype(int), 0)
-        stop = np.minimum((center + radius + 0.5).astype(int), length)
+        scale = length / resized
+        wider = max(scale, 1.0)  # where it shrinks, a row blends as many as become one
+        center = (np.arange(max(span[0], 0), min(span[1], resized)) + 0.5) * scale
+        start = np.maximum((center - radius * wider + 0.5).astype(int), 0)
+        stop = np.minimum((center + radius * wider + 0.5).astype(int), length)
         at = start[:, None] + np.arange((stop - start).max())  # rows taps
-        weight = np.where(at < stop[:, None], weigh(at - center[:, None] + 0.5), 0.0)
+        weight = np.where(at < stop[:, None], weigh((at - center[:, None] + 0.5) * (1.0 / wider)), 0.0)
         weight = weight / weight.cumsum(axis=1)[:, -1:] * UNIT
         self.weight = np.trunc(weight + np.copysign(0.5, weight)).astype(int)
         self.first, self.last = int(start.min()), int(stop.max())
@@ -81,6 +83,12 @@ class Taps:
         for at, weight in zip(self.at.T, self.weight.T, strict=True):
             total += weight[:, None, None] * pixels[at]
         return (total // UNIT).clip(0, 255).astype(np.uint8)
+
+    def matrix(self) -> np.ndarray:
+        """(rows, last - first) float64: whole numbers, UNIT standing for 1."""
+        made = np.zeros((len(self.at), self.last - self.first))
+        np.add.at(made, (np.arange(len(self.at))[:, None], self.at), self.weight)  # beyond a row's own taps they are 0
+        return made
 
 
 def hamming(x: np.ndarray) -> np.ndarray:

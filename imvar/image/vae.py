@@ -134,8 +134,7 @@ class VaeImageProcessor(Configured):
             image = torch.stack([self.denormalize(x) if flag else x for x, flag in zip(image, flags, strict=True)])
         if output_type == "pt":
             return image
-        array = self.pt_to_numpy(image)
-        return array if output_type == "np" else numpy_to_pil(array)
+        return self.pt_to_numpy(image) if output_type == "np" else levels_to_pil(to_levels(image))
 
     @staticmethod
     def normalize(images: Any) -> Any:
@@ -183,10 +182,32 @@ def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
     if images.dtype.kind != "f":
         raise InputTypeError(f"images: values of type {images.dtype} came; floats in [0, 1] would do")
     levels = (images * 255).round()
-    if not (levels.min() >= 0 and levels.max() <= 255):
+    check_levels(float(levels.min()), float(levels.max()), images)
+    return [as_picture(picture) for picture in levels.astype(np.uint8)]
+
+
+def to_levels(image: Tensor) -> Tensor:
+    """(b, c, h, w) in [0, 1] to uint8, 0 to 255, where they lie. Raises `InputError` as `numpy_to_pil` does."""
+    if image.shape[1] not in (1, 3) or not image.numel():
+        raise InputError(f"images: shape {tuple(image.shape)} came; (b, 3, h, w) or (b, 1, h, w) would do")
+    levels = (image.detach().float() * 255).round_()
+    low, high = torch.stack(levels.aminmax()).tolist()
+    check_levels(low, high, image)
+    return levels.to(torch.uint8)
+
+
+def levels_to_pil(levels: Tensor) -> list[Image.Image]:
+    """(b, c, h, w) uint8 to pictures."""
+    return [as_picture(picture) for picture in levels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
+
+
+def check_levels(low: float, high: float, images: np.ndarray | Tensor) -> None:
+    if not (low >= 0 and high <= 255):  # nor is NaN
         raise InputError(f"images: values {images.min()}..{images.max()} came; [0, 1] would do")
-    pixels = levels.astype(np.uint8)
-    return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pixels]
+
+
+def as_picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def _as_batch(image: np.ndarray | Tensor) -> Tensor:

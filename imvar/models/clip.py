@@ -24,7 +24,9 @@ from .layers import Checkpointing, Linear
 
 def quick_gelu(x: Tensor) -> Tensor:
     """The approximation x * sigmoid(1.702 x) that OpenAI's CLIP was trained with (arXiv:1606.08415)."""
-    return x * torch.sigmoid(1.702 * x)
+    if torch.is_grad_enabled():
+        return x * torch.sigmoid(1.702 * x)
+    return (1.702 * x).sigmoid_().mul_(x)  # the same in one place, rather than in three
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ImvarError, InputError
-from ..image import VaeImageProcessor
+from ..image import CLIPImageProcessor, VaeImageProcessor, to_levels
+from ..models.told import untouched
 from ..noise import randn
 from ..outputs import StableDiffusionPipelineOutput
 from ..weights.published import taken_as_64
 from .assembly import Assembly
 from .checks import check_approximate, check_call, check_inputs, check_latents
 from .guidance import Guided, Predict, predictor
+
+AT_A_TIME = 2**18  # pixels that are decoded at a time: those of 512 x 512
 
 
 class StableDiffusionImageVariationPipeline(Assembly):
@@ -188,17 +191,27 @@ class StableDiffusionImageVariationPipeline(Assembly):
         return self.image_processor.postprocess(pixels, output_type, do_denormalize=unflagged), flags
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (b, 4, h, w) to pictures (b, 3, 8h, 8w) around [-1, 1]."""
-        return self.runner(decode, self.vae)(latents / self.vae.config.scaling_factor)
+        """Latents (b, 4, h, w) to pictures (b, 3, 8h, 8w) around [-1, 1].
+
+        Large ones one after another, lest it takes more memory than all before; who watches layers sees all at once.
+        """
+        run, latents = self.runner(decode, self.vae), latents / self.vae.config.scaling_factor
+        pixels = latents.shape[2] * latents.shape[3] * self.vae_scale_factor**2
+        at_a_time = max(AT_A_TIME // pixels, 1) if untouched(self.vae) else len(latents)
+        made = [run(part) for part in latents.split(at_a_time)]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype,
                            ) -> tuple[Any, list[bool] | None]:
         """Pictures (b, 3, h, w) around [-1, 1], or an array (b, h, w, 3) in [0, 1], flagged ones zero; and flags."""
         if self.safety_checker is None:
             return image, None
-        array = isinstance(image, np.ndarray)
-        pictures = self.numpy_to_pil(image) if array else self.image_processor.postprocess(image)
-        seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values
+        if isinstance(image, Tensor) and isinstance(self.feature_extractor, CLIPImageProcessor):
+            seen = self.feature_extractor.of_levels(to_levels(self.image_processor.denormalize(image)))
+        else:
+            array = isinstance(image, np.ndarray)
+            pictures = self.numpy_to_pil(image) if array else self.image_processor.postprocess(image)
+            seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values
         return self.safety_checker(images=image, clip_input=seen.to(device=device, dtype=dtype))
 
     def decode_latents(self, latents: Tensor) -> np.ndarray:
