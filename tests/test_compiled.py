@@ -28,7 +28,7 @@ def _afresh():
 
 
 def near(a, b):
-    return (a - b).abs().max() <= 1e-5 * b.abs().max()
+    return (a - b).abs().max() <= 1e-4 * b.abs().max()  # after several steps, as beside the reference
 
 
 def run(pipe, photo, seed=0, **options):

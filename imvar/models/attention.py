@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend
 
 from ..checks import count
 from ..errors import InputError
+from .cpu import linear
 from .layers import GroupNorm, Linear, Seams
 from .told import Ready, repeated
 
@@ -101,9 +102,9 @@ class Attention(Seams, nn.Module):
         """Whether the kernel is one that is known to weigh the keys by a softmax."""
         return self.attend is sdpa and (self.override is None or isinstance(self.override, Backend))
 
-    def answer(self, x: Tensor, context: Tensor) -> Tensor:
+    def answer(self, x: Tensor, context: Tensor, *qkv: Any) -> Tensor:
         kernel = self.override or (sliced(self.slice_size, self.attend) if self.slice_size else self.attend)
-        projected = (self.to_q(x), self.to_k(context), self.to_v(context))
+        projected = linear(x, *qkv).chunk(3, dim=-1) if qkv else (self.to_q(x), self.to_k(context), self.to_v(context))
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in projected)
         return self.to_out(rearrange(kernel(q, k, v), "b h n d -> b n (h d)"))
 
@@ -115,9 +116,16 @@ class SelfAttention(Attention):
         super().__init__(dim, dim, heads, bias=bias, attend=attend)
         self.norm = nn.LayerNorm(dim, eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def qkv(self) -> tuple[Tensor | None, ...]:
+        """The weights and biases of the three projections of x, each as one."""
+        layers = self.to_q, self.to_k, self.to_v
+        bias = None if self.to_q.bias is None else torch.cat([layer.bias for layer in layers])
+        return torch.cat([layer.weight for layer in layers]), bias
+
+    def forward(self, x: Tensor, *qkv: Any) -> Tensor:
+        """x: b n c; `qkv`, if they are at hand, what the method of this name makes."""
         x = self.norm(x)
-        return self.answer(x, x)
+        return self.answer(x, x, *qkv)
 
 
 class CrossAttention(Attention):

@@ -83,8 +83,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv` of x, the quickest way that is here."""
-    run = kept.run()
-    if run is None or not eager(x) or conv.weight.dtype != x.dtype:
+    run = kept.run() if eager(x) and conv.weight.dtype == x.dtype else None
+    if run is None:
         return conv._conv_forward(x, conv.weight, conv.bias)
     if x.dtype == torch.float32 and fewer_products_pay(conv, x, run.calls):
         return by_matrices(winograd.convolve, winograd.convolution_matrices, conv, x, run)
@@ -124,7 +124,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """`norm` of x; PyTorch's own loses the digits of a mean far from 0 where pictures lie pixel by pixel."""
     b, c, h, w = x.shape
     apart = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if not (apart and kept.run() and eager(x) and x.dtype == norm.weight.dtype == torch.float32):
+    if not (apart and eager(x) and kept.run() and x.dtype == norm.weight.dtype == torch.float32):
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     number = next(n for n in range(min(-(-h * w // IN_A_SUM), h), h + 1) if h % n == 0)  # parts of a size
     found = [torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0))  # mean and variance: 2 c
@@ -142,8 +142,8 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def enlarging_pays(conv: nn.Module, x: Tensor) -> bool:
     """Whether `enlarge` would be quicker than to repeat pixels and convolve."""
-    many = FEW if kept.run() is None else FEW / 4
-    return eager(x) and len(x) * x.shape[2] * x.shape[3] >= many and isinstance(conv, nn.Conv2d) and ours(conv)
+    return (eager(x) and isinstance(conv, nn.Conv2d) and ours(conv)
+            and len(x) * x.shape[2] * x.shape[3] >= (FEW if kept.run() is None else FEW / 4))
 
 
 def enlarge(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def run() -> Kept | None:
 @contextmanager
 def running(model: nn.Module, calls: int = 1) -> Iterator[None]:
     """A run of `model`, unless this is part of one, somebody watches its layers, or gradients are wanted."""
-    if run() or torch.is_grad_enabled() or torch.compiler.is_compiling() or not untouched(model):
+    if torch.compiler.is_compiling() or run() or torch.is_grad_enabled() or not untouched(model):
         yield
     else:
         with Kept(calls).at_hand():

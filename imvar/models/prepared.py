@@ -25,7 +25,7 @@ class Prepared:
 
     def __init__(self, unet: Any, timesteps: Tensor, context: Tensor, runner: Runner = partial):
         timesteps = torch.as_tensor(timesteps, device=context.device)
-        self.times, self.context = unet.prepare_time(timesteps), unet.prepare_context(context)
+        self.times, self.context = unet.prepare_time(timesteps), fused(unet, unet.prepare_context(context))
         self.whole, self.kept = runner(whole, unet), Kept(len(timesteps))
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
@@ -35,6 +35,14 @@ class Prepared:
 
 def whole(unet: Any, x: Tensor, time: Ready, context: Ready) -> Tensor:
     return unet(x, time, context).sample.contiguous()
+
+
+def fused(unet: Any, context: Ready) -> Ready:
+    """A context made ready, with the weights beside it that self-attention multiplies the same x by."""
+    return Ready([[Ready([ready._replace(weights=block.self_attn.qkv())
+                          for block, ready in zip(layer.blocks, told.value, strict=True)])
+                   for layer, told in zip(level.transformers, of_level, strict=True)]
+                  for level, of_level in zip(unet.levels, context.value, strict=True)])
 
 
 def row(table: Any, step: int) -> Any:

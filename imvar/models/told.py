@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 
 class Ready(NamedTuple):
-    """What one layer, or a list of them, made of a time or a context: the part of its answer that no latents change."""
+    """What one layer, or a list of them, made of a time or a context: the part of its answer that no latents change.
+
+    `weights`: in a run, some of the layer's own, put together so that they multiply at once.
+    """
 
     value: Any
+    weights: tuple[Tensor | None, ...] = ()
 
 
 def ready(layer: nn.Module, told: Tensor) -> Any:

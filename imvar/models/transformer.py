@@ -24,7 +24,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | Ready) -> Tensor:
         told = context if isinstance(context, Ready) else self.prepare(context)
-        x = x + self.self_attn(x)
+        x = x + self.self_attn(x, *told.weights)
         answer = self.cross_attn(x, told.value)
         x = repeated(x, answer) + answer
         return x + self.feed_forward(x)
