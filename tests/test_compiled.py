@@ -1,15 +1,20 @@
 """`pipe.compile()`: the same pictures; compiled once per size, without a graph break, whatever the values are."""
 
 import copy
+import gc
 import pickle
 import shutil
+import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
-from imvar.models.compiled import Compiler, state
+from imvar.models import compiled, cpu, trial
+from imvar.models.compiled import Compiler, Recording, is_same, state
+from imvar.models.layers import Upsample
 
 
 class Counting:
@@ -174,3 +179,160 @@ def test_pytorchs_own_compiler(pipe, photo):
     plain = run(pipe, photo, output_type="latent")
     pipe.compile()
     assert near(run(pipe, photo, output_type="latent"), plain)
+
+
+# What CUDA is asked for, without CUDA
+
+
+class Replayed:
+    """In place of a recording: the call, and what it was given."""
+
+    def __init__(self, call, inputs, pool):
+        self.call, self.pool, self.calls = call, pool, 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        return self.call(*inputs)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(compiled, "Recording", Replayed)
+    return Compiler(backend="eager")
+
+
+def conv_in(unet, x, told):
+    return unet.conv_in(x) + told[0]
+
+
+@torch.no_grad()
+def test_calls_are_recorded_once_for_each_size_and_state(pipe, recorder):
+    unet, told = pipe.unet, [torch.ones(())]
+    for size, number in (8, 1), (8, 1), (16, 2), (8, 2):
+        x = torch.randn(1, 4, size, size)
+        made = recorder.replay(conv_in, unet, state(unet), x, told)
+        assert torch.allclose(made, conv_in(unet, x, told))
+        assert len(recorder.recordings) == number
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    recorder.replay(conv_in, unet, state(unet), x, told)
+    assert len(recorder.recordings) == 3
+    assert {one.pool for one in recorder.recordings.values()} == {"pool"}
+    other = copy.deepcopy(unet)
+    recorder.replay(conv_in, other, state(other), x, told)
+    assert len(recorder.recordings) == 1  # those of the model that it replaces are gone
+    for size in range(8, 8 * (compiled.KEPT + 2), 8):
+        recorder.replay(conv_in, other, state(other), torch.randn(1, 4, size, 8), told)
+    assert len(recorder.recordings) == compiled.KEPT
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_is_called(pipe, recorder, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of graphs")
+
+    monkeypatch.setattr(compiled, "Recording", broken)
+    x, told = torch.randn(1, 4, 8, 8), [torch.ones(())]
+    with pytest.warns(UserWarning, match="cannot record this model here.*out of graphs"):
+        made = recorder.replay(conv_in, pipe.unet, state(pipe.unet), x, told)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(recorder.replay(conv_in, pipe.unet, state(pipe.unet), x, told), made)
+
+
+def test_threads_take_turns(pipe, recorder, monkeypatch):
+    running, most = [], []
+
+    def watched(unet, x):
+        running.append(1)
+        most.append(len(running))
+        x = unet.conv_in(x)
+        running.pop()
+        return x
+
+    monkeypatch.setattr(recorder, "run", lambda function, model, *inputs: function(model, *inputs))
+    work = [threading.Thread(target=lambda: [recorder.replay(watched, pipe.unet, (), torch.randn(1, 4, 8, 8))
+                                             for _ in range(20)]) for _ in range(4)]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert max(most) == 1
+
+
+@torch.no_grad()
+def test_only_what_is_new_is_copied_in():
+    recording = Recording.__new__(Recording)
+    kept, x = torch.ones(3), torch.zeros(3)
+    recording.inputs, recording.given = [torch.empty(3), torch.empty(3)], [(lambda: None, None)] * 2
+    recording.take((kept, x))
+    assert [t.tolist() for t in recording.inputs] == [[1, 1, 1], [0, 0, 0]]
+    recording.inputs[0].fill_(7)  # to see whether it is written again
+    recording.take((kept, x + 2))
+    assert [t.tolist() for t in recording.inputs] == [[7, 7, 7], [2, 2, 2]]
+    kept.mul_(5)
+    recording.take((kept, x))
+    assert recording.inputs[0].tolist() == [5, 5, 5]
+    assert recording.given[0][0]() is kept
+    del kept
+    gc.collect()
+    assert recording.given[0][0]() is None  # nothing is held for its sake
+    with torch.inference_mode():
+        assert not is_same(t := torch.ones(1), lambda: t, None)
+
+
+# Trials
+
+
+@pytest.fixture
+def table(monkeypatch):
+    found = {}
+    monkeypatch.setattr(trial, "_found", found)
+    return found
+
+
+def test_the_quickest_way_is_found_and_compiled_in(table, monkeypatch):
+    def slow(x):
+        return [x.sin() for _ in range(300)][-1]
+
+    def quick(x):
+        return x.cos()
+
+    def gone(x):
+        raise RuntimeError("no such operator")
+
+    x, ways = torch.ones(1000), (slow, gone, quick)
+
+    def answer(x):
+        return trial.quickest("test", ways, x)
+
+    assert torch.equal(answer(x), x.sin())
+    assert not table
+    with trial.trying():
+        assert torch.equal(answer(x), x.sin())  # what was there is the answer until it is compiled
+    assert list(table.values()) == [2]
+    assert torch.equal(answer(x), x.sin())
+    compile = torch.compile(answer, backend="eager", fullgraph=True, dynamic=False)
+    assert torch.equal(compile(x), x.cos())
+    assert torch.equal(compile(x[:500]), x[:500].sin())  # a size that was not tried
+    monkeypatch.setattr(trial, "seconds", lambda way, inputs: {slow: 1.0, gone: float("inf"), quick: 0.99}[way])
+    assert trial.trial(ways, [x]) == 0  # too little to gain
+
+
+@torch.no_grad()
+def test_every_way_gives_the_same_answer_when_compiled(pipe, table, photo, monkeypatch):
+    plain = run(pipe, photo)
+    monkeypatch.setattr(cpu, "FEW", 10**9)  # or the CPU would have ways of its own
+    with trial.trying():
+        run(pipe, photo)
+    assert {key[0] for key in table} == {"attend", "enlarge"}
+    table.update(dict.fromkeys(table, 1))
+    pipe.compile(backend="aot_eager")
+    assert near(run(pipe, photo), plain)
+
+
+@torch.no_grad()
+def test_enlarging_in_phases(pipe):
+    layer, x = Upsample(8), torch.randn(2, 8, 5, 7)
+    assert torch.allclose(layer.in_phases(x), layer.plain(x), atol=1e-5)

@@ -22,11 +22,14 @@ from ..errors import InputError
 from .cpu import linear
 from .layers import GroupNorm, Linear, Seams
 from .told import Ready, repeated
+from .trial import quickest
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q: b h n d; k, v: b h m d; answer: b h n d, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, equation 1)."""
 
 sdpa: Attend = F.scaled_dot_product_attention
+"""PyTorch's, by the backend that it picks; where it is compiled for CUDA, by the one that was found the quickest."""
+
 aten = torch.ops.aten
 
 
@@ -72,6 +75,9 @@ class Backend:
         return _OPERATORS[self.name](q, k, v, training)[0]
 
 
+BACKENDS = sdpa, *(Backend(name) for name in _OPERATORS if name != SDPBackend.MATH)
+
+
 def memory_efficient(attention_op: SDPBackend | Attend | None = None) -> Attend:
     """The kernel that such an option stands for; off CUDA a backend comes with a warning."""
     if callable(attention_op):
@@ -102,11 +108,12 @@ class Attention(Seams, nn.Module):
         """Whether the kernel is one that is known to weigh the keys by a softmax."""
         return self.attend is sdpa and (self.override is None or isinstance(self.override, Backend))
 
-    def answer(self, x: Tensor, context: Tensor, *qkv: Any) -> Tensor:
+    def answer(self, x: Tensor, context: Tensor, *qkv: Tensor) -> Tensor:
         kernel = self.override or (sliced(self.slice_size, self.attend) if self.slice_size else self.attend)
         projected = linear(x, *qkv).chunk(3, dim=-1) if qkv else (self.to_q(x), self.to_k(context), self.to_v(context))
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in projected)
-        return self.to_out(rearrange(kernel(q, k, v), "b h n d -> b n (h d)"))
+        attended = quickest("attend", BACKENDS, q, k, v) if kernel is sdpa else kernel(q, k, v)
+        return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
 
 
 class SelfAttention(Attention):
@@ -116,13 +123,13 @@ class SelfAttention(Attention):
         super().__init__(dim, dim, heads, bias=bias, attend=attend)
         self.norm = nn.LayerNorm(dim, eps)
 
-    def qkv(self) -> tuple[Tensor | None, ...]:
-        """The weights and biases of the three projections of x, each as one."""
+    def qkv(self) -> tuple[Tensor, ...]:
+        """The weights of the three projections of x as one, and the biases, if there are any."""
         layers = self.to_q, self.to_k, self.to_v
-        bias = None if self.to_q.bias is None else torch.cat([layer.bias for layer in layers])
-        return torch.cat([layer.weight for layer in layers]), bias
+        weight, biases = torch.cat(tuple(layer.weight for layer in layers)), tuple(layer.bias for layer in layers)
+        return (weight,) if self.to_q.bias is None else (weight, torch.cat(biases))
 
-    def forward(self, x: Tensor, *qkv: Any) -> Tensor:
+    def forward(self, x: Tensor, *qkv: Tensor) -> Tensor:
         """x: b n c; `qkv`, if they are at hand, what the method of this name makes."""
         x = self.norm(x)
         return self.answer(x, x, *qkv)

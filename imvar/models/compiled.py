@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .attention import attentions
+from .trial import trying
 
 GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}  # graphs are made here
-KEPT = 8  # recordings; each keeps the memory of one call
+KEPT = 8  # recordings
 
 
 class Compiler:
@@ -36,6 +38,7 @@ class Compiler:
         self.options["mode"] = GRAPHS.get(options.get("mode", ""), options.get("mode"))
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.recordings: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self.pool: Any = None  # memory that the recordings share, as only one is replayed at a time
         self.turn = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -56,60 +59,83 @@ class Compiler:
                 return self.compiled[function](model, *inputs)
         except Exception as error:
             if self.compiled[function] is not function:
-                self.gave_up("compile", error)
+                gave_up("compile", error)
             self.compiled[function] = function
             return function(model, *inputs)
 
     def replay(self, function: Callable[..., Any], model: nn.Module, known: Any, *inputs: Any) -> Any:
         """The compiled call as recorded, on CUDA."""
         tensors, form = tree_flatten(inputs)
-        key = function, known, form, tuple((t.shape, t.dtype, t.device) for t in tensors)
-        with self.turn:
+        key = function, model, known, form, tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+        with self.turn, torch.cuda.device(tensors[0].device):
             if key not in self.recordings:
-                def call(*tensors: Tensor) -> Any:
-                    return self.run(function, model, *tree_unflatten(tensors, form))
-
-                try:
-                    self.recordings[key] = Recording(call, tensors)
-                except Exception as error:
-                    self.gave_up("record", error)
-                    self.recordings[key] = call
+                for old in [old for old in self.recordings if old[0] is function and old[1] is not model]:
+                    del self.recordings[old]  # of a model whose place this one took
+                self.recordings[key] = self.record(lambda *tensors: self.run(
+                    function, model, *tree_unflatten(tensors, form)), partial(function, model), tensors, form)
                 while len(self.recordings) > KEPT:
                     self.recordings.popitem(last=False)
             self.recordings.move_to_end(key)
             return self.recordings[key](*tensors)
 
-    @staticmethod
-    def gave_up(doing: str, error: Exception) -> None:
-        reason = shorten(f"{type(error).__name__}: {error}", 200)
-        warnings.warn(f"compile: cannot {doing} this model here, so it runs without: {reason}", stacklevel=2)
+    def record(self, call: Callable[..., Any], eager: Callable[..., Any], tensors: list[Tensor], form: Any,
+               ) -> Callable[..., Any]:
+        try:
+            with trying():  # so that the quickest ways for these sizes are known before they are compiled
+                eager(*tree_unflatten(tensors, form))
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            return Recording(call, tensors, self.pool)
+        except Exception as error:
+            gave_up("record", error)
+            return call
 
 
 class Recording:
     """A call as a CUDA graph: its tensors copied in, every kernel started at once, the answer copied out."""
 
-    def __init__(self, call: Callable[..., Any], inputs: list[Tensor]):
+    def __init__(self, call: Callable[..., Any], inputs: list[Tensor], pool: Any):
         self.inputs = [t.clone() for t in inputs]
+        self.given: list[Any] = [(lambda: None, None) for _ in inputs]
         warm, here = torch.cuda.Stream(), torch.cuda.current_stream()
         warm.wait_stream(here)
         with torch.cuda.stream(warm):
             for _ in range(3):  # kernels are compiled, chosen and loaded before the recording
                 call(*self.inputs)
         here.wait_stream(warm)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        self.graph, self.done = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.answer = call(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        torch._foreach_copy_(self.inputs, list(inputs))  # type: ignore[attr-defined]  # in one kernel or two
+        torch.cuda.current_stream().wait_event(self.done)  # of a replay by another thread, on a stream of its own
+        self.take(inputs)
         self.graph.replay()
-        return tree_map_only(Tensor, Tensor.clone, self.answer)
+        answer = tree_map_only(Tensor, Tensor.clone, self.answer)
+        self.done.record()
+        return answer
+
+    def take(self, inputs: tuple[Tensor, ...]) -> None:
+        """Copy the tensors in, but for those that were given before: what a run prepared stays from step to step."""
+        new = [i for i, (given, t) in enumerate(zip(self.given, inputs, strict=True)) if not is_same(t, *given)]
+        if new:
+            torch._foreach_copy_([self.inputs[i] for i in new], [inputs[i] for i in new])  # type: ignore[attr-defined]
+        self.given = [(weakref.ref(t), None if t.is_inference() else t._version) for t in inputs]
+
+
+def is_same(tensor: Tensor, given: Callable[[], Tensor | None], version: int | None) -> bool:
+    """Whether this very tensor was given before, and was not written to since; inference mode tells nothing of that."""
+    return given() is tensor and version is not None and version == tensor._version
+
+
+def gave_up(doing: str, error: Exception) -> None:
+    reason = shorten(f"{type(error).__name__}: {error}", 200)
+    warnings.warn(f"compile: cannot {doing} this model here, so it runs without: {reason}", stacklevel=2)
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
     """What a recording holds for: where the weights lie, and the settings that change what is computed."""
     kernels = [(layer.attend, layer.override, layer.slice_size) for layer in attentions(model)]
-    return model, getattr(model, "merge", None), *(p.data_ptr() for p in model.parameters()), *kernels
+    return getattr(model, "merge", None), *(p.data_ptr() for p in model.parameters()), *kernels
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import kept, winograd
+from . import kept, phases, winograd
 from .told import ours
 
 WORTH_IT = 2**24  # multiplications, below which the way to a kernel costs more than it saves
@@ -74,7 +74,7 @@ def strides(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
 # Layers
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, the quickest that is here."""
     if (x.numel() * len(weight) >= WORTH_IT and eager(x) and weight.dtype == x.dtype and eager(weight) and usable(x)):
         return onednn_linear(x, weight, bias)
@@ -151,29 +151,12 @@ def enlarge(conv: nn.Conv2d, x: Tensor) -> Tensor:
     run = kept.run()
     if run and x.dtype == torch.float32:
         return by_matrices(winograd.enlarge, winograd.enlargement_matrices, conv, x, run)
-    pack = bool(run) and usable(x)
-    kernels = run.get(phases, conv.weight, conv) if run and pack else phases(conv.weight)
     made = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
-    made = channels_last(made) if pack else made
-    for row, line in enumerate(kernels):
-        for column, kernel in enumerate(line):
-            phase = (onednn_convolution(x, kernel, conv.bias, conv) if pack else
-                     F.conv2d(x, kernel, conv.bias, padding=1))  # a row and a column more than are wanted
-            made[:, :, row::2, column::2] = phase[:, :, row:, column:][:, :, :x.shape[2], :x.shape[3]]
-    return made
+    if not run or not usable(x):
+        return phases.enlarge(x, phases.kernels(conv.weight), conv.bias, made)
+    return phases.enlarge(channels_last(x), run.get(packed_phases, conv.weight, conv), conv.bias, channels_last(made),
+                          lambda x, kernel, bias: onednn_convolution(x, kernel, bias, conv))
 
 
-def phases(weight: Tensor, like: nn.Conv2d | None = None) -> list[list[Tensor]]:
-    """Kernels 2x2 that make every other pixel of every other row, packed `like` a layer's if one is named.
-
-    Of the 3x3 those weights are summed, in single precision, that would meet the same pixel of the small picture.
-    """
-    made = [[kernel.to(weight.dtype) for kernel in halves(rows, dim=3)]
-            for rows in halves(weight.float(), dim=2)]
-    return made if like is None else [[packed(kernel, like) for kernel in kernels] for kernels in made]
-
-
-def halves(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """A side of 3 as two of 2, for either of two equal pixels: what meets the same pixel is summed."""
-    before, here, after = kernel.unbind(dim)
-    return torch.stack([before, here + after], dim), torch.stack([before + here, after], dim)
+def packed_phases(weight: Tensor, like: nn.Conv2d) -> list[list[Tensor]]:
+    return [[packed(kernel, like) for kernel in line] for line in phases.kernels(weight)]

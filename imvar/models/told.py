@@ -15,7 +15,7 @@ class Ready(NamedTuple):
     """
 
     value: Any
-    weights: tuple[Tensor | None, ...] = ()
+    weights: tuple[Tensor, ...] = ()
 
 
 def ready(layer: nn.Module, told: Tensor) -> Any:

@@ -1,0 +1,70 @@
+"""Several ways to one answer, of which the quickest for inputs of a size is found by trying, and then compiled in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Way = Callable[..., Tensor]
+
+ROUNDS, GAIN = 5, 1.03  # the first way stays unless another is so much quicker
+
+_found: dict[Any, int] = {}
+_trying: ContextVar[bool] = ContextVar("imvar_trying", default=False)
+
+
+@contextmanager
+def trying() -> Iterator[None]:
+    """In here, in this thread, ways are tried that were not tried yet for such inputs."""
+    token = _trying.set(True)
+    try:
+        yield
+    finally:
+        _trying.reset(token)
+
+
+def quickest(name: str, ways: Sequence[Way], *inputs: Tensor) -> Tensor:
+    """The answer, where this is compiled by the way that was found the quickest; else by the first."""
+    key = name, *((tuple(t.shape), t.dtype, t.device.type) for t in inputs)
+    if torch.compiler.is_compiling():
+        return ways[chosen(key)](*inputs)
+    if _trying.get() and key not in _found:
+        _found[key] = trial(ways, inputs)
+    return ways[0](*inputs)
+
+
+@torch.compiler.assume_constant_result
+def chosen(key: Any) -> int:
+    return _found.get(key, 0)
+
+
+def trial(ways: Sequence[Way], inputs: Sequence[Tensor]) -> int:
+    """Which of the ways is the quickest; one that cannot take these inputs is none."""
+    times = [seconds(way, inputs) for way in ways]
+    best = min(range(len(ways)), key=times.__getitem__)
+    return best if times[best] * GAIN < times[0] else 0
+
+
+def seconds(way: Way, inputs: Sequence[Tensor]) -> float:
+    try:
+        for _ in range(2):
+            way(*inputs)
+    except (RuntimeError, NotImplementedError):  # an operator that is not here, or not for such inputs
+        return float("inf")
+    return median(timed(way, inputs) for _ in range(ROUNDS))
+
+
+def timed(way: Way, inputs: Sequence[Tensor]) -> float:
+    wait = torch.cuda.synchronize if inputs[0].is_cuda else (lambda: None)
+    wait()
+    begun = time.perf_counter()
+    way(*inputs)
+    wait()
+    return time.perf_counter() - begun

@@ -1,0 +1,138 @@
+"""On CUDA: compiled, recorded and replayed, with the pictures of eager calls."""
+
+import threading
+
+import pytest
+import torch
+from random_checkpoint import tiny_pipeline
+
+import imvar
+from imvar.image import device
+from imvar.models import compiled, trial
+
+DTYPES = [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}
+
+
+@pytest.fixture
+def pipe():
+    pipe = tiny_pipeline().to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, photo, seed=0, **options):
+    options = {"num_inference_steps": 4, "output_type": "pt"} | options
+    return pipe(photo, generator=torch.Generator().manual_seed(seed), **options).images
+
+
+def near(a, b, dtype=torch.float32):
+    return (a - b).abs().max() <= TOLERANCE[dtype] * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"])
+def test_recorded_runs_give_the_same_pictures(pipe, photo, dtype, scheduler):
+    pipe.to(dtype)
+    pipe.scheduler = getattr(imvar, scheduler).from_config(pipe.scheduler.config)
+    calls = [{}, {"seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 7}, {"photo": photo.rotate(90)},
+             {"num_images_per_prompt": 3}, {"height": 96}, {"cache_interval": 2}, {"guidance_interval": (0.25, 0.75)}]
+    plain = [run(pipe, **({"photo": photo} | call)) for call in calls]
+    pipe.compile()
+    for _ in range(2):
+        for call, expected in zip(calls, plain, strict=True):
+            assert near(run(pipe, **({"photo": photo} | call)), expected, dtype), call
+    assert all(isinstance(one, compiled.Recording) for one in pipe._compiler.recordings.values())
+
+
+def test_a_run_records_once_for_any_values(pipe, photo):
+    pipe.compile()
+    run(pipe, photo)
+    recorded = list(pipe._compiler.recordings)
+    run(pipe, photo, seed=7, num_inference_steps=9, guidance_scale=2.0)
+    assert list(pipe._compiler.recordings) == recorded
+    assert len(recorded) == 2  # the UNet's step and the decoder
+
+
+def test_what_callers_get_is_theirs(pipe, photo):
+    pipe.compile()
+    seen = []
+    first = run(pipe, photo, callback=lambda i, t, x: seen.append((x, x.clone())))
+    kept = first.clone()
+    run(pipe, photo, seed=1)
+    assert torch.equal(first, kept)
+    assert all(torch.equal(x, copy) for x, copy in seen)
+
+
+def test_weights_written_to_and_weights_replaced_count(pipe, photo):
+    pipe.compile()
+    run(pipe, photo)
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(0.5)
+    for _ in range(2):
+        made = run(pipe, photo)
+        pipe._compiler, compiler = None, pipe._compiler
+        assert near(made, run(pipe, photo))
+        pipe._compiler = compiler
+        pipe.unet.conv_in.weight = torch.nn.Parameter(pipe.unet.conv_in.weight * 1.5)
+
+
+def test_no_step_waits_for_the_device(pipe, photo):
+    """Nothing in the loop asks the host, compiled or not."""
+    for _ in range(2):
+        run(pipe, photo, output_type="latent")
+        predict = pipe.predictor(torch.tensor([500, 1]), torch.randn(2, 1, 24, device="cuda"))
+        scheduler = imvar.DDIMScheduler.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(2)
+        x = torch.randn(1, 4, 16, 16, device="cuda")
+        predict(x, 0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for i, t in enumerate(scheduler.timesteps):
+                x = scheduler.step(predict(x, i).chunk(2)[1], t, x).prev_sample
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        pipe.compile()
+
+
+def test_threads_share_recordings(pipe, photo):
+    plain = [run(pipe, photo, seed=seed) for seed in range(4)]
+    pipe.compile()
+    made = {}
+
+    def work(seed):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            made[seed] = [run(pipe, photo, seed=seed).cpu() for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(near(one, plain[seed].cpu()) for seed in range(4) for one in made[seed])
+
+
+def test_the_quickest_backends_are_tried(pipe, photo):
+    trial._found.clear()
+    pipe.to(torch.float16).compile()
+    run(pipe, photo)
+    assert {key[0] for key in trial._found} == {"attend", "enlarge"}
+
+
+@pytest.mark.parametrize("size", [(512, 512), (512, 768), (64, 64), (1024, 320)])
+def test_pictures_are_prepared_for_the_checker_as_by_pillow(size):
+    levels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    processor = imvar.CLIPImageProcessor()
+    assert device.can_prepare(levels.cuda(), processor.config)
+    assert torch.equal(processor.of_levels(levels.cuda()).cpu(), processor.of_levels(levels))
+
+
+def test_many_pictures_take_no_more_memory_than_the_unet(photo):
+    pipe = tiny_pipeline().to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    peaks = []
+    for number in 1, 4:
+        torch.cuda.reset_peak_memory_stats()
+        pipe.decode(torch.randn(number, 4, 64, 64, device="cuda"))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] <= 1.5 * peaks[0]
