@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from imvar import DDIMScheduler, InputError
+from imvar.models import fp8
 from imvar.models.cached import Cached
+from imvar.models.fp8 import Fp8Linear
+from imvar.models.layers import Linear
 from imvar.models.prepared import Prepared
 
 
@@ -105,3 +108,59 @@ def test_features_of_a_unet_that_somebody_watches_are_not_kept(pipe, photo):
     run(pipe, photo)
     with pytest.raises(InputError, match="cache_interval=2"):
         run(pipe, photo, cache_interval=2)
+
+
+# Eight bits
+
+
+def test_eight_bits_round_a_little_and_are_undone(pipe, photo):
+    exact, names = run(pipe, photo), list(pipe.unet.state_dict())
+    pipe.enable_fp8()
+    pipe.enable_fp8()  # again, which changes nothing
+    layers = [layer for layer in pipe.unet.modules() if isinstance(layer, Fp8Linear)]
+    assert len(layers) == 6 * 4  # four of self-attention and two of feed-forward, of four transformer blocks
+    assert list(pipe.unet.state_dict()) == names
+    rounded = run(pipe, photo)
+    assert 1e-4 < (rounded - exact).abs().mean() / exact.abs().mean() < 0.2
+    pipe.disable_fp8()
+    assert torch.equal(run(pipe, photo), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_product_in_eight_bits_is_near_the_exact_one(dtype):
+    torch.manual_seed(0)
+    layer, x = Linear(320, 64).to(dtype), (torch.randn(2, 50, 320) * torch.logspace(-3, 3, 50)[:, None]).to(dtype)
+    made, expected = Fp8Linear.from_layer(layer)(x), layer(x)
+    assert made.dtype == dtype
+    assert made.shape == expected.shape
+    error = (made - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    assert error.max() <= 0.1  # of every row, however small: each has a scale of its own
+    zero = Fp8Linear.from_layer(layer)(torch.zeros_like(x))
+    assert torch.equal(zero, layer.bias.expand_as(zero))
+
+
+def test_weights_that_are_moved_or_loaded_are_rounded_anew():
+    layer = Linear(32, 16)
+    eight = Fp8Linear.from_layer(layer)
+    other = Fp8Linear.from_layer(Linear(32, 16))
+    before = eight.scale.clone()
+    eight.load_state_dict(other.state_dict())
+    assert not torch.equal(eight.scale, before)
+    assert torch.equal(eight.weight8.float(), other.weight8.float())
+    assert eight.to(torch.bfloat16).weight8.dtype == torch.float8_e4m3fn
+    assert eight.exact().weight is eight.weight
+    assert eight(torch.randn(3, 32, dtype=torch.bfloat16, requires_grad=True)).requires_grad
+
+
+def test_layers_of_odd_sizes_stay_exact():
+    layer = Linear(24, 16)
+    assert Fp8Linear.from_layer(layer) is layer
+
+
+def test_a_gpu_that_cannot_is_named(pipe, monkeypatch):
+    monkeypatch.setattr(fp8, "next", lambda _: type("P", (), {"device": torch.device("cuda")}), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(InputError, match=r"NVIDIA A100 does not .* in eight bits; one of compute capability 8\.9"):
+        pipe.enable_fp8()

@@ -161,6 +161,20 @@ class Assembly(Storage):
 
         self._compiler = Compiler(**options)
 
+    def enable_fp8(self) -> None:
+        """Approximate: let the UNet's linear layers multiply in eight bits, row by row scaled (arXiv:2209.05433).
+
+        For NVIDIA's Ada, Hopper and later; slower elsewhere. Raises `InputError` on a GPU that cannot.
+        """
+        from ..models import fp8
+
+        fp8.enable(self.unet)
+
+    def disable_fp8(self) -> None:
+        from ..models import fp8
+
+        fp8.disable(self.unet)
+
     @property
     def runner(self) -> Runner:
         """How functions of the models are run: see `compile`."""
