@@ -5,10 +5,12 @@ import torch
 from random_checkpoint import tiny_pipeline
 from torch import nn
 
+from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from imvar.models import ResnetBlock, SelfAttention
 from imvar.models.layers import Conv2d, Linear
 from imvar.models.prepared import Prepared
 from imvar.models.told import untouched
+from imvar.pipeline.guidance import Guided, predictor
 
 TIMES = torch.tensor([981.0, 500.5, 1.0])
 SHAPES = [(1, 8, 8), (2, 8, 8), (3, 7, 5)]
@@ -113,3 +115,25 @@ def test_gradients_are_those_of_the_plain_call(pipe):
         predict().square().mean().backward()
         found.append([p.grad.clone() for p in pipe.unet.parameters()])
     assert all((a - b).abs().max() <= 1e-5 * a.abs().max().clamp(min=1e-3) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler, LMSDiscreteScheduler])
+@pytest.mark.parametrize("guided", [True, False])
+@torch.no_grad()
+def test_no_step_waits_for_the_device(pipe, kind, guided):
+    """On the meta device there is nothing to wait for: whoever asks for a value there gets an error."""
+    scheduler = kind.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(6)
+    unet, context = pipe.unet.to("meta"), torch.empty(1 + guided, 1, 24, device="meta")
+    times = torch.empty(len(scheduler.timesteps), device="meta")
+
+    def make(context):
+        return predictor(unet, times, context)
+
+    predict = Guided(make, context, 3.0, (0.0, 0.5), len(times)) if guided else make(context)
+    x = torch.empty(1, 4, 8, 8, device="meta") * scheduler.init_noise_sigma
+    with pytest.raises(RuntimeError, match="meta"):
+        x.sum().item()
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(predict(scheduler.scale_model_input(x, t), i), t, x).prev_sample
+    assert x.shape == (1, 4, 8, 8)

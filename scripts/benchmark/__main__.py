@@ -1,10 +1,11 @@
 """Time imvar beside diffusers: in one process, in turn, with the same weights and the same inputs.
 
     python scripts/benchmark [CASE ...] [--checkpoint FOLDER] [--dtype bf16] [--threads 2] [--rounds 5]
+    python scripts/benchmark profile [--dtype bf16]    # where imvar's time goes on a CPU, against the floor
 
 CASE: unet vae clip safety pipeline load import scaling (default: all but scaling). Without --checkpoint one of full
 size with random weights is made, 5.8 GB, in the work folder, and found there again; `--tiny` makes a tiny one, to see
-whether everything runs. Every case first runs both sides once, compares their answers, and then times them in turn.
+whether everything runs. Every case first runs both sides, compares their answers, and then times them in turn.
 The table has medians, how far the rounds spread, the ratio of the medians, the most memory beyond what was there
 before, and the largest difference of the answers beside the largest answer. `--json` and `--markdown` write it down.
 """
@@ -32,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from published_checkpoint import write_checkpoint
 
+from benchmark.account import profile
 from benchmark.cases import CASES, DTYPES, Case, Sides
-from benchmark.memory import peak_of
+from benchmark.memory import peak_of, private_of
 
 HEADER = ("case", "diffusers", "imvar", "ratio", "spread", "memory, diffusers", "memory, imvar", "difference")
 
@@ -78,7 +80,8 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 
 @torch.no_grad()
 def measure(case: Case, args: argparse.Namespace) -> Result:
-    (theirs, their_memory), (ours, our_memory) = (peak_of(run, args.device) for run in (case.theirs, case.ours))
+    (theirs, their_memory), (ours, our_memory) = (
+        private_of(run) if case.makes else peak_of(run, args.device) for run in (case.theirs, case.ours))
     difference = float("nan")
     if isinstance(ours, torch.Tensor):
         difference = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
@@ -88,7 +91,7 @@ def measure(case: Case, args: argparse.Namespace) -> Result:
     times: list[list[float]] = [[], []]
     for _ in range(args.rounds):
         for run, found in zip((case.theirs, case.ours), times, strict=True):
-            found.append(timed(run, args.device))
+            found.append(case.seconds(run) if case.seconds else timed(run, args.device))
     return Result(case.name, *times, their_memory, our_memory, difference)
 
 
@@ -107,7 +110,8 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
             "machine": torch.cuda.get_device_name() if cuda else model[0], "threads": torch.get_num_threads(),
             "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__,
             "python": platform.python_version(), "freed memory": freed,
-            "rival": "compiled, max-autotune" if args.compile else "eager"}
+            "rival": "compiled, max-autotune" if args.rival == "compiled" else "eager",
+            "imvar": "compiled, max-autotune" if args.compile else "eager"}
 
 
 def markdown(results: list[Result], facts: dict[str, Any]) -> str:
@@ -120,7 +124,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("cases", nargs="*", metavar="CASE", choices=[*CASES, []], help=" ".join(CASES))
+    add("cases", nargs="*", metavar="CASE", choices=[*CASES, "profile", []], help=" ".join(CASES))
     add("--checkpoint", type=Path, help="a folder in the published layout, with safetensors")
     add("--work", type=Path, default=Path("out/benchmark"), help="where one is made, if none is named")
     add("--tiny", action="store_true", help="a tiny checkpoint: to see whether everything runs")
@@ -130,7 +134,10 @@ def arguments() -> argparse.Namespace:
     add("--size", type=int, help="of the pictures in pixels (default: the checkpoint's, 512)")
     add("--batch", type=int, default=1, help="pictures at a time")
     add("--steps", type=int, default=50, help="of the pipeline")
-    add("--compile", action="store_true", help="the rival as fast as it goes: fused QKV, channels_last, max-autotune")
+    add("--largest", type=int, default=4, help="batch of `scaling` (default: 4)")
+    add("--compile", action="store_true", help="imvar as pipe.compile(mode='max-autotune') makes it")
+    add("--rival", choices=("eager", "compiled"), default="eager",
+        help="compiled: as fast as it goes, with fused QKV, channels_last and max-autotune")
     add("--keep-memory", action="store_true", help="for both, imvar.keep_freed_memory, which `imvar vary` calls")
     add("--rounds", type=int, default=5)
     add("--warm", type=int, default=0, help="rounds before those that count, after the first comparison")
@@ -153,6 +160,10 @@ def main() -> None:
         print(f"making {folder}", file=sys.stderr)
         write_checkpoint(folder, tiny=args.tiny, endings=(".safetensors",))
     sides, results, facts = Sides(folder, args), [], about(args)
+    if args.cases == ["profile"]:
+        print(profile(sides))
+        print(", ".join(f"{name} {value}" for name, value in facts.items()))
+        return
     for name in args.cases:
         for case in CASES[name](sides):
             results.append(measure(case, args))

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 import imvar
-from imvar.models.prepared import Prepared
+from imvar.models.compiled import Compiler
+from imvar.models.prepared import Prepared, Runner
+from imvar.pipeline.variation import decode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHOTO = Path(__file__).resolve().parents[2] / "tests" / "photos" / "chelsea.jpg"
@@ -27,9 +31,13 @@ GUIDANCE = 3.0
 
 @dataclass(frozen=True)
 class Case:
+    """The same job twice. `seconds`: how long a call took, if not by the device's clock or the wall's."""
+
     name: str
     theirs: Callable[[], Any]
     ours: Callable[[], Any]
+    seconds: Callable[[Callable[[], Any]], float] | None = None
+    makes: bool = False  # something, whose own memory is to be told, rather than the most that was needed to make it
 
 
 class Sides:
@@ -66,10 +74,16 @@ class Sides:
                 pipe.set_progress_bar_config(disable=True)
                 for thresholds in "concept_embeds_weights", "special_care_embeds_weights":  # nothing is made black
                     getattr(pipe.safety_checker, thresholds).data.fill_(2.0)
-        if self.args.compile:
+        if self.args.rival == "compiled":
             for model in [both[0].unet, both[0].vae] if whole else [both[0]]:
                 fastest(model)
+        if self.args.compile and whole:
+            both[1].compile(mode="max-autotune")
         return both[0], both[1]
+
+    def runner(self) -> Runner:
+        """How functions of imvar's models are run."""
+        return Compiler(mode="max-autotune") if self.args.compile else partial
 
     def forget(self) -> None:
         self.part = cache(self.load)
@@ -101,7 +115,7 @@ def guided_step(sides: Sides, batch: int, size: int, steps: int = 50) -> Case:
     x, embeds = sides.noise(batch, 4, side, side), sides.noise(batch, 1, sides.width, seed=1)
     context = torch.cat([torch.zeros_like(embeds), embeds])
     times = torch.linspace(981, 1, steps, device=sides.device).long()
-    prepared = Prepared(ours, times, context)
+    prepared = Prepared(ours, times, context, sides.runner())
 
     def guided(both: Tensor) -> Tensor:
         uncond, cond = both.chunk(2)
@@ -117,15 +131,19 @@ def unet(sides: Sides) -> Iterator[Case]:
 
 
 def scaling(sides: Sides) -> Iterator[Case]:
-    for batch, size in (1, 512), (2, 512), (4, 512), (8, 512), (16, 512), (32, 512), (1, 768), (1, 1024):
-        yield guided_step(sides, batch, size)
+    """Steps of more and of larger pictures, as far as `--largest` batch goes; then runs of more steps."""
+    for batch, larger in (1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (1, 1.5), (1, 2):
+        if batch <= sides.args.largest:
+            yield guided_step(sides, batch, int(larger * sides.size))
+    for steps in sorted({max(sides.args.steps // part, 1) for part in (4, 2, 1)}):
+        yield job(sides, sides.args.batch, sides.size, steps)
 
 
 def vae(sides: Sides) -> Iterator[Case]:
     theirs, ours = sides.part("vae")
     z = sides.noise(sides.args.batch, 4, sides.size // 8, sides.size // 8)
-    yield Case(f"vae, decode, {sides.args.batch} x {sides.size} px", lambda: theirs.decode(z).sample,
-               lambda: ours.decode(z).sample)
+    quick = sides.runner()(decode, ours)
+    yield Case(f"vae, decode, {sides.args.batch} x {sides.size} px", lambda: theirs.decode(z).sample, lambda: quick(z))
 
 
 def clip(sides: Sides) -> Iterator[Case]:
@@ -137,26 +155,51 @@ def clip(sides: Sides) -> Iterator[Case]:
 
 
 def safety(sides: Sides) -> Iterator[Case]:
+    """The checker's whole call; what is compared is the embedding that it judges by."""
     theirs, ours = sides.part("safety_checker")
     side = ours.config.vision_config.image_size
     pixels, pictures = sides.noise(sides.args.batch, 3, side, side), sides.noise(sides.args.batch, 3, 64, 64, seed=1)
-    yield Case(f"safety, {sides.args.batch} x {side} px", lambda: theirs(pixels, pictures.clone())[0],
-               lambda: ours(pixels, pictures.clone())[0])
+
+    def check(checker: Any, projection: torch.nn.Module) -> Callable[[], Tensor]:
+        seen: list[Tensor] = []
+        projection.register_forward_hook(lambda _, __, embeds: seen.append(embeds))
+
+        def run() -> Tensor:
+            checker(clip_input=pixels, images=pictures.clone())
+            return seen.pop()
+
+        return run
+
+    yield Case(f"safety, {sides.args.batch} x {side} px", check(theirs, theirs.visual_projection),
+               check(ours, ours.proj))
+
+
+def job(sides: Sides, batch: int, size: int, steps: int) -> Case:
+    """The whole job, from a photograph to pictures that the safety checker has looked at."""
+    photo, both = Image.open(PHOTO).convert("RGB"), sides.part("pipeline")
+
+    def run(pipe: Any) -> Tensor:
+        pictures = pipe(photo, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE,
+                        num_images_per_prompt=batch, generator=torch.Generator().manual_seed(0)).images
+        return torch.stack([torch.from_numpy(np.array(picture)).float() for picture in pictures])
+
+    theirs, ours = (partial(run, pipe) for pipe in both)
+    return Case(f"pipeline, {batch} x {size} px, {steps} steps", theirs, ours)
 
 
 def pipeline(sides: Sides) -> Iterator[Case]:
-    theirs, ours = sides.part("pipeline")
-    photo, args = Image.open(PHOTO).convert("RGB"), sides.args
+    yield job(sides, sides.args.batch, sides.size, sides.args.steps)
 
-    def whole(pipe: Any) -> Tensor:
-        return pipe(photo, height=sides.size, width=sides.size, num_inference_steps=args.steps, output_type="pt",
-                    guidance_scale=GUIDANCE, num_images_per_prompt=args.batch,
-                    generator=torch.Generator().manual_seed(0)).images
 
-    def theirs_as_tensor() -> Tensor:
-        return torch.as_tensor(whole(theirs))
+def of_children(run: Callable[[], Any]) -> float:
+    """Seconds of processor time that the processes which `run` started took."""
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
 
-    yield Case(f"pipeline, {args.batch} x {sides.size} px, {args.steps} steps", theirs_as_tensor, lambda: whole(ours))
+    begun = spent()
+    run()
+    return spent() - begun
 
 
 def process(*lines: str) -> Callable[[], None]:
@@ -174,17 +217,17 @@ def load(sides: Sides) -> Iterator[Case]:
     quiet(diffusers, transformers)
 
     def run(kind: Any) -> Callable[[], None]:
-        return lambda: kind.from_pretrained(sides.folder, torch_dtype=sides.dtype) and None
+        return lambda: kind.from_pretrained(sides.folder, torch_dtype=sides.dtype)
 
-    yield Case("load", run(diffusers.StableDiffusionImageVariationPipeline),
-               run(imvar.StableDiffusionImageVariationPipeline))
+    yield Case("load; private memory", run(diffusers.StableDiffusionImageVariationPipeline),
+               run(imvar.StableDiffusionImageVariationPipeline), makes=True)
 
 
 def imports(sides: Sides) -> Iterator[Case]:
-    """A process that imports the pipeline, and beside imvar's one that imports torch alone."""
+    """Processor time of a process that imports the pipeline, and beside imvar's of one that imports torch alone."""
     ours = process("from imvar import StableDiffusionImageVariationPipeline")
-    yield Case("import", process("from diffusers import StableDiffusionImageVariationPipeline"), ours)
-    yield Case("import, on the left torch alone", process("import torch"), ours)
+    yield Case("import, CPU", process("from diffusers import StableDiffusionImageVariationPipeline"), ours, of_children)
+    yield Case("import, CPU, on the left torch alone", process("import torch"), ours, of_children)
 
 
 CASES: dict[str, Callable[[Sides], Iterator[Case]]] = {
