@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,9 @@ def agree(a: Parts, b: Parts) -> bool:
     return bool(a)
 
 
-def settings(config: Any) -> dict[str, str]:
-    """What a config says in its own fields, whatever else came with it and in whichever order."""
-    return {field.name: str(sorted(value.items()) if type(value := config[field.name]) is dict else value)
+def settings(config: Any) -> dict[str, Any]:
+    """What a config says in its own fields, and in those of a config within it, whatever else came with it."""
+    return {field.name: settings(value) if is_dataclass(value := config[field.name]) else value
             for field in fields(config)}
 
 

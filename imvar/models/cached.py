@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .kept import Kept
 from .layers import normed_silu
 from .prepared import Prepared, Runner, row
 from .told import Ready, repeated
@@ -18,17 +19,19 @@ class Cached(Prepared):
     The last layer meets what the whole UNet told it from below in an earlier call, and the skip of this one.
     """
 
-    def __init__(self, unet: Any, timesteps: Tensor, context: Tensor, interval: int, runner: Runner = partial):
-        super().__init__(unet, timesteps, context)
+    def __init__(self, unet: Any, timesteps: Tensor, context: Tensor, interval: int, runner: Runner = partial,
+                 kept: Kept | None = None):
+        super().__init__(unet, timesteps, context, kept=kept)
         self.remembering, self.last_layer = runner(remembering, unet), runner(last_layer, unet)
         self.interval, self.calls = interval, 0
         self.deep: Any = None
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         time, self.calls = row(self.times, step), self.calls + 1
-        if (self.calls - 1) % self.interval:
-            return self.last_layer(x, time, self.context, self.deep)
-        sample, self.deep = self.remembering(x, time, self.context)
+        with self.kept.at_hand():
+            if (self.calls - 1) % self.interval:
+                return self.last_layer(x, time, self.context, self.deep)
+            sample, self.deep = self.remembering(x, time, self.context)
         return sample
 
 
@@ -42,7 +45,7 @@ def remembering(unet: Any, x: Tensor, time: Ready, context: Ready) -> tuple[Tens
         return unet.merge(h, skip, level)
 
     sample = unet(x, time, context, merge=merge).sample
-    return sample, deep
+    return sample.contiguous(), deep
 
 
 def last_layer(unet: Any, x: Tensor, time: Ready, context: Ready, deep: Tensor) -> Tensor:
@@ -50,4 +53,4 @@ def last_layer(unet: Any, x: Tensor, time: Ready, context: Ready, deep: Tensor) 
     skip, level = repeated(unet.conv_in(x), deep), unet.up[-1]
     h = unet.merge(deep, skip, len(unet.up) - 1)
     h = level.layer(len(level.resnets) - 1, h, time.value[-1], context.value[-1])
-    return unet.conv_out(normed_silu(unet.norm_out, h))
+    return unet.conv_out(normed_silu(unet.norm_out, h)).contiguous()

@@ -20,13 +20,15 @@ class Prepared:
     """The UNet as a function of the latents (b, c, h, w) and the number of a step, to (k b, c, h, w).
 
     A table of the time's biases, a row per step, and the answers of cross-attention to a single token. `timesteps`:
-    (n,), those of the run; `context`: (k b, m, c), k for each sample, in the samples' order, k times over.
+    (n,), those of the run; `context`: (k b, m, c), k for each sample, in the samples' order, k times over. Several of
+    one run may share what is `kept` of the weights.
     """
 
-    def __init__(self, unet: Any, timesteps: Tensor, context: Tensor, runner: Runner = partial):
+    def __init__(self, unet: Any, timesteps: Tensor, context: Tensor, runner: Runner = partial,
+                 kept: Kept | None = None):
         timesteps = torch.as_tensor(timesteps, device=context.device)
         self.times, self.context = unet.prepare_time(timesteps), fused(unet, unet.prepare_context(context))
-        self.whole, self.kept = runner(whole, unet), Kept(len(timesteps))
+        self.whole, self.kept = runner(whole, unet), kept or Kept(len(timesteps))
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         with self.kept.at_hand():

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..models import UNet2DConditionModel
 from ..models.cached import Cached
+from ..models.kept import Kept
 from ..models.prepared import Prepared, Runner
 from ..models.told import repeated, untouched
 
@@ -18,15 +19,16 @@ Predict = Callable[[Tensor, int], Tensor]
 """Scaled latents (b, 4, h, w) and the number of a step to a prediction for each context, (k b, 4, h, w)."""
 
 
-def predictor(unet: Any, timesteps: Any, context: Tensor, cache_interval: int = 1, runner: Runner = partial) -> Predict:
+def predictor(unet: Any, timesteps: Any, context: Tensor, cache_interval: int = 1, runner: Runner = partial,
+              kept: Kept | None = None) -> Predict:
     """Prepared, if the UNet is imvar's and nobody watches its layers; else called with all that it is told, each time.
 
     Raises `InputError` for a `cache_interval` above 1 where it cannot be prepared.
     """
     if isinstance(unet, UNet2DConditionModel) and untouched(unet):
         if cache_interval > 1:
-            return Cached(unet, timesteps, context, cache_interval, runner)
-        return Prepared(unet, timesteps, context, runner)
+            return Cached(unet, timesteps, context, cache_interval, runner, kept)
+        return Prepared(unet, timesteps, context, runner, kept)
     if cache_interval > 1:
         raise InputError(f"cache_interval={cache_interval}: needs a UNet2DConditionModel of imvar with no hooks or "
                          "layers of others; 1 would do")

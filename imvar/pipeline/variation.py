@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ImvarError, InputError
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_levels
+from ..models.kept import Kept
 from ..models.told import untouched
 from ..noise import randn
 from ..outputs import StableDiffusionPipelineOutput
@@ -111,7 +112,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
 
             times = scheduler.timesteps  # of the walk; where they are numbers on the CPU no step waits for the device
             numbers = times.cpu() if isinstance(times, Tensor) else times
-            make = partial(self.predictor, times, cache_interval=cache_interval)
+            make = partial(self.predictor, times, cache_interval=cache_interval, kept=Kept(len(times)))
             predict = (Guided(make, context, guidance_scale, guidance_interval, len(times)) if guided
                        else make(context))
 
@@ -125,6 +126,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
                         if callback is not None and i % callback_steps == 0:
                             callback(i // order, times[i], x)
 
+            del make, predict  # and what is kept for the UNet, before the autoencoder wants memory
             images, flags = self.finish(x, output_type, device, context.dtype)
         return StableDiffusionPipelineOutput(images, flags) if return_dict else (images, flags)
 
@@ -169,9 +171,9 @@ class StableDiffusionImageVariationPipeline(Assembly):
             latents = latents.to(device=device, dtype=dtype)
         return latents * self.scheduler.init_noise_sigma
 
-    def predictor(self, timesteps: Any, context: Tensor, cache_interval: int = 1) -> Predict:
+    def predictor(self, timesteps: Any, context: Tensor, cache_interval: int = 1, kept: Kept | None = None) -> Predict:
         """The UNet as a function of scaled latents (b n, 4, h, w) and a step's number: a prediction per context."""
-        return predictor(self.unet, timesteps, context, cache_interval, self.runner)
+        return predictor(self.unet, timesteps, context, cache_interval, self.runner, kept)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Which of `eta` and `generator` this scheduler's step takes."""
