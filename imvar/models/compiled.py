@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .attention import attentions
-from .trial import trying
+from .trial import chosen, trying
 
 GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}  # graphs are made here
 KEPT = 8  # recordings
+
+torch.compiler.assume_constant_result(chosen)  # marked here, as whatever marks it takes a second to import
 
 
 class Compiler:
