@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep large blocks that are freed, and give them to the next who asks.
 
     It hands them back to the system otherwise, which clears each anew, page by page: of a picture of 512 x 512 decoded
-    on a CPU that is a quarter of the time. In return the process stays as large as it ever was. As this holds for
+    on a CPU that can be a sixth of the time. In return the process stays as large as it ever was. As this holds for
     the whole process it is for its owner to call, once, before the work; `imvar vary` does.
 
     Returns:
