@@ -1,9 +1,13 @@
 """Approximate ways to be quicker: off unless asked for, and then what their papers say."""
 
 import copy
+import pickle
 
+import numpy as np
 import pytest
 import torch
+from random_checkpoint import tiny_pipeline
+from torch.nn.utils import prune
 
 from imvar import DDIMScheduler, InputError
 from imvar.models import fp8
@@ -75,12 +79,12 @@ def test_the_whole_unet_runs_in_every_so_many_th_step(pipe, photo, seen):
 def test_the_last_layer_completes_the_unet(pipe, each):
     """Told the same latents and time, the kept features give what the whole UNet gives."""
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
-    times, context, x = torch.tensor([981.0, 500.0]), torch.randn(2 * each, 1, 24), torch.randn(2, 4, 8, 8)
+    times, context, x = torch.linspace(981, 500, 4), torch.randn(2 * each, 1, 24), torch.randn(2, 4, 8, 8)
     cached, whole = Cached(pipe.unet, times, context, 3), Prepared(pipe.unet, times, context)
     for _ in range(3):
         assert (cached(x, 0) - whole(x, 0)).abs().max() <= 1e-6 * whole(x, 0).abs().max()
     other = torch.randn(2, 4, 8, 8)
-    assert torch.equal(cached(other, 1), whole(other, 1))
+    assert torch.equal(cached(other, 3), whole(other, 3))
 
 
 def test_a_guided_and_an_unguided_run_keep_their_own_features(pipe, photo, seen):
@@ -144,10 +148,14 @@ def test_weights_that_are_moved_or_loaded_are_rounded_anew():
     layer = Linear(32, 16)
     eight = Fp8Linear.from_layer(layer)
     other = Fp8Linear.from_layer(Linear(32, 16))
-    before = eight.scale.clone()
-    eight.load_state_dict(other.state_dict())
-    assert not torch.equal(eight.scale, before)
-    assert torch.equal(eight.weight8.float(), other.weight8.float())
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        assert not torch.equal(eight(x), other(x))
+        eight.load_state_dict(other.state_dict())
+        assert torch.equal(eight(x), other(x))
+        for layer in (eight, other):
+            layer.weight.mul_(3)  # as an optimizer does, or what fuses LoRA
+        assert torch.equal(eight(x), Fp8Linear.from_layer(eight.exact())(x))
     assert eight.to(torch.bfloat16).weight8.dtype == torch.float8_e4m3fn
     assert eight.exact().weight is eight.weight
     assert eight(torch.randn(3, 32, dtype=torch.bfloat16, requires_grad=True)).requires_grad
@@ -164,3 +172,69 @@ def test_a_gpu_that_cannot_is_named(pipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(InputError, match=r"NVIDIA A100 does not .* in eight bits; one of compute capability 8\.9"):
         pipe.enable_fp8()
+
+
+def test_eight_bits_leave_the_layers_of_others(pipe, photo):
+    """Classes of a fork, layers that are watched or pruned; a pipeline in eight bits can be copied and pickled."""
+    class Louder(Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    block = pipe.unet.down[0].transformers[0].blocks[0]
+    old = block.feed_forward.narrow
+    block.feed_forward.narrow = louder = Louder(old.in_features, old.out_features)
+    seen = []
+    block.feed_forward.widen.register_forward_hook(lambda *_: seen.append(1))
+    prune.identity(block.self_attn.to_q, "weight")
+    pipe.enable_fp8()
+    assert block.feed_forward.narrow is louder
+    assert type(block.self_attn.to_k) is Fp8Linear
+    assert type(block.self_attn.to_q) is Linear
+    run(pipe, photo)
+    assert seen
+    pipe.disable_fp8()
+    assert block.feed_forward.narrow is louder
+    plain = tiny_pipeline()
+    plain.set_progress_bar_config(disable=True)
+    plain.enable_fp8()
+    expected = run(plain, photo)
+    for twin in (copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):
+        assert torch.equal(run(twin, photo), expected)
+
+
+def test_features_are_never_older_than_the_interval(pipe, photo, monkeypatch):
+    """Also where guidance ends and begins again: 8 would otherwise meet what the whole UNet found in step 0."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    whole, plain = [], Cached.__call__
+
+    def watched(self, x, step):
+        before = self.whole_at
+        sample = plain(self, x, step)
+        assert 0 <= step - self.whole_at < 5
+        whole.extend([step] if self.whole_at != before else [])
+        return sample
+
+    monkeypatch.setattr(Cached, "__call__", watched)
+    run(pipe, photo, num_inference_steps=10, cache_interval=5, guidance_interval=(0.2, 0.8))
+    assert whole == [0, 2, 7, 8]
+
+
+def test_whoever_merges_in_place_spoils_nothing_that_is_kept(pipe, photo):
+    images = []
+    for merge in (lambda h, skip, level: torch.cat([h * 1.1, skip], dim=1),
+                  lambda h, skip, level: torch.cat([h.mul_(1.1), skip], dim=1)):
+        pipe.unet.merge = merge
+        images.append(run(pipe, photo, cache_interval=3))
+    assert (images[0] - images[1]).abs().max() < 1e-4
+
+
+def test_what_cannot_be_left_out_is_said_before_any_network_runs(pipe, photo):
+    pipe.unet.conv_in.register_forward_hook(lambda *_: None)
+    pipe.image_encoder.register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran"))
+    with pytest.raises(InputError, match="cache_interval=2: needs"):
+        run(pipe, photo, cache_interval=2)
+
+
+def test_shares_of_any_kind_of_number(pipe, photo):
+    assert torch.equal(run(pipe, photo, guidance_interval=(torch.tensor(0.25), np.float64(1))),
+                          run(pipe, photo, guidance_interval=(0.25, 1)))

@@ -311,3 +311,52 @@ def test_runs_without_onednn(pipe, all_pay):
         with torch.backends.mkldnn.flags(enabled=False):
             plain = unet(x.repeat(2, 1, 1, 1).to(dtype), times, context.to(dtype)).sample
             assert near(Prepared(unet, times, context.to(dtype))(x.to(dtype), 0), plain)
+
+
+ODD = {
+    "circular": {"padding": 1, "padding_mode": "circular"}, "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "1x1": {"kernel_size": 1}, "5x5": {"kernel_size": 5, "padding": 2}, "grouped": {"padding": 1, "groups": 4},
+    "dilated": {"padding": 2, "dilation": 2}, "same": {"padding": "same"}, "strided": {"padding": 1, "stride": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("options", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("kind", [nn.Conv2d, Conv2d])
+@torch.no_grad()
+def test_convolutions_that_somebody_put_there(kind, options, dtype):
+    """Seamless pictures by padding_mode, other kernels, groups, dilation: as PyTorch has them."""
+    torch.manual_seed(0)
+    options = {"kernel_size": 3} | options
+    grow, x = Upsample(320).to(dtype), torch.randn(1, 320, 32, 32).to(dtype)
+    grow.conv = kind(320, 320, **options).to(dtype)
+    plain = nn.Conv2d(320, 320, **options).to(dtype)
+    plain.load_state_dict(grow.conv.state_dict())
+    large = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert near(grow(x), plain(large))
+    with running(grow, 50):
+        assert near(grow(x), plain(large))
+        assert near(grow.conv(x), plain(x))
+
+
+@torch.no_grad()
+def test_what_a_convolution_became_after_it_was_made():
+    """The usual tricks: its padding_mode is set, or its _conv_forward replaced."""
+    def twice(input, weight, bias):
+        return 2 * F.conv2d(input, weight, bias, padding=1)
+
+    for change in ({"padding_mode": "circular", "_reversed_padding_repeated_twice": [1] * 4}, {"_conv_forward": twice}):
+        grow, x = Upsample(320), torch.randn(1, 320, 32, 32)
+        vars(grow.conv).update(change)
+        expected = nn.Conv2d.forward(grow.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert near(grow(x), expected)
+        with running(grow, 50):
+            assert near(grow(x), expected)
+            assert near(grow.conv(x), nn.Conv2d.forward(grow.conv, x))
+
+
+@torch.no_grad()
+def test_traced():
+    for layer, x in (Linear(1024, 1024), torch.randn(64, 1024)), (Upsample(64), torch.randn(1, 64, 32, 32)):
+        traced = torch.jit.trace(layer, x)
+        assert near(traced(x), layer(x))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from random_checkpoint import tiny_pipeline
+from random_checkpoint import PUBLISHED_SCHEDULER, tiny_pipeline
 from torch import nn
+from torch.nn.utils import prune
 
-from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, set_attend
 from imvar.models import ResnetBlock, SelfAttention
 from imvar.models.layers import Conv2d, Linear
 from imvar.models.prepared import Prepared
@@ -137,3 +138,76 @@ def test_no_step_waits_for_the_device(pipe, kind, guided):
     for i, t in enumerate(scheduler.timesteps):
         x = scheduler.step(predict(scheduler.scale_model_input(x, t), i), t, x).prev_sample
     assert x.shape == (1, 4, 8, 8)
+
+
+def made(pipe, photo, **options):
+    return pipe(photo, **({"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.0} | options),
+                generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.mark.parametrize("kind", ["pruned", "weight_norm", "parametrized", "no name", "every layer"])
+def test_weights_and_hooks_of_others_are_what_they_are_at_every_call(pipe, photo, kind):
+    attn, handles = pipe.unet.down[0].transformers[0].blocks[0].self_attn, []
+    if kind == "pruned":
+        prune.identity(attn.to_q, "weight")
+        weight = attn.to_q.weight_orig
+    elif kind == "weight_norm":
+        with pytest.warns(FutureWarning):
+            torch.nn.utils.weight_norm(attn.to_q)
+        weight = attn.to_q.weight_v
+    elif kind == "parametrized":
+        torch.nn.utils.parametrizations.weight_norm(attn.to_q)
+        weight = attn.to_q.parametrizations.weight.original1
+    elif kind == "no name":
+        handles.append(pipe.unet.conv_in.register_forward_pre_hook({}.setdefault))
+    else:
+        handles.append(torch.nn.modules.module.register_module_forward_hook(lambda *_: None))
+    try:
+        assert not untouched(pipe.unet)
+        before = made(pipe, photo)
+        if kind in ("pruned", "weight_norm", "parametrized"):
+            weight.data.mul_(-torch.arange(1.0, 1 + len(weight))[:, None])
+            assert (made(pipe, photo) - before).abs().max() > 1e-3
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+CHANGES = {
+    "all weights": lambda p: [weight.mul_(1.3) for weight in p.unet.parameters()],
+    "loaded": lambda p: p.unet.load_state_dict(tiny_pipeline(seed=7).unet.state_dict()),
+    "queries": lambda p: p.unet.mid.transformers[0].blocks[0].self_attn.to_q.weight.mul_(-3),
+    "answers": lambda p: p.unet.mid.transformers[0].blocks[0].cross_attn.to_v.weight.mul_(-3),
+    "time": lambda p: p.unet.time.linear1.weight.mul_(-3),
+    "kernel": lambda p: set_attend(p.unet, lambda q, k, v: v.mean(dim=2, keepdim=True).expand_as(q)),
+    "another": lambda p: setattr(p, "unet", tiny_pipeline(seed=7).unet),
+    "freeu": lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4),
+    "a layer": lambda p: setattr(p.unet.mid.resnets[0], "conv1", nn.Conv2d(32, 32, 3, padding=1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler])
+def test_what_a_callback_changes_counts_from_the_next_step(pipe, photo, change, kind):
+    """As where nothing is prepared, since somebody watches."""
+    def run(watched):
+        p = tiny_pipeline()
+        p.set_progress_bar_config(disable=True)
+        p.scheduler = kind(**PUBLISHED_SCHEDULER if kind is PNDMScheduler else {"clip_sample": False})
+        if watched:
+            p.unet.conv_out.register_forward_pre_hook(lambda *_: None)
+
+        def callback(i, t, latents):
+            if i == 1:
+                torch.manual_seed(0)
+                change(p)
+
+        return made(p, photo, callback=callback)
+
+    quick, plain = run(False), run(True)
+    assert (quick - plain).abs().max() <= 1e-4 * plain.abs().max()
+
+
+def test_watching_costs_nothing_where_nobody_is_called_back(pipe, photo, monkeypatch):
+    monkeypatch.setattr("imvar.pipeline.variation.Watch", lambda _: pytest.fail("watched"))
+    made(pipe, photo)

@@ -126,7 +126,7 @@ class SelfAttention(Attention):
     def qkv(self) -> tuple[Tensor, ...]:
         """The weights of the three projections of x as one, and the biases if any; nothing, where one is not plain."""
         layers = self.to_q, self.to_k, self.to_v
-        if any(type(layer) is not Linear for layer in layers):
+        if any(type(layer) is not Linear or type(layer.weight) is not nn.Parameter for layer in layers):
             return ()
         weight, biases = torch.cat(tuple(layer.weight for layer in layers)), tuple(layer.bias for layer in layers)
         return (weight,) if self.to_q.bias is None else (weight, torch.cat(biases))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .attention import attentions
+from .fp8 import Fp8Linear
 from .trial import chosen, trying
 
 GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}  # graphs are made here
@@ -59,6 +60,8 @@ class Compiler:
         try:
             with many_shapes():
                 return self.compiled[function](model, *inputs)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise  # of these inputs, and no fault of the compiler
         except Exception as error:
             if self.compiled[function] is not function:
                 gave_up("compile", error)
@@ -87,6 +90,8 @@ class Compiler:
                 eager(*tree_unflatten(tensors, form))
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             return Recording(call, tensors, self.pool)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:
             gave_up("record", error)
             return call
@@ -136,8 +141,12 @@ def gave_up(doing: str, error: Exception) -> None:
 
 def state(model: nn.Module) -> tuple[Any, ...]:
     """What a recording holds for: where the weights lie, and the settings that change what is computed."""
+    for layer in model.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.round_weight()  # which compiled code does not
+    eights = (layer.weight8.data_ptr() for layer in model.modules() if isinstance(layer, Fp8Linear))
     kernels = [(layer.attend, layer.override, layer.slice_size) for layer in attentions(model)]
-    return getattr(model, "merge", None), *(p.data_ptr() for p in model.parameters()), *kernels
+    return getattr(model, "merge", None), *(p.data_ptr() for p in model.parameters()), *eights, *kernels
 
 
 @contextmanager

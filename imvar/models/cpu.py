@@ -29,7 +29,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 def eager(x: Tensor) -> bool:
     """Whether x is computed with here and now, on the CPU, for its values alone."""
     return (x.is_cpu and type(x) in (Tensor, nn.Parameter) and x.dtype in DTYPES and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling())
+            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 # oneDNN's layers, which PyTorch keeps for its own compiler
@@ -83,7 +84,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv` of x, the quickest way that is here."""
-    run = kept.run() if eager(x) and conv.weight.dtype == x.dtype else None
+    run = kept.run() if eager(x) and conv.weight.dtype == x.dtype and phases.is_plain(conv) else None
     if run is None:
         return conv._conv_forward(x, conv.weight, conv.bias)
     if x.dtype == torch.float32 and fewer_products_pay(conv, x, run.calls):
@@ -97,8 +98,7 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def fewer_products_pay(conv: nn.Conv2d, x: Tensor, calls: int) -> bool:
     """Whether F(2x2, 3x3) can be used, and is quicker. (In half precision its sums would round too much.)"""
     n, c, h, w = x.shape
-    usual = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) == ((3, 3), *[(1, 1)] * 3, 1)
-    return (usual and h % 2 == w % 2 == 0 and n * h * w >= FEW and calls * n * h * w >= SOME
+    return (phases.is_usual(conv) and h % 2 == w % 2 == 0 and n * h * w >= FEW and calls * n * h * w >= SOME
             and c * conv.out_channels >= WIDE * (c + conv.out_channels))
 
 
@@ -142,8 +142,8 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def enlarging_pays(conv: nn.Module, x: Tensor) -> bool:
     """Whether `enlarge` would be quicker than to repeat pixels and convolve."""
-    return (eager(x) and isinstance(conv, nn.Conv2d) and ours(conv)
-            and len(x) * x.shape[2] * x.shape[3] >= (FEW if kept.run() is None else FEW / 4))
+    return (eager(x) and len(x) * x.shape[2] * x.shape[3] >= (FEW if kept.run() is None else FEW / 4)
+            and isinstance(conv, nn.Conv2d) and ours(conv) and phases.is_usual(conv) and conv.weight.dtype == x.dtype)
 
 
 def enlarge(conv: nn.Conv2d, x: Tensor) -> Tensor:

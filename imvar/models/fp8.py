@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .attention import SelfAttention
 from .layers import FeedForward, Linear, swap
+from .told import ours
 
 E4M3 = torch.float8_e4m3fn  # four bits of exponent, three of mantissa
 LARGEST = torch.finfo(E4M3).max
@@ -20,20 +21,23 @@ CAPABLE = (8, 9)  # Ada; then Hopper and later
 class Fp8Linear(Linear):
     """A linear layer whose input and weight are rounded to E4M3 row by row, each scaled to what the format holds.
 
-    The weight is rounded when the layer is made, moved or loaded. Gradients go the exact way.
+    The weight is rounded when the layer is made, moved or loaded, and again when it was changed in place where
+    autograd sees it. Gradients go the exact way.
     """
 
     weight8: Tensor
     scale: Tensor
+    rounded_of: Any = None
 
     @classmethod
     def from_layer(cls, layer: Linear) -> Self | Linear:
-        """The layer with the same parameters; itself where it is of a size that the product does not take."""
-        if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+        """The layer with the same parameters; itself where it is of another class, of a size that the product does
+        not take, or watched by others."""
+        fits = not layer.in_features % MULTIPLE and not layer.out_features % MULTIPLE
+        if type(layer) is not Linear or not ours(layer) or not fits:
             return layer
         made = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         made.weight, made.bias = layer.weight, layer.bias
-        made.register_load_state_dict_post_hook(lambda made, *_: made.round_weight())
         made.round_weight()
         return made.train(layer.training)
 
@@ -43,22 +47,38 @@ class Fp8Linear(Linear):
         layer.weight, layer.bias = self.weight, self.bias
         return layer.train(self.training)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def round_weight(self) -> None:
-        self.weight8, self.scale = rounded(self.weight)
+        """Anew, if the weight was changed since."""
+        if self.rounded_of != stamp(self.weight):
+            self.weight8, self.scale = rounded(self.weight)
+            self.rounded_of = stamp(self.weight)
 
     def _apply(self, *args: Any, **options: Any) -> Self:
         super()._apply(*args, **options)
+        self.rounded_of = None
         self.round_weight()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("weight8", "scale", "rounded_of")  # anew by whoever reads it
+        return {name: value for name, value in super().__getstate__().items() if name not in made}
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().forward(input)
+        if not torch.compiler.is_compiling():
+            self.round_weight()
         x, scale = rounded(input.flatten(0, -2))
         made = torch.ops.aten._scaled_mm(x, self.weight8.T, scale, self.scale.T, out_dtype=torch.bfloat16)
         made = made.to(input.dtype).unflatten(0, input.shape[:-1])
         return made if self.bias is None else made + self.bias
+
+
+def stamp(weight: Tensor) -> tuple[int, int]:
+    """Changes with the weight."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +95,7 @@ def enable(model: nn.Module) -> None:
                          f"compute capability {'.'.join(map(str, CAPABLE))} or more would do")
     for part in model.modules():
         if isinstance(part, (SelfAttention, FeedForward)):
-            swap(part, Linear, lambda layer: layer if isinstance(layer, Fp8Linear) else Fp8Linear.from_layer(layer))
+            swap(part, Linear, Fp8Linear.from_layer)
 
 
 def disable(model: nn.Module) -> None:

@@ -9,10 +9,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """x: b c h w, a kernel d c 2 2 or what was made of it, a bias (d,): to b d h+1 w+1, padded by 1 all around."""
+
+
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is no more than its kernel and its bias, with zeros around."""
+    return conv.padding_mode == "zeros" and "_conv_forward" not in vars(conv) and isinstance(conv.padding, tuple)
+
+
+def is_usual(conv: nn.Conv2d) -> bool:
+    """Whether it is, by 3x3, and leaves the size as it is."""
+    form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    return is_plain(conv) and form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
 def padded(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:

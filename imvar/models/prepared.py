@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,6 +34,31 @@ class Prepared:
     def __call__(self, x: Tensor, step: int) -> Tensor:
         with self.kept.at_hand():
             return self.whole(x, row(self.times, step), self.context)
+
+
+class Watch:
+    """Tells whether anything was changed in a model that a prepared run depends on: weights, layers, hooks, kernels."""
+
+    def __init__(self, model: Any):
+        self.model, self.layers = model, list(model.modules())
+        self.weights = [p for layer in self.layers for p in layer._parameters.values() if p is not None]
+        self.seen = self.look()
+
+    def changed(self, model: Any) -> bool:
+        return model is not self.model or self.look() != self.seen
+
+    def look(self) -> list[Any]:
+        parts = [[part for layer in self.layers for part in map(id, held(layer).values())] for held in HELD]
+        kernels = [vars(layer).get(name) for layer in self.layers for name in ("forward", "attend", "override")]
+        return [*parts, kernels, [p.data_ptr() for p in self.weights], [version(p) for p in self.weights]]
+
+
+HELD = [attrgetter(name) for name in ("_modules", "_parameters", "_forward_pre_hooks", "_forward_hooks")]
+
+
+def version(tensor: Tensor) -> int:
+    """How often it was written to, where autograd sees that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def whole(unet: Any, x: Tensor, time: Ready, context: Ready) -> Tensor:

@@ -24,9 +24,13 @@ def ready(layer: nn.Module, told: Tensor) -> Any:
 
 
 def ours(layer: nn.Module) -> bool:
-    """Whether this layer is PyTorch's or imvar's as it was written, without a hook or an override of others."""
+    """Whether this layer is PyTorch's or imvar's as it was written, without a hook or an override of others.
+
+    Nor with a weight that is made anew for every call, as `torch.nn.utils` has it.
+    """
     hooks = *layer._forward_pre_hooks.values(), *layer._forward_hooks.values()
-    return "forward" not in vars(layer) and all(map(own, (type(layer), type(layer).forward, *hooks)))
+    return ("forward" not in vars(layer) and all(map(own, (type(layer), type(layer).forward)))
+            and all(package(hook) == IMVAR for hook in hooks) and "parametrizations" not in layer._modules)
 
 
 def untouched(model: nn.Module) -> bool:
@@ -34,11 +38,19 @@ def untouched(model: nn.Module) -> bool:
 
     Else somebody sees what goes from layer to layer, and gets to see what a plain call shows.
     """
-    return all(ours(layer) and getattr(layer, "is_softmax", True) for layer in model.modules())
+    return not any(EVERYWHERE) and all(ours(layer) and getattr(layer, "is_softmax", True) for layer in model.modules())
+
+
+IMVAR = __name__.partition(".")[0]
+EVERYWHERE = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks  # hooks of all layers
 
 
 def own(code: Any) -> bool:
-    return getattr(code, "__module__", "").partition(".")[0] in ("torch", __name__.partition(".")[0])
+    return package(code) in ("torch", IMVAR)
+
+
+def package(code: Any) -> str:
+    return (getattr(code, "__module__", None) or "").partition(".")[0]
 
 
 def repeated(x: Tensor, like: Tensor) -> Tensor:

@@ -60,15 +60,18 @@ def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: fl
         raise InputTypeError(f"callback={callback!r}: a function of (step, timestep, latents) would do")
 
 
-def check_approximate(guidance_interval: Any, cache_interval: Any) -> None:
-    """What trades a little of the pictures for speed."""
-    count("cache_interval", cache_interval)
+def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: bool) -> tuple[float, float]:
+    """What trades a little of the pictures for speed; the interval as numbers."""
+    if count("cache_interval", cache_interval) > 1 and not preparable:
+        raise InputError(f"cache_interval={cache_interval}: needs a UNet2DConditionModel of imvar with no hooks or "
+                         "layers of others; 1 would do")
     if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
         raise InputTypeError(f"guidance_interval={shown(guidance_interval)}: two shares of the steps would do, such as "
                              "(0.0, 0.8)")
     low, high = (real("guidance_interval", share) for share in guidance_interval)
     if low > high:
         raise InputError(f"guidance_interval=({low}, {high}): the lower share first would do")
+    return low, high
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InputError
 from ..models import UNet2DConditionModel
 from ..models.cached import Cached
 from ..models.kept import Kept
@@ -21,18 +20,17 @@ Predict = Callable[[Tensor, int], Tensor]
 
 def predictor(unet: Any, timesteps: Any, context: Tensor, cache_interval: int = 1, runner: Runner = partial,
               kept: Kept | None = None) -> Predict:
-    """Prepared, if the UNet is imvar's and nobody watches its layers; else called with all that it is told, each time.
-
-    Raises `InputError` for a `cache_interval` above 1 where it cannot be prepared.
-    """
-    if isinstance(unet, UNet2DConditionModel) and untouched(unet):
+    """Prepared, if it can be; else the UNet is called with all that it is told, each time."""
+    if preparable(unet):
         if cache_interval > 1:
             return Cached(unet, timesteps, context, cache_interval, runner, kept)
         return Prepared(unet, timesteps, context, runner, kept)
-    if cache_interval > 1:
-        raise InputError(f"cache_interval={cache_interval}: needs a UNet2DConditionModel of imvar with no hooks or "
-                         "layers of others; 1 would do")
     return lambda x, i: unet(repeated(x, context), timesteps[i], encoder_hidden_states=context).sample
+
+
+def preparable(unet: Any) -> bool:
+    """Whether a UNet is imvar's and nobody watches its layers."""
+    return isinstance(unet, UNet2DConditionModel) and untouched(unet)
 
 
 class Guided:

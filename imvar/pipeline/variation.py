@@ -16,13 +16,14 @@ from torch import Tensor
 from ..errors import ImvarError, InputError
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_levels
 from ..models.kept import Kept
+from ..models.prepared import Watch
 from ..models.told import untouched
 from ..noise import randn
 from ..outputs import StableDiffusionPipelineOutput
 from ..weights.published import taken_as_64
 from .assembly import Assembly
 from .checks import check_approximate, check_call, check_inputs, check_latents
-from .guidance import Guided, Predict, predictor
+from .guidance import Guided, Predict, predictor, preparable
 
 AT_A_TIME = 2**18  # pixels that are decoded at a time: those of 512 x 512
 
@@ -101,7 +102,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
             pictures = how_many(image) * (num_images_per_prompt or 1)
             shape = self.latents_shape(pictures, self.unet.config.in_channels, height, width)
             check_call(guidance_scale, num_images_per_prompt, eta, generator, latents, output_type, callback, shape)
-            check_approximate(guidance_interval, cache_interval)
+            interval = check_approximate(guidance_interval, cache_interval, preparable(self.unet))
 
             device, guided = self._execution_device, guidance_scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
@@ -112,10 +113,12 @@ class StableDiffusionImageVariationPipeline(Assembly):
 
             times = scheduler.timesteps  # of the walk; where they are numbers on the CPU no step waits for the device
             numbers = times.cpu() if isinstance(times, Tensor) else times
-            make = partial(self.predictor, times, cache_interval=cache_interval, kept=Kept(len(times)))
-            predict = (Guided(make, context, guidance_scale, guidance_interval, len(times)) if guided
-                       else make(context))
 
+            def ready() -> Predict:
+                make = partial(self.predictor, times, cache_interval=cache_interval, kept=Kept(len(times)))
+                return Guided(make, context, guidance_scale, interval, len(times)) if guided else make(context)
+
+            predict, watch = ready(), Watch(self.unet) if callback and isinstance(self.unet, torch.nn.Module) else None
             opening = len(times) - num_inference_steps * order  # PNDM takes a few more
             with self.progress_bar(total=num_inference_steps) as bar:
                 for i, t in enumerate(numbers):
@@ -125,8 +128,10 @@ class StableDiffusionImageVariationPipeline(Assembly):
                         bar.update()
                         if callback is not None and i % callback_steps == 0:
                             callback(i // order, times[i], x)
+                            if watch and watch.changed(self.unet):
+                                predict, watch = ready(), Watch(self.unet)
 
-            del make, predict  # and what is kept for the UNet, before the autoencoder wants memory
+            del predict  # and what is kept for the UNet, before the autoencoder wants memory
             images, flags = self.finish(x, output_type, device, context.dtype)
         return StableDiffusionPipelineOutput(images, flags) if return_dict else (images, flags)
 
