@@ -175,7 +175,8 @@ def test_a_recording_holds_for_the_same_weights_and_settings(pipe):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_pytorchs_own_compiler(pipe, photo):
+def test_pytorchs_own_compiler(pipe, photo, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where nobody else, or somebody stopped, has written
     plain = run(pipe, photo, output_type="latent")
     pipe.compile()
     assert near(run(pipe, photo, output_type="latent"), plain)
