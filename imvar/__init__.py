@@ -5,7 +5,14 @@ import gc
 collecting = gc.isenabled()
 gc.disable()  # nothing that is imported here is garbage, and to look for some in all that is torch takes as long again
 try:
-    from .errors import CheckpointError, ImvarError, InputError, InputTypeError
+    from .errors import (
+        CheckpointError,
+        FlaggedError,
+        ImvarError,
+        InputError,
+        InputTypeError,
+        OutOfMemoryError,
+    )
     from .image import CLIPImageProcessor, VaeImageProcessor
     from .memory import keep_freed_memory
     from .models import (
@@ -40,10 +47,12 @@ __all__ = [
     "CLIPVisionModelWithProjection",
     "CheckpointError",
     "DDIMScheduler",
+    "FlaggedError",
     "ImvarError",
     "InputError",
     "InputTypeError",
     "LMSDiscreteScheduler",
+    "OutOfMemoryError",
     "PNDMScheduler",
     "StableDiffusionImageVariationPipeline",
     "StableDiffusionPipelineOutput",

@@ -1,10 +1,12 @@
-"""Checks on the numbers and dtypes that a caller hands in."""
+"""Checks on the numbers, dtypes and tensors that a caller hands in."""
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,3 +113,60 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | Literal["auto"]:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputTypeError(f"dtype={dtype!r}: a floating dtype such as torch.float16, its name, or 'auto' would do")
     return found
+
+
+def as_device(name: str, value: Any) -> torch.device | None:
+    """A device from itself, its name or its number, tried out; None as it came. `InputError` for one not here."""
+    if value is None:
+        return None
+    would_do = "'cpu', 'cuda' or another that torch has here"
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError and more
+        kind = InputError if isinstance(value, (str, int, torch.device)) else InputTypeError
+        raise kind(f"{name}={shown(value)}: {would_do} would do", key=name) from error
+    return device
+
+
+# Tensors, and the methods that are called with them
+
+def tensor(name: str, value: Any, *form: str | int, like: Tensor | None = None) -> None:
+    """Floats of this form, a number for an axis whose length is known and a letter for one that is not.
+
+    `like`: with a dtype of this tensor's, as its weights are, unless autocast sees to that.
+    """
+    words = f"a tensor ({', '.join(map(str, form))})"
+    if not isinstance(value, Tensor):
+        raise InputTypeError(f"{name}: {type(value).__name__} came; {words} would do", key=name)
+    known = zip(value.shape, form, strict=False)
+    if value.ndim != len(form) or any(isinstance(wanted, int) and n != wanted for n, wanted in known):
+        raise InputError(f"{name}: shape {tuple(value.shape)} came; {words} would do", key=name)
+    if not value.is_floating_point():
+        raise InputTypeError(f"{name}: values of {value.dtype} came; floats would do", key=name)
+    if like is not None and value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
+        raise InputTypeError(f"{name}: {value.dtype} came to weights of {like.dtype}; one dtype for both would do",
+                             key=name)
+
+
+def alike(name: str, value: Any, other: str, like: Tensor) -> None:
+    """A tensor of the shape of another one."""
+    if not isinstance(value, Tensor):
+        raise InputTypeError(f"{name}: {type(value).__name__} came; a tensor of {other}'s shape would do", key=name)
+    if value.shape != like.shape:
+        raise InputError(f"{name}: shape {tuple(value.shape)} came; {other}'s, {tuple(like.shape)}, would do",
+                         key=name)
+
+
+def checked(check: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A method that is first shown to `check`, with all that it is called with; not where it is being compiled."""
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                check(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
+
+        return run
+
+    return wrap

@@ -16,8 +16,8 @@ from PIL.Image import Image
 
 from . import __version__
 from .contact_sheet import Row, contact_sheet
-from .errors import CheckpointError, ImvarError, InputError
-from .memory import keep_freed_memory
+from .errors import CheckpointError, ImvarError, InputError, OutOfMemoryError
+from .memory import keep_freed_memory, naming_what_needs_less
 from .photos import distinct, load_image, spare
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
@@ -30,6 +30,7 @@ KNOWS = (f"{EMOJI} knows drawings in the style of emoji: objects, animals, food,
          f"which --checkpoint {CHECKPOINT} knows, a download of 6 GB")
 TRAINED = (64, 64)
 STEPS, EMOJI_STEPS = 50, 20
+DONE = {"black": " and made black", "blur": " and blurred", "keep": ""}  # to what the safety checker flagged
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULERS = {  # and what each is told: some published configs leave clip_sample on, which spoils latents
     "ddim": (DDIMScheduler, {"clip_sample": False}),
@@ -45,13 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of photos need not exist in a terminal's encoding
     try:
-        vary(args)
+        with naming_what_needs_less():
+            vary(args)
+    except OutOfMemoryError:
+        print("imvar: out of memory: --batch 1, or a smaller --size, would need less", file=sys.stderr)
     except (ImvarError, OSError) as error:
         print(f"imvar: {error}", file=sys.stderr)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        print("imvar: out of memory: --batch 1, or a smaller --size, would need less", file=sys.stderr)
     except KeyboardInterrupt:
         print("imvar: stopped", file=sys.stderr)
         return 130  # as shells have it
@@ -93,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest that is here)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help=f"default: auto, half precision where the device is fast at it, else float32; float32 with {EMOJI}")
+    add("--on-flagged", choices=DONE, default="black",
+        help="what becomes of a picture that the safety checker flags (default: black)")
     add("--batch", type=a_count, default=4, metavar="N",
         help="variations made at a time; fewer need less memory (default: 4)")
     return top
@@ -126,7 +128,7 @@ def vary(args: argparse.Namespace) -> None:
             path, note = args.out / f"{name}-{seed}.png", ", flagged" if flagged else ""
             save(picture, path)
             row.variations.append((f"seed {seed}{note}", picture))
-            print(f"{path}{note} by the safety checker and made black" if flagged else path)
+            print(f"{path}{note} by the safety checker{DONE[args.on_flagged]}" if flagged else path)
 
     scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     footer = f"{args.steps} step{'s' * (args.steps > 1)} of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
@@ -168,9 +170,8 @@ def variations(pipe: StableDiffusionImageVariationPipeline, photo: Image, seeds:
     height, width = args.size
     for first in range(0, len(seeds), args.batch):
         batch = seeds[first:first + args.batch]
-        noise = [torch.Generator().manual_seed(seed) for seed in batch]
         made: Any = pipe(photo, height, width, num_inference_steps=args.steps, guidance_scale=args.guidance,
-                         num_images_per_prompt=len(batch), generator=noise)
+                         num_images_per_prompt=len(batch), seed=batch, on_flagged=args.on_flagged)
         yield from zip(batch, made.images, made.nsfw_content_detected or [False] * len(batch), strict=True)
 
 

@@ -5,8 +5,11 @@ Every error names the argument, file or key, what came and what would do. `Input
 """
 
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 class ImvarError(Exception):
@@ -42,6 +45,24 @@ class CheckpointError(ImvarError, OSError):
 
     def __reduce__(self):
         return _checkpoint_error, (self.reason, self.path, self.key)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class OutOfMemoryError(ImvarError, torch.OutOfMemoryError):
+    """There is not enough memory, of the machine or its accelerator, for what was asked; a `RuntimeError` as well."""
+
+
+class FlaggedError(ImvarError):
+    """The safety checker flagged a picture, and the call was asked to say so with `on_flagged="raise"`.
+
+    Attributes: `flags`, one a picture; `scores`, as those of the output; `seeds`, of all pictures, or None.
+    """
+
+    def __init__(self, message: str, flags: Sequence[bool] = (), scores: Any = None, seeds: Any = None):
+        super().__init__(message, flags, scores, seeds)
+        self.flags, self.scores, self.seeds = list(flags), scores, seeds
 
     def __str__(self) -> str:
         return str(self.args[0])

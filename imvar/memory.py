@@ -1,8 +1,14 @@
-"""Memory that is freed and wanted again at once."""
+"""Memory: what is freed and wanted again at once, and what there is not enough of."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .errors import OutOfMemoryError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 LARGEST_INT = 2**31 - 1
@@ -23,3 +29,21 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # another C library, or another system
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_INT) and mallopt(M_TRIM_THRESHOLD, LARGEST_INT))
+
+
+@contextmanager
+def naming_what_needs_less() -> Iterator[None]:
+    """Out of memory in here becomes an `OutOfMemoryError` that says what would need less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, OutOfMemoryError) or not is_of_memory(error):
+            raise
+        raise OutOfMemoryError("out of memory: fewer pictures at once (num_images_per_prompt, the list `image`), a "
+                               "smaller height and width, torch.float16 on a GPU, or enable_vae_tiling(), "
+                               "enable_attention_slicing() or enable_model_cpu_offload() would need less") from error
+
+
+def is_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("DefaultCPUAllocator", "out of memory"))

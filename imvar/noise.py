@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError, InputTypeError
+from .checks import count
+from .errors import InputError, InputTypeError, shown
 
 Generators = torch.Generator | Sequence[torch.Generator]
+Seeds = int | Sequence[int]
+LARGEST_SEED = 2**63 - 1
 
 
 def randn(shape: Sequence[int], generator: Generators | None = None, *,
@@ -26,8 +29,28 @@ def randn(shape: Sequence[int], generator: Generators | None = None, *,
         return torch.randn(*shape, dtype=dtype, device=device)
     generators = [generator] if isinstance(generator, torch.Generator) else generator
     part = (shape[0] // len(generators), *shape[1:])
-    drawn = [torch.randn(*part, generator=g, dtype=dtype, device=g.device) for g in generators]
-    return torch.cat(drawn).to(device)
+    noise = torch.empty(shape, dtype=dtype, device=device)  # at once, so that too much of it is refused at once
+    for rows, g in zip(noise.split(part[0]), generators, strict=True):
+        rows.copy_(torch.randn(*part, generator=g, dtype=dtype, device=g.device))
+    return noise
+
+
+def seeds_of(seed: Seeds, batch: int) -> list[int]:
+    """The seed of each of a batch: `seed` + k for the k-th, or `seed` itself where it is a list of one each.
+
+    Raises `InputTypeError` for other than whole numbers, `InputError` for one out of 0..2^63 - 1 or a wrong number.
+    """
+    if isinstance(seed, (list, tuple, range)):
+        if len(seed) != batch:
+            raise InputError(f"seed: {len(seed)} came for a batch of {batch}; one, or one each, would do", key="seed")
+        return [count(f"seed[{k}]", one, low=0, high=LARGEST_SEED) for k, one in enumerate(seed)]
+    first = count("seed", seed, low=0, high=LARGEST_SEED - batch + 1)
+    return list(range(first, first + batch))
+
+
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A generator for each seed, on the CPU, so that every device gets the same noise."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def check_generator(generator: Any, batch: int) -> None:
@@ -35,6 +58,7 @@ def check_generator(generator: Any, batch: int) -> None:
     if generator is None or isinstance(generator, torch.Generator):
         return
     if not isinstance(generator, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in generator):
-        raise InputTypeError(f"generator={generator!r}: torch.Generator().manual_seed(42), or a list of them, would do")
+        raise InputTypeError(f"generator={shown(generator)}: torch.Generator().manual_seed(42), or a list of them, "
+                             "would do; or seed=42")
     if len(generator) != batch:
         raise InputError(f"generator: {len(generator)} came for a batch of {batch}; one, or one each, would do")

@@ -1,12 +1,13 @@
 """Results that can be read by attribute, by key, by index, or unpacked with `to_tuple()`.
 
-A field that is None counts as absent in the last three, as in diffusers and transformers.
+A field that is None counts as absent in the last three, as in diffusers and transformers; one that is `aside` always
+does, so that code which unpacks what the reference returns goes on working.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ASIDE = {"aside": True}  # of a field that is read by attribute alone
+
+
 class Output(Mapping[str, Any]):
     """The base of every result: subclasses are dataclasses."""
 
     def _present(self) -> dict[str, Any]:
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        shown = (f for f in fields(self) if not f.metadata.get("aside"))  # type: ignore[arg-type]
+        values = ((f.name, getattr(self, f.name)) for f in shown)
         return {name: value for name, value in values if value is not None}
 
     def __getitem__(self, key: str | int | slice) -> Any:
@@ -40,11 +45,16 @@ class Output(Mapping[str, Any]):
 class StableDiffusionPipelineOutput(Output):
     """`images`: list of PIL pictures, or (b, h, w, 3) array, or (b, 3, h, w) tensor, or latents.
 
-    `nsfw_content_detected`: one flag a picture, or None where no safety checker looked.
+    `nsfw_content_detected`: one flag a picture, or None where no safety checker looked. By attribute alone, `seeds`:
+    that of each picture, where the call was given any; `scores`: what imvar's safety checker measured of each,
+    by number of the concept, in `special_scores` and `concept_scores`, where above 0 is a hit, and the hits in
+    `special_care` and `bad_concepts`.
     """
 
     images: list[Image] | np.ndarray | Tensor
     nsfw_content_detected: list[bool] | None
+    seeds: list[int] | None = field(default=None, metadata=ASIDE)
+    scores: list[dict[str, Any]] | None = field(default=None, metadata=ASIDE)
 
 
 @dataclass(eq=False)

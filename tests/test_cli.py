@@ -264,3 +264,14 @@ def test_size_of_the_contact_sheet():
     sheet = contact_sheet(rows, "a footer that is too long " * 99)
     assert sheet.width == MARGIN + 3 * height // 2 + GUTTER + 3 * SIDE + 2 * GAP + MARGIN
     assert sheet.height == MARGIN + 2 * (height + CAPTION + GAP) + CAPTION + MARGIN // 2
+
+
+@pytest.mark.parametrize(("how", "said"), [("black", "flagged by the safety checker and made black\n"),
+                                           ("blur", "flagged by the safety checker and blurred\n"),
+                                           ("keep", "flagged by the safety checker\n")])
+def test_what_becomes_of_flagged_pictures(run, photo, tmp_path, capsys, monkeypatch, how, said):
+    plain = imvar.StableDiffusionSafetyChecker.scores
+    monkeypatch.setattr(imvar.StableDiffusionSafetyChecker, "scores", lambda *args: tuple(s + 3 for s in plain(*args)))
+    assert run(photo, "-n", 1, "--on-flagged", how) == 0
+    assert said in capsys.readouterr().out
+    assert pixels(tmp_path / "out" / "a photo-0.png").any() == (how != "black")

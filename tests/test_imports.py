@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "imvar"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {name: floor for floor, names in enumerate([
     ["errors"],
-    ["checks", "config", "memory", "noise", "outputs"],
+    ["checks"],
+    ["config", "memory", "noise", "outputs"],
     ["weights"],
     ["models", "schedulers", "image"],
     ["pipeline", "photos", "contact_sheet"],

@@ -300,3 +300,65 @@ def test_a_checker_that_says_nothing_wrong_in_silence(pipe, photo):
     with pytest.raises(InputError, match="height=65"):
         pipe.check_inputs(photo, 65, 64, 1)
     pipe.check_inputs(photo, 64, 64, 1)
+
+
+def test_half_precision_that_overflows_in_the_autoencoder(pipe, photo):
+    """The decode is done once more in float32, and says so; the pictures are those of a wide autoencoder."""
+    expected = run(pipe, photo)
+    middle = pipe.vae.decoder.up[1].resnets[0]
+    scale = 1e5  # past what float16 holds, between two layers that make up for each other
+    middle.conv1.weight.data *= scale
+    middle.conv1.bias.data *= scale
+    assert np.abs(run(pipe, photo) - expected).max() < 1e-2  # a norm comes next
+    wide = run(pipe, photo)
+    pipe.to(torch.float16)
+    with pytest.warns(UserWarning, match="float16 overflowed"):
+        narrow = run(pipe, photo)
+    assert np.abs(narrow - wide).max() < 0.05
+    assert pipe.vae.dtype == torch.float16
+
+
+def test_latents_that_are_not_finite_name_the_cause(pipe, photo):
+    with pytest.raises(imvar.ImvarError, match=r"latents.*not finite: a guidance_scale too large"):
+        run(pipe, photo, guidance_scale=1e38)
+    pipe.unet.mid.resnets[0].conv1.bias.data[3] = NAN
+    with pytest.raises(imvar.ImvarError, match=r"UNet2DConditionModel holds.* in mid\.resnets\.0\.conv1\.bias"):
+        run(pipe, photo)
+
+
+def test_parts_of_several_dtypes(pipe, photo):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = run(pipe, photo, latents=noise)
+    pipe.unet.double()
+    assert np.abs(run(pipe, photo, latents=noise) - expected).max() < 1e-4
+    pipe.vae.to(torch.bfloat16)
+    pipe.safety_checker.double()
+    assert np.abs(run(pipe, photo, latents=noise) - expected).max() < 0.1
+
+
+def test_parts_on_two_devices_are_named(pipe, photo):
+    pipe.vae.to("meta")
+    with pytest.raises(InputError, match=r"different devices \(vae on meta, image_encoder on cpu"):
+        run(pipe, photo)
+
+
+@pytest.mark.parametrize("size", [2**15])
+def test_out_of_memory_names_what_would_need_less(pipe, photo, size):
+    with pytest.raises(imvar.OutOfMemoryError, match=r"num_images_per_prompt.*height and width") as caught:
+        run(pipe, photo, num_images_per_prompt=2**16, height=size, width=size)
+    assert isinstance(caught.value, (torch.OutOfMemoryError, RuntimeError))
+    assert caught.value.__cause__ is not None
+
+
+def test_a_picture_that_is_to_be_turned(pipe, photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    with Image.open(tmp_path / "turned.jpg") as turned, pytest.warns(UserWarning, match="EXIF.*imvar.load_image"):
+        images = run(pipe, [photo, turned])
+    assert len(images) == 2
+
+
+def test_a_tensor_of_pixels_that_nobody_normalised(pipe):
+    with pytest.warns(UserWarning, match="values up to 255"):
+        run(pipe, torch.full((1, 3, 32, 32), 255.0))

@@ -132,6 +132,8 @@ class VaeImageProcessor(Configured):
             image = self.denormalize(image)
         elif any(flags):
             image = torch.stack([self.denormalize(x) if flag else x for x, flag in zip(image, flags, strict=True)])
+        if output_type != "pil" and not image.isfinite().all():
+            raise InputError("image: NaN or infinite values came, of which no picture can be made")
         if output_type == "pt":
             return image
         return self.pt_to_numpy(image) if output_type == "np" else levels_to_pil(to_levels(image))
@@ -155,6 +157,8 @@ class VaeImageProcessor(Configured):
     def pil_to_numpy(images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
         """Pictures of one size to (b, h, w, 3), or (b, h, w) for grey ones: float32 in [0, 1]."""
         pictures = [images] if isinstance(images, Image.Image) else images
+        if not isinstance(pictures, (list, tuple)) or not all(isinstance(one, Image.Image) for one in pictures):
+            raise InputTypeError(f"images: {type(images).__name__} came; a PIL picture, or a list of them, would do")
         if len(sizes := {picture.size for picture in pictures}) != 1:
             raise InputError(f"images: sizes {sorted(sizes)} (w, h) came; one size would do")
         return np.stack([np.asarray(picture).astype(np.float32) / 255 for picture in pictures])
@@ -176,6 +180,8 @@ def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
 
     Raises `InputError` for values outside [0, 1] and NaN, which have no colour.
     """
+    if not isinstance(images, np.ndarray):
+        raise InputTypeError(f"images: {type(images).__name__} came; an array (b, h, w, 3) would do")
     images = images[None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
         raise InputError(f"images: shape {images.shape} came; (b, h, w, 3) or (b, h, w, 1) would do")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from ..checks import count
-from ..errors import InputError
+from ..errors import InputError, InputTypeError, shown
 from .cpu import linear
 from .layers import GroupNorm, Linear, Seams
 from .told import Ready, repeated
@@ -35,6 +35,7 @@ aten = torch.ops.aten
 
 def sliced(size: int, attend: Attend = sdpa) -> Attend:
     """The same answer, `size` heads of one picture at a time: less memory at once, more time."""
+    count("size", size)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups = zip(*(rearrange(t, "b h n d -> (b h) 1 n d").split(size) for t in (q, k, v)), strict=True)
@@ -185,6 +186,9 @@ def attentions(model: nn.Module) -> list[Attention]:
 
 def set_attend(model: nn.Module, attend: Attend) -> None:
     """Give every attention layer of `model` this kernel: a function, or a module with weights."""
+    if not callable(attend) or not isinstance(model, nn.Module):
+        raise InputTypeError(f"set_attend({type(model).__name__}, {shown(attend)}): a model, and a function of q, "
+                             "k and v, would do")
     for layer in attentions(model):
         layer.attend = attend
 

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..checks import LARGEST_SIDE, real, sizes
+from ..checks import LARGEST_SIDE, checked, real, sizes
 from ..config import Config, one_of, only
 from ..errors import InputError
 from ..outputs import CLIPVisionModelOutput
 from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import TransformersModel
+from . import inputs
 from .attention import AttentionSettings, SelfAttention
 from .layers import Checkpointing, Linear
 
@@ -141,6 +142,7 @@ class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel, part="
     def keymap(self) -> Keymap:
         return tables.image_encoder(self.config.num_hidden_layers)
 
+    @checked(inputs.clip)
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False,
                 return_dict: bool = True) -> CLIPVisionModelOutput | tuple[Any, ...]:
         """Pictures (b, 3, s, s), normalised by CLIPImageProcessor, to `image_embeds` (b, projection_dim).

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from ..errors import InputError, shown
 from .attention import attentions
 from .fp8 import Fp8Linear
 from .trial import chosen, trying
@@ -39,6 +40,10 @@ class Compiler:
     def __init__(self, **options: Any):
         self.options: dict[str, Any] = {"fullgraph": True, "dynamic": False} | options
         self.options["mode"] = GRAPHS.get(options.get("mode", ""), options.get("mode"))
+        try:
+            torch.compile(gave_up, **self.options)  # which looks at the options, and at the function when it is called
+        except Exception as error:
+            raise InputError(f"compile({shown(options)}): options of torch.compile would do: {error}") from error
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.recordings: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self.pool: Any = None  # memory that the recordings share, as only one is replayed at a time

@@ -27,11 +27,12 @@ class Kept:
     @contextmanager
     def at_hand(self) -> Iterator[None]:
         """For what is called in here."""
-        token = _here.set(self)
+        before = _here.get()
         try:
+            _here.set(self)
             yield
         finally:
-            _here.reset(token)
+            _here.set(before)
 
     def get(self, make: Callable[..., Any], weight: Tensor, *how: Any) -> Any:
         """`make(weight, *how)`, at the first call."""

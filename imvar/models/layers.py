@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import InputTypeError, shown
 from . import cpu, phases
 from .told import Ready, ours, repeated
 from .trial import quickest
@@ -180,8 +181,14 @@ def swap(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> 
 
     Works on loaded weights: `make` takes what it needs from the layer that it is given.
     """
+    if not isinstance(model, nn.Module) or not isinstance(old, type) or not callable(make):
+        raise InputTypeError(f"swap({type(model).__name__}, {shown(old)}, {shown(make)}): a model, a class of layers, "
+                             "and a function of one that returns another would do")
     found = [(parent, name, child) for parent in model.modules()
              for name, child in parent.named_children() if isinstance(child, old)]
     for parent, name, child in found:
-        setattr(parent, name, make(child))
+        made: Any = make(child)  # type: ignore[arg-type]
+        if not isinstance(made, nn.Module):
+            raise InputTypeError(f"swap: {shown(make)} made {shown(made)} of {type(child).__name__}; a layer would do")
+        setattr(parent, name, made)
     return len(found)

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import sizes
+from ..checks import checked, sizes
 from ..config import Config, as_settings
-from ..errors import InputTypeError, shown
+from ..errors import ImvarError, InputTypeError, shown
 from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import TransformersModel
+from . import inputs
 from .clip import CLIPVisionConfig, VisionTower
 
 CONCEPTS, SPECIAL = 17, 3
@@ -93,17 +94,37 @@ class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
         concepts = excess(self.concept_embeds, self.concept_embeds_weights)
         return special, (concepts + ADJUSTMENT * hit[:, -1:]).round(decimals=3)
 
-    def forward(self, clip_input: Tensor, images: Any) -> tuple[Any, list[bool]]:
+    @checked(inputs.checker)
+    def forward(self, clip_input: Tensor, images: Any) -> tuple[Any, Flags]:
         """Judge pictures by `clip_input` (b, 3, s, s) and return `images` with the flagged ones black, and flags.
 
         `images`: an array, a tensor, or a list of either, one entry per picture; what came is left as it is.
         """
-        flags = [bool(flag) for flag in (self.scores(clip_input)[1] > 0).any(dim=1)]
+        flags = Flags(*self.scores(clip_input))
         if any(flags):
-            logger.warning("the safety checker flagged %d of %d pictures, which are returned black; "
+            logger.warning("the safety checker flagged %d of %d pictures; "
                            "another seed may help", sum(flags), len(flags))
             images = blackened(images, flags)
         return images, flags
+
+
+class Flags(list[bool]):
+    """A flag a picture, True for one that is close to a concept, and in `scores` what was measured of each."""
+
+    def __init__(self, special: Tensor, concepts: Tensor):
+        if not (special.isfinite().all() and concepts.isfinite().all()):
+            raise ImvarError("the safety checker's scores are not finite, so nobody knows what it would say: weights "
+                             "with NaN, or half precision that overflowed; safety_checker.float() tells which")
+        super().__init__((concepts > 0).any(dim=1).tolist())
+        few = [reported("special_scores", "special_care", row) for row in special]
+        many = [reported("concept_scores", "bad_concepts", row) for row in concepts]
+        self.scores = [one | other for one, other in zip(few, many, strict=True)]
+
+
+def reported(name: str, hits: str, scores: Tensor) -> dict[str, Any]:
+    """The scores of one picture by the number of the concept, and which of them are hits."""
+    by_number = {number: round(score, 3) for number, score in enumerate(scores.tolist())}
+    return {name: by_number, hits: [number for number, score in by_number.items() if score > 0]}
 
 
 def blackened(images: Any, flags: Sequence[bool]) -> Any:

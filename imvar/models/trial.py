@@ -23,11 +23,12 @@ _trying: ContextVar[bool] = ContextVar("imvar_trying", default=False)
 @contextmanager
 def trying() -> Iterator[None]:
     """In here, in this thread, ways are tried that were not tried yet for such inputs."""
-    token = _trying.set(True)
+    before = _trying.get()
     try:
+        _trying.set(True)
         yield
     finally:
-        _trying.reset(token)
+        _trying.set(before)
 
 
 def quickest(name: str, ways: Sequence[Way], *inputs: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import count, levels, real, side, sizes
+from ..checks import checked, count, levels, real, side, sizes
 from ..config import Config, one_of, only
 from ..errors import InputError, shown
 from ..outputs import UNet2DConditionOutput
 from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
+from . import inputs
 from .attention import AttentionSettings
 from .freeu import FreeU
 from .layers import (
@@ -211,6 +212,7 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         """What each transformer makes of the context, (b, m, c), on its own: a list of them per level."""
         return Ready([[ready(layer, context) for layer in level.transformers] for level in self.levels])
 
+    @checked(inputs.unet)
     def forward(self, sample: Tensor, timestep: Tensor | float | Ready, encoder_hidden_states: Tensor | Ready,
                 *unsupported: None, merge: Merge | None = None, return_dict: bool = True, **more: None,
                 ) -> UNet2DConditionOutput | tuple[Tensor]:

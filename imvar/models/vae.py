@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import levels, real, side, sizes
+from ..checks import checked, levels, real, side, sizes
 from ..config import Config, one_of, only
 from ..errors import InputError, shown
 from ..noise import Generators, randn
@@ -18,6 +18,7 @@ from ..outputs import AutoencoderKLOutput, DecoderOutput
 from ..weights import tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
+from . import inputs
 from .attention import AttentionSettings, PixelAttention
 from .kept import running
 from .layers import Checkpointing, Conv2d, Downsample, GroupNorm, ResnetBlock, Upsample, normed_silu
@@ -200,12 +201,14 @@ class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae
     def keymap(self) -> Keymap:
         return tables.vae(len(self.config.block_out_channels), self.config.layers_per_block)
 
+    @checked(inputs.pictures)
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Pictures (b, 3, h, w) with values in [-1, 1] to a Gaussian over (b, 4, h/8, w/8), unscaled."""
         moments = self._sliced(self._encode, x)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
+    @checked(inputs.latents)
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:
         """Latents (b, 4, h, w), already divided by `scaling_factor`, to pictures (b, 3, 8h, 8w) around [-1, 1].
 

@@ -15,7 +15,8 @@ from PIL.Image import Image
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from ..errors import InputError
+from ..checks import as_device, count
+from ..errors import InputError, InputTypeError, shown
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
 from ..models.prepared import Runner
@@ -84,11 +85,12 @@ class Assembly(Storage):
         """
         scheduler = self._scheduler
         replaced = any(callable(getattr(type(scheduler), name, None)) for name in getattr(scheduler, "__dict__", ()))
-        token = _stepping.set((*_stepping.get(), (self, scheduler if replaced else copy.copy(scheduler))))
+        before, own = _stepping.get(), scheduler if replaced else copy.copy(scheduler)
         try:
+            _stepping.set((*before, (self, own)))
             yield
         finally:
-            _stepping.reset(token)
+            _stepping.set(before)
 
     # Where and what the weights are
 
@@ -109,6 +111,12 @@ class Assembly(Storage):
     def to(self, *args: Any, torch_dtype: torch.dtype | None = None, **kwargs: Any) -> Self:
         """Move or cast all parts, as `nn.Module.to` does: a device, a dtype, or both. Returns this pipeline."""
         kwargs.pop("silence_dtype_warnings", None)
+        for name, value in [*((f"to({i})", arg) for i, arg in enumerate(args)), *kwargs.items()]:
+            if name == "device" or isinstance(value, (str, int, torch.device)):
+                as_device("device", value)
+        for value in (*args, kwargs.get("dtype"), torch_dtype):
+            if isinstance(value, torch.dtype) and not value.is_floating_point:
+                raise InputTypeError(f"dtype={value}: a floating dtype such as torch.float16 would do", key="dtype")
         if torch_dtype is not None:
             kwargs.setdefault("dtype", torch_dtype)
         if "device" in kwargs or any(isinstance(arg, (str, int, torch.device)) for arg in args):
@@ -127,11 +135,12 @@ class Assembly(Storage):
             if not torch.accelerator.is_available():
                 raise InputError("enable_model_cpu_offload: there is no accelerator here to offload from")
             device = torch.accelerator.current_accelerator()
-        target = torch.device(device)  # type: ignore[arg-type]
         if gpu_id is not None:
-            if target.index not in (None, gpu_id):
-                raise InputError(f"gpu_id={gpu_id} and device={device} name different devices")
-            target = torch.device(target.type, gpu_id)
+            own, _, number = str(device).partition(":")
+            if number not in ("", str(count("gpu_id", gpu_id, low=0))):
+                raise InputError(f"gpu_id={gpu_id} and device={device} name different devices", key="gpu_id")
+            device = f"{own}:{gpu_id}"
+        target = as_device("device", device) or torch.device("cpu")
         self.remove_all_hooks()
         self._offload = Offload(target, self.modules)
 
@@ -231,7 +240,11 @@ class Assembly(Storage):
 
         if iterable is None and total is None:
             raise InputError("progress_bar: an iterable or a total would do")
-        return tqdm(iterable, total=total, **self._bar_options)
+        try:
+            return tqdm(iterable, total=total, **self._bar_options)
+        except (KeyError, TypeError) as error:  # tqdm's own is a KeyError
+            raise InputTypeError(f"set_progress_bar_config({shown(self._bar_options)}): options of tqdm would do, "
+                                 f"such as disable=True ({error})") from error
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm, such as `disable=True`."""

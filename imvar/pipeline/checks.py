@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn import Module
 
 from ..checks import count, finite, real
-from ..errors import InputError, InputTypeError, shown
-from ..noise import check_generator
+from ..errors import ImvarError, InputError, InputTypeError, shown
+from ..noise import check_generator, seeds_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ON_FLAGGED = ("black", "blur", "keep", "raise")
+NEEDED = {  # of the part of this name
+    "vae": ("decode", "config"),
+    "image_encoder": ("__call__", "parameters"),
+    "unet": ("__call__", "config"),
+    "scheduler": ("set_timesteps", "scale_model_input", "step", "init_noise_sigma"),
+    "safety_checker": ("__call__",),
+    "feature_extractor": ("__call__",),
+}
+WOULD_BE = {"vae": "an AutoencoderKL", "image_encoder": "a CLIPVisionModelWithProjection",
+            "unet": "a UNet2DConditionModel", "scheduler": "a scheduler", "feature_extractor": "a CLIPImageProcessor",
+            "safety_checker": "a StableDiffusionSafetyChecker, or None,"}
+ORIENTATION = 0x0112  # of EXIF, where 1 is upright
+FARTHEST = 16.0  # from 0 that a normalised pixel can be thought to lie; CLIP's lie within 2.2
 LARGEST = 2**16  # pixels on a side
 
 
@@ -26,12 +44,26 @@ def check_inputs(image: Any, height: int, width: int, callback_steps: int, facto
             name = "image" if one is image else f"image[{i}]"
             raise InputTypeError(f"{name}: {type(one).__name__} came; a PIL picture, a list of them, or a tensor "
                                  "(b, 3, h, w) of preprocessed pixels would do")
+        if isinstance(one, Image):
+            look_at(one, "image" if one is image else f"image[{i}]")
     if isinstance(image, Tensor):
         check_pixels(image)
     for name, size in ("height", height), ("width", width):
         if count(name, size, low=factor, high=LARGEST) % factor:
             raise InputError(f"{name}={size}: a multiple of {factor} from {factor} to {LARGEST} pixels would do")
     count("callback_steps", callback_steps)
+
+
+def look_at(picture: Image, name: str) -> None:
+    """Warn of a picture whose EXIF says to turn it: like the reference, the pipeline takes it as it is stored."""
+    if picture.info.get("exif") or getattr(picture, "_exif", None):
+        try:
+            turned = picture.getexif().get(ORIENTATION, 1)
+        except Exception:  # of EXIF that cannot be read nobody can tell; Pillow raises many kinds
+            return
+        if turned in range(2, 9):
+            warnings.warn(f"{name}: its EXIF says that it is to be turned, and it is taken as it is stored; "
+                          "imvar.load_image, or PIL.ImageOps.exif_transpose, turns it", stacklevel=4)
 
 
 def check_pixels(image: Tensor) -> None:
@@ -42,22 +74,61 @@ def check_pixels(image: Tensor) -> None:
         raise InputTypeError(f"image: a tensor of {image.dtype} came; floats as CLIPImageProcessor makes them would do")
     if not image.isfinite().all():
         raise InputError("image: the tensor holds NaN or infinite values")
+    if (most := float(image.abs().max())) > FARTHEST:
+        warnings.warn(f"image: the tensor holds values up to {most:.4g}, where normalised pixels lie within 3 of 0; "
+                      "CLIPImageProcessor makes them of 0..255", stacklevel=4)
 
 
-def check_call(guidance_scale: float, num_images_per_prompt: int | None, eta: float, generator: Any, latents: Any,
-               output_type: str, callback: Callable[..., Any] | None, shape: tuple[int, int, int, int]) -> None:
-    """The arguments that `check_inputs` does not see. Numbers of steps are the scheduler's to judge."""
+def check_parts(parts: Mapping[str, Any]) -> None:
+    """Every part that a call needs is there, and can do what is asked of a part of its name."""
+    for name, part in parts.items():
+        needed = NEEDED.get(name, ())
+        if part is None and name in ("safety_checker", "feature_extractor"):  # without which some calls do
+            continue
+        lacking = [method for method in needed if not hasattr(part, method)]
+        other = getattr(type(part), "part", name)  # what imvar's own are
+        if lacking or other != name:
+            came = "None came" if part is None else f"a {type(part).__name__} came, which " + (
+                f"has no {lacking[0]}" if lacking else f"is for {other}")
+            raise InputTypeError(f"{name}: {came}; {WOULD_BE[name]} would do", key=name)
+
+
+def check_devices(parts: Mapping[str, Any]) -> None:
+    """One device for all parts that have weights, but for those that a hook may move or send their inputs to."""
+    found = {name: parameter.device for name, part in parts.items()
+             if isinstance(part, Module) and not part._forward_pre_hooks and "forward" not in vars(part)
+             for parameter in islice(part.parameters(), 1)}
+    if len(set(found.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in found.items())
+        raise InputError(f"the parts are on different devices ({where}); pipe.to(device) brings them together")
+
+
+def check_call(guidance_scale: float, eta: float, generator: Any, seed: Any, latents: Any, output_type: str,
+               return_dict: Any, callback: Callable[..., Any] | None, on_flagged: Any,
+               shape: tuple[int, int, int, int]) -> list[int] | None:
+    """The arguments that `check_inputs` does not see; the seed of each picture. Steps are the scheduler's to judge."""
     finite("guidance_scale", guidance_scale)
     finite("eta", eta)
-    if num_images_per_prompt is not None:
-        count("num_images_per_prompt", num_images_per_prompt)
     check_generator(generator, shape[0])
     if latents is not None:
         check_latents(latents, shape)
-    if output_type not in OUTPUT_TYPES:
-        raise InputError(f"output_type={output_type!r}: {', '.join(map(repr, OUTPUT_TYPES))} would do")
+    one_of("output_type", output_type, OUTPUT_TYPES)
+    one_of("on_flagged", on_flagged, ON_FLAGGED)
+    if not isinstance(return_dict, bool):
+        raise InputTypeError(f"return_dict={shown(return_dict)}: True or False would do")
     if callback is not None and not callable(callback):
-        raise InputTypeError(f"callback={callback!r}: a function of (step, timestep, latents) would do")
+        raise InputTypeError(f"callback={shown(callback)}: a function of (step, timestep, latents) would do")
+    if seed is None:
+        return None
+    if generator is not None:
+        raise InputError("seed and generator both came; one of them would do")
+    return seeds_of(seed, shape[0])
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        kind = InputError if isinstance(value, str) else InputTypeError
+        raise kind(f"{name}={shown(value)}: {', '.join(map(repr, choices))} would do")
 
 
 def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: bool) -> tuple[float, float]:
@@ -72,6 +143,20 @@ def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: b
     if low > high:
         raise InputError(f"guidance_interval=({low}, {high}): the lower share first would do")
     return low, high
+
+
+def check_finite(what: str, x: Tensor, model: Any, *causes: str) -> None:
+    """Raise `ImvarError` for values of which no picture can be made, with the likely cause."""
+    if x.isfinite().all():
+        return
+    weights = model.state_dict() if isinstance(model, Module) else {}
+    bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if bad:
+        raise ImvarError(f"{what} are not finite: {type(model).__name__} holds NaN or infinite values in {bad}; load "
+                         "its weights again")
+    causes += (f"{x.dtype} that overflowed",) if x.dtype != torch.float32 else ()
+    raise ImvarError(f"{what} are not finite: {' or '.join([*causes, 'weights that are too large'])} may be why; "
+                     "torch.float32 and a guidance_scale near 3 would tell")
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:

@@ -38,8 +38,8 @@ class Offload:
     def visit(self, part: nn.Module) -> None:
         if part is not self.visiting:
             self.rest()
+            self.visiting = part  # before it moves, so that one that was stopped half way is sent back
             part.to(self.device)
-            self.visiting = part
 
     def rest(self) -> None:
         """Everything back to the CPU."""

@@ -46,6 +46,8 @@ class Storage:
         call `compile()` on it.
         Raises `CheckpointError` naming the file and what is wrong with it.
         """
+        if not isinstance(compile, bool):
+            raise InputTypeError(f"compile={shown(compile)}: True or False would do", key="compile")
         known = cls.parameters()
         parts = [name for name, parameter in known.items() if parameter.default is parameter.empty]
         overrides = asked_for(overrides, known, f"{cls.__name__}.from_pretrained")

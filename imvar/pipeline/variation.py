@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,19 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ImvarError, InputError
+from ..checks import count, real
+from ..errors import InputError
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_levels
+from ..memory import naming_what_needs_less
 from ..models.kept import Kept
 from ..models.prepared import Watch
 from ..models.told import untouched
-from ..noise import randn
+from ..noise import randn, seeded
 from ..outputs import StableDiffusionPipelineOutput
 from ..weights.published import taken_as_64
 from .assembly import Assembly
-from .checks import check_approximate, check_call, check_inputs, check_latents
+from .checks import check_approximate, check_call, check_devices, check_finite, check_inputs, check_latents, check_parts
+from .flagged import treated
 from .guidance import Guided, Predict, predictor, preparable
 
 AT_A_TIME = 2**18  # pixels that are decoded at a time: those of 512 x 512
+MOST = 2**16  # variations of a picture in one call
 
 
 class StableDiffusionImageVariationPipeline(Assembly):
@@ -42,6 +47,9 @@ class StableDiffusionImageVariationPipeline(Assembly):
     def __init__(self, vae: Any, image_encoder: Any, unet: Any, scheduler: Any, safety_checker: Any,
                  feature_extractor: Any, requires_safety_checker: bool = True):
         super().__init__()
+        given = {"vae": vae, "image_encoder": image_encoder, "unet": unet, "scheduler": scheduler,
+                 "safety_checker": safety_checker, "feature_extractor": feature_extractor}
+        check_parts({name: part for name, part in given.items() if part is not None})
         if safety_checker is None and requires_safety_checker:
             warnings.warn("safety_checker=None: nobody looks at the pictures before they are handed out; with "
                           "requires_safety_checker=False this warning is off", stacklevel=2)
@@ -50,8 +58,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
                              key="feature_extractor")
         if unet is not None and taken_as_64(unet.config):
             unet.register_to_config(sample_size=64)
-        self.register_modules(vae=vae, image_encoder=image_encoder, unet=unet, scheduler=scheduler,
-                              safety_checker=safety_checker, feature_extractor=feature_extractor)
+        self.register_modules(**given)
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -62,7 +69,8 @@ class StableDiffusionImageVariationPipeline(Assembly):
         generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
         output_type: str = "pil", return_dict: bool = True,
         callback: Callable[[int, Any, Tensor], Any] | None = None, callback_steps: int = 1,
-        guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1,
+        guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1, *,
+        seed: int | Sequence[int] | None = None, on_flagged: str = "black",
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Make variations of one picture or of several.
 
@@ -77,6 +85,8 @@ class StableDiffusionImageVariationPipeline(Assembly):
             eta: 0 to 1, the share of fresh noise in each step of DDIM (arXiv:2010.02502, equation 16); PNDM and LMS
                 ignore it.
             generator: source of the noise; one for all, or a list of one per variation. Noise is drawn on its device.
+            seed: in place of a generator: s for s + k in variation k, or a list of one each, 0 to 2^63 - 1. A seed's
+                variation is the same whatever is made beside it, to rounding, and its noise the same on any device.
             latents: (b n, 4, height / 8, width / 8) standard normal noise to start from instead of a drawn one.
             output_type: "pil"; "np", (b n, height, width, 3) in [0, 1]; "pt", (b n, 3, height, width) in [0, 1];
                 "latent", undecoded and unchecked.
@@ -87,27 +97,37 @@ class StableDiffusionImageVariationPipeline(Assembly):
                 up to that; a step without takes half the time (arXiv:2404.07724).
             cache_interval: approximate, for speed: the whole UNet in every so many-th step alone, and in the others
                 its last layer (arXiv:2312.00858).
+            on_flagged: what becomes of a picture that the safety checker flags: "black"; "blur", the colours of 8 x 8
+                cells; "keep"; or "raise" a `FlaggedError`.
 
         Returns:
-            `images`, and `nsfw_content_detected`, a flag each, or None where no checker looked; flagged pictures
-            are black.
+            `images`, and `nsfw_content_detected`, a flag each, or None where no checker looked; by attribute alone
+            `seeds`, and `scores`, what the checker measured.
 
         Raises:
-            InputError: an argument that cannot do what was asked, by its name, before any network runs.
+            InputError: an argument that cannot do what was asked, by its name, before the first step.
+            OutOfMemoryError: what would need less. ImvarError: a result that is not finite, and the likely cause.
         """
-        with self.own_scheduler(), self._offload or contextlib.nullcontext(), torch.no_grad():
+        with (self.own_scheduler(), self._offload or contextlib.nullcontext(), torch.no_grad(),
+              naming_what_needs_less()):
+            check_parts(self.components)
+            if not self._offload:
+                check_devices(self.components)
             image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
             height, width = self.size(height, width)
             self.check_inputs(image, height, width, callback_steps)
-            pictures = how_many(image) * (num_images_per_prompt or 1)
-            shape = self.latents_shape(pictures, self.unet.config.in_channels, height, width)
-            check_call(guidance_scale, num_images_per_prompt, eta, generator, latents, output_type, callback, shape)
+            n = 1 if num_images_per_prompt is None else num_images_per_prompt
+            each = count("num_images_per_prompt", n, high=MOST)
+            shape = self.latents_shape(how_many(image) * each, self.unet.config.in_channels, height, width)
+            seeds = check_call(guidance_scale, eta, generator, seed, latents, output_type, return_dict, callback,
+                               on_flagged, shape)
             interval = check_approximate(guidance_interval, cache_interval, preparable(self.unet))
+            generator = seeded(seeds) if seeds else generator
 
             device, guided = self._execution_device, guidance_scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
             scheduler.set_timesteps(num_inference_steps, device=device)
-            context = self._encode_image(image, device, num_images_per_prompt or 1, guided)
+            context = self._encode_image(image, device, each, guided)
             x = self.prepare_latents(*shape[:2], height, width, context.dtype, device, generator, latents)
             options = self.prepare_extra_step_kwargs(generator, eta)
 
@@ -132,8 +152,9 @@ class StableDiffusionImageVariationPipeline(Assembly):
                                 predict, watch = ready(), Watch(self.unet)
 
             del predict  # and what is kept for the UNet, before the autoencoder wants memory
-            images, flags = self.finish(x, output_type, device, context.dtype)
-        return StableDiffusionPipelineOutput(images, flags) if return_dict else (images, flags)
+            images, flags = self.finish(x, output_type, device, context.dtype, on_flagged, seeds)
+        made = StableDiffusionPipelineOutput(images, flags, seeds=seeds, scores=getattr(flags, "scores", None))
+        return made if return_dict else (images, flags)
 
     # The steps of a call, in their order. Subclasses may override them.
 
@@ -159,10 +180,14 @@ class StableDiffusionImageVariationPipeline(Assembly):
                       do_classifier_free_guidance: bool) -> Tensor:
         """The context that the UNet is told: (b n, 1, 768), under guidance (2 b n, 1, 768) with zeros first."""
         if not isinstance(image, Tensor):
+            if self.feature_extractor is None:
+                raise InputError("feature_extractor=None: pictures need one, a CLIPImageProcessor would do; or a "
+                                 "tensor of preprocessed pixels as `image`", key="feature_extractor")
             image = self.feature_extractor(images=image, return_tensors="pt").pixel_values
-        dtype = next(self.image_encoder.parameters()).dtype
+        dtype = dtype_of(self.image_encoder, torch.float32)
         embeds = self.image_encoder(image.to(device=device, dtype=dtype)).image_embeds
         context = embeds[:, None].repeat_interleave(num_images_per_prompt, dim=0)  # b c -> bn 1 c
+        context = context.to(dtype_of(self.unet, dtype))
         return torch.cat([torch.zeros_like(context), context]) if do_classifier_free_guidance else context
 
     def prepare_latents(self, batch_size: int, num_channels_latents: int, height: int, width: int, dtype: torch.dtype,
@@ -183,26 +208,42 @@ class StableDiffusionImageVariationPipeline(Assembly):
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Which of `eta` and `generator` this scheduler's step takes."""
         takes = inspect.signature(self.scheduler.step).parameters
+        if "eta" in takes:
+            real("eta", eta)
         return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
 
     def finish(self, latents: Tensor, output_type: str, device: torch.device, dtype: torch.dtype,
-               ) -> tuple[Any, list[bool] | None]:
+               on_flagged: str = "black", seeds: list[int] | None = None) -> tuple[Any, list[bool] | None]:
         """Decode, judge, hand over."""
-        if not latents.isfinite().all():
-            raise ImvarError("the latents are not finite after the last step: weights with NaN, a guidance_scale too "
-                             "large, or half precision that overflowed; float32 or bfloat16 tells which")
+        check_finite("the latents after the last step", latents, self.unet, "a guidance_scale too large")
         if output_type == "latent":
             return latents, None
-        pixels, flags = self.run_safety_checker(self.decode(latents), device, dtype)
-        unflagged = [True] * len(pixels) if flags is None else [not flag for flag in flags]  # a black one stays black
-        return self.image_processor.postprocess(pixels, output_type, do_denormalize=unflagged), flags
+        pixels = self.decode_finite(latents)
+        checked, flags = self.run_safety_checker(pixels if on_flagged == "black" else pixels.clone(), device, dtype)
+        pixels = treated(pixels, checked, flags or [], on_flagged, seeds)
+        black = flags if flags and on_flagged == "black" else [False] * len(pixels)  # which 0 in [-1, 1] is not
+        images = self.image_processor.postprocess(pixels, output_type, do_denormalize=[not flag for flag in black])
+        return images, flags
+
+    def decode_finite(self, latents: Tensor) -> Tensor:
+        """`decode`, and once more in float32 where float16 overflowed. Raises `ImvarError` where that does not help."""
+        pixels = self.decode(latents)
+        if latents.dtype == torch.float16 and not pixels.isfinite().all():
+            warnings.warn("vae: float16 overflowed, so these latents are decoded again, in float32; a vae in float32 "
+                          "or bfloat16 would spare that", stacklevel=4)
+            wide = copy.copy(self)
+            wide.vae, wide._compiler = copy.deepcopy(self.vae).float(), None
+            pixels = wide.decode(latents.float()).to(latents.dtype)
+        check_finite("the decoded pictures", pixels, self.vae)
+        return pixels
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b, 4, h, w) to pictures (b, 3, 8h, 8w) around [-1, 1].
 
         Large ones one after another, lest it takes more memory than all before; who watches layers sees all at once.
         """
-        run, latents = self.runner(decode, self.vae), latents / self.vae.config.scaling_factor
+        latents = (latents / self.vae.config.scaling_factor).to(dtype_of(self.vae, latents.dtype))
+        run = self.runner(decode, self.vae)
         pixels = latents.shape[2] * latents.shape[3] * self.vae_scale_factor**2
         at_a_time = max(AT_A_TIME // pixels, 1) if untouched(self.vae) else len(latents)
         made = [run(part) for part in latents.split(at_a_time)]
@@ -219,7 +260,8 @@ class StableDiffusionImageVariationPipeline(Assembly):
             array = isinstance(image, np.ndarray)
             pictures = self.numpy_to_pil(image) if array else self.image_processor.postprocess(image)
             seen = self.feature_extractor(pictures, return_tensors="pt").pixel_values
-        return self.safety_checker(images=image, clip_input=seen.to(device=device, dtype=dtype))
+        seen = seen.to(device=device, dtype=dtype_of(self.safety_checker, dtype))
+        return self.safety_checker(images=image, clip_input=seen)
 
     def decode_latents(self, latents: Tensor) -> np.ndarray:
         """Latents to an array (b, h, w, 3) in [0, 1]: a step of older pipelines, kept for code that calls it."""
@@ -228,6 +270,12 @@ class StableDiffusionImageVariationPipeline(Assembly):
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(latents, return_dict=False)[0]
+
+
+def dtype_of(part: Any, default: torch.dtype) -> torch.dtype:
+    """What the weights of a part are, so that parts of several dtypes go together; `default` where it has none."""
+    parameters = part.parameters() if isinstance(part, torch.nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), default)
 
 
 def how_many(image: Any) -> int:

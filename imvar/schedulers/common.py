@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import count, real, single
+from ..checks import alike, checked, count, real, single
 from ..config import Config, one_of
 from ..errors import InputError, InputTypeError, shown
 from ..outputs import SchedulerOutput
@@ -89,6 +89,28 @@ class SchedulerConfig(Config):
                              key="trained_betas")
 
 
+def step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *_: Any, **options: Any) -> None:
+    """Of a step: floats of one shape, also what is to be its noise."""
+    if not isinstance(sample, Tensor):
+        raise InputTypeError(f"sample: {type(sample).__name__} came; a tensor (b, c, h, w) would do", key="sample")
+    alike("model_output", model_output, "sample", sample)
+    if options.get("variance_noise") is not None:
+        alike("variance_noise", options["variance_noise"], "sample", sample)
+
+
+def mixed_inputs(scheduler: Any, original_samples: Any, noise: Any, timesteps: Any) -> None:
+    """Of samples and noise that are mixed: one shape, and a time for all or for each."""
+    if not isinstance(original_samples, Tensor) or not original_samples.ndim:
+        raise InputTypeError(f"original_samples: {type(original_samples).__name__} came; a tensor (b, ...) would do",
+                             key="original_samples")
+    alike("noise", noise, "the samples", original_samples)
+    times = torch.as_tensor(timesteps) if isinstance(timesteps, (int, float, Tensor)) else None
+    if times is None or times.ndim > 1 or (times.ndim and len(times) not in (1, len(original_samples))):
+        came = type(timesteps).__name__ if times is None else f"shape {tuple(times.shape)}"
+        raise InputError(f"timesteps: {came} came for {len(original_samples)} samples; a tensor of one for all, or of "
+                         "one each, would do", key="timesteps")
+
+
 class Scheduler(Pretrained):
     """A walk from noise to a picture: tables that say how noisy each timestep is, and where the walk stands.
 
@@ -146,6 +168,7 @@ class VariancePreserving(Scheduler):
         """What the network is shown of `sample`: here, `sample` itself."""
         return sample
 
+    @checked(mixed_inputs)
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t from x_0 and noise, both (b, ...), at `timesteps`, (b,) or (): equation 4 of arXiv:2010.02502."""
         signal, sigma = self.mixture(original_samples, timesteps)
@@ -154,6 +177,9 @@ class VariancePreserving(Scheduler):
     def mixture(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of signal and noise at each timestep, in x's dtype, shaped to multiply x."""
         timesteps = torch.as_tensor(timesteps)
+        if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+            raise InputTypeError(f"timesteps: values of {timesteps.dtype} came; whole numbers would do",
+                                 key="timesteps")
         if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(self))).all():
             raise InputError(f"timesteps={timesteps.tolist()}: values from 0 to {len(self) - 1} would do")
         alpha = self.alphas_cumprod.to(x.device, x.dtype)[timesteps.to(x.device)]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import real
+from ..checks import as_device, checked, real
 from ..config import one_of
 from ..errors import InputError
 from ..noise import Generators, randn
 from ..outputs import DenoisedOutput
-from .common import SchedulerConfig, VariancePreserving, to_eps, to_x0
+from .common import SchedulerConfig, VariancePreserving, mixed_inputs, step_inputs, to_eps, to_x0
 from .tables import make_betas, whole_timesteps, zero_terminal_snr
 
 
@@ -83,8 +83,10 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         Raises `InputTypeError` or `InputError` for any other number.
         """
         timesteps = whole_timesteps(self.config, num_inference_steps)
-        self.timesteps, self.num_inference_steps = torch.from_numpy(timesteps).to(device), len(timesteps)
+        self.timesteps = torch.from_numpy(timesteps).to(as_device("device", device))
+        self.num_inference_steps = len(timesteps)
 
+    @checked(step_inputs)
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0,
              use_clipped_model_output: bool = False, generator: Generators | None = None,
              variance_noise: Tensor | None = None, return_dict: bool = True) -> DenoisedOutput | tuple[Tensor, Tensor]:
@@ -124,6 +126,7 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
             raise InputError("variance_noise and generator both came; one of them would do")
         return given
 
+    @checked(mixed_inputs)
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The v that a network of `v_prediction` learns, from x_0 and noise, (b, ...), at `timesteps`, (b,) or ()."""
         signal, sigma = self.mixture(sample, timesteps)

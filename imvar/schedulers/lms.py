@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import count, real
+from ..checks import as_device, checked, count, real
 from ..config import one_of
 from ..errors import InputError
 from ..outputs import DenoisedOutput
-from .common import Scheduler, SchedulerConfig
+from .common import Scheduler, SchedulerConfig, mixed_inputs, step_inputs
 from .tables import beta, exponential, karras, space_timesteps, to_timesteps
 
 
@@ -116,7 +116,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             timesteps = to_timesteps(sigmas, self.table)
         self.num_inference_steps = n
         self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
-        self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(device)
+        self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(as_device("device", device))
         self.step_index: int | None = None
         self.begin_index: int | None = None
         self.derivatives: Sequence[Tensor] = []
@@ -172,6 +172,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         weights = self.weights(t, count("order", order, high=t + 1))
         return weights[count("current_order", current_order, low=0, high=order - 1)]
 
+    @checked(step_inputs)
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4,
              return_dict: bool = True) -> DenoisedOutput | tuple[Tensor, Tensor]:
         """From `sample` to the next noise level, both (b, c, h, w), with the x_0 predicted on the way.
@@ -181,7 +182,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         """
         if not self.is_scale_input_called:
             warnings.warn("step: scale_model_input was not called, so the network may have seen a wrong scale",
-                          stacklevel=2)
+                          stacklevel=3)
         order, i = count("order", order), self.locate(timestep)
         sigma = self.sigmas[i]
         x0 = to_x0(self.config.prediction_type, model_output, sample, sigma)
@@ -192,6 +193,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         self.step_index = i + 1
         return DenoisedOutput(prev, x0) if return_dict else (prev, x0)
 
+    @checked(mixed_inputs)
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_0 + sigma noise, both (b, ...), at `timesteps`, (b,), each one of `self.timesteps`.
 

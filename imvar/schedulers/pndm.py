@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import as_device, checked
 from ..config import one_of
 from ..errors import InputError
 from ..outputs import SchedulerOutput
-from .common import SchedulerConfig, VariancePreserving, to_eps
+from .common import SchedulerConfig, VariancePreserving, step_inputs, to_eps
 from .tables import whole_timesteps
 
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -87,9 +88,11 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
             opening = [[start, end + half, end + half, end] for start, end in pairwise(t[:4])]
             self.prk_timesteps, self.plms_timesteps = np.concatenate(opening), t[3:]
         self.num_inference_steps = len(t)
-        self.timesteps = torch.from_numpy(np.concatenate([self.prk_timesteps, self.plms_timesteps])).to(device)
+        visited = torch.from_numpy(np.concatenate([self.prk_timesteps, self.plms_timesteps]))
+        self.timesteps = visited.to(as_device("device", device))
         self.counter, self.ets, self.start, self.blend = 0, [], None, 0.0
 
+    @checked(step_inputs)
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
              return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
         """From `sample` at `timestep` to the next entry of `timesteps`, both (b, c, h, w).

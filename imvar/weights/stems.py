@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, InputTypeError, shown
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Stem:
 
         Where the names are not known, None, the patterns of all files that there may be.
         """
+        if use_safetensors not in (None, True, False):
+            raise InputTypeError(f"use_safetensors={shown(use_safetensors)}: True, False or None would do",
+                                 key="use_safetensors")
         endings = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
         if names is None:
             return [f"{self.named(ending, None)}*.{ending}*" for ending in endings]

@@ -1,0 +1,202 @@
+"""What each part refuses when it is called on its own: at once, by the name of the argument, and what would do."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from random_checkpoint import PUBLISHED_SCHEDULER, tiny_pipeline
+
+import imvar
+from imvar import DDIMScheduler, InputError, InputTypeError, LMSDiscreteScheduler, PNDMScheduler
+from imvar.noise import randn
+
+NAN, INF = float("nan"), float("inf")
+PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
+x, context = torch.zeros(1, 4, 16, 16), torch.zeros(1, 1, 24)
+picture, small = torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+MODELS = {
+    "sample: shape (1, 5, 16, 16) came; a tensor (b, 4, h, w)": lambda p: p.unet(torch.zeros(1, 5, 16, 16), 1, context),
+    "sample: shape (4, 16, 16)": lambda p: p.unet(x[0], 1, context),
+    "sample: NoneType came": lambda p: p.unet(None, 1, context),
+    "sample: values of torch.int64": lambda p: p.unet(x.long(), 1, context),
+    "sample: torch.float64 came to weights of torch.float32": lambda p: p.unet(x.double(), 1, context),
+    "encoder_hidden_states: NoneType came; a tensor (b, m, 24)": lambda p: p.unet(x, 1, None),
+    "encoder_hidden_states: shape (1, 1, 7)": lambda p: p.unet(x, 1, torch.zeros(1, 1, 7)),
+    "encoder_hidden_states: shape (1, 24)": lambda p: p.unet(x, 1, torch.zeros(1, 24)),
+    "encoder_hidden_states: 3 came for 2 samples": lambda p: p.unet(x.repeat(2, 1, 1, 1), 1, torch.zeros(3, 1, 24)),
+    "timestep=nan: a finite number": lambda p: p.unet(x, NAN, context),
+    "timestep=-5": lambda p: p.unet(x, -5, context),
+    "timestep='3'": lambda p: p.unet(x, "3", context),
+    "timestep: shape (2,) came for 1 samples": lambda p: p.unet(x, torch.tensor([1, 2]), context),
+    "x: shape (1, 4, 64, 64) came; a tensor (b, 3, h, w)": lambda p: p.vae.encode(torch.zeros(1, 4, 64, 64)),
+    "x: Image came": lambda p: p.vae.encode(Image.new("RGB", (64, 64))),
+    "x: pictures of (4, 4) came; from 8 pixels": lambda p: p.vae.encode(torch.zeros(1, 3, 4, 4)),
+    "z: shape (1, 3, 8, 8) came; a tensor (b, 4, h, w)": lambda p: p.vae.decode(torch.zeros(1, 3, 8, 8)),
+    "z: shape (4, 8, 8)": lambda p: p.vae.decode(x[0, :, :8, :8]),
+    "z: torch.float16 came to weights of torch.float32": lambda p: p.vae.decode(x.half()),
+    "generator=42": lambda p: p.vae.encode(picture).latent_dist.sample(42),
+    "pixel_values: NoneType": lambda p: p.image_encoder(None),
+    "pixel_values: pictures of (31, 32) came": lambda p: p.image_encoder(small[:, :, :31]),
+    "pixel_values: values of torch.uint8": lambda p: p.image_encoder(small.byte()),
+    "clip_input: NoneType": lambda p: p.safety_checker(None, None),
+    "images: 2 came for 1 of clip_input": lambda p: p.safety_checker(small, torch.zeros(2, 3, 8, 8)),
+    "images: NoneType came for 1": lambda p: p.safety_checker(small, None),
+}
+SETTINGS = {
+    "slice_size='foo'": lambda p: p.enable_attention_slicing("foo"),
+    "slice_size=0": lambda p: p.enable_attention_slicing(0),
+    "slice_size=True": lambda p: p.enable_attention_slicing(True),
+    "slice_size=1000": lambda p: p.enable_attention_slicing(1000),
+    "s1=nan": lambda p: p.enable_freeu(NAN, 0.2, 1.2, 1.4),
+    "b1=inf": lambda p: p.enable_freeu(0.9, 0.2, INF, 1.4),
+    "attention_op=flash": lambda p: p.enable_xformers_memory_efficient_attention("flash"),
+    "device='foo': 'cpu', 'cuda' or another": lambda p: p.to("foo"),
+    "device='cuda:99'": lambda p: p.to(device="cuda:99"),
+    "dtype=torch.int32": lambda p: p.to(torch.int32),
+    "dtype=torch.int8": lambda p: p.to("cpu", torch_dtype=torch.int8),
+    "device='bar'": lambda p: p.enable_model_cpu_offload(device="bar"),
+    "gpu_id=-1": lambda p: p.enable_model_cpu_offload(gpu_id=-1, device="cpu"),
+    "compile({'mode': 'foo'})": lambda p: p.compile(mode="foo"),
+    "compile({'foo': 3})": lambda p: p.compile(foo=3),
+    "size=0": lambda p: imvar.sliced(0),
+    "size='x'": lambda p: imvar.sliced("x"),
+    "set_attend(UNet2DConditionModel, None)": lambda p: imvar.set_attend(p.unet, None),
+    "set_attend(str": lambda p: imvar.set_attend("unet", imvar.sdpa),
+    "swap(UNet2DConditionModel, 'x'": lambda p: imvar.swap(p.unet, "x", lambda layer: layer),
+    "made None of Linear": lambda p: imvar.swap(p.unet.time, torch.nn.Linear, lambda layer: None),
+    "vae: a UNet2DConditionModel came, which has no decode; an AutoencoderKL": lambda p: type(p)(
+        **(p.components | {"vae": p.unet})),
+    "unet: a AutoencoderKL came, which is for vae": lambda p: type(p)(**(p.components | {"unet": p.vae})),
+    "vae: a int came": lambda p: type(p)(1, 2, 3, 4, 5, 6),
+    "use_safetensors='x'": lambda p: imvar.UNet2DConditionModel.from_pretrained("imvar-emoji", "unet",
+                                                                                use_safetensors="x"),
+    "compile='yes'": lambda p: type(p).from_pretrained("imvar-emoji", compile="yes"),
+    "dtype='foo'": lambda p: type(p).from_pretrained("imvar-emoji", dtype="foo"),
+}
+
+
+def without(pipe, name):
+    parts = pipe.components | {name: None}
+    return type(pipe)(**parts, requires_safety_checker=False)(Image.open(PHOTO), num_inference_steps=1)
+
+
+PARTS = {
+    f"{name}: None came; {word}": lambda p, name=name: without(p, name)
+    for name, word in (("vae", "an AutoencoderKL"), ("image_encoder", "a CLIPVision"), ("scheduler", "a scheduler"),
+                       ("unet", "a UNet2DConditionModel"))}
+
+
+def walk(kind):
+    scheduler = kind(**(PUBLISHED_SCHEDULER if kind is PNDMScheduler else {}))
+    scheduler.set_timesteps(4)
+    return scheduler
+
+
+def step(kind, output=x, sample=x, t=None, **options):
+    scheduler = walk(kind)
+    return scheduler.step(output, scheduler.timesteps[0] if t is None else t, sample, **options)
+
+
+KINDS = DDIMScheduler, PNDMScheduler, LMSDiscreteScheduler
+two, narrow = x.repeat(2, 1, 1, 1), x[..., :8]
+SCHEDULERS = {
+    f"{kind.__name__}: {words}": lambda _, kind=kind, call=call: call(kind)
+    for kind in KINDS for words, call in {
+        "model_output: shape (1, 4, 16, 16) came; sample's, (2, 4, 16, 16)": lambda kind: step(kind, sample=two),
+        "model_output: shape (1, 4, 16, 8)": lambda kind: step(kind, output=narrow),
+        "model_output: NoneType": lambda kind: step(kind, output=None),
+        "sample: NoneType": lambda kind: step(kind, sample=None),
+        "timestep=": lambda kind: step(kind, t=5000),
+        "timestep=nan": lambda kind: step(kind, t=NAN),
+        "noise: shape (1, 4, 16, 8)": lambda kind: walk(kind).add_noise(x, narrow, torch.tensor([750])),
+        "noise: shape (1, 4, 16, 16) came": lambda kind: walk(kind).add_noise(two, x, torch.tensor([750])),
+        "timesteps: shape (2,) came for 1 samples": lambda kind: walk(kind).add_noise(x, x, torch.tensor([750, 1])),
+        "device='foo'": lambda kind: walk(kind).set_timesteps(3, device="foo"),
+        "num_inference_steps=[3]": lambda kind: walk(kind).set_timesteps([3]),
+    }.items()} | {
+    "variance_noise: shape (1,)": lambda _: step(DDIMScheduler, eta=1.0, variance_noise=torch.zeros(1)),
+    "generator=42": lambda _: step(DDIMScheduler, eta=1.0, generator=42),
+    "values of torch.float32 came; whole": lambda _: walk(DDIMScheduler).add_noise(x, x, torch.tensor([3.5])),
+    "noise: shape": lambda _: walk(DDIMScheduler).get_velocity(x, narrow, torch.tensor([3])),
+}
+PICTURES = {
+    "image: NoneType came": lambda p: p.image_processor.preprocess(None),
+    "image: str came": lambda p: p.image_processor.preprocess([str(PHOTO)]),
+    "images[0]: str came": lambda p: p.feature_extractor([str(PHOTO)]),
+    "image[0]: str came": lambda p: p([str(PHOTO)]),
+    "image: str came; a PIL": lambda p: p("https://example.org/cat.png"),
+    "image: NaN": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN), "pt"),
+    "image: NaN or": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN), "np"),
+    "images: values nan": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN)),
+    "images: str came; an array": lambda p: p.numpy_to_pil("x"),
+    "images: str came; a PIL picture": lambda p: p.image_processor.pil_to_numpy("x"),
+    "generator=42: torch": lambda p: randn((1, 4), 42),
+    "image=None: a path": lambda p: imvar.load_image(None),
+    "image=3: a path": lambda p: imvar.load_image(3),
+    "is an address, and nothing is fetched": lambda p: imvar.load_image("https://example.org/cat.png"),
+    "b'': not a picture": lambda p: imvar.load_image(b""),
+    "opened as text": lambda p: imvar.load_image(io.StringIO("x")),
+    "characters other than NUL": lambda p: imvar.load_image("\0"),
+    "formats=['XX']": lambda p: imvar.load_image(PHOTO, formats=["XX"]),
+    "formats=None": lambda p: imvar.load_image(PHOTO, formats=None),
+    "chelsea.jpg: not a picture that can be read; a PNG file": lambda p: imvar.load_image(
+        PHOTO, formats=["PNG"]),
+    "image=[": lambda p: imvar.load_image([PHOTO]),
+    "no such file": lambda p: imvar.load_image(PHOTO.with_name("nothing.jpg")),
+}
+CASES = MODELS | SETTINGS | PARTS | SCHEDULERS | PICTURES
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_refused_by_name(pipe, words):
+    with pytest.raises(InputError) as caught:
+        CASES[words](pipe)
+    told = words.partition(": ")[2] if words.partition(": ")[0] in [kind.__name__ for kind in KINDS] else words
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_pictures_from_bytes_and_files():
+    expected = np.asarray(imvar.load_image(PHOTO))
+    assert np.array_equal(np.asarray(imvar.load_image(str(PHOTO))), expected)
+    assert np.array_equal(np.asarray(imvar.load_image(PHOTO.read_bytes())), expected)
+    with open(PHOTO, "rb") as file:
+        assert np.array_equal(np.asarray(imvar.load_image(file)), expected)
+        assert not file.closed
+    assert np.array_equal(np.asarray(imvar.load_image(io.BytesIO(PHOTO.read_bytes()))), expected)
+
+
+def test_animations_bombs_and_cut_files(tmp_path, monkeypatch):
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "two.webp", save_all=True, append_images=frames[1:], lossless=True)
+    with pytest.warns(UserWarning, match="animation of 2 frames"):
+        assert imvar.load_image(tmp_path / "two.webp").getpixel((3, 3)) == (255, 0, 0)
+    frames[0].save(tmp_path / "one.gif")
+    with pytest.raises(InputError, match="JPEG, PNG or WebP"):
+        imvar.load_image(tmp_path / "one.gif")
+    assert imvar.load_image(tmp_path / "one.gif", formats=("GIF",)).size == (20, 10)
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        imvar.load_image(PHOTO.read_bytes()[:5000])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(InputError, match="decompression bomb"):
+        imvar.load_image(tmp_path / "two.webp")
+
+
+def test_wrong_types_are_type_errors(pipe):
+    for wrong in (None, "3", [1]):
+        with pytest.raises(InputTypeError):
+            pipe.unet(x, wrong, context)
