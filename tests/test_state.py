@@ -76,9 +76,7 @@ def test_stopped_at_any_point(photo, way):
                 made(pipe, photo, **options)
             except KeyboardInterrupt:
                 stopped += 1
-        assert pipe.scheduler.num_inference_steps is None
         assert torch.get_num_threads() == 1
-        assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
     assert stopped >= 20
     assert np.array_equal(made(pipe, photo, **options), expected)

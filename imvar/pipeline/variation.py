@@ -49,7 +49,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
         super().__init__()
         given = {"vae": vae, "image_encoder": image_encoder, "unet": unet, "scheduler": scheduler,
                  "safety_checker": safety_checker, "feature_extractor": feature_extractor}
-        check_parts({name: part for name, part in given.items() if part is not None})
+        check_parts({name: part for name, part in given.items() if part is not None and name != "feature_extractor"})
         if safety_checker is None and requires_safety_checker:
             warnings.warn("safety_checker=None: nobody looks at the pictures before they are handed out; with "
                           "requires_safety_checker=False this warning is off", stacklevel=2)
@@ -63,6 +63,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @torch.no_grad()
     def __call__(
         self, image: Any, height: int | None = None, width: int | None = None, num_inference_steps: int = 50,
         guidance_scale: float = 7.5, num_images_per_prompt: int | None = 1, eta: float = 0.0,
@@ -108,8 +109,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
             InputError: an argument that cannot do what was asked, by its name, before the first step.
             OutOfMemoryError: what would need less. ImvarError: a result that is not finite, and the likely cause.
         """
-        with (self.own_scheduler(), self._offload or contextlib.nullcontext(), torch.no_grad(),
-              naming_what_needs_less()):
+        with self.own_scheduler(), self._offload or contextlib.nullcontext(), naming_what_needs_less():
             check_parts(self.components)
             if not self._offload:
                 check_devices(self.components)
