@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CHECKING = {  # and the tests that are to notice
     "imvar/pipeline/checks.py": "tests/test_pipeline.py tests/test_approximate.py tests/test_flagged.py "
-                                "tests/test_seeds.py",
+                                "tests/test_seeds.py tests/test_refusals.py",
     "imvar/checks.py": "tests/test_pipeline.py tests/test_schedulers.py tests/test_hostile_settings.py "
                        "tests/test_image.py tests/test_loading.py tests/test_seeds.py tests/test_refusals.py",
     "imvar/noise.py": "tests/test_pipeline.py tests/test_seeds.py tests/test_schedulers.py",
