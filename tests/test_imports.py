@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "imvar"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {name: floor for floor, names in enumerate([
     ["errors"],
-    ["checks"],
+    ["checks", "context"],
     ["config", "memory", "noise", "outputs"],
     ["weights"],
     ["models", "schedulers", "image"],

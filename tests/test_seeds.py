@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-import imvar
 from imvar import DDIMScheduler, InputError, InputTypeError
 
 ALIKE = 2e-5  # of values in [0, 1], where pictures are made in batches of another shape: kernels add in another order
@@ -76,6 +75,5 @@ def test_seed_or_generator(pipe, photo):
         made(pipe, photo, seed=2**63 - 1, num_images_per_prompt=2)
 
 
-def test_a_flag_and_its_scores_by_seed(pipe, photo):
-    assert imvar.StableDiffusionPipelineOutput([], None).scores is None
+def test_latents_tell_their_seeds_as_well(pipe, photo):
     assert made(pipe, photo, output_type="latent", seed=4).seeds == [4]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..errors import InputError, shown
+from ..memory import is_of_memory
 from .attention import attentions
 from .fp8 import Fp8Linear
 from .trial import chosen, trying
@@ -53,6 +54,9 @@ class Compiler:
         return partial(Compiler, **self.options), ()  # a copy begins anew
 
     def __call__(self, function: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+        for layer in model.modules():
+            if isinstance(layer, Fp8Linear):
+                layer.round_weight()  # which compiled code does not
         if any(p.is_cuda for p in model.parameters()):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # tensor cores' order
             return partial(self.replay, function, model, state(model))
@@ -65,9 +69,9 @@ class Compiler:
         try:
             with many_shapes():
                 return self.compiled[function](model, *inputs)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise  # of these inputs, and no fault of the compiler
         except Exception as error:
+            if is_of_memory(error):
+                raise  # of these inputs, and no fault of the compiler
             if self.compiled[function] is not function:
                 gave_up("compile", error)
             self.compiled[function] = function
@@ -95,9 +99,9 @@ class Compiler:
                 eager(*tree_unflatten(tensors, form))
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             return Recording(call, tensors, self.pool)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if is_of_memory(error):
+                raise
             gave_up("record", error)
             return call
 
@@ -146,9 +150,6 @@ def gave_up(doing: str, error: Exception) -> None:
 
 def state(model: nn.Module) -> tuple[Any, ...]:
     """What a recording holds for: where the weights lie, and the settings that change what is computed."""
-    for layer in model.modules():
-        if isinstance(layer, Fp8Linear):
-            layer.round_weight()  # which compiled code does not
     eights = (layer.weight8.data_ptr() for layer in model.modules() if isinstance(layer, Fp8Linear))
     kernels = [(layer.attend, layer.override, layer.slice_size) for layer in attentions(model)]
     return getattr(model, "merge", None), *(p.data_ptr() for p in model.parameters()), *eights, *kernels

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .attention import SelfAttention
 from .layers import FeedForward, Linear, swap
-from .told import ours
+from .told import ours, version
 
 E4M3 = torch.float8_e4m3fn  # four bits of exponent, three of mantissa
 LARGEST = torch.finfo(E4M3).max
@@ -78,7 +78,7 @@ class Fp8Linear(Linear):
 
 def stamp(weight: Tensor) -> tuple[int, int]:
     """Changes with the weight."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version(weight)
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .told import untouched
+from ..context import holding
+from .told import untouched, version
 
 
 class Kept:
@@ -24,19 +25,13 @@ class Kept:
         self.calls = calls
         self.made: dict[Any, tuple[Any, Tensor]] = {}
 
-    @contextmanager
-    def at_hand(self) -> Iterator[None]:
+    def at_hand(self) -> AbstractContextManager[None]:
         """For what is called in here."""
-        before = _here.get()
-        try:
-            _here.set(self)
-            yield
-        finally:
-            _here.set(before)
+        return holding(_here, self)
 
     def get(self, make: Callable[..., Any], weight: Tensor, *how: Any) -> Any:
         """`make(weight, *how)`, at the first call."""
-        key = make, how, id(weight), 0 if weight.is_inference() else weight._version
+        key = make, how, id(weight), version(weight)
         if key not in self.made:
             self.made[key] = make(weight, *how), weight  # which has to live for as long as its id is used
         return self.made[key][0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .kept import Kept
-from .told import Ready
+from .told import Ready, version
 
 Runner = Callable[[Callable[..., Any], Any], Callable[..., Any]]
 """How a function of a model and of tensors is to be run: as `partial(function, model)`, or quicker."""
@@ -36,6 +36,9 @@ class Prepared:
             return self.whole(x, row(self.times, step), self.context)
 
 
+HELD = [attrgetter(name) for name in ("_modules", "_parameters", "_forward_pre_hooks", "_forward_hooks")]
+
+
 class Watch:
     """Tells whether anything was changed in a model that a prepared run depends on: weights, layers, hooks, kernels."""
 
@@ -51,14 +54,6 @@ class Watch:
         parts = [[part for layer in self.layers for part in map(id, held(layer).values())] for held in HELD]
         kernels = [vars(layer).get(name) for layer in self.layers for name in ("forward", "attend", "override")]
         return [*parts, kernels, [p.data_ptr() for p in self.weights], [version(p) for p in self.weights]]
-
-
-HELD = [attrgetter(name) for name in ("_modules", "_parameters", "_forward_pre_hooks", "_forward_hooks")]
-
-
-def version(tensor: Tensor) -> int:
-    """How often it was written to, where autograd sees that."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def whole(unet: Any, x: Tensor, time: Ready, context: Ready) -> Tensor:

@@ -102,8 +102,8 @@ class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
         """
         flags = Flags(*self.scores(clip_input))
         if any(flags):
-            logger.warning("the safety checker flagged %d of %d pictures; "
-                           "another seed may help", sum(flags), len(flags))
+            logger.warning("the safety checker flagged %d of %d pictures; another seed may help",
+                           sum(flags), len(flags))
             images = blackened(images, flags)
         return images, flags
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+IMVAR = __name__.partition(".")[0]
+EVERYWHERE = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks  # hooks of all layers
+
 
 class Ready(NamedTuple):
     """What one layer, or a list of them, made of a time or a context: the part of its answer that no latents change.
@@ -41,16 +44,17 @@ def untouched(model: nn.Module) -> bool:
     return not any(EVERYWHERE) and all(ours(layer) and getattr(layer, "is_softmax", True) for layer in model.modules())
 
 
-IMVAR = __name__.partition(".")[0]
-EVERYWHERE = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks  # hooks of all layers
-
-
 def own(code: Any) -> bool:
     return package(code) in ("torch", IMVAR)
 
 
 def package(code: Any) -> str:
     return (getattr(code, "__module__", None) or "").partition(".")[0]
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to, where autograd sees that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def repeated(x: Tensor, like: Tensor) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..context import holding
 
 Way = Callable[..., Tensor]
 
@@ -20,15 +22,9 @@ _found: dict[Any, int] = {}
 _trying: ContextVar[bool] = ContextVar("imvar_trying", default=False)
 
 
-@contextmanager
-def trying() -> Iterator[None]:
+def trying() -> AbstractContextManager[None]:
     """In here, in this thread, ways are tried that were not tried yet for such inputs."""
-    before = _trying.get()
-    try:
-        _trying.set(True)
-        yield
-    finally:
-        _trying.set(before)
+    return holding(_trying, True)
 
 
 def quickest(name: str, ways: Sequence[Way], *inputs: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 
 from ..checks import as_device, count
+from ..context import holding
 from ..errors import InputError, InputTypeError, shown
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
@@ -76,8 +77,7 @@ class Assembly(Storage):
     def scheduler(self, scheduler: Any) -> None:
         self._scheduler = scheduler
 
-    @contextmanager
-    def own_scheduler(self) -> Iterator[None]:
+    def own_scheduler(self) -> AbstractContextManager[None]:
         """For the time of a call, in this thread alone, a copy of the scheduler for the call to step.
 
         The copy is a shallow one. A scheduler of which a method was replaced is stepped itself, as whatever
@@ -85,12 +85,8 @@ class Assembly(Storage):
         """
         scheduler = self._scheduler
         replaced = any(callable(getattr(type(scheduler), name, None)) for name in getattr(scheduler, "__dict__", ()))
-        before, own = _stepping.get(), scheduler if replaced else copy.copy(scheduler)
-        try:
-            _stepping.set((*before, (self, own)))
-            yield
-        finally:
-            _stepping.set(before)
+        own = scheduler if replaced else copy.copy(scheduler)
+        return holding(_stepping, (*_stepping.get(), (self, own)))
 
     # Where and what the weights are
 

@@ -32,6 +32,7 @@ WOULD_BE = {"vae": "an AutoencoderKL", "image_encoder": "a CLIPVisionModelWithPr
 ORIENTATION = 0x0112  # of EXIF, where 1 is upright
 FARTHEST = 16.0  # from 0 that a normalised pixel can be thought to lie; CLIP's lie within 2.2
 LARGEST = 2**16  # pixels on a side
+CALLER = 6  # frames up from a check of `check_inputs`: who called the pipeline
 
 
 def check_inputs(image: Any, height: int, width: int, callback_steps: int, factor: int) -> None:
@@ -56,14 +57,14 @@ def check_inputs(image: Any, height: int, width: int, callback_steps: int, facto
 
 def look_at(picture: Image, name: str) -> None:
     """Warn of a picture whose EXIF says to turn it: like the reference, the pipeline takes it as it is stored."""
-    if picture.info.get("exif") or getattr(picture, "_exif", None):
+    if picture.info.get("exif"):
         try:
             turned = picture.getexif().get(ORIENTATION, 1)
         except Exception:  # of EXIF that cannot be read nobody can tell; Pillow raises many kinds
             return
         if turned in range(2, 9):
             warnings.warn(f"{name}: its EXIF says that it is to be turned, and it is taken as it is stored; "
-                          "imvar.load_image, or PIL.ImageOps.exif_transpose, turns it", stacklevel=4)
+                          "imvar.load_image, or PIL.ImageOps.exif_transpose, turns it", stacklevel=CALLER)
 
 
 def check_pixels(image: Tensor) -> None:
@@ -76,7 +77,7 @@ def check_pixels(image: Tensor) -> None:
         raise InputError("image: the tensor holds NaN or infinite values")
     if (most := float(image.abs().max())) > FARTHEST:
         warnings.warn(f"image: the tensor holds values up to {most:.4g}, where normalised pixels lie within 3 of 0; "
-                      "CLIPImageProcessor makes them of 0..255", stacklevel=4)
+                      "CLIPImageProcessor makes them of 0..255", stacklevel=CALLER)
 
 
 def check_parts(parts: Mapping[str, Any]) -> None:

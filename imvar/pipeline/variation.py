@@ -230,7 +230,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
         pixels = self.decode(latents)
         if latents.dtype == torch.float16 and not pixels.isfinite().all():
             warnings.warn("vae: float16 overflowed, so these latents are decoded again, in float32; a vae in float32 "
-                          "or bfloat16 would spare that", stacklevel=4)
+                          "or bfloat16 would spare that", stacklevel=5)
             wide = copy.copy(self)
             wide.vae, wide._compiler = copy.deepcopy(self.vae).float(), None
             pixels = wide.decode(latents.float()).to(latents.dtype)
