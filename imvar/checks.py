@@ -25,7 +25,7 @@ def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
     needed = f"a whole number from {low}" + (f" to {high}" if high < math.inf else "")
     try:
         number = operator.index(value)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):  # a tensor's, where it has no value to read
         number = None
     if number is None or isinstance(value, bool):
         raise InputTypeError(f"{name}={shown(value)}: {needed} would do", key=name)
@@ -86,7 +86,7 @@ def side(name: str, value: Any) -> None:
 
 def single(value: Any) -> Any:
     """What a tensor of one element holds, a float without fraction as an int; anything else as it came."""
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         value = value.item()
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -131,28 +131,54 @@ def as_device(name: str, value: Any) -> torch.device | None:
 
 # Tensors, and the methods that are called with them
 
-def tensor(name: str, value: Any, *form: str | int, like: Tensor | None = None) -> None:
+def tensor(name: str, value: Any, *form: str | int, like: Tensor | None = None, cast: bool = False) -> None:
     """Floats of this form, a number for an axis whose length is known and a letter for one that is not.
 
-    `like`: with a dtype of this tensor's, as its weights are, unless autocast sees to that.
+    `like`: on the device of this tensor, as its weights are, and of its dtype, unless that is `cast`, or autocast
+    sees to it.
     """
     words = f"a tensor ({', '.join(map(str, form))})"
     if not isinstance(value, Tensor):
         raise InputTypeError(f"{name}: {type(value).__name__} came; {words} would do", key=name)
+    dense(name, value)
     known = zip(value.shape, form, strict=False)
     if value.ndim != len(form) or any(isinstance(wanted, int) and n != wanted for n, wanted in known):
         raise InputError(f"{name}: shape {tuple(value.shape)} came; {words} would do", key=name)
     if not value.is_floating_point():
         raise InputTypeError(f"{name}: values of {value.dtype} came; floats would do", key=name)
-    if like is not None and value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
+    if like is None:
+        return
+    if value.device != like.device:
+        raise InputError(f"{name}: a tensor on {value.device} came to weights on {like.device}; one device for both "
+                         "would do", key=name)
+    if not cast and value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
         raise InputTypeError(f"{name}: {value.dtype} came to weights of {like.dtype}; one dtype for both would do",
                              key=name)
 
 
+def dense(name: str, value: Tensor) -> None:
+    """A tensor whose values lie in memory one beside another."""
+    kind = ("nested" if value.is_nested else "quantized" if value.is_quantized else
+            "sparse" if value.layout != torch.strided else None)
+    if kind:
+        raise InputTypeError(f"{name}: a {kind} tensor came; a dense one would do", key=name)
+
+
+def readable(name: str, value: Tensor) -> None:
+    """A dense tensor that has values, and is not a mere description of one."""
+    dense(name, value)
+    if value.is_meta:
+        raise InputError(f"{name}: a tensor on the meta device came, which has no values; one on the CPU would do",
+                         key=name)
+
+
 def alike(name: str, value: Any, other: str, like: Tensor) -> None:
-    """A tensor of the shape of another one."""
+    """A tensor of the shape of another one, beside it."""
     if not isinstance(value, Tensor):
         raise InputTypeError(f"{name}: {type(value).__name__} came; a tensor of {other}'s shape would do", key=name)
+    dense(name, value)
+    if value.device != like.device:
+        raise InputError(f"{name}: a tensor on {value.device} came; {like.device}, as {other}, would do", key=name)
     if value.shape != like.shape:
         raise InputError(f"{name}: shape {tuple(value.shape)} came; {other}'s, {tuple(like.shape)}, would do",
                          key=name)

@@ -2,9 +2,9 @@
 
     python scripts/mutants.py [-n 40] [--seed 0] [FILE ...]
 
-A check is an `if` of which all that is done is to raise. FILE: modules of imvar (default: those that check). Each
-mutant is a copy of the package in a temporary folder, and is noticed if a test fails. Prints those that are not, and
-the share that is.
+A check is an `if` at the end of which an error is raised, or a call of one of the functions of imvar/checks.py and the
+like. FILE: modules of imvar (default: all that check). Each mutant is a copy of the package in a temporary folder, and
+is noticed if a test fails. Prints those that are not, and the share that is.
 """
 
 from __future__ import annotations
@@ -21,39 +21,77 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+VALUES = ("count", "real", "finite")  # checks that give back what they are shown, second
+STATEMENTS = ("one_of", "tensor", "alike", "sizes", "levels", "side", "check_latents", "check_generator",
+              "check_finite", "look_at", "step_inputs")
+
+CALLS = ("tests/test_refusals.py tests/test_pipeline.py tests/test_flagged.py tests/test_seeds.py "
+         "tests/test_approximate.py")
+PICTURES = "tests/test_image.py tests/test_refusals.py tests/test_hostile_settings.py tests/test_pipeline.py"
+WALKS = "tests/test_schedulers.py tests/test_refusals.py tests/test_hostile_settings.py"
+MODELS = "tests/test_refusals.py tests/test_hostile_settings.py tests/test_forks.py tests/test_memory.py"
+READ = ("tests/test_hostile_files.py tests/test_hostile_settings.py tests/test_loading.py "
+        "tests/test_hostile_pickles.py tests/test_single_file.py tests/test_habits.py tests/test_published.py")
+WRITTEN = "tests/test_saving.py tests/test_writing.py tests/test_saving_places.py tests/test_habits.py"
+CONVERTED = ("tests/test_convert_command.py tests/test_convert_options.py tests/test_convert_faults.py "
+             "tests/test_convert.py tests/test_originals.py")
 CHECKING = {  # and the tests that are to notice
-    "imvar/pipeline/checks.py": "tests/test_pipeline.py tests/test_approximate.py tests/test_flagged.py "
-                                "tests/test_seeds.py tests/test_refusals.py",
-    "imvar/checks.py": "tests/test_pipeline.py tests/test_schedulers.py tests/test_hostile_settings.py "
-                       "tests/test_image.py tests/test_loading.py tests/test_seeds.py tests/test_refusals.py",
-    "imvar/noise.py": "tests/test_pipeline.py tests/test_seeds.py tests/test_schedulers.py",
-    "imvar/image/read.py": "tests/test_image.py",
-    "imvar/image/vae.py": "tests/test_image.py tests/test_pipeline.py",
-    "imvar/image/clip.py": "tests/test_image.py tests/test_hostile_settings.py",
-    "imvar/photos.py": "tests/test_image.py tests/test_cli.py",
-    "imvar/config.py": "tests/test_hostile_settings.py tests/test_schedulers.py tests/test_loading.py",
-    "imvar/schedulers/common.py": "tests/test_schedulers.py tests/test_hostile_settings.py",
-    "imvar/schedulers/tables.py": "tests/test_schedulers.py",
-}
+    "imvar/pipeline/checks.py": CALLS, "imvar/pipeline/variation.py": CALLS, "imvar/pipeline/flagged.py": CALLS,
+    "imvar/pipeline/assembly.py": CALLS + " tests/test_memory.py tests/test_compiled.py",
+    "imvar/noise.py": CALLS + " tests/test_schedulers.py",
+    "imvar/memory.py": CALLS + " tests/test_memory.py",
+    "imvar/checks.py": f"{CALLS} {WALKS} tests/test_image.py tests/test_loading.py {WRITTEN}",
+    "imvar/photos.py": PICTURES + " tests/test_cli.py", "imvar/image/read.py": PICTURES,
+    "imvar/image/vae.py": PICTURES, "imvar/image/clip.py": PICTURES, "imvar/image/resize.py": PICTURES,
+    "imvar/config.py": WALKS + " tests/test_loading.py",
+    "imvar/schedulers/common.py": WALKS, "imvar/schedulers/tables.py": WALKS, "imvar/schedulers/ddim.py": WALKS,
+    "imvar/schedulers/lms.py": WALKS, "imvar/schedulers/pndm.py": WALKS,
+    "imvar/models/inputs.py": MODELS, "imvar/models/attention.py": MODELS, "imvar/models/clip.py": MODELS,
+    "imvar/models/freeu.py": MODELS, "imvar/models/layers.py": MODELS, "imvar/models/unet.py": MODELS,
+    "imvar/models/vae.py": MODELS, "imvar/models/safety.py": MODELS + " tests/test_flagged.py",
+    "imvar/models/fp8.py": "tests/test_approximate.py",
+    "imvar/models/compiled.py": "tests/test_refusals.py tests/test_compiled.py",
+    "imvar/cli.py": "tests/test_cli.py tests/test_convert_command.py tests/test_bundled.py",
+    "imvar/pipeline/storage.py": f"{READ} {WRITTEN}",
+} | {f"imvar/weights/{name}.py": tests for names, tests in {
+    "files folders index keymap loading pickles pretrained reading settings single stems survey": READ,
+    "writing": WRITTEN, "bundled": "tests/test_bundled.py tests/test_loading.py", "conversion targets": CONVERTED,
+}.items() for name in names.split()}
 
 
-def checks(source: str) -> list[int]:
-    """The lines of the `if`s that do nothing but raise."""
-    tree = ast.parse(source)
-    return [node.lineno for node in ast.walk(tree)
-            if isinstance(node, ast.If) and not node.orelse and isinstance(node.body[-1], ast.Raise)]
+def checks(source: str) -> list[tuple[int, int]]:
+    """Where the checks are, by line and column."""
+    return sorted((node.lineno, node.col_offset) for node in ast.walk(ast.parse(source)) if is_check(node))
 
 
-def without(source: str, line: int) -> str:
-    """The source with the condition of the `if` in that line put to False, whatever it computes on the way."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and node.lineno == line:
+def is_check(node: ast.AST) -> bool:
+    if isinstance(node, ast.If):
+        return not node.orelse and isinstance(node.body[-1], ast.Raise)
+    name = getattr(node.func, "id", "") if isinstance(node, ast.Call) and len(node.args) > 1 else ""
+    return name in VALUES or name in STATEMENTS
+
+
+class Without(ast.NodeTransformer):
+    """Takes one check out: a condition is False, whatever it computes on the way; a value is what came."""
+
+    def __init__(self, where: tuple[int, int]) -> None:
+        self.where = where
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        self.generic_visit(node)
+        if not is_check(node) or (node.lineno, node.col_offset) != self.where:
+            return node
+        if isinstance(node, ast.If):
             node.test = ast.BoolOp(ast.And(), [node.test, ast.Constant(False)])
-    return ast.unparse(ast.fix_missing_locations(tree))
+            return node
+        return node.args[1] if node.func.id in VALUES else ast.Constant(None)
 
 
-def noticed(file: str, line: int, tests: str) -> bool:
+def without(source: str, where: tuple[int, int]) -> str:
+    return ast.unparse(ast.fix_missing_locations(Without(where).visit(ast.parse(source))))
+
+
+def noticed(file: str, where: tuple[int, int], tests: str) -> bool:
     """Whether a test fails without this check."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -62,7 +100,7 @@ def noticed(file: str, line: int, tests: str) -> bool:
         shutil.copytree(ROOT / "imvar" / "checkpoints", copy / "imvar" / "checkpoints")
         for name in ("pyproject.toml", "README.md", "weights_convert.py"):
             shutil.copy(ROOT / name, copy / name)
-        (copy / file).write_text(without((ROOT / file).read_text(), line))
+        (copy / file).write_text(without((ROOT / file).read_text(), where))
         there = [test for test in tests.split() if (copy / test).exists()]
         run = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *there], cwd=copy, capture_output=True,
                              env=os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}, text=True, check=False)
@@ -78,15 +116,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    found = [(file, line, CHECKING[file]) for file in args.files or CHECKING
-             for line in checks((ROOT / file).read_text())]
+    found = [(file, where, CHECKING[file]) for file in args.files or CHECKING
+             for where in checks((ROOT / file).read_text())]
     if args.n:
         found = random.Random(args.seed).sample(found, min(args.n, len(found)))
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda mutant: noticed(*mutant), found))
-    for (file, line, _), seen in zip(found, results, strict=True):
-        if not seen:
-            print(f"{file}:{line}: nobody noticed: {(ROOT / file).read_text().splitlines()[line - 1].strip()}")
+        results = []
+        seens = pool.map(lambda mutant: noticed(*mutant), found)
+        for (file, (line, column), _), seen in zip(found, seens, strict=True):
+            results.append(seen)
+            if not seen:
+                code = (ROOT / file).read_text().splitlines()[line - 1]
+                print(f"{file}:{line}:{column}: nobody noticed: {code.strip()}", flush=True)
     print(f"{sum(results)} of {len(results)} checks are missed when they are gone")
     return 0 if all(results) else 1
 

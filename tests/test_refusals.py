@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from imvar.noise import randn
 NAN, INF = float("nan"), float("inf")
 PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
 x, context = torch.zeros(1, 4, 16, 16), torch.zeros(1, 1, 24)
+PHOTO_OF_ONE_COLOUR = Image.new("RGB", (64, 48), "red")
 picture, small = torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 32)
 
 
@@ -54,7 +56,25 @@ MODELS = {
     "pixel_values: values of torch.uint8": lambda p: p.image_encoder(small.byte()),
     "clip_input: NoneType": lambda p: p.safety_checker(None, None),
     "images: 2 came for 1 of clip_input": lambda p: p.safety_checker(small, torch.zeros(2, 3, 8, 8)),
-    "images: NoneType came for 1": lambda p: p.safety_checker(small, None),
+    "images: NoneType came": lambda p: p.safety_checker(small, None),
+    "images: int came": lambda p: p.safety_checker(small, [1]),
+}
+META = {
+    "sample: a tensor on meta came to weights on cpu": lambda p: p.unet(x.to("meta"), 1, context),
+    "encoder_hidden_states: a tensor on meta": lambda p: p.unet(x, 1, context.to("meta")),
+    "timestep: a tensor on the meta device": lambda p: p.unet(x, torch.tensor(1, device="meta"), context),
+    "x: a tensor on meta": lambda p: p.vae.encode(picture.to("meta")),
+    "z: a tensor on meta": lambda p: p.vae.decode(x.to("meta")),
+    "pixel_values: a tensor on meta": lambda p: p.image_encoder(small.to("meta")),
+    "clip_input: a tensor on meta": lambda p: p.safety_checker(small.to("meta"), picture),
+    "latents: a tensor on the meta device": lambda p: p(Image.open(PHOTO), latents=x.to("meta")),
+    "image: a tensor on the meta device": lambda p: p(small.to("meta")),
+    "image: a tensor on the meta device came": lambda p: p.image_processor.postprocess(picture.to("meta")),
+    "image: a tensor on the meta device came, which": lambda p: p.image_processor.preprocess(picture.to("meta")),
+    "the parts are on the meta device": lambda p: copy.deepcopy(p).to("meta")(Image.open(PHOTO)),
+    "latents: a sparse tensor": lambda p: p(Image.open(PHOTO), latents=x.to_sparse()),
+    "latents: a nested tensor": lambda p: p(Image.open(PHOTO), latents=torch.nested.nested_tensor([x[0]])),
+    "sample: a sparse tensor": lambda p: p.unet(x.to_sparse(), 1, context),
 }
 SETTINGS = {
     "slice_size='foo'": lambda p: p.enable_attention_slicing("foo"),
@@ -125,6 +145,10 @@ SCHEDULERS = {
         "noise: shape (1, 4, 16, 8)": lambda kind: walk(kind).add_noise(x, narrow, torch.tensor([750])),
         "noise: shape (1, 4, 16, 16) came": lambda kind: walk(kind).add_noise(two, x, torch.tensor([750])),
         "timesteps: shape (2,) came for 1 samples": lambda kind: walk(kind).add_noise(x, x, torch.tensor([750, 1])),
+        "model_output: a tensor on meta came; cpu, as sample": lambda kind: step(kind, output=x.to("meta")),
+        "timestep=tensor(..., device='meta'": lambda kind: step(kind, t=torch.tensor(750, device="meta")),
+        "noise: a tensor on meta": lambda kind: walk(kind).add_noise(x, x.to("meta"), torch.tensor([750])),
+        "timesteps: a tensor on the meta": lambda kind: walk(kind).add_noise(x, x, torch.tensor([750], device="meta")),
         "device='foo'": lambda kind: walk(kind).set_timesteps(3, device="foo"),
         "num_inference_steps=[3]": lambda kind: walk(kind).set_timesteps([3]),
     }.items()} | {
@@ -158,7 +182,7 @@ PICTURES = {
     "image=[": lambda p: imvar.load_image([PHOTO]),
     "no such file": lambda p: imvar.load_image(PHOTO.with_name("nothing.jpg")),
 }
-CASES = MODELS | SETTINGS | PARTS | SCHEDULERS | PICTURES
+CASES = MODELS | META | SETTINGS | PARTS | SCHEDULERS | PICTURES
 
 
 @pytest.mark.parametrize("words", CASES)
@@ -200,3 +224,56 @@ def test_wrong_types_are_type_errors(pipe):
     for wrong in (None, "3", [1]):
         with pytest.raises(InputTypeError):
             pipe.unet(x, wrong, context)
+
+
+CALLS = {
+    "image: an empty list": {"image": []},
+    "image[1]: NoneType": {"image": [PHOTO_OF_ONE_COLOUR, None]},
+    "height=100: a multiple of 8": {"height": 100},
+    "width=-64": {"width": -64},
+    "num_inference_steps=0": {"num_inference_steps": 0},
+    "num_images_per_prompt=0": {"num_images_per_prompt": 0},
+    "guidance_scale=nan": {"guidance_scale": NAN},
+    "guidance_scale=inf": {"guidance_scale": INF},
+    "eta=nan": {"eta": NAN},
+    "eta=2": {"eta": 2},
+    "generator=42": {"generator": 42},
+    "generator: 2 came for a batch of 1": {"generator": [torch.Generator(), torch.Generator()]},
+    "latents: shape (1, 4, 8, 8) came": {"latents": x[..., :8, :8]},
+    "latents: list came": {"latents": [1]},
+    "latents: finite floats": {"latents": x * NAN},
+    "output_type='jpeg'": {"output_type": "jpeg"},
+    "on_flagged='white'": {"on_flagged": "white"},
+    "return_dict=0": {"return_dict": 0},
+    "callback=3": {"callback": 3},
+    "callback_steps=0": {"callback_steps": 0},
+    "guidance_interval=(0.9, 0.1)": {"guidance_interval": (0.9, 0.1)},
+    "guidance_interval=0.5": {"guidance_interval": 0.5},
+    "guidance_interval=nan": {"guidance_interval": (0.0, NAN)},
+    "cache_interval=0": {"cache_interval": 0},
+    "seed=-1": {"seed": -1},
+    "seed and generator both came": {"seed": 1, "generator": torch.Generator()},
+}
+
+
+@pytest.mark.parametrize("words", CALLS)
+def test_a_call_is_refused_before_any_work(pipe, words):
+    def work(*args, **kwargs):
+        raise AssertionError("began")
+
+    idle = type(pipe)(**(pipe.components | {"feature_extractor": work, "scheduler": DDIMScheduler()}))
+    with pytest.raises(InputError) as caught:
+        idle(**({"image": PHOTO_OF_ONE_COLOUR} | CALLS[words]))
+    assert words in str(caught.value)
+
+
+def test_latents_of_a_subclass_that_calls_the_steps(pipe):
+    with pytest.raises(InputError, match=r"latents: shape \(1, 4, 8, 8\) came"):
+        pipe.prepare_latents(1, 4, 128, 128, torch.float32, torch.device("cpu"), None, x[..., :8, :8])
+
+
+def test_pictures_need_a_feature_extractor(pipe):
+    parts = pipe.components | {"feature_extractor": None, "safety_checker": None}
+    bare = type(pipe)(**parts, requires_safety_checker=False)
+    with pytest.raises(InputError, match="feature_extractor=None: pictures need one"):
+        bare(PHOTO_OF_ONE_COLOUR)

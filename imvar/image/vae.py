@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks import readable
 from ..config import Config, Configured, one_of, only
 from ..errors import InputError, InputTypeError
 from .read import WOULD_DO
@@ -121,6 +122,7 @@ class VaeImageProcessor(Configured):
             raise InputError(f"output_type={output_type!r} is not supported; it can be 'pil', 'np', 'pt' or 'latent'")
         if not isinstance(image, Tensor):
             raise InputTypeError(f"image: {type(image).__name__} came; a tensor (b, c, h, w) would do")
+        readable("image", image)
         if output_type == "latent":
             return image
         if image.ndim != 4:
@@ -220,6 +222,8 @@ def _as_batch(image: np.ndarray | Tensor) -> Tensor:
     """An array (h w c), (b h w c), or a tensor (c h w), (b c h w), to a tensor b c h w."""
     if image.ndim not in (3, 4):
         raise InputError(f"image: shape {tuple(image.shape)} came; one picture has 3 axes, a batch 4")
+    if isinstance(image, Tensor):
+        readable("image", image)
     image = image[None] if image.ndim == 3 else image
     return VaeImageProcessor.numpy_to_pt(image) if isinstance(image, np.ndarray) else image
 

@@ -5,30 +5,36 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from numpy import ndarray
 from torch import Tensor
+from torch.nn import Conv2d
 
-from ..checks import single, tensor
+from ..checks import readable, single, tensor
 from ..errors import InputError, InputTypeError, shown
-from .told import Ready
+from .told import Ready, ours
 
 
 def unet(model: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *_: Any, **__: Any) -> None:
     """Latents, a time, and a context, of sizes that go together."""
-    context, weight = encoder_hidden_states, weight_of(model.conv_in)
-    tensor("sample", sample, "b", getattr(model.conv_in, "in_channels", "c"), "h", "w", like=weight)
+    context, (channels, weight) = encoder_hidden_states, asked(model.conv_in)
+    tensor("sample", sample, "b", channels, "h", "w", like=weight)
     if not isinstance(context, Ready):
         tensor("encoder_hidden_states", context, "b", "m", context_width(model), like=weight)
         if not len(sample) or len(context) % len(sample):
             raise InputError(f"encoder_hidden_states: {len(context)} came for {len(sample)} samples; one, or as many "
                              "again, for each would do", key="encoder_hidden_states")
     if not isinstance(timestep, Ready):
+        if isinstance(timestep, Tensor) and not sample.is_meta:
+            readable("timestep", timestep)
         time(timestep, len(sample))
 
 
-def weight_of(layer: Any) -> Tensor | None:
-    """The weight of a layer, which a fork may have put another in the place of."""
+def asked(layer: Any) -> tuple[int | str, Tensor | None]:
+    """How many channels a layer takes, and its weight; not known where a fork has another layer, or its own hooks."""
     weight = getattr(layer, "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
+    if not isinstance(layer, Conv2d) or not ours(layer) or not weight.is_floating_point():
+        return "c", None
+    return layer.in_channels, weight
 
 
 def context_width(model: Any) -> int | str:
@@ -58,8 +64,8 @@ def time(timestep: Any, samples: int) -> None:
 
 def pictures(model: Any, x: Any, *_: Any, **__: Any) -> None:
     """What the autoencoder encodes."""
-    first = model.encoder.conv_in
-    tensor("x", x, "b", getattr(first, "in_channels", "c"), "h", "w", like=weight_of(first))
+    channels, weight = asked(model.encoder.conv_in)
+    tensor("x", x, "b", channels, "h", "w", like=weight)
     least = 2 ** (len(model.config.block_out_channels) - 1)
     if min(x.shape[2:]) < least:
         raise InputError(f"x: pictures of {tuple(x.shape[2:])} came; from {least} pixels a side would do", key="x")
@@ -67,18 +73,23 @@ def pictures(model: Any, x: Any, *_: Any, **__: Any) -> None:
 
 def latents(model: Any, z: Any, *_: Any, **__: Any) -> None:
     """What the autoencoder decodes."""
-    first = model.post_quant_conv
-    tensor("z", z, "b", getattr(first, "in_channels", "c"), "h", "w", like=weight_of(first))
+    channels, weight = asked(model.post_quant_conv)
+    tensor("z", z, "b", channels, "h", "w", like=weight)
 
 
 def clip(model: Any, pixel_values: Any, *_: Any, **__: Any) -> None:
     """What the image encoder looks at; of any dtype of floats, as in the reference."""
-    tensor("pixel_values", pixel_values, "b", model.config.num_channels, "h", "w")
+    channels, weight = asked(model.tower.patch)
+    tensor("pixel_values", pixel_values, "b", channels, "h", "w", like=weight, cast=True)
 
 
 def checker(model: Any, clip_input: Any, images: Any, *_: Any, **__: Any) -> None:
     """What the safety checker looks at, and as many pictures."""
-    tensor("clip_input", clip_input, "b", model.config.vision_config.num_channels, "h", "w")
-    if not hasattr(images, "__len__") or len(images) != len(clip_input):
-        came = len(images) if hasattr(images, "__len__") else type(images).__name__
-        raise InputError(f"images: {came} came for {len(clip_input)} of clip_input; one each would do", key="images")
+    channels, weight = asked(model.tower.patch)
+    tensor("clip_input", clip_input, "b", channels, "h", "w", like=weight, cast=True)
+    for one in images if isinstance(images, (list, tuple)) else [images]:
+        if not isinstance(one, (Tensor, ndarray)):
+            raise InputTypeError(f"images: {type(one).__name__} came; tensors or arrays would do", key="images")
+    if len(images) != len(clip_input):
+        raise InputError(f"images: {len(images)} came for {len(clip_input)} of clip_input; one each would do",
+                         key="images")

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import Module
 
-from ..checks import count, finite, real
+from ..checks import count, finite, readable, real
 from ..errors import ImvarError, InputError, InputTypeError, shown
 from ..noise import check_generator, seeds_of
 
@@ -69,6 +69,7 @@ def look_at(picture: Image, name: str) -> None:
 
 def check_pixels(image: Tensor) -> None:
     """A tensor goes to the image encoder as it is, so it has to look like what CLIPImageProcessor makes."""
+    readable("image", image)
     if image.ndim != 4 or image.shape[1] != 3 or not len(image):
         raise InputError(f"image: a tensor of shape {tuple(image.shape)} came; (b, 3, h, w) or (3, h, w) would do")
     if not image.is_floating_point():
@@ -102,6 +103,8 @@ def check_devices(parts: Mapping[str, Any]) -> None:
     if len(set(found.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in found.items())
         raise InputError(f"the parts are on different devices ({where}); pipe.to(device) brings them together")
+    if any(device.type == "meta" for device in found.values()):
+        raise InputError("the parts are on the meta device, so they have no weights; from_pretrained loads them")
 
 
 def check_call(guidance_scale: float, eta: float, generator: Any, seed: Any, latents: Any, output_type: str,
@@ -163,6 +166,7 @@ def check_finite(what: str, x: Tensor, model: Any, *causes: str) -> None:
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(latents, Tensor):
         raise InputTypeError(f"latents: {type(latents).__name__} came; a tensor of shape {shape} would do")
+    readable("latents", latents)
     if tuple(latents.shape) != shape:
         raise InputError(f"latents: shape {tuple(latents.shape)} came; {shape} would do")
     if not latents.is_floating_point() or not latents.isfinite().all():

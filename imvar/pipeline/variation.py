@@ -127,9 +127,9 @@ class StableDiffusionImageVariationPipeline(Assembly):
             device, guided = self._execution_device, guidance_scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
             scheduler.set_timesteps(num_inference_steps, device=device)
+            options = self.prepare_extra_step_kwargs(generator, eta)
             context = self._encode_image(image, device, each, guided)
             x = self.prepare_latents(*shape[:2], height, width, context.dtype, device, generator, latents)
-            options = self.prepare_extra_step_kwargs(generator, eta)
 
             times = scheduler.timesteps  # of the walk; where they are numbers on the CPU no step waits for the device
             numbers = times.cpu() if isinstance(times, Tensor) else times
