@@ -56,6 +56,7 @@ MODELS = {
     "pixel_values: values of torch.uint8": lambda p: p.image_encoder(small.byte()),
     "clip_input: NoneType": lambda p: p.safety_checker(None, None),
     "images: 2 came for 1 of clip_input": lambda p: p.safety_checker(small, torch.zeros(2, 3, 8, 8)),
+    "clip_input: pictures of (32, 31)": lambda p: p.safety_checker(small[..., :31], picture),
     "images: NoneType came": lambda p: p.safety_checker(small, None),
     "images: int came": lambda p: p.safety_checker(small, [1]),
 }

@@ -108,9 +108,6 @@ class VisionTower(Checkpointing, nn.Module):
 
     def forward(self, pixels: Tensor, states: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """pixels: b 3 s s. Answers the pooled b c and the last b n c; `states` collects all of the latter."""
-        if pixels.shape[2:] != (self.image_size, self.image_size):
-            raise InputError(f"pixel_values: pictures of {tuple(pixels.shape[2:])} came; this encoder looks at "
-                             f"{(self.image_size, self.image_size)}, to which CLIPImageProcessor brings them")
         patches = rearrange(self.patch(pixels.to(self.patch.weight.dtype)), "b c h w -> b (h w) c")
         x = torch.cat([self.class_token.expand(len(patches), 1, -1), patches], dim=1)
         x = self.norm_in(x + self.positions)

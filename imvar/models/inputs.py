@@ -78,15 +78,23 @@ def latents(model: Any, z: Any, *_: Any, **__: Any) -> None:
 
 
 def clip(model: Any, pixel_values: Any, *_: Any, **__: Any) -> None:
-    """What the image encoder looks at; of any dtype of floats, as in the reference."""
-    channels, weight = asked(model.tower.patch)
-    tensor("pixel_values", pixel_values, "b", channels, "h", "w", like=weight, cast=True)
+    """What the image encoder looks at."""
+    seen("pixel_values", pixel_values, model.tower)
+
+
+def seen(name: str, pixels: Any, tower: Any) -> None:
+    """Pictures of the one size that a tower looks at; of any dtype of floats, as in the reference."""
+    channels, weight = asked(tower.patch)
+    tensor(name, pixels, "b", channels, "h", "w", like=weight, cast=True)
+    size = tower.image_size, tower.image_size
+    if pixels.shape[2:] != size:
+        raise InputError(f"{name}: pictures of {tuple(pixels.shape[2:])} came; this encoder looks at {size}, to which "
+                         "CLIPImageProcessor brings them", key=name)
 
 
 def checker(model: Any, clip_input: Any, images: Any, *_: Any, **__: Any) -> None:
     """What the safety checker looks at, and as many pictures."""
-    channels, weight = asked(model.tower.patch)
-    tensor("clip_input", clip_input, "b", channels, "h", "w", like=weight, cast=True)
+    seen("clip_input", clip_input, model.tower)
     for one in images if isinstance(images, (list, tuple)) else [images]:
         if not isinstance(one, (Tensor, ndarray)):
             raise InputTypeError(f"images: {type(one).__name__} came; tensors or arrays would do", key="images")
