@@ -351,6 +351,16 @@ def test_out_of_memory_names_what_would_need_less(pipe, photo, size):
     assert caught.value.__cause__ is not None
 
 
+@pytest.mark.parametrize("error", [RuntimeError("mine"), imvar.OutOfMemoryError("mine")])
+def test_what_a_callback_raises_comes_as_it_is(pipe, photo, error):
+    def fail(*_):
+        raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        run(pipe, photo, callback=fail)
+    assert caught.value is error
+
+
 def test_a_picture_that_is_to_be_turned(pipe, photo, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
