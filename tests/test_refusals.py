@@ -168,6 +168,11 @@ PICTURES = {
     "image: NaN or": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN), "np"),
     "images: values nan": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN)),
     "images: str came; an array": lambda p: p.numpy_to_pil("x"),
+    "images: sizes [(8, 8), (64, 48)] (w, h) came": lambda p: p.image_processor.pil_to_numpy(
+        [PHOTO_OF_ONE_COLOUR, Image.new("RGB", (8, 8))]),
+    "images: shape (2, 2) came": lambda p: p.numpy_to_pil(np.zeros((2, 2))),
+    "images: shape (1, 2, 2, 4) came": lambda p: p.numpy_to_pil(np.zeros((1, 2, 2, 4))),
+    "images: shape (0, 2, 2, 3) came": lambda p: p.numpy_to_pil(np.zeros((0, 2, 2, 3))),
     "images: str came; a PIL picture": lambda p: p.image_processor.pil_to_numpy("x"),
     "generator=42: torch": lambda p: randn((1, 4), 42),
     "image=None: a path": lambda p: imvar.load_image(None),
