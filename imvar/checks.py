@@ -18,6 +18,7 @@ from .errors import InputError, InputTypeError, shown
 WIDEST = 2**20  # channels and other widths: more than any model has, and no product of three overflows
 MOST_LEVELS = 16  # each halves the picture
 LARGEST_SIDE = 2**15  # pixels
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64  # which can be computed with
 
 
 def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
@@ -27,7 +28,7 @@ def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
         number = operator.index(value)
     except (TypeError, ValueError, RuntimeError):  # a tensor's, where it has no value to read
         number = None
-    if number is None or isinstance(value, bool):
+    if number is None or truth(value):
         raise InputTypeError(f"{name}={shown(value)}: {needed} would do", key=name)
     if not low <= number <= high:
         raise InputError(f"{name}={shown(value)}: {needed} would do", key=name)
@@ -36,24 +37,33 @@ def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
 
 def real(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> float:
     """A number between bounds, as a float; NaN is between none."""
-    needed = f"a number from {low:g} to {high:g}"
-    try:
-        number = None if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        number = None
-    if number is None:
-        raise InputTypeError(f"{name}={shown(value)}: {needed} would do", key=name)
-    if not low <= number <= high:
-        raise InputError(f"{name}={shown(value)}: {needed} would do", key=name)
+    number = as_float(value)
+    if number is None or not low <= number <= high:
+        kind = InputTypeError if number is None else InputError
+        raise kind(f"{name}={shown(value)}: a number from {low:g} to {high:g} would do", key=name)
     return number
 
 
 def finite(name: str, value: Any) -> float:
     """A number that is neither NaN nor infinite, as a float."""
-    number = real(name, value, low=-math.inf, high=math.inf)
-    if math.isinf(number):
-        raise InputError(f"{name}={shown(value)}: a finite number would do", key=name)
+    number = as_float(value)
+    if number is None or not math.isfinite(number):
+        kind = InputTypeError if number is None else InputError
+        raise kind(f"{name}={shown(value)}: a finite number would do", key=name)
     return number
+
+
+def as_float(value: Any) -> float | None:
+    """A number of any kind as a float; None for what is none."""
+    try:
+        return None if truth(value) or isinstance(value, (str, bytes, bytearray)) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def truth(value: Any) -> bool:
+    """Whether this is True or False, which Python counts among the numbers, or a tensor of them."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def sizes(config: Any, *names: str, high: int = WIDEST) -> None:
@@ -110,8 +120,8 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | Literal["auto"]:
     if isinstance(dtype, str) and dtype == "auto":
         return "auto"
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputTypeError(f"dtype={dtype!r}: a floating dtype such as torch.float16, its name, or 'auto' would do")
+    if found not in FLOATS:
+        raise InputTypeError(f"dtype={shown(dtype)}: one of floats such as torch.float16, its name, or 'auto' would do")
     return found
 
 
@@ -140,12 +150,10 @@ def tensor(name: str, value: Any, *form: str | int, like: Tensor | None = None, 
     words = f"a tensor ({', '.join(map(str, form))})"
     if not isinstance(value, Tensor):
         raise InputTypeError(f"{name}: {type(value).__name__} came; {words} would do", key=name)
-    dense(name, value)
+    floats(name, value)
     known = zip(value.shape, form, strict=False)
     if value.ndim != len(form) or any(isinstance(wanted, int) and n != wanted for n, wanted in known):
         raise InputError(f"{name}: shape {tuple(value.shape)} came; {words} would do", key=name)
-    if not value.is_floating_point():
-        raise InputTypeError(f"{name}: values of {value.dtype} came; floats would do", key=name)
     if like is None:
         return
     if value.device != like.device:
@@ -159,9 +167,16 @@ def tensor(name: str, value: Any, *form: str | int, like: Tensor | None = None, 
 def dense(name: str, value: Tensor) -> None:
     """A tensor whose values lie in memory one beside another."""
     kind = ("nested" if value.is_nested else "quantized" if value.is_quantized else
-            "sparse" if value.layout != torch.strided else None)
+            str(value.layout) if value.layout != torch.strided else None)
     if kind:
         raise InputTypeError(f"{name}: a {kind} tensor came; a dense one would do", key=name)
+
+
+def floats(name: str, value: Tensor) -> None:
+    """A dense tensor of floats that can be computed with."""
+    dense(name, value)
+    if value.dtype not in FLOATS:
+        raise InputTypeError(f"{name}: values of {value.dtype} came; floats of 16 bits or more would do", key=name)
 
 
 def readable(name: str, value: Tensor) -> None:
@@ -173,10 +188,10 @@ def readable(name: str, value: Tensor) -> None:
 
 
 def alike(name: str, value: Any, other: str, like: Tensor) -> None:
-    """A tensor of the shape of another one, beside it."""
+    """Floats in the shape of another tensor, beside it."""
     if not isinstance(value, Tensor):
         raise InputTypeError(f"{name}: {type(value).__name__} came; a tensor of {other}'s shape would do", key=name)
-    dense(name, value)
+    floats(name, value)
     if value.device != like.device:
         raise InputError(f"{name}: a tensor on {value.device} came; {like.device}, as {other}, would do", key=name)
     if value.shape != like.shape:

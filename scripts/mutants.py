@@ -27,7 +27,7 @@ VALUES = ("count", "real", "finite")  # checks that give back what they are show
 STATEMENTS = ("one_of", "tensor", "alike", "sizes", "levels", "side", "check_latents", "check_generator",
               "check_finite", "look_at", "step_inputs")
 
-CALLS = ("tests/test_refusals.py tests/test_pipeline.py tests/test_flagged.py tests/test_seeds.py "
+CALLS = ("tests/test_calls.py tests/test_refusals.py tests/test_pipeline.py tests/test_flagged.py tests/test_seeds.py "
          "tests/test_approximate.py")
 PICTURES = "tests/test_image.py tests/test_refusals.py tests/test_hostile_settings.py tests/test_pipeline.py"
 WALKS = "tests/test_schedulers.py tests/test_refusals.py tests/test_hostile_settings.py"

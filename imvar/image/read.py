@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..checks import readable
 from ..errors import InputError, InputTypeError
 
 CHANNELS = (1, 3, 4)
@@ -72,8 +73,8 @@ def to_8_bit(image: Image.Image, name: str) -> Image.Image:
 def to_pixels(image: np.ndarray | torch.Tensor, name: str, layout: str | None) -> np.ndarray:
     """An array or tensor as (h w c), uint8 if it holds whole numbers, else float32; c is 1, 3 or 4."""
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
+        readable(name, image)
+        image = (image.float() if image.is_floating_point() else image).detach().resolve_conj().cpu().numpy()
     if image.ndim != 3 or not image.size:
         raise InputError(f"{name}: shape {image.shape} came; (h, w, 3) or (3, h, w) would do")
     x = np.moveaxis(image, 0, -1) if channels_first(image.shape, name, layout) else image

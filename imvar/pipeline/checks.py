@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -12,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import Module
 
-from ..checks import count, finite, readable, real
+from ..checks import FLOATS, count, finite, readable, real
 from ..errors import ImvarError, InputError, InputTypeError, shown
 from ..noise import check_generator, seeds_of
 
@@ -47,6 +48,8 @@ def check_inputs(image: Any, height: int, width: int, callback_steps: int, facto
                                  "(b, 3, h, w) of preprocessed pixels would do")
         if isinstance(one, Image):
             look_at(one, "image" if one is image else f"image[{i}]")
+        elif one is not image and getattr(one, "ndim", 3) > 3:
+            raise InputError(f"image[{i}]: a batch of shape {tuple(one.shape)} came; each in the list is one picture")
     if isinstance(image, Tensor):
         check_pixels(image)
     for name, size in ("height", height), ("width", width):
@@ -70,9 +73,9 @@ def look_at(picture: Image, name: str) -> None:
 def check_pixels(image: Tensor) -> None:
     """A tensor goes to the image encoder as it is, so it has to look like what CLIPImageProcessor makes."""
     readable("image", image)
-    if image.ndim != 4 or image.shape[1] != 3 or not len(image):
+    if image.ndim != 4 or image.shape[1] != 3 or not image.numel():
         raise InputError(f"image: a tensor of shape {tuple(image.shape)} came; (b, 3, h, w) or (3, h, w) would do")
-    if not image.is_floating_point():
+    if image.dtype not in FLOATS:
         raise InputTypeError(f"image: a tensor of {image.dtype} came; floats as CLIPImageProcessor makes them would do")
     if not image.isfinite().all():
         raise InputError("image: the tensor holds NaN or infinite values")
@@ -107,12 +110,10 @@ def check_devices(parts: Mapping[str, Any]) -> None:
         raise InputError("the parts are on the meta device, so they have no weights; from_pretrained loads them")
 
 
-def check_call(guidance_scale: float, eta: float, generator: Any, seed: Any, latents: Any, output_type: str,
-               return_dict: Any, callback: Callable[..., Any] | None, on_flagged: Any,
+def check_call(generator: Any, seed: Any, latents: Any, output_type: str, return_dict: Any,
+               callback: Callable[..., Any] | None, on_flagged: Any,
                shape: tuple[int, int, int, int]) -> list[int] | None:
-    """The arguments that `check_inputs` does not see; the seed of each picture. Steps are the scheduler's to judge."""
-    finite("guidance_scale", guidance_scale)
-    finite("eta", eta)
+    """The arguments that are no numbers and that `check_inputs` does not see; the seed of each picture."""
     check_generator(generator, shape[0])
     if latents is not None:
         check_latents(latents, shape)
@@ -120,13 +121,39 @@ def check_call(guidance_scale: float, eta: float, generator: Any, seed: Any, lat
     one_of("on_flagged", on_flagged, ON_FLAGGED)
     if not isinstance(return_dict, bool):
         raise InputTypeError(f"return_dict={shown(return_dict)}: True or False would do")
-    if callback is not None and not callable(callback):
-        raise InputTypeError(f"callback={shown(callback)}: a function of (step, timestep, latents) would do")
+    if callback is not None:
+        check_callback(callback)
     if seed is None:
         return None
     if generator is not None:
         raise InputError("seed and generator both came; one of them would do")
     return seeds_of(seed, shape[0])
+
+
+def check_numbers(num_inference_steps: Any, guidance_scale: Any, eta: Any) -> tuple[int, float, float]:
+    """The numbers as Python's own; how many steps there can be, and how much noise, is the scheduler's to judge."""
+    return (count("num_inference_steps", num_inference_steps), finite("guidance_scale", guidance_scale),
+            finite("eta", eta))
+
+
+def check_callback(callback: Any) -> None:
+    """A function that can be called with a step, a timestep and latents, and is done when it returns."""
+    try:
+        fits = callable(callback) and not inspect.iscoroutinefunction(callback)
+        if fits:
+            inspect.signature(callback).bind(0, 0, None)
+    except TypeError:
+        fits = False
+    except ValueError:  # of some that are written in C nobody can tell
+        return
+    if not fits:
+        raise InputTypeError(f"callback={shown(callback)}: a function of (step, timestep, latents) would do")
+
+
+def check_seeds(seeds: list[int] | None, latents: Any, options: Mapping[str, Any]) -> None:
+    """A seed has to be of use: where latents come, only a step that draws noise uses it."""
+    if seeds and latents is not None and not ("generator" in options and options.get("eta", 1)):
+        raise InputError("seed: latents came as well, and no step draws noise; one of them would do")
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -135,9 +162,11 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
         raise kind(f"{name}={shown(value)}: {', '.join(map(repr, choices))} would do")
 
 
-def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: bool) -> tuple[float, float]:
-    """What trades a little of the pictures for speed; the interval as numbers."""
-    if count("cache_interval", cache_interval) > 1 and not preparable:
+def check_approximate(guidance_interval: Any, cache_interval: Any,
+                      preparable: bool) -> tuple[tuple[float, float], int]:
+    """What trades a little of the pictures for speed, as Python's own numbers."""
+    cache_interval = count("cache_interval", cache_interval)
+    if cache_interval > 1 and not preparable:
         raise InputError(f"cache_interval={cache_interval}: needs a UNet2DConditionModel of imvar with no hooks or "
                          "layers of others; 1 would do")
     if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
@@ -146,7 +175,7 @@ def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: b
     low, high = (real("guidance_interval", share) for share in guidance_interval)
     if low > high:
         raise InputError(f"guidance_interval=({low}, {high}): the lower share first would do")
-    return low, high
+    return (low, high), cache_interval
 
 
 def check_finite(what: str, x: Tensor, model: Any, *causes: str) -> None:
@@ -159,7 +188,7 @@ def check_finite(what: str, x: Tensor, model: Any, *causes: str) -> None:
         raise ImvarError(f"{what} are not finite: {type(model).__name__} holds NaN or infinite values in {bad}; load "
                          "its weights again")
     causes += (f"{x.dtype} that overflowed",) if x.dtype != torch.float32 else ()
-    raise ImvarError(f"{what} are not finite: {' or '.join([*causes, 'weights that are too large'])} may be why; "
+    raise ImvarError(f"{what} are not finite: {', '.join(causes)} or weights that are too large may be why; "
                      "torch.float32 and a guidance_scale near 3 would tell")
 
 
@@ -169,5 +198,5 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     readable("latents", latents)
     if tuple(latents.shape) != shape:
         raise InputError(f"latents: shape {tuple(latents.shape)} came; {shape} would do")
-    if not latents.is_floating_point() or not latents.isfinite().all():
+    if latents.dtype not in FLOATS or not latents.isfinite().all():
         raise InputError("latents: finite floats would do; integers, NaN or infinite values came")

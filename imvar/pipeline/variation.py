@@ -25,7 +25,17 @@ from ..noise import randn, seeded
 from ..outputs import StableDiffusionPipelineOutput
 from ..weights.published import taken_as_64
 from .assembly import Assembly
-from .checks import check_approximate, check_call, check_devices, check_finite, check_inputs, check_latents, check_parts
+from .checks import (
+    check_approximate,
+    check_call,
+    check_devices,
+    check_finite,
+    check_inputs,
+    check_latents,
+    check_numbers,
+    check_parts,
+    check_seeds,
+)
 from .flagged import treated
 from .guidance import Guided, Predict, predictor, preparable
 
@@ -116,18 +126,20 @@ class StableDiffusionImageVariationPipeline(Assembly):
             image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
             height, width = self.size(height, width)
             self.check_inputs(image, height, width, callback_steps)
+            height, width, callback_steps = int(height), int(width), int(callback_steps)
+            steps, scale, eta = check_numbers(num_inference_steps, guidance_scale, eta)
             n = 1 if num_images_per_prompt is None else num_images_per_prompt
             each = count("num_images_per_prompt", n, high=MOST)
             shape = self.latents_shape(how_many(image) * each, self.unet.config.in_channels, height, width)
-            seeds = check_call(guidance_scale, eta, generator, seed, latents, output_type, return_dict, callback,
-                               on_flagged, shape)
-            interval = check_approximate(guidance_interval, cache_interval, preparable(self.unet))
+            seeds = check_call(generator, seed, latents, output_type, return_dict, callback, on_flagged, shape)
+            interval, every = check_approximate(guidance_interval, cache_interval, preparable(self.unet))
             generator = seeded(seeds) if seeds else generator
 
-            device, guided = self._execution_device, guidance_scale > 1
+            device, guided = self._execution_device, scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
-            scheduler.set_timesteps(num_inference_steps, device=device)
+            scheduler.set_timesteps(steps, device=device)
             options = self.prepare_extra_step_kwargs(generator, eta)
+            check_seeds(seeds, latents, options)
             context = self._encode_image(image, device, each, guided)
             x = self.prepare_latents(*shape[:2], height, width, context.dtype, device, generator, latents)
 
@@ -135,12 +147,12 @@ class StableDiffusionImageVariationPipeline(Assembly):
             numbers = times.cpu() if isinstance(times, Tensor) else times
 
             def ready() -> Predict:
-                make = partial(self.predictor, times, cache_interval=cache_interval, kept=Kept(len(times)))
-                return Guided(make, context, guidance_scale, interval, len(times)) if guided else make(context)
+                make = partial(self.predictor, times, cache_interval=every, kept=Kept(len(times)))
+                return Guided(make, context, scale, interval, len(times)) if guided else make(context)
 
             predict, watch = ready(), Watch(self.unet) if callback and isinstance(self.unet, torch.nn.Module) else None
-            opening = len(times) - num_inference_steps * order  # PNDM takes a few more
-            with self.progress_bar(total=num_inference_steps) as bar:
+            opening = len(times) - steps * order  # PNDM takes a few more
+            with self.progress_bar(total=steps) as bar:
                 for i, t in enumerate(numbers):
                     eps = predict(scheduler.scale_model_input(x, t), i)
                     x = scheduler.step(eps, t, x, **options).prev_sample
@@ -186,6 +198,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
             image = self.feature_extractor(images=image, return_tensors="pt").pixel_values
         dtype = dtype_of(self.image_encoder, torch.float32)
         embeds = self.image_encoder(image.to(device=device, dtype=dtype)).image_embeds
+        check_finite("the image embeddings", embeds, self.image_encoder, "pixels too large")
         context = embeds[:, None].repeat_interleave(num_images_per_prompt, dim=0)  # b c -> bn 1 c
         context = context.to(dtype_of(self.unet, dtype))
         return torch.cat([torch.zeros_like(context), context]) if do_classifier_free_guidance else context
@@ -199,6 +212,7 @@ class StableDiffusionImageVariationPipeline(Assembly):
         else:
             check_latents(latents, shape)
             latents = latents.to(device=device, dtype=dtype)
+            check_latents(latents, shape)  # which may be too large for this dtype
         return latents * self.scheduler.init_noise_sigma
 
     def predictor(self, timesteps: Any, context: Tensor, cache_interval: int = 1, kept: Kept | None = None) -> Predict:
@@ -215,7 +229,8 @@ class StableDiffusionImageVariationPipeline(Assembly):
     def finish(self, latents: Tensor, output_type: str, device: torch.device, dtype: torch.dtype,
                on_flagged: str = "black", seeds: list[int] | None = None) -> tuple[Any, list[bool] | None]:
         """Decode, judge, hand over."""
-        check_finite("the latents after the last step", latents, self.unet, "a guidance_scale too large")
+        check_finite("the latents after the last step", latents, self.unet, "a guidance_scale too large",
+                     "latents too large")
         if output_type == "latent":
             return latents, None
         pixels = self.decode_finite(latents)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import alike, checked, count, dense, readable, real, single
+from ..checks import alike, checked, count, floats, readable, real, single
 from ..config import Config, one_of
 from ..errors import InputError, InputTypeError, shown
 from ..outputs import SchedulerOutput
@@ -93,7 +93,7 @@ def step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *
     """Of a step: floats of one shape, also what is to be its noise."""
     if not isinstance(sample, Tensor):
         raise InputTypeError(f"sample: {type(sample).__name__} came; a tensor (b, c, h, w) would do", key="sample")
-    dense("sample", sample)
+    floats("sample", sample)
     alike("model_output", model_output, "sample", sample)
     if options.get("variance_noise") is not None:
         alike("variance_noise", options["variance_noise"], "sample", sample)
@@ -104,7 +104,7 @@ def mixed_inputs(scheduler: Any, original_samples: Any, noise: Any, timesteps: A
     if not isinstance(original_samples, Tensor) or not original_samples.ndim:
         raise InputTypeError(f"original_samples: {type(original_samples).__name__} came; a tensor (b, ...) would do",
                              key="original_samples")
-    dense("original_samples", original_samples)
+    floats("original_samples", original_samples)
     alike("noise", noise, "the samples", original_samples)
     if isinstance(timesteps, Tensor) and not original_samples.is_meta:
         readable("timesteps", timesteps)

@@ -1,0 +1,142 @@
+"""What a call asks for: refused before any work where it cannot be, and taken whatever kind of number it is."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import imvar
+from imvar import DDIMScheduler, InputError
+
+NAN, INF = float("nan"), float("inf")
+PHOTO = Image.new("RGB", (64, 48), "red")
+x = torch.zeros(1, 4, 16, 16)
+
+
+def run(pipe, image, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(image, **({"num_inference_steps": 3, "output_type": "np", "generator": generator} | options)).images
+
+
+async def nobody_waits(*_):
+    """A callback that would return before it began."""
+
+
+CALLS = {
+    "image: an empty list": {"image": []},
+    "image[1]: NoneType": {"image": [PHOTO, None]},
+    "height=100: a multiple of 8": {"height": 100},
+    "width=-64": {"width": -64},
+    "num_inference_steps=0": {"num_inference_steps": 0},
+    "num_images_per_prompt=0": {"num_images_per_prompt": 0},
+    "guidance_scale=nan": {"guidance_scale": NAN},
+    "guidance_scale=inf": {"guidance_scale": INF},
+    "eta=nan": {"eta": NAN},
+    "eta=2": {"eta": 2},
+    "generator=42": {"generator": 42},
+    "generator: 2 came for a batch of 1": {"generator": [torch.Generator(), torch.Generator()]},
+    "latents: shape (1, 4, 8, 8) came": {"latents": x[..., :8, :8]},
+    "latents: list came": {"latents": [1]},
+    "latents: finite floats": {"latents": x * NAN},
+    "output_type='jpeg'": {"output_type": "jpeg"},
+    "on_flagged='white'": {"on_flagged": "white"},
+    "return_dict=0": {"return_dict": 0},
+    "callback=3": {"callback": 3},
+    "callback_steps=0": {"callback_steps": 0},
+    "guidance_interval=(0.9, 0.1)": {"guidance_interval": (0.9, 0.1)},
+    "guidance_interval=0.5": {"guidance_interval": 0.5},
+    "guidance_interval=nan": {"guidance_interval": (0.0, NAN)},
+    "cache_interval=0": {"cache_interval": 0},
+    "seed=-1": {"seed": -1},
+    "seed and generator both came": {"seed": 1, "generator": torch.Generator()},
+    "seed: latents came as well": {"seed": 1, "latents": x},
+    "image[0]: a batch of shape (2, 48, 64, 3)": {"image": [np.zeros((2, 48, 64, 3), np.uint8)]},
+    "image: a tensor of shape (1, 3, 0, 32)": {"image": torch.zeros(1, 3, 0, 32)},
+    "image: a tensor of torch.float8_e4m3fn": {"image": torch.zeros(1, 3, 32, 32).to(torch.float8_e4m3fn)},
+    "image: a torch.sparse_coo tensor": {"image": torch.zeros(1, 3, 32, 32).to_sparse()},
+    "latents: finite floats would do": {"latents": x.to(torch.float8_e4m3fn)},
+    "callback=<function": {"callback": lambda: None},
+    "callback=<function nobody_waits": {"callback": nobody_waits},
+    "guidance_scale=b'3'": {"guidance_scale": b"3"},
+    "guidance_scale=tensor(True)": {"guidance_scale": torch.tensor(True)},
+    "num_inference_steps=tensor(True)": {"num_inference_steps": torch.tensor(True)},
+    "num_inference_steps=tensor(..., device='meta'": {"num_inference_steps": torch.tensor(2, device="meta")},
+    "seed=np.True_": {"seed": np.True_},
+}
+
+
+@pytest.mark.parametrize("words", CALLS)
+def test_a_call_is_refused_before_any_work(pipe, words):
+    def work(*args, **kwargs):
+        raise AssertionError("began")
+
+    idle = type(pipe)(**(pipe.components | {"feature_extractor": work, "scheduler": DDIMScheduler()}))
+    with pytest.raises(InputError) as caught:
+        idle(**({"image": PHOTO} | CALLS[words]))
+    assert words in str(caught.value)
+
+
+def test_latents_of_a_subclass_that_calls_the_steps(pipe):
+    with pytest.raises(InputError, match=r"latents: shape \(1, 4, 8, 8\) came"):
+        pipe.prepare_latents(1, 4, 128, 128, torch.float32, torch.device("cpu"), None, x[..., :8, :8])
+
+
+def test_pictures_need_a_feature_extractor(pipe):
+    parts = pipe.components | {"feature_extractor": None, "safety_checker": None}
+    bare = type(pipe)(**parts, requires_safety_checker=False)
+    with pytest.raises(InputError, match="feature_extractor=None: pictures need one"):
+        bare(PHOTO)
+
+class Whole:
+    """A number as far as Python knows."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.array, torch.tensor, Whole])
+def test_whole_numbers_of_any_kind(pipe, photo, kind):
+    """Narrow ones as well, which would overflow if one counted with them."""
+    assert np.array_equal(
+        run(pipe, photo, num_inference_steps=kind(120), height=kind(64), width=kind(64), callback_steps=kind(7),
+            num_images_per_prompt=kind(1), callback=lambda *_: None),
+        run(pipe, photo, num_inference_steps=120, height=64, width=64))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.array, Fraction, Decimal, torch.tensor, lambda x: torch.tensor([[x]])])
+def test_numbers_of_any_kind(pipe, photo, kind):
+    pipe.scheduler = imvar.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    assert np.array_equal(run(pipe, photo, guidance_scale=kind(2.5), eta=kind(0.5), guidance_interval=(kind(0.0), 0.5)),
+                          run(pipe, photo, guidance_scale=2.5, eta=0.5, guidance_interval=(0.0, 0.5)))
+
+
+def test_an_encoder_that_cannot_tell_is_named_before_the_first_step(pipe, photo):
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("a step was taken"))
+    pipe.image_encoder.proj.weight.data[0, 0] = NAN
+    with pytest.raises(imvar.ImvarError, match=r"embeddings are not finite: CLIPVisionModelWithProj.*proj\.weight"):
+        run(pipe, photo)
+
+
+def test_latents_that_their_dtype_cannot_hold(pipe, photo):
+    with pytest.raises(InputError, match="latents: finite floats would do"):
+        run(pipe, photo, latents=torch.full((1, 4, 16, 16), 1e300, dtype=torch.float64))
+    with pytest.raises(imvar.ImvarError, match="latents too large"):
+        run(pipe, photo, latents=torch.full((1, 4, 16, 16), 1e37))
+
+
+@pytest.mark.parametrize("wrong", [{"eta": 2}, {"output_type": "jpeg"}, {"num_inference_steps": 1001}])
+def test_a_refused_call_draws_no_noise(pipe, photo, wrong):
+    pipe.scheduler = imvar.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    with pytest.raises(InputError):
+        run(pipe, photo, generator=generator, **wrong)
+    assert torch.equal(generator.get_state(), before)
