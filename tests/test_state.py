@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 import multiprocessing
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from random_checkpoint import tiny_pipeline
 
 import imvar
@@ -203,3 +206,16 @@ def test_two_errors_in_a_row_change_nothing(pipe, photo):
     with pytest.raises(ZeroDivisionError):
         made(pipe, photo, callback=lambda *_: 1 / 0)
     assert np.array_equal(made(pipe, photo), made(fresh(), photo))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "JPEG", "WEBP"])
+def test_threads_that_share_a_picture_that_is_not_read_yet(pipe, kind):
+    """Which Pillow reads right for one thread at a time."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)).save(file, kind)
+    expected = pipe.feature_extractor(Image.open(file), return_tensors="np").pixel_values
+    for _ in range(3):
+        shared = Image.open(io.BytesIO(file.getvalue()))
+        with ThreadPoolExecutor(4) as pool:
+            made = [pool.submit(pipe.feature_extractor, shared, return_tensors="np") for _ in range(4)]
+        assert all(np.array_equal(one.result().pixel_values, expected) for one in made)

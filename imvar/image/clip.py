@@ -17,7 +17,7 @@ from ..outputs import Output
 from ..weights.pretrained import Pretrained
 from .device import can_prepare
 from .device import prepare as prepare_levels
-from .read import one_by_one, to_pixels, to_rgb
+from .read import load, one_by_one, to_pixels, to_rgb
 from .resize import center_crop, resize, target_size
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -192,6 +192,7 @@ def read(image: Any, name: str, settings: Config, layout: str | None) -> Image.I
     if isinstance(image, Image.Image):
         if settings.do_convert_rgb:
             return to_rgb(image, name)
+        load(image, name)
         if len(image.getbands()) != 3:
             raise InputError(f"{name}: mode {image.mode} came; RGB would do, or do_convert_rgb=True")
         return Image.fromarray(np.asarray(image))

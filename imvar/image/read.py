@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..checks import readable
 from ..errors import InputError, InputTypeError
@@ -33,30 +35,61 @@ def one_by_one(images: Any) -> Iterator[tuple[str, Any]]:
             raise InputTypeError(f"{name}: {type(image).__name__} came; {WOULD_DO} (open files with PIL.Image.open)")
 
 
+_one_reads = threading.Lock()
+
+
+def load(image: Image.Image, name: str) -> None:
+    """Decode a picture that was only opened. Pillow's own way is for one thread at a time."""
+    try:
+        with _one_reads:
+            image.load()
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
+        raise InputError(f"{name}: a mode {image.mode} picture came that cannot be read "
+                         f"({type(error).__name__}: {error})") from error
+
+
+def turned(image: Image.Image) -> int:
+    """How EXIF, or XMP, says that a picture is to be turned: 1, where it is upright or nobody can tell."""
+    if not {"exif", "xmp", "XML:com.adobe.xmp"} & set(image.info or ()):
+        return 1
+    with _one_reads:
+        try:
+            return image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # Pillow raises many kinds
+            return 1
+
+
+def _a_lock_of_its_own() -> None:
+    """For a process that was forked while another thread was reading, which is not there to let go of the lock."""
+    global _one_reads
+    _one_reads = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_a_lock_of_its_own)
+
+
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """A picture of any mode as RGB: what is transparent on white, 16 bits scaled to 8.
 
-    EXIF is not looked at. Mode I counts as 8-bit up to 255 and as 16-bit up to 65535. Raises `InputError`
-    for mode F, whose range nobody knows, and for a picture that cannot be decoded.
+    EXIF is not looked at, nor, as in the reference, that premultiplied RGBa and palettes of RGBA are transparent. Mode
+    I counts as 8-bit up to 255 and as 16-bit up to 65535. Raises `InputError` for mode F, whose range nobody knows, for
+    La, and for a picture that cannot be decoded.
     """
     if not image.width or not image.height:
         raise InputError(f"{name}: a picture of {image.width}x{image.height} pixels came; at least 1x1 would do")
-    try:
-        image.load()
-        if image.mode == "F":
-            raise InputError(f"{name}: mode F came, whose range of values is not known; convert it to L or RGB first")
-        if image.mode.startswith("I"):
-            image = to_8_bit(image, name)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            canvas = Image.new("RGBA", image.size, "white")
-            canvas.alpha_composite(image.convert("RGBA"))
-            image = canvas
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except InputError:
-        raise
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{name}: a mode {image.mode} picture came that cannot be read as RGB ({reason})") from error
+    load(image, name)
+    if image.mode == "F":
+        raise InputError(f"{name}: mode F came, whose range of values is not known; convert it to L or RGB first")
+    if image.mode == "La":
+        raise InputError(f"{name}: a mode La picture came; convert it to LA first")
+    if image.mode.startswith("I"):
+        image = to_8_bit(image, name)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_8_bit(image: Image.Image, name: str) -> Image.Image:

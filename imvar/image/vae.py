@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..checks import readable
 from ..config import Config, Configured, one_of, only
 from ..errors import InputError, InputTypeError
-from .read import WOULD_DO
+from .read import WOULD_DO, load
 
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -85,6 +85,8 @@ class VaeImageProcessor(Configured):
         return self.normalize(x)
 
     def _from_pictures(self, images: list[Image.Image], height: int | None, width: int | None) -> Tensor:
+        for i, item in enumerate(images):
+            load(item, f"image[{i}]")
         if self.config.do_convert_rgb:
             images = [item.convert("RGB") for item in images]
         for i, item in enumerate(images):

@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from ..checks import FLOATS, count, finite, readable, real
 from ..errors import ImvarError, InputError, InputTypeError, shown
+from ..image.read import turned
 from ..noise import check_generator, seeds_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -30,7 +31,6 @@ NEEDED = {  # of the part of this name
 WOULD_BE = {"vae": "an AutoencoderKL", "image_encoder": "a CLIPVisionModelWithProjection",
             "unet": "a UNet2DConditionModel", "scheduler": "a scheduler", "feature_extractor": "a CLIPImageProcessor",
             "safety_checker": "a StableDiffusionSafetyChecker, or None,"}
-ORIENTATION = 0x0112  # of EXIF, where 1 is upright
 FARTHEST = 16.0  # from 0 that a normalised pixel can be thought to lie; CLIP's lie within 2.2
 LARGEST = 2**16  # pixels on a side
 CALLER = 6  # frames up from a check of `check_inputs`: who called the pipeline
@@ -60,14 +60,9 @@ def check_inputs(image: Any, height: int, width: int, callback_steps: int, facto
 
 def look_at(picture: Image, name: str) -> None:
     """Warn of a picture whose EXIF says to turn it: like the reference, the pipeline takes it as it is stored."""
-    if picture.info.get("exif"):
-        try:
-            turned = picture.getexif().get(ORIENTATION, 1)
-        except Exception:  # of EXIF that cannot be read nobody can tell; Pillow raises many kinds
-            return
-        if turned in range(2, 9):
-            warnings.warn(f"{name}: its EXIF says that it is to be turned, and it is taken as it is stored; "
-                          "imvar.load_image, or PIL.ImageOps.exif_transpose, turns it", stacklevel=CALLER)
+    if turned(picture) in range(2, 9):
+        warnings.warn(f"{name}: its EXIF says that it is to be turned, and it is taken as it is stored; "
+                      "imvar.load_image, or PIL.ImageOps.exif_transpose, turns it", stacklevel=CALLER)
 
 
 def check_pixels(image: Tensor) -> None:
