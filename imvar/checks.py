@@ -131,12 +131,42 @@ def as_device(name: str, value: Any) -> torch.device | None:
         return None
     would_do = "'cpu', 'cuda' or another that torch has here"
     try:
+        if isinstance(value, bool):
+            raise TypeError
         device = torch.device(value)
         torch.empty(0, device=device)
     except Exception as error:  # torch raises RuntimeError, AssertionError and more
         kind = InputError if isinstance(value, (str, int, torch.device)) else InputTypeError
         raise kind(f"{name}={shown(value)}: {would_do} would do", key=name) from error
     return device
+
+
+def as_move(*args: Any, device: Any = None, dtype: Any = None, torch_dtype: Any = None, non_blocking: Any = None,
+            memory_format: Any = None, silence_dtype_warnings: Any = None, **others: Any) -> dict[str, Any]:
+    """What `to(...)` was asked for, by the names that `nn.Module.to` has for it."""
+    for name in others:
+        raise InputTypeError(f"to: unexpected argument {name!r}; it takes {', '.join(KINDS)}", key=name)
+    asked = [("device", device), ("dtype", dtype), ("dtype", torch_dtype), ("non_blocking", non_blocking),
+             ("memory_format", memory_format)]
+    for value in args:
+        if isinstance(value, Tensor):
+            asked += [("device", value.device), ("dtype", value.dtype)]
+        else:
+            asked.append((NAMES.get(type(value), "device"), value))
+    found: dict[str, Any] = {}
+    for name, value in asked:
+        if value is None:
+            continue
+        read = as_device(name, value) if name == "device" else as_dtype(value) if name == "dtype" else value
+        if read == "auto" or not isinstance(read, KINDS[name]):
+            raise InputTypeError(f"{name}={shown(value)}: a {KINDS[name].__name__} would do", key=name)
+        if found.setdefault(name, read) != read:
+            raise InputError(f"{name}: {found[name]} and {read} came; one of them would do", key=name)
+    return found
+
+
+KINDS = {"device": torch.device, "dtype": torch.dtype, "non_blocking": bool, "memory_format": torch.memory_format}
+NAMES = {torch.dtype: "dtype", bool: "non_blocking", torch.memory_format: "memory_format"}
 
 
 # Tensors, and the methods that are called with them

@@ -73,7 +73,14 @@ def shown(value: Any) -> str:
     return _shown.repr(value)
 
 
-_shown = reprlib.Repr()
+class Shown(reprlib.Repr):
+    """Also of whole numbers that are too long for Python to write down."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 4096 else f"<a whole number of {x.bit_length()} bits>"
+
+
+_shown = Shown()
 _shown.maxstring = _shown.maxother = _shown.maxlong = 200
 _shown.maxlist = _shown.maxtuple = _shown.maxdict = 10
 

@@ -38,7 +38,8 @@ WRITTEN = "tests/test_saving.py tests/test_writing.py tests/test_saving_places.p
 CONVERTED = ("tests/test_convert_command.py tests/test_convert_options.py tests/test_convert_faults.py "
              "tests/test_convert.py tests/test_originals.py")
 CHECKING = {  # and the tests that are to notice
-    "imvar/pipeline/checks.py": CALLS, "imvar/pipeline/variation.py": CALLS, "imvar/pipeline/flagged.py": CALLS,
+    "imvar/pipeline/checks.py": CALLS, "imvar/pipeline/variation.py": CALLS, "imvar/pipeline/parts.py": CALLS,
+    "imvar/pipeline/steps.py": CALLS, "imvar/pipeline/flagged.py": CALLS,
     "imvar/pipeline/assembly.py": CALLS + " tests/test_memory.py tests/test_compiled.py",
     "imvar/noise.py": CALLS + " tests/test_schedulers.py",
     "imvar/memory.py": CALLS + " tests/test_memory.py",

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import threading
 
 import numpy as np
@@ -175,6 +176,31 @@ def test_copies_and_pickles(pipe, photo):
     twin = copy.deepcopy(pipe)
     twin.unet.conv_in.weight.data.zero_()
     assert np.array_equal(run(pipe, photo), expected)
+
+
+SETTINGS = {
+    "offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu:0"),
+    "memory-efficient": lambda pipe: pipe.enable_xformers_memory_efficient_attention(),
+    "sliced": lambda pipe: imvar.set_attend(pipe.unet, imvar.sliced(1)),
+    "bar": lambda pipe: pipe.set_progress_bar_config(disable=True, file=sys.stderr),
+    "everything": lambda pipe: (pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), pipe.enable_vae_tiling(), pipe.compile()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:memory-efficient attention")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_are_copied_and_pickled(pipe, photo, setting):
+    SETTINGS[setting](pipe)
+    twins = pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)
+    pipe._compiler = None  # which takes a minute; it has come along
+    assert all((twin._compiler is not None) == (setting == "everything") for twin in twins)
+    expected = run(pipe, photo)
+    for twin in twins:
+        twin._compiler = None
+        assert np.array_equal(run(twin, photo), expected)
+        twin.to("cpu")
+        assert not twin.unet._forward_pre_hooks
+    assert bool(pipe.unet._forward_pre_hooks) == (setting == "offload")
 
 
 def test_offload_moves_each_part_when_its_turn_comes(pipe, photo, monkeypatch):

@@ -84,11 +84,29 @@ SETTINGS = {
     "slice_size=1000": lambda p: p.enable_attention_slicing(1000),
     "s1=nan": lambda p: p.enable_freeu(NAN, 0.2, 1.2, 1.4),
     "b1=inf": lambda p: p.enable_freeu(0.9, 0.2, INF, 1.4),
-    "attention_op=flash": lambda p: p.enable_xformers_memory_efficient_attention("flash"),
+    "attention_op='flash'": lambda p: p.enable_xformers_memory_efficient_attention("flash"),
     "device='foo': 'cpu', 'cuda' or another": lambda p: p.to("foo"),
     "device='cuda:99'": lambda p: p.to(device="cuda:99"),
     "dtype=torch.int32": lambda p: p.to(torch.int32),
     "dtype=torch.int8": lambda p: p.to("cpu", torch_dtype=torch.int8),
+    "dtype=torch.complex64": lambda p: p.to(torch.zeros(1, dtype=torch.complex64)),
+    "dtype=torch.float8_e4m3fn": lambda p: p.to(torch.float8_e4m3fn),
+    "dtype='auto': a dtype": lambda p: p.to(dtype="auto"),
+    "device=2.5": lambda p: p.to(2.5),
+    "device: meta and cpu came": lambda p: p.to("cpu", device="meta"),
+    "dtype: torch.float32 and torch.float64 came": lambda p: p.to(torch.float64, dtype=torch.float32),
+    "non_blocking='x': a bool": lambda p: p.to("cpu", non_blocking="x"),
+    "to: unexpected argument 'foo'": lambda p: p.to(foo=1),
+    "device='meta': weights would be lost": lambda p: p.enable_model_cpu_offload(device="meta"),
+    "set_progress_bar_config({'foo': 1})": lambda p: p.set_progress_bar_config(foo=1),
+    "set_progress_bar_config({'miniters': 'x'})": lambda p: p.set_progress_bar_config(miniters="x"),
+    "set_progress_bar_config({'file': 3})": lambda p: p.set_progress_bar_config(file=3),
+    "iterable=5": lambda p: p.progress_bar(5),
+    "slice_size=array([1, 1])": lambda p: p.enable_attention_slicing(np.array([1, 1])),
+    "attention_op=[": lambda p: p.enable_xformers_memory_efficient_attention([3]),
+    "s1=<a whole number of 20001 bits>": lambda p: p.enable_freeu(2**20000, 1, 1, 1),
+    "s2=0: a number above 0": lambda p: p.enable_freeu(1, 0, 1, 1),
+    "attend=3": lambda p: imvar.sliced(1, 3),
     "device='bar'": lambda p: p.enable_model_cpu_offload(device="bar"),
     "gpu_id=-1": lambda p: p.enable_model_cpu_offload(gpu_id=-1, device="cpu"),
     "compile({'mode': 'foo'})": lambda p: p.compile(mode="foo"),
@@ -230,3 +248,22 @@ def test_wrong_types_are_type_errors(pipe):
     for wrong in (None, "3", [1]):
         with pytest.raises(InputTypeError):
             pipe.unet(x, wrong, context)
+
+
+@pytest.mark.parametrize(("args", "options"), [
+    (("cpu",), {"non_blocking": True}), (("cpu", torch.float32, True), {}), ((torch.zeros(1),), {}), ((None,), {}),
+    ((), {}), ((), {"torch_dtype": "float32"}), ((torch.float32,), {"silence_dtype_warnings": True}),
+    ((), {"memory_format": torch.channels_last}), ((torch.device("cpu"),), {"dtype": torch.float32})])
+def test_all_ways_to_move(pipe, args, options):
+    assert pipe.to(*args, **options) is pipe
+    assert (pipe.dtype, pipe.device.type) == (torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("factor", [np.float32(0.5), np.int64(2), torch.tensor(0.5), np.array(1.5)])
+def test_factors_of_any_kind(pipe, factor):
+    taken = []
+    for one in (factor, float(factor)):
+        pipe.enable_freeu(one, one, one, one)
+        taken.append(pipe.unet(x, 1, context + 1).sample)
+        pipe.disable_freeu()
+    assert torch.equal(*taken)

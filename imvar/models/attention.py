@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,13 +36,14 @@ aten = torch.ops.aten
 
 def sliced(size: int, attend: Attend = sdpa) -> Attend:
     """The same answer, `size` heads of one picture at a time: less memory at once, more time."""
-    count("size", size)
+    if not callable(attend):
+        raise InputTypeError(f"attend={shown(attend)}: a function of q, k and v would do", key="attend")
+    return partial(by_slices, count("size", size), attend)
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        groups = zip(*(rearrange(t, "b h n d -> (b h) 1 n d").split(size) for t in (q, k, v)), strict=True)
-        return torch.cat([attend(*group) for group in groups]).view_as(q)
 
-    return run
+def by_slices(size: int, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    groups = zip(*(rearrange(t, "b h n d -> (b h) 1 n d").split(size) for t in (q, k, v)), strict=True)
+    return torch.cat([attend(*group) for group in groups]).view_as(q)
 
 
 # Private operators, but the only way to choose a backend for one call and not for the process
@@ -65,15 +67,22 @@ class Backend:
     name: SDPBackend = SDPBackend.EFFICIENT_ATTENTION
 
     def __post_init__(self) -> None:
-        if self.name not in _OPERATORS:
+        if not isinstance(self.name, SDPBackend) or self.name not in _OPERATORS:
             names = ", ".join(backend.name for backend in _OPERATORS)
-            raise InputError(f"attention_op={self.name}: an SDPBackend out of {names} would do, or a callable")
+            raise InputError(f"attention_op={shown(self.name)}: an SDPBackend out of {names} would do, or a callable")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # as the backends themselves cannot be pickled
+        return backend_named, (self.name.name,)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not q.is_cuda:
             return sdpa(q, k, v)
         training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         return _OPERATORS[self.name](q, k, v, training)[0]
+
+
+def backend_named(name: str) -> Backend:
+    return Backend(getattr(SDPBackend, name))
 
 
 BACKENDS = sdpa, *(Backend(name) for name in _OPERATORS if name != SDPBackend.MATH)
@@ -224,10 +233,8 @@ def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) 
     """One slice size per layer of `heads`, checked."""
     if slice_size is None:
         return [None] * len(heads)
-    if slice_size == "auto":
-        return [max(n // 2, 1) for n in heads]
-    if slice_size == "max":
-        return [1] * len(heads)
+    if isinstance(slice_size, str) and slice_size in ("auto", "max"):
+        return [1 if slice_size == "max" else max(n // 2, 1) for n in heads]
     sizes = list(slice_size) if isinstance(slice_size, (list, tuple)) else [slice_size] * len(heads)
     if len(sizes) != len(heads):
         raise InputError(f"slice_size: {len(sizes)} numbers for {len(heads)} attention layers")

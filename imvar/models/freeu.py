@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..checks import finite
+from ..errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class FreeU:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise InputError(f"{name}={value!r}: a FreeU factor has to be a positive number; 1 changes nothing")
+            if (number := finite(name, value)) <= 0:
+                raise InputError(f"{name}={shown(value)}: a number above 0 would do; 1 changes nothing", key=name)
+            object.__setattr__(self, name, number)
 
     def __call__(self, h: Tensor, skip: Tensor, level: int) -> Tensor:
         if level < 2:

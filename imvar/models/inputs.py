@@ -9,7 +9,7 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import Conv2d
 
-from ..checks import readable, single, tensor
+from ..checks import count, readable, real, single, tensor
 from ..errors import InputError, InputTypeError, shown
 from .told import Ready, ours
 
@@ -69,12 +69,29 @@ def pictures(model: Any, x: Any, *_: Any, **__: Any) -> None:
     least = 2 ** (len(model.config.block_out_channels) - 1)
     if min(x.shape[2:]) < least:
         raise InputError(f"x: pictures of {tuple(x.shape[2:])} came; from {least} pixels a side would do", key="x")
+    if model.use_tiling:
+        tiles(model, max(x.shape[2:]), "tile_sample_min_size", "tile_latent_min_size")
 
 
 def latents(model: Any, z: Any, *_: Any, **__: Any) -> None:
     """What the autoencoder decodes."""
     channels, weight = asked(model.post_quant_conv)
     tensor("z", z, "b", channels, "h", "w", like=weight)
+    if model.use_tiling:
+        tiles(model, max(z.shape[2:]), "tile_latent_min_size", "tile_sample_min_size")
+
+
+def tiles(model: Any, side: int, taken: str, made: str) -> None:
+    """Where a picture is cut, what is left of each tile has to be as much of the whole before as after."""
+    sizes = [count(name, getattr(model, name)) for name in (taken, made)]
+    overlap = real("tile_overlap_factor", model.tile_overlap_factor)
+    stride, keep = int(sizes[0] * (1 - overlap)), sizes[1] - int(sizes[1] * overlap)
+    factor = 2 ** (len(model.config.block_out_channels) - 1)
+    fits = stride >= 1 and stride * sizes[1] == keep * sizes[0] and max(sizes) == factor * min(sizes)
+    if side > sizes[0] and not fits:
+        raise InputError(f"{taken}={sizes[0]}, {made}={sizes[1]}, tile_overlap_factor={overlap:g}: tiles that do not "
+                         f"fit together; the one {factor} times the other, and an overlap of whole latents, would do",
+                         key=taken)
 
 
 def clip(model: Any, pixel_values: Any, *_: Any, **__: Any) -> None:

@@ -130,7 +130,7 @@ def reported(name: str, hits: str, scores: Tensor) -> dict[str, Any]:
 def blackened(images: Any, flags: Sequence[bool]) -> Any:
     """A copy of `images` in which the flagged ones are zero."""
     if isinstance(images, list):
-        return [image * 0 if flag else image for image, flag in zip(images, flags, strict=True)]
+        return [blackened(image[None], [flag])[0] for image, flag in zip(images, flags, strict=True)]
     black = images.clone() if isinstance(images, Tensor) else np.array(images)
     for i, flag in enumerate(flags):
         if flag:

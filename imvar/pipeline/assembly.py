@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -15,7 +17,7 @@ from PIL.Image import Image
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from ..checks import as_device, count
+from ..checks import as_device, as_move, count
 from ..context import holding
 from ..errors import InputError, InputTypeError, shown
 from ..image import numpy_to_pil
@@ -104,21 +106,17 @@ class Assembly(Storage):
     def _execution_device(self) -> torch.device:
         return self._offload.device if self._offload else self.device
 
-    def to(self, *args: Any, torch_dtype: torch.dtype | None = None, **kwargs: Any) -> Self:
-        """Move or cast all parts, as `nn.Module.to` does: a device, a dtype, or both. Returns this pipeline."""
-        kwargs.pop("silence_dtype_warnings", None)
-        for name, value in [*((f"to({i})", arg) for i, arg in enumerate(args)), *kwargs.items()]:
-            if name == "device" or isinstance(value, (str, int, torch.device)):
-                as_device("device", value)
-        for value in (*args, kwargs.get("dtype"), torch_dtype):
-            if isinstance(value, torch.dtype) and not value.is_floating_point:
-                raise InputTypeError(f"dtype={value}: a floating dtype such as torch.float16 would do", key="dtype")
-        if torch_dtype is not None:
-            kwargs.setdefault("dtype", torch_dtype)
-        if "device" in kwargs or any(isinstance(arg, (str, int, torch.device)) for arg in args):
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast all parts, as `nn.Module.to` does, and return this pipeline.
+
+        A device, a dtype of floats, both, or a tensor to take both from; `non_blocking` and `memory_format`. Raises
+        `InputError` for what is none of these, before anything moves.
+        """
+        wanted = as_move(*args, **kwargs)
+        if "device" in wanted:
             self.remove_all_hooks()
         for module in self.modules.values():
-            module.to(*args, **kwargs)
+            module.to(**wanted)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
@@ -137,6 +135,8 @@ class Assembly(Storage):
                 raise InputError(f"gpu_id={gpu_id} and device={device} name different devices", key="gpu_id")
             device = f"{own}:{gpu_id}"
         target = as_device("device", device) or torch.device("cpu")
+        if target.type == "meta":
+            raise InputError("device='meta': weights would be lost there; an accelerator would do", key="device")
         self.remove_all_hooks()
         self._offload = Offload(target, self.modules)
 
@@ -236,15 +236,29 @@ class Assembly(Storage):
 
         if iterable is None and total is None:
             raise InputError("progress_bar: an iterable or a total would do")
-        try:
-            return tqdm(iterable, total=total, **self._bar_options)
-        except (KeyError, TypeError) as error:  # tqdm's own is a KeyError
-            raise InputTypeError(f"set_progress_bar_config({shown(self._bar_options)}): options of tqdm would do, "
-                                 f"such as disable=True ({error})") from error
+        if iterable is not None and not isinstance(iterable, Iterable):
+            raise InputTypeError(f"iterable={shown(iterable)}: something to go through would do", key="iterable")
+        return tqdm(iterable, total=total, **self._bar_options)
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options for tqdm, such as `disable=True`."""
+        """Options for tqdm, such as `disable=True`. Raises `InputTypeError` for what is none, or cannot be one."""
+        from huggingface_hub.utils import tqdm
+
+        try:
+            if not hasattr(options.get("file") or sys.stderr, "write"):
+                raise TypeError("file has no write")
+            bool(options.get("disable"))
+            with tqdm(total=2, **(options | {"file": io.StringIO(), "disable": False})) as trial:
+                trial.update()
+        except Exception as error:  # of a name that it does not know, tqdm's own is a KeyError
+            raise InputTypeError(f"set_progress_bar_config({shown(options)}): options of tqdm would do, such as "
+                                 f"disable=True ({error})") from error
         self._bar_options = options
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the file that the bar is drawn in, which is of this process."""
+        bar = {name: value for name, value in self._bar_options.items() if name != "file"}
+        return vars(self) | {"_bar_options": bar}
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -20,17 +19,6 @@ from ..noise import check_generator, seeds_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ON_FLAGGED = ("black", "blur", "keep", "raise")
-NEEDED = {  # of the part of this name
-    "vae": ("decode", "config"),
-    "image_encoder": ("__call__", "parameters"),
-    "unet": ("__call__", "config"),
-    "scheduler": ("set_timesteps", "scale_model_input", "step", "init_noise_sigma"),
-    "safety_checker": ("__call__",),
-    "feature_extractor": ("__call__",),
-}
-WOULD_BE = {"vae": "an AutoencoderKL", "image_encoder": "a CLIPVisionModelWithProjection",
-            "unet": "a UNet2DConditionModel", "scheduler": "a scheduler", "feature_extractor": "a CLIPImageProcessor",
-            "safety_checker": "a StableDiffusionSafetyChecker, or None,"}
 FARTHEST = 16.0  # from 0 that a normalised pixel can be thought to lie; CLIP's lie within 2.2
 LARGEST = 2**16  # pixels on a side
 CALLER = 6  # frames up from a check of `check_inputs`: who called the pipeline
@@ -77,32 +65,6 @@ def check_pixels(image: Tensor) -> None:
     if (most := float(image.abs().max())) > FARTHEST:
         warnings.warn(f"image: the tensor holds values up to {most:.4g}, where normalised pixels lie within 3 of 0; "
                       "CLIPImageProcessor makes them of 0..255", stacklevel=CALLER)
-
-
-def check_parts(parts: Mapping[str, Any]) -> None:
-    """Every part that a call needs is there, and can do what is asked of a part of its name."""
-    for name, part in parts.items():
-        needed = NEEDED.get(name, ())
-        if part is None and name in ("safety_checker", "feature_extractor"):  # without which some calls do
-            continue
-        lacking = [method for method in needed if not hasattr(part, method)]
-        other = getattr(type(part), "part", name)  # what imvar's own are
-        if lacking or other != name:
-            came = "None came" if part is None else f"a {type(part).__name__} came, which " + (
-                f"has no {lacking[0]}" if lacking else f"is for {other}")
-            raise InputTypeError(f"{name}: {came}; {WOULD_BE[name]} would do", key=name)
-
-
-def check_devices(parts: Mapping[str, Any]) -> None:
-    """One device for all parts that have weights, but for those that a hook may move or send their inputs to."""
-    found = {name: parameter.device for name, part in parts.items()
-             if isinstance(part, Module) and not part._forward_pre_hooks and "forward" not in vars(part)
-             for parameter in islice(part.parameters(), 1)}
-    if len(set(found.values())) > 1:
-        where = ", ".join(f"{name} on {device}" for name, device in found.items())
-        raise InputError(f"the parts are on different devices ({where}); pipe.to(device) brings them together")
-    if any(device.type == "meta" for device in found.values()):
-        raise InputError("the parts are on the meta device, so they have no weights; from_pretrained loads them")
 
 
 def check_call(generator: Any, seed: Any, latents: Any, output_type: str, return_dict: Any,

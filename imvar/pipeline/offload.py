@@ -24,7 +24,13 @@ class Offload:
         for part in parts.values():
             part.to("cpu")
             for module in (part, *part.children()):
-                self.hooks.append(module.register_forward_pre_hook(lambda *_, part=part: self.visit(part)))
+                self.hooks.append(module.register_forward_pre_hook(Visit(self, part)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, turn=threading.RLock())
 
     def __enter__(self) -> None:
         self.turn.acquire()
@@ -55,3 +61,13 @@ class Offload:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+
+
+class Visit:
+    """The hook of a module of `part`; a class, so that it can be copied with the part and pickled."""
+
+    def __init__(self, offload: Offload, part: nn.Module):
+        self.offload, self.part = offload, part
+
+    def __call__(self, *_: Any) -> None:
+        self.offload.visit(self.part)

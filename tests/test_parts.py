@@ -1,0 +1,128 @@
+"""Parts that are none, or that do not go together: named before the first step, with what would do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from random_checkpoint import TINY_CHECKER, TINY_ENCODER, TINY_UNET, TINY_VAE, TINY_VISION, randomize
+
+import imvar
+from imvar import FlaggedError, InputError, InputTypeError
+
+
+def made(pipe, photo, **options):
+    return pipe(photo, **({"num_inference_steps": 2, "output_type": "np", "seed": 0} | options))
+
+
+def another(kind, settings, **changes):
+    return randomize(kind(**(settings | changes)), 0)
+
+
+def odd_parts():
+    unet, vae, encoder = imvar.UNet2DConditionModel, imvar.AutoencoderKL, imvar.CLIPVisionModelWithProjection
+    checker = imvar.StableDiffusionSafetyChecker
+    return {
+        "cross_attention_dim=24": {"image_encoder": another(encoder, TINY_ENCODER, projection_dim=16)},
+        "out_channels=4 and latent_channels=8": {"vae": another(vae, TINY_VAE, latent_channels=8)},
+        "in_channels=4 and out_channels=8": {"unet": another(unet, TINY_UNET, out_channels=8)},
+        "in_channels=9 and out_channels=4": {"unet": another(unet, TINY_UNET, in_channels=9)},
+        "vae: out_channels=4": {"vae": another(vae, TINY_VAE, out_channels=4)},
+        "looks at 24 x 24 pixels": {"safety_checker": another(
+            checker, TINY_CHECKER, vision_config=TINY_VISION | {"image_size": 24})},
+        "pictures of (32, 32) came; this encoder looks at (24, 24)": {"image_encoder": another(
+            encoder, TINY_ENCODER, image_size=24)},
+        "scheduler: the class PNDMScheduler": {"scheduler": imvar.PNDMScheduler},
+        "unet: the class UNet2D": {"unet": unet},
+        "safety_checker: the class Stable": {"safety_checker": checker},
+        "feature_extractor: the class CLIPImageProcessor": {"feature_extractor": imvar.CLIPImageProcessor},
+        "image_encoder: Identity returned Tensor with no tensor in `image_embeds`": {
+            "image_encoder": torch.nn.Identity()},
+        "feature_extractor: function returned Image": {"feature_extractor": lambda images, return_tensors: images},
+        "feature_extractor=None: pictures need one": {"feature_extractor": None, "safety_checker": None},
+        "feature_extractor=None: the safety checker needs one": {"feature_extractor": None},
+        "unet on meta": {"unet": unet(**TINY_UNET).to("meta")},
+        "unet: None came": {"unet": None},
+    }
+
+
+@pytest.mark.parametrize("words", odd_parts())
+def test_named_before_the_first_step(pipe, photo, words):
+    for name, part in odd_parts()[words].items():
+        setattr(pipe, name, part)
+    with pytest.raises(InputError) as caught:
+        made(pipe, photo, output_type="pil", callback=lambda *_: pytest.fail("a step was taken"))
+    assert words in str(caught.value)
+
+
+def test_latents_need_no_autoencoder_that_fits(pipe, photo):
+    expected = made(pipe, photo, output_type="latent").images
+    pipe.vae, pipe.feature_extractor.crop_size = another(imvar.AutoencoderKL, TINY_VAE, latent_channels=8), 32
+    assert torch.equal(made(pipe, photo, output_type="latent").images, expected)
+
+
+def test_an_autoencoder_of_another_scale(pipe, photo):
+    blocks = {name: kinds[:3] for name, kinds in TINY_VAE.items() if isinstance(kinds, tuple)}
+    pipe.vae = another(imvar.AutoencoderKL, TINY_VAE, **blocks)
+    with pytest.raises(InputError, match=r"vae: it made pictures of \(64, 64\), where \(128, 128\) were due"):
+        made(pipe, photo)
+
+
+@pytest.mark.parametrize(("sizes", "words"), [
+    ((5, 40), "tile_latent_min_size=5, tile_sample_min_size=40, tile_overlap_factor=0.25: tiles"),
+    ((4, 20), "do not fit together; the one 8 times the other"), ((1, 8), "do not fit together"),
+    ((0, 0), "tile_latent_min_size=0: a whole number"), ((2.5, 20), "tile_latent_min_size=2.5"), ((4, "x"), "='x'")])
+def test_tiles_that_do_not_fit(pipe, photo, sizes, words):
+    pipe.enable_vae_tiling()
+    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = sizes
+    with pytest.raises(InputError) as caught:
+        made(pipe, photo)
+    assert words in str(caught.value)
+    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 32
+    assert made(pipe, photo, height=64, width=72).images.shape == (1, 64, 72, 3)
+
+
+def says(flags):
+    return lambda images, clip_input: (images, flags)
+
+
+@pytest.mark.parametrize("flags", [
+    [False, True], (False, True), np.array([False, True]), torch.tensor([False, True]), [0, 1], [np.False_, np.True_]])
+def test_a_checker_that_only_judges(pipe, photo, flags):
+    """Its flags count, whatever they come in, and what it flags turns black."""
+    pipe.safety_checker = None
+    kept = made(pipe, photo, num_images_per_prompt=2).images
+    pipe.safety_checker = says(flags)
+    output = made(pipe, photo, num_images_per_prompt=2)
+    assert output.nsfw_content_detected == [False, True]
+    assert np.array_equal(output.images[0], kept[0])
+    assert not output.images[1].any()
+    assert not np.asarray(made(pipe, photo, num_images_per_prompt=2, output_type="pil").images[1]).any()
+    with pytest.raises(FlaggedError, match="1 of 2 pictures"):
+        made(pipe, photo, num_images_per_prompt=2, on_flagged="raise")
+
+
+@pytest.mark.parametrize("how", ["black", "blur", "keep", "raise"])
+@pytest.mark.parametrize("answer", [
+    None, 3, lambda x: x, lambda x: (x,), lambda x: (x, [True], 1), lambda x: (x, []), lambda x: (x, [True]),
+    lambda x: (x, [True] * 3), lambda x: (x, True), lambda x: (x, [float("nan")] * 2), lambda x: (x, ["no", "no"]),
+    lambda x: (x, {0: True}), lambda x: (None, [True] * 2), lambda x: (x[:1], [True] * 2)])
+def test_a_checker_that_says_neither_yes_nor_no(pipe, photo, answer, how):
+    pipe.safety_checker = lambda images, clip_input: answer(images) if callable(answer) else answer
+    with pytest.raises(InputTypeError, match="safety_checker: it returned"):
+        made(pipe, photo, num_images_per_prompt=2, on_flagged=how)
+
+
+def test_pictures_that_nobody_judged_have_no_flags(pipe, photo):
+    pipe.safety_checker = says(None)
+    assert made(pipe, photo).nsfw_content_detected is None
+
+
+def test_another_dtype_from_within_a_callback(pipe, photo):
+    """What comes counts from the next step; the next call is of that dtype as well."""
+    expected = made(pipe, photo, num_inference_steps=4).images
+    close = made(pipe, photo, num_inference_steps=4, callback=lambda i, *_: i == 1 and pipe.to(torch.float64)).images
+    assert np.abs(close - expected).max() < 1e-4
+    assert pipe.dtype == torch.float64
+    with pytest.raises(InputTypeError, match="unet: None came"):
+        made(pipe, photo, callback=lambda *_: setattr(pipe, "unet", None))
