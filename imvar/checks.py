@@ -182,7 +182,8 @@ def tensor(name: str, value: Any, *form: str | int, like: Tensor | None = None, 
         raise InputTypeError(f"{name}: {type(value).__name__} came; {words} would do", key=name)
     floats(name, value)
     known = zip(value.shape, form, strict=False)
-    if value.ndim != len(form) or any(isinstance(wanted, int) and n != wanted for n, wanted in known):
+    other = any(isinstance(wanted, int) and n != wanted for n, wanted in known)
+    if value.ndim != len(form) or not value.numel() or other:
         raise InputError(f"{name}: shape {tuple(value.shape)} came; {words} would do", key=name)
     if like is None:
         return

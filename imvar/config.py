@@ -20,6 +20,7 @@ from numbers import Number
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
+from .checks import truth
 from .errors import InputError, InputTypeError, shown
 
 
@@ -63,7 +64,7 @@ def taken(value: Any, kind: Any) -> Any:
 
 def number(value: Any, kind: type) -> Any:
     """A whole number below 2^31, or any finite one."""
-    if isinstance(value, (bool, str)):
+    if truth(value) or isinstance(value, (str, bytes, bytearray)):
         return UNFIT
     try:
         found = operator.index(value) if kind is int or type(value) is int else float(value)
@@ -234,7 +235,10 @@ class Configured:
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__()
-        args = (*args, settings.pop("config")) if not args and "config" in settings else args
+        if "config" in settings and not args:
+            args = (settings.pop("config"),)
+            if as_settings(args[0]) is None:
+                raise InputTypeError(f"config={shown(args[0])}: a config or a dictionary would do", key="config")
         if len(args) == 1 and not settings and (given := as_settings(args[0])) is not None:
             self.config = given if isinstance(given, self.config_class) else self.config_class.read(given)
         else:

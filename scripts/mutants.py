@@ -30,7 +30,7 @@ STATEMENTS = ("one_of", "tensor", "alike", "sizes", "levels", "side", "check_lat
 CALLS = ("tests/test_calls.py tests/test_refusals.py tests/test_pipeline.py tests/test_flagged.py tests/test_seeds.py "
          "tests/test_approximate.py")
 PICTURES = "tests/test_image.py tests/test_refusals.py tests/test_hostile_settings.py tests/test_pipeline.py"
-WALKS = "tests/test_schedulers.py tests/test_refusals.py tests/test_hostile_settings.py"
+WALKS = "tests/test_walks.py tests/test_schedulers.py tests/test_refusals.py tests/test_hostile_settings.py"
 MODELS = "tests/test_refusals.py tests/test_hostile_settings.py tests/test_forks.py tests/test_memory.py"
 READ = ("tests/test_hostile_files.py tests/test_hostile_settings.py tests/test_loading.py "
         "tests/test_hostile_pickles.py tests/test_single_file.py tests/test_habits.py tests/test_published.py")

@@ -19,6 +19,7 @@ from imvar.noise import randn
 NAN, INF = float("nan"), float("inf")
 PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
 x, context = torch.zeros(1, 4, 16, 16), torch.zeros(1, 1, 24)
+two = x.repeat(2, 1, 1, 1)
 PHOTO_OF_ONE_COLOUR = Image.new("RGB", (64, 48), "red")
 picture, small = torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 32)
 
@@ -44,6 +45,17 @@ MODELS = {
     "timestep=-5": lambda p: p.unet(x, -5, context),
     "timestep='3'": lambda p: p.unet(x, "3", context),
     "timestep: shape (2,) came for 1 samples": lambda p: p.unet(x, torch.tensor([1, 2]), context),
+    "timestep=tensor(nan)": lambda p: p.unet(two, torch.tensor([1.0, NAN]), context.repeat(2, 1, 1)),
+    "timestep=tensor(-1)": lambda p: p.unet(two, torch.tensor([1, -1]), context.repeat(2, 1, 1)),
+    "timestep=tensor(True)": lambda p: p.unet(two, torch.tensor([True, False]), context.repeat(2, 1, 1)),
+    "timestep: values of torch.complex64": lambda p: p.unet(x, torch.tensor(1j), context),
+    "timestep=92233720368547": lambda p: p.unet(x, 2**63, context),
+    "timestep=<a whole number of": lambda p: p.unet(x, 10**5000, context),
+    "timestep=array([7, 7])": lambda p: p.unet(x, np.array([7, 7]), context),
+    "sample: shape (1, 4, 0, 16)": lambda p: p.unet(x[:, :, :0], 1, context),
+    "encoder_hidden_states: shape (1, 0, 24)": lambda p: p.unet(x, 1, context[:, :0]),
+    "z: shape (1, 4, 0, 16)": lambda p: p.vae.decode(x[:, :, :0]),
+    "merge=1": lambda p: p.unet(x, 1, context, merge=1),
     "x: shape (1, 4, 64, 64) came; a tensor (b, 3, h, w)": lambda p: p.vae.encode(torch.zeros(1, 4, 64, 64)),
     "x: Image came": lambda p: p.vae.encode(Image.new("RGB", (64, 64))),
     "x: pictures of (4, 4) came; from 8 pixels": lambda p: p.vae.encode(torch.zeros(1, 3, 4, 4)),
@@ -151,7 +163,7 @@ def step(kind, output=x, sample=x, t=None, **options):
 
 
 KINDS = DDIMScheduler, PNDMScheduler, LMSDiscreteScheduler
-two, narrow = x.repeat(2, 1, 1, 1), x[..., :8]
+narrow = x[..., :8]
 SCHEDULERS = {
     f"{kind.__name__}: {words}": lambda _, kind=kind, call=call: call(kind)
     for kind in KINDS for words, call in {

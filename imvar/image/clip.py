@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .resize import center_crop, resize, target_size
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LEFT_OUT = {"do_pad": False, "default_to_square": False}  # of transformers' settings; no published one asks for these
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,6 +46,13 @@ class CLIPImageProcessorConfig(Config):
     image_std: Any = CLIP_STD
     do_convert_rgb: bool = one_of(True, False)
     image_processor_type: str = one_of("CLIPImageProcessor", "CLIPImageProcessorPil", "CLIPImageProcessorFast")
+
+    def marked(self, given: Iterable[str], foreign: Mapping[str, Any]) -> Self:
+        for name, fine in LEFT_OUT.items():
+            if foreign.get(name) not in (None, fine):
+                raise InputError(f"{type(self).__name__}: {name}={shown(foreign[name])} is not supported; it can be "
+                                 f"{fine}", key=name)
+        return super().marked(given, foreign)
 
     def check(self) -> None:
         super().check()
@@ -81,7 +89,8 @@ class CLIPImageProcessorConfig(Config):
 
     def _numbers(self, name: str, count: int) -> tuple[float, ...]:
         value = getattr(self, name)
-        values = tuple(value) if isinstance(value, (Sequence, np.ndarray)) else (value,) * count
+        several = isinstance(value, Sequence) or np.ndim(value)
+        values = tuple(value) if several else (value,) * count
         values = [number(entry, float) for entry in values]
         if len(values) != count or any(v is UNFIT or abs(v) > 1e30 for v in values):  # float32 holds no more
             raise self._refused(name, "one number" if count == 1 else f"one finite number or {count}")

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from numpy import ndarray
 from torch import Tensor
 from torch.nn import Conv2d
 
-from ..checks import count, readable, real, single, tensor
+from ..checks import as_float, count, readable, real, tensor
 from ..errors import InputError, InputTypeError, shown
 from .told import Ready, ours
 
+LARGEST_TIME = 2**31  # far more than any model was trained for
 
-def unet(model: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *_: Any, **__: Any) -> None:
+
+def unet(model: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *_: Any, merge: Any = None,
+         **__: Any) -> None:
     """Latents, a time, and a context, of sizes that go together."""
     context, (channels, weight) = encoder_hidden_states, asked(model.conv_in)
     tensor("sample", sample, "b", channels, "h", "w", like=weight)
     if not isinstance(context, Ready):
         tensor("encoder_hidden_states", context, "b", "m", context_width(model), like=weight)
-        if not len(sample) or len(context) % len(sample):
+        if len(context) % len(sample):
             raise InputError(f"encoder_hidden_states: {len(context)} came for {len(sample)} samples; one, or as many "
                              "again, for each would do", key="encoder_hidden_states")
     if not isinstance(timestep, Ready):
         if isinstance(timestep, Tensor) and not sample.is_meta:
             readable("timestep", timestep)
         time(timestep, len(sample))
+    if merge is not None and not callable(merge):
+        raise InputTypeError(f"merge={shown(merge)}: a function of h, skip and the level would do", key="merge")
 
 
 def asked(layer: Any) -> tuple[int | str, Tensor | None]:
@@ -47,19 +51,21 @@ def context_width(model: Any) -> int | str:
 
 def time(timestep: Any, samples: int) -> None:
     """A number, or one for each sample."""
-    if isinstance(timestep, Tensor) and timestep.numel() != 1:
-        if timestep.shape != (samples,):
+    if isinstance(timestep, Tensor):
+        if timestep.numel() != 1 and timestep.shape != (samples,):
             raise InputError(f"timestep: shape {tuple(timestep.shape)} came for {samples} samples; (), or ({samples},) "
                              "would do", key="timestep")
-        return
-    if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
-        return  # its value is not worth waiting for
-    number = single(timestep)
-    if isinstance(number, (bool, str)) or not hasattr(number, "__float__"):
-        raise InputTypeError(f"timestep={shown(timestep)}: a number, or a tensor of one for each sample, would do",
-                             key="timestep")
-    if not 0 <= float(number) < math.inf:
-        raise InputError(f"timestep={shown(timestep)}: a finite number from 0 would do", key="timestep")
+        if timestep.is_complex():
+            raise InputTypeError(f"timestep: values of {timestep.dtype} came; numbers would do", key="timestep")
+        if timestep.device.type != "cpu":
+            return  # its value is not worth waiting for
+    for one in timestep.flatten().unbind() if isinstance(timestep, Tensor) else [timestep]:
+        number = as_float(one)
+        if number is None:
+            raise InputTypeError(f"timestep={shown(one)}: a number, or a tensor of one for each sample, would do",
+                                 key="timestep")
+        if not 0 <= number <= LARGEST_TIME:
+            raise InputError(f"timestep={shown(one)}: a finite number from 0 would do", key="timestep")
 
 
 def pictures(model: Any, x: Any, *_: Any, **__: Any) -> None:

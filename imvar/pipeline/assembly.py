@@ -244,11 +244,15 @@ class Assembly(Storage):
         """Options for tqdm, such as `disable=True`. Raises `InputTypeError` for what is none, or cannot be one."""
         from huggingface_hub.utils import tqdm
 
+        class Trial(tqdm.__mro__[1]):  # type: ignore[misc]  # which looks at its options even where all bars are off
+            _lock, monitor_interval = tqdm.get_lock(), 0
+
         try:
             if not hasattr(options.get("file") or sys.stderr, "write"):
                 raise TypeError("file has no write")
             bool(options.get("disable"))
-            with tqdm(total=2, **(options | {"file": io.StringIO(), "disable": False})) as trial:
+            seen = {name: value for name, value in options.items() if name != "name"}
+            with Trial(total=2, **(seen | {"file": io.StringIO(), "disable": False})) as trial:
                 trial.update()
         except Exception as error:  # of a name that it does not know, tqdm's own is a KeyError
             raise InputTypeError(f"set_progress_bar_config({shown(options)}): options of tqdm would do, such as "

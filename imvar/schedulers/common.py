@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checks import alike, checked, count, floats, readable, real, single
 from ..config import Config, one_of
 from ..errors import InputError, InputTypeError, shown
+from ..noise import check_generator
 from ..outputs import SchedulerOutput
 from ..weights.pretrained import Pretrained
 from .tables import make_betas
@@ -89,12 +90,23 @@ class SchedulerConfig(Config):
                              key="trained_betas")
 
 
+def between(scheduler: Any, least: float, most: float) -> None:
+    """Every timestep leaves a share of the signal from `least` up, and below `most`, so that no step divides by 0."""
+    low, high = (float(share) for share in scheduler.alphas_cumprod.aminmax())
+    if low < least or high > most:
+        raise InputError(f"beta_start, beta_end, trained_betas: with these, from {low:g} to {high:g} of the signal "
+                         f"is left, and {type(scheduler).__name__} divides by 0 at the ends; numbers between 0 and 1 "
+                         "would do", key="beta_start")
+
+
 def step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *_: Any, **options: Any) -> None:
     """Of a step: floats of one shape, also what is to be its noise."""
     if not isinstance(sample, Tensor):
         raise InputTypeError(f"sample: {type(sample).__name__} came; a tensor (b, c, h, w) would do", key="sample")
     floats("sample", sample)
     alike("model_output", model_output, "sample", sample)
+    generators = options.get("generator")
+    check_generator(generators, 1 if isinstance(generators, (list, tuple)) and len(generators) == 1 else len(sample))
     if options.get("variance_noise") is not None:
         alike("variance_noise", options["variance_noise"], "sample", sample)
 
@@ -108,11 +120,21 @@ def mixed_inputs(scheduler: Any, original_samples: Any, noise: Any, timesteps: A
     alike("noise", noise, "the samples", original_samples)
     if isinstance(timesteps, Tensor) and not original_samples.is_meta:
         readable("timesteps", timesteps)
-    times = torch.as_tensor(timesteps) if isinstance(timesteps, (int, float, Tensor)) else None
+    times = as_times(timesteps)
     if times is None or times.ndim > 1 or (times.ndim and len(times) not in (1, len(original_samples))):
         came = type(timesteps).__name__ if times is None else f"shape {tuple(times.shape)}"
         raise InputError(f"timesteps: {came} came for {len(original_samples)} samples; a tensor of one for all, or of "
                          "one each, would do", key="timesteps")
+
+
+def as_times(timesteps: Any) -> Tensor | None:
+    """A number, or a tensor of numbers, as a tensor; None for anything else."""
+    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, float, Tensor)):
+        return None
+    try:
+        return torch.as_tensor(timesteps)
+    except (RuntimeError, ValueError, OverflowError):  # a number too large
+        return None
 
 
 class Scheduler(Pretrained):
@@ -181,7 +203,7 @@ class VariancePreserving(Scheduler):
     def mixture(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of signal and noise at each timestep, in x's dtype, shaped to multiply x."""
         timesteps = torch.as_tensor(timesteps)
-        if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+        if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
             raise InputTypeError(f"timesteps: values of {timesteps.dtype} came; whole numbers would do",
                                  key="timesteps")
         if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(self))).all():

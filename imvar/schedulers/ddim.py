@@ -72,6 +72,9 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
         self.timesteps = torch.arange(len(self)).flip(0)
+        if self.alphas_cumprod[-1] == 1 or self.alphas_cumprod[0] == 0:
+            raise InputError("beta_start, beta_end, trained_betas: with these there is no noise, or no signal, at any "
+                             "timestep; numbers between 0 and 1 would do", key="beta_start")
 
     def make_betas(self) -> Tensor:
         betas = make_betas(self.config)

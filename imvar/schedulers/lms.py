@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import as_device, checked, count, real
 from ..config import one_of
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..outputs import DenoisedOutput
 from .common import Scheduler, SchedulerConfig, mixed_inputs, step_inputs
 from .tables import beta, exponential, karras, space_timesteps, to_timesteps
@@ -116,7 +116,8 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             timesteps = to_timesteps(sigmas, self.table)
         self.num_inference_steps = n
         self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
-        self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(as_device("device", device))
+        self.visited = timesteps.astype(np.float32).tolist()  # which no step has to wait for
+        self.timesteps = torch.tensor(self.visited, device=as_device("device", device))
         self.step_index: int | None = None
         self.begin_index: int | None = None
         self.derivatives: Sequence[Tensor] = []
@@ -154,6 +155,11 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
         if self.step_index >= len(self.timesteps):
             raise InputError(f"step: all {len(self.timesteps)} timesteps are done; set_timesteps begins another run")
+        if self.begin_index is None and not (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
+            here = self.visited[self.step_index]  # a timestep on an accelerator is not worth waiting for
+            if real("timestep", timestep, high=math.inf) != here:
+                raise InputError(f"timestep={shown(timestep)}: the walk has come to {here:g}; scheduler.timesteps, one "
+                                 "after another, would do", key="timestep")
         return self.step_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
@@ -199,9 +205,10 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
 
         Once `set_begin_index` was called the walk's own place counts instead, as in image-to-image.
         """
+        times = torch.as_tensor(timesteps).flatten()
         if self.begin_index is None:
-            places = [self.index_for_timestep(t) for t in timesteps]
+            places = [self.index_for_timestep(t) for t in times]
         else:
-            places = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
+            places = [self.begin_index if self.step_index is None else self.step_index] * len(times)
         sigma = self.sigmas.to(original_samples.device, original_samples.dtype)[places]
         return original_samples + noise * sigma.view(-1, *[1] * (original_samples.ndim - 1))

@@ -15,7 +15,7 @@ from ..checks import as_device, checked
 from ..config import one_of
 from ..errors import InputError
 from ..outputs import SchedulerOutput
-from .common import SchedulerConfig, VariancePreserving, step_inputs, to_eps
+from .common import SchedulerConfig, VariancePreserving, between, step_inputs, to_eps
 from .tables import whole_timesteps
 
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -72,6 +72,10 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
     start: Tensor | None = None  # the sample that this step started from
     blend: Tensor | float = 0.0  # the Runge-Kutta sum so far
 
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        between(self, least=1e-12, most=1 - 2**-24)  # as near to 0 and 1 as float32 tells apart
+
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Choose the timesteps to visit and forget the history: int64 on `device`.
 
@@ -99,6 +103,8 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
 
         Raises `InputError` before `set_timesteps` and for a timestep out of range.
         """
+        if self.num_inference_steps is not None and self.counter >= len(self.timesteps):
+            raise InputError(f"step: all {len(self.timesteps)} timesteps are done; set_timesteps begins another run")
         opening = self.counter < len(self.prk_timesteps)
         return (self.step_prk if opening else self.step_plms)(model_output, timestep, sample, return_dict)
 
