@@ -101,6 +101,14 @@ def single(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def option(name: str, value: Any, *kinds: type) -> Any:
+    """A value of one of these types, or None; so that 'no' is not taken for yes."""
+    if value is not None and not isinstance(value, kinds):
+        would_do = " or ".join("True or False" if kind is bool else f"a {kind.__name__}" for kind in kinds)
+        raise InputTypeError(f"{name}={shown(value)}: {would_do} would do", key=name)
+    return value
+
+
 def a_path(name: str, value: Any) -> Path:
     """A path that a caller names, of a file or folder that may not be there yet."""
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
@@ -119,8 +127,10 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | Literal["auto"]:
     """A dtype from itself or its name, or `"auto"`; float32 where nothing is asked for."""
     if isinstance(dtype, str) and dtype == "auto":
         return "auto"
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype or torch.float32
-    if found not in FLOATS:
+    if dtype is None:
+        return torch.float32
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in FLOATS:
         raise InputTypeError(f"dtype={shown(dtype)}: one of floats such as torch.float16, its name, or 'auto' would do")
     return found
 

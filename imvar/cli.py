@@ -16,8 +16,9 @@ from PIL.Image import Image
 
 from . import __version__
 from .contact_sheet import Row, contact_sheet
-from .errors import CheckpointError, ImvarError, InputError, OutOfMemoryError
+from .errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, shown
 from .memory import keep_freed_memory, naming_what_needs_less
+from .noise import LARGEST_SEED
 from .photos import distinct, load_image, spare
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
@@ -109,6 +110,8 @@ def vary(args: argparse.Namespace) -> None:
     pictures = [load_image(path) for path in args.photos]
     names = distinct([path.stem for path in args.photos])
     seeds = range(args.seed, args.seed + args.n)
+    if seeds[-1] > LARGEST_SEED:
+        raise InputError(f"--seed {args.seed}: the last of {args.n} would be above {LARGEST_SEED}; a smaller would do")
     sheet = args.out / "contact-sheet.png"
     outputs = [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)]
     check_folder(args.out)
@@ -236,13 +239,13 @@ def has_bfloat16() -> bool:
 
 
 def a_count(text: str, least: int = 1, most: int = 10**6) -> int:
-    if not text.isdecimal() or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from {least} to {most} would do")
+    if not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: a whole number from {least} to {most} would do")
     return int(text)
 
 
 def a_seed(text: str) -> int:
-    return a_count(text, least=0, most=2**63 - 1)
+    return a_count(text, least=0, most=LARGEST_SEED)
 
 
 def a_number(text: str) -> float:

@@ -200,7 +200,25 @@ class Config(dict[str, Any]):
 
     def to_json_string(self) -> str:
         """The text of a `config.json`: keys sorted, two spaces, a newline at the end."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        return json_text(self.to_dict())
+
+
+def json_text(settings: Mapping[str, Any]) -> str:
+    """The text of a settings file. Raises `InputError` for a value that JSON has no way to write, NaN among them."""
+    try:
+        return json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        bad = next((name for name, value in settings.items() if not writable(name, value)), "config")
+        raise InputError(f"{bad}={shown(settings.get(bad))}: cannot be written as JSON ({error})",
+                         key=str(bad)) from error
+
+
+def writable(name: Any, value: Any) -> bool:
+    try:
+        json.dumps({name: value}, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(name, str)
 
 
 def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:

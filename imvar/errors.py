@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+LONGEST = 2000  # characters of a message
+
 
 class ImvarError(Exception):
     """The root of every error that imvar raises on purpose."""
@@ -41,13 +43,19 @@ class CheckpointError(ImvarError, OSError):
         self.reason, self.path, self.key = reason, None if path is None else Path(path), key
         told = key is not None and (reason.startswith(f"{key}:") or f"{key}=" in reason or f": {key}" in reason)
         parts = (path, None if told else key, reason)
-        super().__init__(": ".join(str(part) for part in parts if part is not None))
+        super().__init__(printable(": ".join(str(part) for part in parts if part is not None)))
 
     def __reduce__(self):
         return _checkpoint_error, (self.reason, self.path, self.key)
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def printable(text: str) -> str:
+    """Names out of a file must not write over the terminal that shows them, nor fill it."""
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST - 200]} ... {text[-200:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class OutOfMemoryError(ImvarError, torch.OutOfMemoryError):

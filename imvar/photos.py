@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -53,13 +54,17 @@ def opened(image: Any) -> Any:
         if isinstance(image, io.TextIOBase):
             raise InputTypeError("image: a file opened as text came; one opened in mode 'rb' would do", key="image")
         return image
-    return a_path("image", image)
+    path = a_path("image", image)
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a writer
+        raise InputError(f"{path}: is no file; a picture's would do", key="image")
+    return path
 
 
 def allowed(formats: Any) -> list[str]:
     """Formats as Pillow takes them; a typing error would keep all out, and None would let all in."""
     Image.init()
-    if isinstance(formats, str) or not isinstance(formats, Sequence) or not all(one in Image.OPEN for one in formats):
+    several = isinstance(formats, Sequence) and not isinstance(formats, str) and len(formats)
+    if not several or not all(isinstance(one, str) and one in Image.OPEN for one in formats):
         raise InputError(f"formats={shown(formats)}: a list of Pillow's formats, such as {list(FORMATS)}, would do",
                          key="formats")
     return list(formats)
@@ -78,9 +83,9 @@ def distinct(stems: Sequence[str]) -> list[str]:
 
 def spare(photos: Sequence[Path], outputs: Sequence[Path]) -> None:
     """Raise `InputError` where a variation would be written over a photo, or cannot be since a folder has its name."""
-    sources = {path.resolve() for path in photos}
+    sources = {os.path.realpath(path) for path in photos}
     for path in outputs:
-        if path.resolve() in sources:
+        if os.path.realpath(path) in sources:
             raise InputError(f"{path}: is one of the photos and would be written over; another -o FOLDER would do")
         if path.is_dir():
             raise InputError(f"{path}: is a folder, and a picture is to have its name; another -o FOLDER would do")

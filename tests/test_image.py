@@ -295,8 +295,11 @@ def test_a_flagged_picture_is_handed_on():
     ({"image": torch.zeros(1, 3, 8, 8), "output_type": "jpg"}, "output_type='jpg' is not supported; it can be 'pil'"),
     ({"image": np.zeros((1, 3, 8, 8))}, "image: ndarray came"),
     ({"image": torch.zeros(3, 8, 8)}, r"image: shape \(3, 8, 8\) came"),
-    ({"image": torch.zeros(2, 3, 8, 8), "do_denormalize": [True]}, "1 flags came for 2 pictures"),
-    ({"image": torch.full((1, 3, 8, 8), torch.nan)}, r"values nan\.\.nan came"),
+    ({"image": torch.zeros(2, 3, 8, 8), "do_denormalize": [True]}, r"do_denormalize=\[True\] came for 2 pictures"),
+    ({"image": torch.full((1, 3, 8, 8), torch.nan)}, "NaN or infinite values came"),
+    ({"image": torch.full((1, 3, 8, 8), torch.inf)}, "NaN or infinite values came"),
+    ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, r"values of torch\.uint8 came"),
+    ({"image": torch.zeros(1, 3, 8, 8), "do_denormalize": True}, "do_denormalize=True came for 1 pictures"),
     ({"image": torch.full((1, 3, 8, 8), -0.5), "do_denormalize": [False]}, r"values -0\.5\.\.-0\.5 came"),
     ({"image": torch.zeros(1, 4, 8, 8)}, r"shape \(1, 4, 8, 8\) came"),
 ])
@@ -312,12 +315,12 @@ def test_numpy_to_pil_needs_floats():
 
 @pytest.mark.parametrize(("image", "words"), [
     (None, "image: NoneType came"), ([], "image: an empty list came"), ("x.png", "image: str came"),
-    ([IMAGE, "x.png"], "image: Image, str came"), (noise(), "values of type torch.uint8 came"),
+    ([IMAGE, "x.png"], "image: Image, str came"), (noise(), "values of torch.uint8 came"),
     (torch.full((3, 8, 8), torch.nan), r"image: values nan\.\.nan came"),
     (noise() / 1.0, r"image: values 0\.\.255 came"),
     (torch.zeros(8, 8), r"image: shape \(8, 8\) came"), (IMAGE.convert("P"), r"image\[0\]: mode P came"),
     ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)], "image: shapes"),
-    (IMAGE.resize((5, 30)), "width: 5 came; 8 or more"),
+    (IMAGE.resize((5, 30)), "width=5: a whole number from 8"),
 ])
 def test_nothing_to_preprocess(image, words):
     with pytest.raises(InputError, match=words):
@@ -326,7 +329,7 @@ def test_nothing_to_preprocess(image, words):
 
 @pytest.mark.parametrize("height", [0, -64, 7, 64.0, "64", True])
 def test_heights_that_cannot_be(height):
-    with pytest.raises(InputError, match=r"height: .* came; 8 or more would do"):
+    with pytest.raises(InputError, match=r"height=.*: a whole number from 8 to 32768"):
         VaeImageProcessor().preprocess(IMAGE, height=height)
 
 

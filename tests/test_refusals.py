@@ -196,7 +196,7 @@ PICTURES = {
     "image: str came; a PIL": lambda p: p("https://example.org/cat.png"),
     "image: NaN": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN), "pt"),
     "image: NaN or": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN), "np"),
-    "images: values nan": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN)),
+    "image: NaN or infinite": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN)),
     "images: str came; an array": lambda p: p.numpy_to_pil("x"),
     "images: sizes [(8, 8), (64, 48)] (w, h) came": lambda p: p.image_processor.pil_to_numpy(
         [PHOTO_OF_ONE_COLOUR, Image.new("RGB", (8, 8))]),

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import readable
+from ..checks import LARGEST_SIDE, count, floats, readable
 from ..config import Config, Configured, one_of, only
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, shown
 from .read import WOULD_DO, load
 
 FILTERS = {
@@ -106,9 +106,7 @@ class VaeImageProcessor(Configured):
             own = tuple(image.shape[1:3] if isinstance(image, np.ndarray) else image.shape[2:4])
         factor, sizes = self.config.vae_scale_factor, []
         for name, value, default in zip(("height", "width"), (height, width), own, strict=True):
-            size = default if value is None else value
-            if type(size) is not int or size < factor:
-                raise InputError(f"{name}: {size!r} came; {factor} or more would do")
+            size = count(name, default if value is None else value, low=factor, high=LARGEST_SIDE)
             sizes.append(size - size % factor)
         return sizes[0], sizes[1]
 
@@ -120,7 +118,7 @@ class VaeImageProcessor(Configured):
         the tensor as it came. `do_denormalize` says for each picture whether its values are in [-1, 1]; those
         that are not are handed on unchanged. Raises `InputError` for values that make no picture.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
+        if not isinstance(output_type, str) or output_type not in ("pil", "np", "pt", "latent"):
             raise InputError(f"output_type={output_type!r} is not supported; it can be 'pil', 'np', 'pt' or 'latent'")
         if not isinstance(image, Tensor):
             raise InputTypeError(f"image: {type(image).__name__} came; a tensor (b, c, h, w) would do")
@@ -129,15 +127,17 @@ class VaeImageProcessor(Configured):
             return image
         if image.ndim != 4:
             raise InputError(f"image: shape {tuple(image.shape)} came; (b, c, h, w) would do")
-        flags = [self.config.do_normalize] * len(image) if do_denormalize is None else list(do_denormalize)
-        if len(flags) != len(image):
-            raise InputError(f"do_denormalize: {len(flags)} flags came for {len(image)} pictures; one each would do")
+        floats("image", image)
+        if not image.isfinite().all():
+            raise InputError("image: NaN or infinite values came, of which no picture can be made")
+        flags = [self.config.do_normalize] * len(image) if do_denormalize is None else do_denormalize
+        if not isinstance(flags, (list, tuple)) or len(flags) != len(image):
+            raise InputError(f"do_denormalize={shown(do_denormalize)} came for {len(image)} pictures; a list of a flag "
+                             "each would do")
         if all(flags):
             image = self.denormalize(image)
         elif any(flags):
             image = torch.stack([self.denormalize(x) if flag else x for x, flag in zip(image, flags, strict=True)])
-        if output_type != "pil" and not image.isfinite().all():
-            raise InputError("image: NaN or infinite values came, of which no picture can be made")
         if output_type == "pt":
             return image
         return self.pt_to_numpy(image) if output_type == "np" else levels_to_pil(to_levels(image))
@@ -170,12 +170,16 @@ class VaeImageProcessor(Configured):
     @staticmethod
     def numpy_to_pt(images: np.ndarray) -> Tensor:
         """(b, h, w, c) or (b, h, w) to (b, c, h, w)."""
-        images = images[..., None] if images.ndim == 3 else images
-        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        if not isinstance(images, np.ndarray) or images.ndim not in (3, 4):
+            raise InputTypeError(f"images: {came(images)} came; an array (b, h, w, c) would do")
+        images = (images[..., None] if images.ndim == 3 else images).transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("=")))
 
     @staticmethod
     def pt_to_numpy(images: Tensor) -> np.ndarray:
         """(b, c, h, w) to (b, h, w, c), float32 in main memory."""
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise InputTypeError(f"images: {came(images)} came; a tensor (b, c, h, w) would do")
         return images.detach().cpu().permute(0, 2, 3, 1).float().numpy()
 
 
@@ -216,6 +220,12 @@ def check_levels(low: float, high: float, images: np.ndarray | Tensor) -> None:
         raise InputError(f"images: values {images.min()}..{images.max()} came; [0, 1] would do")
 
 
+def came(value: Any) -> str:
+    """What came, in few words."""
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, (np.ndarray, Tensor)) else ""
+    return type(value).__name__ + shape
+
+
 def as_picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
@@ -226,12 +236,13 @@ def _as_batch(image: np.ndarray | Tensor) -> Tensor:
         raise InputError(f"image: shape {tuple(image.shape)} came; one picture has 3 axes, a batch 4")
     if isinstance(image, Tensor):
         readable("image", image)
+    if isinstance(image, np.ndarray) and image.dtype.kind not in "fiu":
+        raise InputTypeError(f"image: values of type {image.dtype} came; floats in [0, 1] would do")
     image = image[None] if image.ndim == 3 else image
     return VaeImageProcessor.numpy_to_pt(image) if isinstance(image, np.ndarray) else image
 
 
 def _check_range(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise InputTypeError(f"image: values of type {x.dtype} came; floats in [0, 1] would do")
+    floats("image", x)
     if not x.isfinite().all() or x.max() > 1:
         raise InputError(f"image: values {x.min():.4g}..{x.max():.4g} came; [0, 1] would do")

@@ -17,7 +17,8 @@ from PIL.Image import Image
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from ..checks import as_device, as_move, count
+from ..checks import as_device, as_move, count, option
+from ..config import json_text
 from ..context import holding
 from ..errors import InputError, InputTypeError, shown
 from ..image import numpy_to_pil
@@ -56,6 +57,8 @@ class Assembly(Storage):
 
     def register_to_config(self, **settings: Any) -> None:
         """Keep settings of the pipeline itself, which are saved with it."""
+        option("requires_safety_checker", settings.get("requires_safety_checker"), bool)
+        json_text(settings)
         self._settings |= settings
 
     @property

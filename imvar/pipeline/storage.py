@@ -8,7 +8,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..checks import Dtype, a_path, as_dtype
+from ..checks import Dtype, a_path, as_dtype, option
 from ..config import Config
 from ..errors import CheckpointError, InputError, InputTypeError, shown
 from ..weights.files import Hub, inside, locate, read_json, within, write_text
@@ -46,8 +46,9 @@ class Storage:
         call `compile()` on it.
         Raises `CheckpointError` naming the file and what is wrong with it.
         """
-        if not isinstance(compile, bool):
-            raise InputTypeError(f"compile={shown(compile)}: True or False would do", key="compile")
+        option("compile", compile, bool)
+        option("variant", variant, str)
+        option("low_cpu_mem_usage", low_cpu_mem_usage, bool)
         known = cls.parameters()
         parts = [name for name, parameter in known.items() if parameter.default is parameter.empty]
         overrides = asked_for(overrides, known, f"{cls.__name__}.from_pretrained")
@@ -118,6 +119,9 @@ class Storage:
         for name, part in self.components.items():
             if part is not None and not hasattr(part, "save_pretrained"):
                 raise InputTypeError(f"{name}: a {type(part).__name__} cannot be saved: it has no save_pretrained")
+            if (of := getattr(part, "part", name)) != name:
+                raise InputTypeError(f"{name}: a {type(part).__name__} came, which is for {of}", key=name)
+        option("safe_serialization", safe_serialization, bool)
         sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}  # each part has its own default
         ours = (Pretrained.save_pretrained, PretrainedModel.save_pretrained)
         asked_for(options, (), f"{type(self).__name__}.save_pretrained")
@@ -152,7 +156,7 @@ def dtypes_by_part(dtype: Any) -> dict[str, Dtype]:
     """One dtype per part, from one for all or a dictionary with a `"default"`."""
     if not isinstance(dtype, Mapping):
         dtype = {"default": dtype}
-    if odd := sorted(set(dtype) - PARTS.keys() - {"default"}):
+    if odd := sorted(set(dtype) - PARTS.keys() - {"default"}, key=str):
         raise InputTypeError(f"dtype: {odd[0]!r} is no part; {', '.join(PARTS)} or 'default' would do")
     return {name: as_dtype(dtype.get(name, dtype.get("default"))) for name in PARTS}
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 
-from ..checks import a_path
+from ..checks import a_path, option
 from ..errors import CheckpointError
 from .bundled import BUNDLED, bundled_checkpoint
 
@@ -40,13 +40,19 @@ class Hub:
     local_files_only: bool = False
     token: str | bool | None = None
 
+    def __post_init__(self) -> None:
+        option("revision", self.revision, str)
+        option("cache_dir", self.cache_dir, str, os.PathLike)
+        option("local_files_only", self.local_files_only, bool)
+        option("token", self.token, str, bool)
+
 
 def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
     """The folder of a checkpoint: `source` itself, the bundled one of that name, or a snapshot of that hub repository.
 
     Only wanted files are fetched. Raises `CheckpointError` where nothing is found.
     """
-    if source == "":
+    if isinstance(source, str) and not source:
         raise CheckpointError("an empty name came; a folder or a hub id, which looks like 'owner/name', would do")
     folder, name = a_path("pretrained_model_name_or_path", source), str(source).rstrip("/")
     if os.path.isdir(folder):
@@ -132,6 +138,8 @@ def beginning(path: Path) -> bytes:
             raise CheckpointError("is a folder, not a file" if stat.S_ISDIR(kind) else "is no regular file", path=path)
         with path.open("rb") as file:
             start = file.read(64)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError("no such file", path=path) from error
     except (OSError, ValueError) as error:
@@ -155,6 +163,9 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot be read as JSON: it has more than {LARGEST_JSON} bytes", path=path)
     if content.startswith(b"version https://git-lfs"):
         raise CheckpointError("cannot be read as JSON: it is a git-lfs pointer; git lfs pull would fetch the file",
+                              path=path)
+    if content.lstrip().startswith(b"<"):
+        raise CheckpointError("cannot be read as JSON: it is a web page, such as a server sends in place of a file",
                               path=path)
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=finite, parse_float=finite)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import json_text
 from ..errors import CheckpointError, shown
 
 INDEX = "model_index.json"
@@ -47,4 +47,4 @@ def index_text(class_name: str, parts: Mapping[str, Any], settings: Mapping[str,
     """The file of a pipeline of that class, with these parts and settings of its own."""
     stamp = {"_class_name": class_name, "_diffusers_version": FORMAT}
     listed = {part: entry(part, value) for part, value in parts.items()}
-    return json.dumps(stamp | dict(settings) | listed, indent=2, sort_keys=True) + "\n"
+    return json_text(stamp | dict(settings) | listed)

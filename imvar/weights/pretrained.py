@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import fields
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..checks import Dtype, a_path, as_dtype
-from ..config import Configured
-from ..errors import CheckpointError, InputError, InputTypeError
+from ..checks import Dtype, a_path, as_dtype, option
+from ..config import Configured, json_text
+from ..errors import CheckpointError, InputError, InputTypeError, shown
 from .files import Hub, inside, locate, read_json, within, write_text
 from .folders import replaced, unchanged
 from .index import FORMAT, PARTS, first_class, served
@@ -54,7 +54,7 @@ class Pretrained(Configured):
         `subfolder` is part of what the caller names, as if the path ended in it. Raises `CheckpointError` for a file
         that is missing or holds what this part cannot honour.
         """
-        name = f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name
+        name = f"{subfolder}/{cls.config_name}" if option("subfolder", subfolder, str) else cls.config_name
         hub = Hub(revision, cache_dir, local_files_only, token)
         folder = locate(pretrained_model_name_or_path, hub, lambda names: [name])
         path = inside(folder / (subfolder or ""), cls.config_name)
@@ -68,6 +68,11 @@ class Pretrained(Configured):
     @classmethod
     def checked(cls, settings: Mapping[str, Any], path: Path, **changes: Any) -> Any:
         """Settings that came from `path`, checked, and `changes`, checked as constructor arguments are."""
+        if (name := settings.get("_class_name")) not in PARTS[cls.part]:
+            others = [part for part, classes in PARTS.items() if isinstance(name, str) and name in classes]
+            if others:
+                raise CheckpointError(f"is {shown(name)}, of the {others[0]}; settings of the {cls.part} would do",
+                                      path=path, key="_class_name")
         known = [f.name for f in fields(cls.config_class)]
         changes = cls.config_class.of(**asked_for(changes, known, cls.__name__)).explicit()
         try:
@@ -121,7 +126,7 @@ class Pretrained(Configured):
         `options` are those of parts with weights, which ask for nothing here.
         """
         asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
-        text = json.dumps(self.config_file(), indent=2, sort_keys=True) + "\n"
+        text = json_text(self.config_file())
         write_text(a_path("save_directory", save_directory) / self.config_name, text)
 
     def config_file(self) -> Mapping[str, Any]:
@@ -158,7 +163,8 @@ class PretrainedModel(Pretrained, nn.Module):
         unknown or misshapen.
         """
         wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
-        prefix = f"{subfolder}/" if subfolder else ""
+        prefix = f"{subfolder}/" if option("subfolder", subfolder, str) else ""
+        option("low_cpu_mem_usage", low_cpu_mem_usage, bool)
 
         def wanted(names: set[str] | None) -> list[str]:
             files = cls.stem.choose(within(names, prefix), variant, use_safetensors)
@@ -249,8 +255,9 @@ class PretrainedModel(Pretrained, nn.Module):
         from .writing import write_weights
 
         asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
-        if not is_main_process:
+        if option("is_main_process", is_main_process, bool) is False:
             return
+        option("safe_serialization", safe_serialization, bool)
         with replaced(a_path("save_directory", save_directory)) as new:
             super().save_pretrained(new)
             write_weights(new, self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
@@ -299,14 +306,16 @@ def settings_part(part: str, file: SingleFile, config: Path | None, image_encode
 def config_folder(config: str | Path | None, hub: Hub, subfolder: str | None = None) -> Path | None:
     """The folder that `config=` names: itself, that of a file in it, or of a hub repository."""
     if config is None:
+        if option("subfolder", subfolder, str):
+            raise InputError(f"subfolder={shown(subfolder)}: is that of config, which did not come", key="subfolder")
         return None
     path = a_path("config", config)
-    folder = path.parent if path.is_file() else locate(path, hub, lambda _: ["*.json", "*/*.json"])
-    return folder / (subfolder or "")
+    folder = path.parent if os.path.isfile(path) else locate(path, hub, lambda _: ["*.json", "*/*.json"])
+    return folder / (option("subfolder", subfolder, str) or "")
 
 
 def which_ema(ema: str, extract_ema: bool | None) -> str:
-    return ema if extract_ema is None else "yes" if extract_ema else "no"
+    return ema if option("extract_ema", extract_ema, bool) is None else "yes" if extract_ema else "no"
 
 
 def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:

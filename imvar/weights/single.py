@@ -17,7 +17,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError, InputError, InputTypeError
+from ..checks import readable
+from ..errors import CheckpointError, InputError, InputTypeError, shown
 from . import tables
 from .files import Hub, locate_file
 from .keymap import Dialect, Keymap, Naming, listed
@@ -102,7 +103,9 @@ class SingleFile:
         if isinstance(source, Mapping):
             odd = [name for name, value in source.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
             if odd:
-                raise InputTypeError(f"{odd[0]!r}: a dictionary of tensors by name would do")
+                raise InputTypeError(f"{shown(odd[0])}: a dictionary of tensors by name would do")
+            for name, tensor in source.items():
+                readable(name, tensor)
             return cls(Path("(tensors in memory)"), source)
         return cls.read(locate_file(source, hub))
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..errors import CheckpointError, InputError, InputTypeError, shown
+from ..checks import option
+from ..errors import CheckpointError, InputError, shown
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Stem:
 
     def named(self, ending: str, variant: str | None) -> str:
         stem = self.safetensors if ending == "safetensors" else self.pickle
-        if variant and not (isinstance(variant, str) and re.fullmatch(r"\w[\w.-]*", variant)):
-            raise InputError(f"variant={variant!r}: letters, digits, '.', '_' and '-', as in 'fp16', would do")
+        if option("variant", variant, str) and not re.fullmatch(r"\w[\w.-]*", variant):  # type: ignore[arg-type]
+            raise InputError(f"variant={shown(variant)}: letters, digits, '.', '_' and '-', as in 'fp16', would do")
         return f"{stem}.{variant}" if variant else stem
 
     def file(self, ending: str, variant: str | None) -> str:
@@ -36,9 +37,7 @@ class Stem:
 
         Where the names are not known, None, the patterns of all files that there may be.
         """
-        if use_safetensors not in (None, True, False):
-            raise InputTypeError(f"use_safetensors={shown(use_safetensors)}: True, False or None would do",
-                                 key="use_safetensors")
+        option("use_safetensors", use_safetensors, bool)
         endings = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
         if names is None:
             return [f"{self.named(ending, None)}*.{ending}*" for ending in endings]
