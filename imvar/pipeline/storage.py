@@ -13,7 +13,7 @@ from ..config import Config
 from ..errors import CheckpointError, InputError, InputTypeError, shown
 from ..weights.files import Hub, inside, locate, read_json, within, write_text
 from ..weights.folders import private, replaced, unchanged
-from ..weights.index import INDEX, OPTIONAL, PARTS, entry, first_class, index_text, served
+from ..weights.index import INDEX, KNOWN, OPTIONAL, PARTS, entry, first_class, index_text, served
 from ..weights.pretrained import (
     READING,
     Pretrained,
@@ -23,6 +23,8 @@ from ..weights.pretrained import (
     settings_part,
     which_ema,
 )
+
+MAY_LACK = "safety_checker", "feature_extractor"  # without which some calls do
 
 
 class Storage:
@@ -64,6 +66,10 @@ class Storage:
             if absent := sorted(set(parts) - index.keys() - overrides.keys()):
                 raise CheckpointError(f"is not listed; from_pretrained(..., {absent[0]}=...) would do",
                                       path=folder / INDEX, key=absent[0])
+            there = {name for name, value in index.items() if value is not None}
+            if empty := sorted(set(parts) - overrides.keys() - set(MAY_LACK) - there):
+                raise CheckpointError(f"is empty; from_pretrained(..., {empty[0]}=...) would do", path=folder / INDEX,
+                                      key=empty[0])
             return {name: read_part(folder, name, value, dtypes, **reading)
                     if name in parts or isinstance(value, list) else setting(folder, name, value, known[name].default)
                     for name, value in index.items() if name not in overrides}
@@ -177,6 +183,9 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], 
         raise CheckpointError(f"is {shown(value)}; a library and a class would do, of which imvar has "
                               f"{', '.join(PARTS.get(name, {})) or 'none'}", path=folder / INDEX, key=name)
     found = served(name, value[1], folder / INDEX)
+    if value[0].partition(".")[0] not in KNOWN:
+        raise CheckpointError(f"is of the library {shown(value[0])}; {', '.join(KNOWN)} would do. Others can be "
+                              f"handed over: from_pretrained(..., {name}=...)", path=folder / INDEX, key=name)
     folder = inside(folder, name)
     if not issubclass(found, PretrainedModel):
         return found.from_pretrained(folder)

@@ -157,10 +157,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(content, path)
 
 
-def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, Any]:
     """The object that a JSON text in `path` says; a `CheckpointError` where it does not say one, or says it twice."""
     if len(content) > LARGEST_JSON:
-        raise CheckpointError(f"cannot be read as JSON: it has more than {LARGEST_JSON} bytes", path=path)
+        raise CheckpointError(f"cannot be read as JSON: it has more than {LARGEST_JSON} bytes", path=path, key=key)
     if content.startswith(b"version https://git-lfs"):
         raise CheckpointError("cannot be read as JSON: it is a git-lfs pointer; git lfs pull would fetch the file",
                               path=path)
@@ -170,9 +170,9 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot be read as JSON: {first_line(error)}", path=path) from error
+        raise CheckpointError(f"cannot be read as JSON: {first_line(error)}", path=path, key=key) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"holds a JSON {type(value).__name__}, not an object", path=path)
+        raise CheckpointError(f"holds a JSON {type(value).__name__}, not an object", path=path, key=key)
     return value
 
 

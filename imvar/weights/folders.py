@@ -52,6 +52,8 @@ def replaced(folder: str | Path) -> Iterator[Path]:
         yield folder
         return
     with plainly(folder):
+        if folder.is_symlink():
+            raise CheckpointError("is a link that leads back to itself; a folder would do", path=folder)
         if folder.exists() and not folder.is_dir():
             raise CheckpointError("is a file; a folder would do", path=folder)
         folder.parent.mkdir(parents=True, exist_ok=True)

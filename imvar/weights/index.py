@@ -23,6 +23,9 @@ LIBRARIES = {"image_encoder": "transformers", "feature_extractor": "transformers
              "safety_checker": "stable_diffusion"}  # the column that diffusers reads; the rest are its own
 
 
+KNOWN = "diffusers", "transformers", "stable_diffusion", "imvar"  # libraries that an index may name
+
+
 def served(part: str, class_name: Any, path: Path) -> Any:
     """The class of that name for that part, looked up and never imported; `path` is where it is named."""
     classes = PARTS.get(part, {})

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TRANSFORMERS_FORMAT = "5.23.0"
 SAVING = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
 READING = {"use_safetensors", "disable_mmap", "low_cpu_mem_usage"}  # how to read a file, which the file decides here
+PLAIN = "unet", "vae"  # whose files hold their own settings and nothing else
 FEW, MOST = 100, 1000  # layers: so few are built, to name the tensors that a file lacks for them; so many never are
 
 
@@ -76,7 +77,11 @@ class Pretrained(Configured):
         known = [f.name for f in fields(cls.config_class)]
         changes = cls.config_class.of(**asked_for(changes, known, cls.__name__)).explicit()
         try:
-            return cls.config_class.read(settings, **changes)
+            config = cls.config_class.read(settings, **changes)
+            if cls.part in PLAIN and (odd := sorted(name for name in config.foreign if name[:1] != "_")):
+                warnings.warn(f"{path}: {', '.join(map(shown, odd[:10]))}: no setting of {cls.__name__}, so left alone",
+                              stacklevel=5)
+            return config
         except InputError as error:
             other = cls.strange(settings)
             reason = f"{error}; these are the settings of a {other}" if other else str(error)

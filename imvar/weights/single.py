@@ -6,7 +6,6 @@ alone. Which part, and in which dialect, is told by a place that every part of i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,7 +19,7 @@ from torch import Tensor
 from ..checks import readable
 from ..errors import CheckpointError, InputError, InputTypeError, shown
 from . import tables
-from .files import Hub, locate_file
+from .files import Hub, locate_file, parse_json
 from .keymap import Dialect, Keymap, Naming, listed
 from .reading import read_checkpoint
 
@@ -121,11 +120,8 @@ class SingleFile:
             return {}
         with safe_open(self.path, "pt") as file:
             text = (file.metadata() or {}).get(SETTINGS_KEY, "{}")
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"cannot be read as JSON: {error}", path=self.path, key=SETTINGS_KEY) from error
-        if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+        found = parse_json(text.encode(), self.path, SETTINGS_KEY)
+        if not all(isinstance(value, dict) for value in found.values()):
             raise CheckpointError("holds no settings by part", path=self.path, key=SETTINGS_KEY)
         return found
 

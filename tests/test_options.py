@@ -1,0 +1,163 @@
+"""What loading and saving are asked for: of the right type, or an error that names it, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from random_checkpoint import tiny_pipeline
+
+import imvar
+from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline, UNet2DConditionModel
+
+PIPELINE = StableDiffusionImageVariationPipeline
+
+
+@pytest.mark.parametrize(("option", "wrong"), [
+    ("dtype", False), ("dtype", 0), ("dtype", []), ("dtype", np.zeros(2)), ("dtype", "float8_e4m3fn"),
+    ("torch_dtype", torch.float8_e4m3fn), ("torch_dtype", {"unet": torch.int8}), ("torch_dtype", {3: torch.float16}),
+    ("variant", 0), ("variant", []), ("variant", np.zeros(2)), ("use_safetensors", 1), ("use_safetensors", np.zeros(2)),
+    ("revision", 3), ("cache_dir", 3), ("local_files_only", "no"), ("token", 3), ("low_cpu_mem_usage", "no"),
+    ("compile", 1), ("requires_safety_checker", "no"), ("requires_safety_checker", float("nan"))])
+def test_of_a_pipeline(checkpoint, option, wrong):
+    with pytest.raises(InputError, match="dtype" if "dtype" in option else option):
+        PIPELINE.from_pretrained(checkpoint, **{option: wrong})
+
+
+@pytest.mark.parametrize(("option", "wrong"), [
+    ("dtype", False), ("variant", 0), ("use_safetensors", 0), ("subfolder", 1), ("subfolder", np.zeros(2)),
+    ("local_files_only", 1), ("low_cpu_mem_usage", 0), ("revision", b"main")])
+def test_of_a_part(checkpoint, option, wrong):
+    with pytest.raises(InputError, match=option):
+        UNet2DConditionModel.from_pretrained(checkpoint, **({"subfolder": "unet"} | {option: wrong}))
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"extract_ema": "no"}, "extract_ema='no'"), ({"extract_ema": 0}, "extract_ema=0"), ({"ema": "maybe"}, "maybe"),
+    ({"subfolder": "unet"}, "subfolder='unet': is that of config"), ({"subfolder": 3}, "subfolder=3"),
+    ({"config": "a" * 5000}, "a" * 50), ({"dtype": 0}, "dtype=0")])
+def test_of_a_single_file(checkpoint, options, words):
+    file = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises((InputError, CheckpointError), match=words):
+        UNet2DConditionModel.from_single_file(file, **options)
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.zeros(16).to_sparse(), torch.zeros(16, device="meta"), torch.nested.nested_tensor([torch.zeros(2)])],
+    ids=["sparse", "meta", "nested"])
+def test_tensors_in_memory_that_have_no_values(checkpoint, tensor):
+    unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
+    tensors = unet.keymap.to_theirs(unet.state_dict())
+    with pytest.raises(InputError, match=r"conv_in\.bias: a "):
+        UNet2DConditionModel.from_single_file(tensors | {"conv_in.bias": tensor}, config=checkpoint)
+
+
+@pytest.mark.parametrize(("option", "wrong"), [
+    ("safe_serialization", "no"), ("safe_serialization", []), ("is_main_process", "no"), ("variant", 3)])
+def test_of_saving(folder, option, wrong):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    pipe = tiny_pipeline()
+    with pytest.raises(InputError, match=option):
+        pipe.unet.save_pretrained(folder / "unet", **{option: wrong})
+    if option != "is_main_process":
+        with pytest.raises(InputError, match=option):
+            pipe.save_pretrained(folder, **{option: wrong})
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), object(), {1, 2}, torch.ones(1, dtype=torch.complex64), 1j])
+def test_settings_that_no_file_can_hold(folder, value):
+    pipe, before = tiny_pipeline(), (folder / "unet" / "config.json").read_bytes()
+    pipe.unet.register_to_config(foo=value)
+    with pytest.raises(InputError, match="foo"):
+        pipe.save_pretrained(folder)
+    assert (folder / "unet" / "config.json").read_bytes() == before
+    with pytest.raises(InputError, match="foo"):
+        pipe.register_to_config(foo=value)
+
+
+def test_a_part_in_the_place_of_another(folder):
+    pipe, before = tiny_pipeline(), (folder / "unet" / "config.json").read_bytes()
+    pipe.unet = pipe.vae
+    with pytest.raises(InputError, match="unet: a AutoencoderKL came, which is for vae"):
+        pipe.save_pretrained(folder)
+    assert (folder / "unet" / "config.json").read_bytes() == before
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_settings_that_nobody_knows_are_told(folder):
+    edit(folder / "unet" / "config.json", norm_esp=1e-3)
+    with pytest.warns(UserWarning, match=r"unet/config\.json: 'norm_esp': no setting of UNet2DConditionModel"):
+        PIPELINE.from_pretrained(folder)
+
+
+def test_settings_of_another_part(folder):
+    edit(folder / "unet" / "config.json", _class_name="AutoencoderKL")
+    with pytest.raises(CheckpointError, match="is 'AutoencoderKL', of the vae") as caught:
+        PIPELINE.from_pretrained(folder)
+    assert (caught.value.path, caught.value.key) == (folder / "unet" / "config.json", "_class_name")
+
+
+@pytest.mark.parametrize(("unet", "words"), [
+    (None, "is empty; from_pretrained(..., unet=...)"), ([None, None], "is empty; from_pretrained(..., unet=...)"),
+    (["os", "UNet2DConditionModel"], "of the library 'os'"), (["", "UNet2DConditionModel"], "of the library ''")])
+def test_an_index_without_a_part(folder, unet, words):
+    edit(folder / "model_index.json", unet=unet)
+    with pytest.raises(CheckpointError) as caught:
+        PIPELINE.from_pretrained(folder)
+    assert words in str(caught.value)
+    assert (caught.value.path, caught.value.key) == (folder / "model_index.json", "unet")
+    if unet is None:
+        part = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        assert PIPELINE.from_pretrained(folder, unet=part).unet is part
+
+
+@pytest.mark.parametrize("setting", [{"do_pad": True}, {"default_to_square": True}])
+def test_settings_of_pictures_that_are_not_here(folder, setting):
+    edit(folder / "feature_extractor" / "preprocessor_config.json", **setting)
+    with pytest.raises(CheckpointError, match=next(iter(setting))):
+        PIPELINE.from_pretrained(folder)
+    edit(folder / "feature_extractor" / "preprocessor_config.json", **dict.fromkeys(setting, False))
+    PIPELINE.from_pretrained(folder)
+
+
+def test_names_in_a_file_do_not_write_over_a_terminal(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"evil\n\x1b[31mimvar: all fine\x07" + "x" * 3000: torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError) as caught:
+        PIPELINE.from_pretrained(folder)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 2500
+
+
+def test_a_web_page_in_the_place_of_settings(folder):
+    (folder / "unet" / "config.json").write_text("\n<!DOCTYPE html><html>not found</html>")
+    with pytest.raises(CheckpointError, match="it is a web page"):
+        PIPELINE.from_pretrained(folder)
+
+
+def test_a_link_that_leads_back_to_itself(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(CheckpointError, match="a link that leads back to itself") as caught:
+        tiny_pipeline().save_pretrained(loop)
+    assert "in place" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["loop"]
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "f.png")
+    for path in (tmp_path / "f.png", tmp_path):
+        with pytest.raises(InputError, match="is no file"):
+            imvar.load_image(path)
+    shutil.rmtree(tmp_path)
