@@ -27,39 +27,32 @@ VALUES = ("count", "real", "finite")  # checks that give back what they are show
 STATEMENTS = ("one_of", "tensor", "alike", "sizes", "levels", "side", "check_latents", "check_generator",
               "check_finite", "look_at", "step_inputs")
 
-CALLS = ("tests/test_calls.py tests/test_refusals.py tests/test_pipeline.py tests/test_flagged.py tests/test_seeds.py "
-         "tests/test_approximate.py")
-PICTURES = "tests/test_image.py tests/test_refusals.py tests/test_hostile_settings.py tests/test_pipeline.py"
-WALKS = "tests/test_walks.py tests/test_schedulers.py tests/test_refusals.py tests/test_hostile_settings.py"
-MODELS = "tests/test_refusals.py tests/test_hostile_settings.py tests/test_forks.py tests/test_memory.py"
-READ = ("tests/test_hostile_files.py tests/test_hostile_settings.py tests/test_loading.py "
-        "tests/test_hostile_pickles.py tests/test_single_file.py tests/test_habits.py tests/test_published.py")
-WRITTEN = "tests/test_saving.py tests/test_writing.py tests/test_saving_places.py tests/test_habits.py"
-CONVERTED = ("tests/test_convert_command.py tests/test_convert_options.py tests/test_convert_faults.py "
-             "tests/test_convert.py tests/test_originals.py")
-CHECKING = {  # and the tests that are to notice
-    "imvar/pipeline/checks.py": CALLS, "imvar/pipeline/variation.py": CALLS, "imvar/pipeline/parts.py": CALLS,
-    "imvar/pipeline/steps.py": CALLS, "imvar/pipeline/flagged.py": CALLS,
-    "imvar/pipeline/assembly.py": CALLS + " tests/test_memory.py tests/test_compiled.py",
-    "imvar/noise.py": CALLS + " tests/test_schedulers.py",
-    "imvar/memory.py": CALLS + " tests/test_memory.py",
-    "imvar/checks.py": f"{CALLS} {WALKS} tests/test_image.py tests/test_loading.py {WRITTEN}",
-    "imvar/photos.py": PICTURES + " tests/test_cli.py", "imvar/image/read.py": PICTURES,
-    "imvar/image/vae.py": PICTURES, "imvar/image/clip.py": PICTURES, "imvar/image/resize.py": PICTURES,
-    "imvar/config.py": WALKS + " tests/test_loading.py",
-    "imvar/schedulers/common.py": WALKS, "imvar/schedulers/tables.py": WALKS, "imvar/schedulers/ddim.py": WALKS,
-    "imvar/schedulers/lms.py": WALKS, "imvar/schedulers/pndm.py": WALKS,
-    "imvar/models/inputs.py": MODELS, "imvar/models/attention.py": MODELS, "imvar/models/clip.py": MODELS,
-    "imvar/models/freeu.py": MODELS, "imvar/models/layers.py": MODELS, "imvar/models/unet.py": MODELS,
-    "imvar/models/vae.py": MODELS, "imvar/models/safety.py": MODELS + " tests/test_flagged.py",
-    "imvar/models/fp8.py": "tests/test_approximate.py",
-    "imvar/models/compiled.py": "tests/test_refusals.py tests/test_compiled.py",
-    "imvar/cli.py": "tests/test_cli.py tests/test_convert_command.py tests/test_bundled.py",
-    "imvar/pipeline/storage.py": f"{READ} {WRITTEN}",
-} | {f"imvar/weights/{name}.py": tests for names, tests in {
-    "files folders index keymap loading pickles pretrained reading settings single stems survey": READ,
-    "writing": WRITTEN, "bundled": "tests/test_bundled.py tests/test_loading.py", "conversion targets": CONVERTED,
-}.items() for name in names.split()}
+# The tests that are to notice, by the files that check
+CALLS = "calls refusals parts pipeline flagged seeds approximate"
+PICTURES = "image pictures refusals parts pipeline"
+WALKS = "walks schedulers refusals hostile_settings"
+MODELS = "refusals parts hostile_settings forks memory"
+READ = "options hostile_files hostile_settings hostile_pickles loading single_file habits published bundled forks convert"
+WRITTEN = "options saving writing saving_places saving_killed habits convert_faults"
+CONVERTED = "options convert_command convert_options convert_faults convert originals"
+NOTICING = {
+    CALLS: "pipeline/checks pipeline/variation pipeline/parts pipeline/steps pipeline/flagged noise memory",
+    f"{CALLS} memory compiled": "pipeline/assembly models/compiled models/fp8",
+    f"{CALLS} {WALKS} image loading {WRITTEN}": "checks",
+    f"{PICTURES} cli": "photos image/read image/vae image/clip image/resize",
+    WALKS: "schedulers/common schedulers/tables schedulers/ddim schedulers/lms schedulers/pndm",
+    f"{WALKS} options loading": "config",
+    f"{MODELS} flagged": "models/inputs models/attention models/clip models/freeu models/layers models/unet models/vae "
+                         "models/safety",
+    READ: "weights/files weights/index weights/keymap weights/loading weights/pickles weights/reading weights/settings "
+          "weights/single weights/stems weights/survey weights/bundled",
+    f"{READ} {WRITTEN}": "weights/pretrained pipeline/storage",
+    WRITTEN: "weights/writing weights/folders",
+    CONVERTED: "weights/conversion weights/targets",
+    "cli convert_command bundled": "cli",
+}
+CHECKING = {f"imvar/{file}.py": [f"tests/test_{test}.py" for test in dict.fromkeys(tests.split())]
+            for tests, files in NOTICING.items() for file in files.split()}
 
 
 def checks(source: str) -> list[tuple[int, int]]:
@@ -70,8 +63,9 @@ def checks(source: str) -> list[tuple[int, int]]:
 def is_check(node: ast.AST) -> bool:
     if isinstance(node, ast.If):
         return not node.orelse and isinstance(node.body[-1], ast.Raise)
-    name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
-    return name in STATEMENTS or (name in VALUES and len(node.args) > 1)
+    call = node.value if isinstance(node, ast.Expr) else node
+    name = getattr(call.func, "id", "") if isinstance(call, ast.Call) else ""
+    return name in STATEMENTS if call is not node else name in VALUES and len(call.args) > 1
 
 
 class Without(ast.NodeTransformer):
@@ -87,14 +81,14 @@ class Without(ast.NodeTransformer):
         if isinstance(node, ast.If):
             node.test = ast.BoolOp(ast.And(), [node.test, ast.Constant(False)])
             return node
-        return node.args[1] if node.func.id in VALUES else ast.Constant(None)
+        return ast.Pass() if isinstance(node, ast.Expr) else node.args[1]
 
 
 def without(source: str, where: tuple[int, int]) -> str:
     return ast.unparse(ast.fix_missing_locations(Without(where).visit(ast.parse(source))))
 
 
-def noticed(file: str, where: tuple[int, int], tests: str) -> bool:
+def noticed(file: str, where: tuple[int, int], tests: list[str]) -> bool:
     """Whether a test fails without this check."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -104,8 +98,7 @@ def noticed(file: str, where: tuple[int, int], tests: str) -> bool:
         for name in ("pyproject.toml", "README.md", "weights_convert.py"):
             shutil.copy(ROOT / name, copy / name)
         (copy / file).write_text(without((ROOT / file).read_text(), where))
-        there = [test for test in tests.split() if (copy / test).exists()]
-        run = subprocess.Popen([sys.executable, "-m", "pytest", "-x", *there], cwd=copy, text=True,
+        run = subprocess.Popen([sys.executable, "-m", "pytest", "-x", *tests], cwd=copy, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env=os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"})
         resource.prlimit(run.pid, resource.RLIMIT_AS, (MOST, MOST))

@@ -127,6 +127,30 @@ def test_errors_of_the_model_itself_are_raised(pipe, photo):
         run(torch.randn(1, 5, 8, 8))
 
 
+def test_too_little_memory_is_no_fault_of_the_compiler():
+    """The error is raised, nothing is said of the compiler, and the next call is a compiled one."""
+    def double(model, x):
+        return 2 * x
+
+    compiler, short = Compiler(backend="eager"), [torch.OutOfMemoryError("full")]
+    model, x = torch.nn.Identity(), torch.ones(1)
+    assert torch.equal(compiler(double, model)(x), 2 * x)
+    kept = compiler.compiled[double]
+
+    def full(*inputs):
+        if short:
+            raise short.pop()
+        return kept(*inputs)
+
+    compiler.compiled[double] = full
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            compiler(double, model)(x)
+    assert compiler.compiled[double] is full
+    assert torch.equal(compiler(double, model)(x), 2 * x)
+
+
 def test_layers_that_somebody_watches_are_not_compiled(pipe, photo):
     counting, seen = Counting(), []
     pipe.compile(backend=counting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from random_checkpoint import tiny_pipeline
 
 import imvar
+import imvar.weights
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline, UNet2DConditionModel
 
 PIPELINE = StableDiffusionImageVariationPipeline
@@ -161,3 +163,84 @@ def test_a_pipe_is_no_picture(tmp_path):
         with pytest.raises(InputError, match="is no file"):
             imvar.load_image(path)
     shutil.rmtree(tmp_path)
+
+
+def test_a_file_with_something_after_its_end(folder):
+    pipe = tiny_pipeline()
+    pipe.unet.save_pretrained(folder / "unet", safe_serialization=False)
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    path.write_bytes(path.read_bytes() + bytes(10))
+    with pytest.raises(CheckpointError, match="it does not end as one") as caught:
+        UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=False)
+    assert caught.value.path == path
+
+
+def test_an_empty_name():
+    with pytest.raises(CheckpointError, match="an empty name came"):
+        PIPELINE.from_pretrained("")
+
+
+def test_a_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="is a file; a folder would do") as caught:
+        tiny_pipeline().save_pretrained(tmp_path / "file")
+    assert caught.value.path == tmp_path / "file"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_is_not_ours(folder, monkeypatch):
+    monkeypatch.setattr("imvar.weights.folders.writable", lambda path: False)
+    with pytest.raises(CheckpointError, match="no permission") as caught:
+        tiny_pipeline().save_pretrained(folder)
+    assert caught.value.path == folder
+
+
+class Mine:
+    """A part of somebody's own, which says what went wrong in its own place."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, images, clip_input):
+        return images, [False] * len(images)
+
+    def save_pretrained(self, folder, **options):
+        raise CheckpointError("is full", path=self.path)
+
+
+@pytest.mark.parametrize("path", [None, "/elsewhere/weights"])
+def test_what_a_part_of_others_says_went_wrong(tmp_path, path):
+    pipe = tiny_pipeline()
+    pipe.safety_checker = Mine(path)
+    with pytest.raises(CheckpointError, match="is full") as caught:
+        pipe.save_pretrained(tmp_path / "new")
+    assert caught.value.path == (None if path is None else Path(path))
+    assert not (tmp_path / "new").exists()
+    pipe.safety_checker = lambda images, clip_input: (images, [False] * len(images))
+    with pytest.raises(InputError, match="safety_checker: a function cannot be saved"):
+        pipe.save_pretrained(tmp_path / "new")
+
+
+def test_whose_doing_it_is(checkpoint):
+    """A wrong part that was handed over is no fault of the checkpoint."""
+    with pytest.raises(InputError, match="unet: a AutoencoderKL came") as caught:
+        PIPELINE.from_pretrained(checkpoint, unet=tiny_pipeline().vae)
+    assert not isinstance(caught.value, CheckpointError)
+
+
+def test_of_converting(checkpoint, tmp_path):
+    for option in ("to", "dtype", "part"):
+        for wrong in ("foo", 3, []):
+            with pytest.raises(InputError, match=f"{option}="):
+                imvar.weights.convert(checkpoint, tmp_path / "new", **{option: wrong})
+    with pytest.raises(CheckpointError, match="no such file or folder to fill from"):
+        imvar.weights.convert(checkpoint, tmp_path / "new", fill=tmp_path / "nothing")
+    assert not os.listdir(tmp_path)
+
+
+def test_two_encoders_in_one_file(checkpoint):
+    encoder = imvar.CLIPVisionModelWithProjection.from_pretrained(checkpoint, subfolder="image_encoder")
+    tensors = encoder.keymap.to_theirs(encoder.state_dict())
+    both = {f"cond_stage_model.{name}.{key}": t for name in ("transformer", "model") for key, t in tensors.items()}
+    with pytest.raises(CheckpointError, match="the image_encoder is there twice"):
+        imvar.CLIPVisionModelWithProjection.from_single_file(both, config=checkpoint)

@@ -89,6 +89,28 @@ META = {
     "latents: a nested tensor": lambda p: p(Image.open(PHOTO), latents=torch.nested.nested_tensor([x[0]])),
     "sample: a torch.sparse_coo tensor": lambda p: p.unet(x.to_sparse(), 1, context),
 }
+ARGUMENTS = {
+    "DDIMConfig: 30 arguments came": lambda _: DDIMScheduler(*range(30)),
+    "'num_train_timesteps' came both by position and by name": lambda _: DDIMScheduler(9, num_train_timesteps=5),
+    "config: NoneType came; a config": lambda _: DDIMScheduler.from_config(None),
+    "config=1: a config": lambda _: DDIMScheduler(config=1),
+    "sample_max_value=-1": lambda _: DDIMScheduler(sample_max_value=-1),
+    "beta_start=np.True_": lambda _: DDIMScheduler(beta_start=np.True_),
+    "begin_index=-1": lambda _: LMSDiscreteScheduler().set_begin_index(-1),
+    "begin_index='x'": lambda _: LMSDiscreteScheduler().set_begin_index("x"),
+    "order=0": lambda _: step(LMSDiscreteScheduler, order=0),
+    "order=1.5": lambda _: step(LMSDiscreteScheduler, order=1.5),
+    "hidden_size=30 cannot be split": lambda _: imvar.CLIPVisionModelWithProjection(
+        hidden_size=30, num_attention_heads=4),
+    "class_labels: not supported": lambda p: p.unet(x, 1, context, class_labels=torch.zeros(1)),
+    "positional argument 4: not supported": lambda p: p.unet(x, 1, context, torch.zeros(1)),
+    "block_out_channels: 0 levels": lambda _: imvar.AutoencoderKL(
+        block_out_channels=(), down_block_types=(), up_block_types=()),
+    "up_block_types=['UpBlock2D']: 1 times UpDecoderBlock2D": lambda _: imvar.AutoencoderKL(
+        up_block_types=["UpBlock2D"]),
+    "block_out_channels: 30 cannot be split into 32 groups": lambda _: imvar.AutoencoderKL(block_out_channels=(30,)),
+    "image_mean=array": lambda _: imvar.CLIPImageProcessor(image_mean=np.zeros(2)),
+}
 SETTINGS = {
     "slice_size='foo'": lambda p: p.enable_attention_slicing("foo"),
     "slice_size=0": lambda p: p.enable_attention_slicing(0),
@@ -173,6 +195,8 @@ SCHEDULERS = {
         "sample: NoneType": lambda kind: step(kind, sample=None),
         "timestep=": lambda kind: step(kind, t=5000),
         "timestep=nan": lambda kind: step(kind, t=NAN),
+        "original_samples: NoneType": lambda kind: walk(kind).add_noise(None, x, torch.tensor([750])),
+        "original_samples: Tensor came": lambda kind: walk(kind).add_noise(torch.tensor(1.0), x, torch.tensor([750])),
         "noise: shape (1, 4, 16, 8)": lambda kind: walk(kind).add_noise(x, narrow, torch.tensor([750])),
         "noise: shape (1, 4, 16, 16) came": lambda kind: walk(kind).add_noise(two, x, torch.tensor([750])),
         "timesteps: shape (2,) came for 1 samples": lambda kind: walk(kind).add_noise(x, x, torch.tensor([750, 1])),
@@ -218,7 +242,7 @@ PICTURES = {
     "image=[": lambda p: imvar.load_image([PHOTO]),
     "no such file": lambda p: imvar.load_image(PHOTO.with_name("nothing.jpg")),
 }
-CASES = MODELS | META | SETTINGS | PARTS | SCHEDULERS | PICTURES
+CASES = MODELS | META | ARGUMENTS | SETTINGS | PARTS | SCHEDULERS | PICTURES
 
 
 @pytest.mark.parametrize("words", CASES)

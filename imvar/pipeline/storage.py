@@ -213,8 +213,6 @@ def chosen(names: list[str] | None, model: type[PretrainedModel], variant: str |
     try:
         return model.stem.choose(names, variant, use_safetensors), variant
     except CheckpointError:
-        if variant is None:
-            raise
         return model.stem.choose(names, None, use_safetensors), None
 
 

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from ..checks import a_path
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, shown
 from .index import INDEX, PARTS
 from .survey import Found, Survey, survey
 from .targets import Target, ToFile, ToFolder
@@ -108,8 +108,8 @@ def progress(what: str, total: int) -> tqdm:
 def check(to: str, dtype: str, part: str | None) -> None:
     """Arguments that cannot be honoured, before anything is read."""
     for name, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES), ("part", part, (None, *MODELS))):
-        if value not in choices:
-            raise InputError(f"{name}={value!r}: {' or '.join(map(repr, choices))} would do")
+        if not isinstance(value, str | None) or value not in choices:
+            raise InputError(f"{name}={shown(value)}: {' or '.join(map(repr, choices))} would do", key=name)
 
 
 def check_fit(parts: dict[str, Found]) -> None:
