@@ -276,6 +276,9 @@ class Configured:
             changes = {name: value for name, value in changes.items() if name in known}
         if settings is None:
             raise InputTypeError(f"config: {type(config).__name__} came; a config or a dictionary would do")
+        named = [name for name in settings if str(name)[:1] != "_"]
+        if named and not known & set(named):
+            raise InputError(f"config: {shown(named)} came, none of which is a setting of {cls.__name__}", key="config")
         return cls(cls.config_class.read(settings, **changes))
 
     def register_to_config(self, **changes: Any) -> None:

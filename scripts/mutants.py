@@ -32,7 +32,8 @@ CALLS = "calls refusals parts pipeline flagged seeds approximate"
 PICTURES = "image pictures refusals parts pipeline"
 WALKS = "walks schedulers refusals hostile_settings"
 MODELS = "refusals parts hostile_settings forks memory"
-READ = "options hostile_files hostile_settings hostile_pickles loading single_file habits published bundled forks convert"
+READ = ("options hostile_files hostile_settings hostile_pickles loading single_file habits published bundled forks "
+        "convert")
 WRITTEN = "options saving writing saving_places saving_killed habits convert_faults"
 CONVERTED = "options convert_command convert_options convert_faults convert originals"
 NOTICING = {

@@ -244,3 +244,16 @@ def test_two_encoders_in_one_file(checkpoint):
     both = {f"cond_stage_model.{name}.{key}": t for name in ("transformer", "model") for key, t in tensors.items()}
     with pytest.raises(CheckpointError, match="the image_encoder is there twice"):
         imvar.CLIPVisionModelWithProjection.from_single_file(both, config=checkpoint)
+
+
+@pytest.mark.parametrize(("safe", "name", "kind"), [
+    (True, "diffusion_pytorch_model.bin", "looks like safetensors, and ends in .bin"),
+    (False, "diffusion_pytorch_model.safetensors", "looks like a pickle, and ends in .safetensors")])
+def test_a_file_of_another_kind_than_its_name_says(tmp_path, safe, name, kind):
+    tiny_pipeline().unet.save_pretrained(tmp_path, safe_serialization=safe)
+    file = next(path for path in tmp_path.iterdir() if path.suffix != ".json")
+    file.rename(tmp_path / name)
+    with pytest.raises(CheckpointError) as caught:
+        UNet2DConditionModel.from_pretrained(tmp_path)
+    assert kind in str(caught.value)
+    assert caught.value.path == tmp_path / name

@@ -87,13 +87,14 @@ def closed():
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (cut, r"\[1\].*cannot be read"), (closed, r"\[1\].*cannot be read"),
-    (lambda: Image.new("F", (4, 4)), r"\[1\].*mode F"),
-    (lambda: Image.new("RGB", (0, 4)), r"\[1\].*0x4 pixels"), (lambda: None, r"\[1\]: NoneType"),
-    (lambda: "cat.png", r"\[1\]: str came"), (lambda: np.zeros((2, 5)), r"\[1\].*shape"),
-    (lambda: np.full((5, 6, 3), np.nan), r"\[1\].*NaN"), (lambda: np.zeros((5, 6, 3), complex), r"\[1\].*complex"),
-    (lambda: np.zeros((5, 6, 3), object), r"\[1\].*object"),
-    (lambda: np.full((5, 6, 3), 700), r"\[1\].*0\.\.255")])
+    (cut, r"image\[1\].*cannot be read"), (closed, r"image\[1\].*cannot be read"),
+    (lambda: Image.new("F", (4, 4)), r"image\[1\].*mode F"),
+    (lambda: Image.new("RGB", (0, 4)), r"image\[1\].*0x4 pixels"), (lambda: None, r"image\[1\]: NoneType"),
+    (lambda: "cat.png", r"image\[1\]: str came"), (lambda: np.zeros((2, 5)), r"image\[1\].*shape"),
+    (lambda: np.full((5, 6, 3), np.nan), r"image\[1\].*NaN"),
+    (lambda: np.zeros((5, 6, 3), complex), r"image\[1\].*complex"),
+    (lambda: np.zeros((5, 6, 3), object), r"image\[1\].*object"),
+    (lambda: np.full((5, 6, 3), 700), r"image\[1\].*0\.\.255")])
 def test_a_bad_one_is_named_before_the_first_step(pipe, photo, make, words):
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(InputError, match=words):

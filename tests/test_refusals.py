@@ -147,6 +147,9 @@ SETTINGS = {
     "compile({'foo': 3})": lambda p: p.compile(foo=3),
     "size=0": lambda p: imvar.sliced(0),
     "size='x'": lambda p: imvar.sliced("x"),
+    "set_attend: Linear has no attention": lambda _: imvar.set_attend(torch.nn.Linear(1, 1), imvar.sdpa),
+    "none of which is a setting of UNet2DConditionModel": lambda _: imvar.UNet2DConditionModel.from_config(
+        DDIMScheduler().config),
     "set_attend(UNet2DConditionModel, None)": lambda p: imvar.set_attend(p.unet, None),
     "set_attend(str": lambda p: imvar.set_attend("unet", imvar.sdpa),
     "swap(UNet2DConditionModel, 'x'": lambda p: imvar.swap(p.unet, "x", lambda layer: layer),

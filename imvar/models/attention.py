@@ -198,7 +198,9 @@ def set_attend(model: nn.Module, attend: Attend) -> None:
     if not callable(attend) or not isinstance(model, nn.Module):
         raise InputTypeError(f"set_attend({type(model).__name__}, {shown(attend)}): a model, and a function of q, "
                              "k and v, would do")
-    for layer in attentions(model):
+    if not (layers := attentions(model)):
+        raise InputError(f"set_attend: {type(model).__name__} has no attention layers of imvar", key="model")
+    for layer in layers:
         layer.attend = attend
 
 

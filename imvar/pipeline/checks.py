@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,17 @@ def check_inputs(image: Any, height: int, width: int, callback_steps: int, facto
         if count(name, size, low=factor, high=LARGEST) % factor:
             raise InputError(f"{name}={size}: a multiple of {factor} from {factor} to {LARGEST} pixels would do")
     count("callback_steps", callback_steps)
+
+
+@contextmanager
+def renamed(theirs: str, ours: str) -> Iterator[None]:
+    """In an error about an argument, its name as who called the pipeline knows it."""
+    try:
+        yield
+    except InputError as error:
+        if not str(error).startswith(theirs):
+            raise
+        raise type(error)(ours + str(error)[len(theirs):], key=error.key) from error
 
 
 def look_at(picture: Image, name: str) -> None:

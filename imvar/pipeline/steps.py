@@ -18,7 +18,7 @@ from ..models.kept import Kept
 from ..models.told import untouched
 from ..noise import randn
 from .assembly import Assembly
-from .checks import check_finite, check_inputs, check_latents
+from .checks import check_finite, check_inputs, check_latents, renamed
 from .flagged import treated, verdict
 from .guidance import Predict, predictor
 from .parts import answer
@@ -60,7 +60,8 @@ class Steps(Assembly):
             if self.feature_extractor is None:
                 raise InputError("feature_extractor=None: pictures need one, a CLIPImageProcessor would do; or a "
                                  "tensor of preprocessed pixels as `image`", key="feature_extractor")
-            features = self.feature_extractor(images=image, return_tensors="pt")
+            with renamed("images", "image"):  # as it is called here
+                features = self.feature_extractor(images=image, return_tensors="pt")
             image = answer(self.feature_extractor, "feature_extractor", features, "pixel_values")
         dtype = dtype_of(self.image_encoder, torch.float32)
         output = self.image_encoder(image.to(device=device, dtype=dtype))

@@ -97,6 +97,10 @@ def is_safetensors(path: Path) -> bool:
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         raise CheckpointError("cannot be read as a file of tensors: it is a web page (HTML or XML), as a failed "
                               "download leaves it", path=path)
+    if start[8:9] == b"{" or (start.startswith((b"PK\3\4", b"\x80\2")) and path.suffix == ".safetensors"):
+        kind, ending = ("safetensors", ".safetensors") if start[8:9] == b"{" else ("a pickle", ".bin or .ckpt")
+        raise CheckpointError(f"cannot be read as a file of tensors: it looks like {kind}, and ends in {path.suffix}; "
+                              f"a name that ends in {ending} would do", path=path)
     if path.suffix in (".safetensors", *PICKLES):
         return path.suffix == ".safetensors"
     if start.startswith((b"PK", b"\x80")):
