@@ -45,7 +45,7 @@ def check_fit(parts: Mapping[str, Any], output_type: str, whole: bool) -> None:
 
     `whole`: nobody has put anything between the UNet and its latents.
     """
-    checker, extractor = parts["safety_checker"], parts["feature_extractor"]
+    checker, extractor = parts.get("safety_checker"), parts.get("feature_extractor")
     unet_in, unet_out = (setting(parts["unet"], name) for name in ("in_channels", "out_channels"))
     vae_in, vae_out = (setting(parts["vae"], name) for name in ("latent_channels", "out_channels"))
     if whole and unet_in != unet_out:

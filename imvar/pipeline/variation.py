@@ -112,10 +112,11 @@ class StableDiffusionImageVariationPipeline(Steps):
             n = 1 if num_images_per_prompt is None else num_images_per_prompt
             each = count("num_images_per_prompt", n, high=MOST)
             shape = self.latents_shape(how_many(image) * each, self.unet.config.in_channels, height, width)
-            whole = preparable(self.unet) and type(self).predictor is Steps.predictor
+            plain = preparable(self.unet)
+            whole = plain and type(self).predictor is Steps.predictor  # nobody stands between the UNet and its latents
             check_fit(self.components, output_type, whole)
             seeds = check_call(generator, seed, latents, output_type, return_dict, callback, on_flagged, shape)
-            interval, every = check_approximate(guidance_interval, cache_interval, preparable(self.unet))
+            interval, every = check_approximate(guidance_interval, cache_interval, plain)
             generator = seeded(seeds) if seeds else generator
 
             device, guided = self._execution_device, scale > 1
@@ -147,7 +148,7 @@ class StableDiffusionImageVariationPipeline(Steps):
                             callback(i // order, times[i], x)
                             if watch and watch.changed(self.unet):
                                 check_parts(self.components)
-                                context, x = (t.to(dtype_of(self.unet, t.dtype)) for t in (context, x))
+                                context, x = (told.to(dtype_of(self.unet, told.dtype)) for told in (context, x))
                                 predict, watch = ready(), Watch(self.unet)
 
             del predict  # and what is kept for the UNet, before the autoencoder wants memory
