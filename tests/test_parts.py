@@ -126,3 +126,12 @@ def test_another_dtype_from_within_a_callback(pipe, photo):
     assert pipe.dtype == torch.float64
     with pytest.raises(InputTypeError, match="unet: None came"):
         made(pipe, photo, callback=lambda *_: setattr(pipe, "unet", None))
+
+
+def test_what_an_extractor_of_others_says_comes_as_it_is(pipe, photo):
+    def refuse(*_, **__):
+        raise InputError("nothing but cats would do")
+
+    pipe.feature_extractor = refuse
+    with pytest.raises(InputError, match="^nothing but cats would do$"):
+        made(pipe, photo)
