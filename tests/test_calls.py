@@ -84,6 +84,8 @@ def test_a_call_is_refused_before_any_work(pipe, words):
 def test_latents_of_a_subclass_that_calls_the_steps(pipe):
     with pytest.raises(InputError, match=r"latents: shape \(1, 4, 8, 8\) came"):
         pipe.prepare_latents(1, 4, 128, 128, torch.float32, torch.device("cpu"), None, x[..., :8, :8])
+    with pytest.raises(InputError, match="latents: list came"):
+        pipe.prepare_latents(1, 4, 128, 128, torch.float32, torch.device("cpu"), None, [1])
 
 
 def test_pictures_need_a_feature_extractor(pipe):
