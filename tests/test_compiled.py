@@ -266,6 +266,17 @@ def test_what_cannot_be_recorded_is_called(pipe, recorder, monkeypatch):
         assert torch.equal(recorder.replay(conv_in, pipe.unet, state(pipe.unet), x, told), made)
 
 
+@torch.no_grad()
+def test_too_little_memory_for_a_recording_is_raised(pipe, recorder, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(compiled, "Recording", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        recorder.replay(conv_in, pipe.unet, state(pipe.unet), torch.randn(1, 4, 8, 8), [torch.ones(())])
+    assert not recorder.recordings
+
+
 def test_threads_take_turns(pipe, recorder, monkeypatch):
     running, most = [], []
 
