@@ -140,9 +140,9 @@ def as_device(name: str, value: Any) -> torch.device | None:
     if value is None:
         return None
     would_do = "'cpu', 'cuda' or another that torch has here"
+    if isinstance(value, bool):  # which counts as a number
+        raise InputTypeError(f"{name}={value}: {would_do} would do", key=name)
     try:
-        if isinstance(value, bool):
-            raise TypeError
         device = torch.device(value)
         torch.empty(0, device=device)
     except Exception as error:  # torch raises RuntimeError, AssertionError and more

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,14 +154,6 @@ def test_a_link_that_leads_back_to_itself(tmp_path):
         tiny_pipeline().save_pretrained(loop)
     assert "in place" not in str(caught.value)
     assert os.listdir(tmp_path) == ["loop"]
-
-
-def test_a_pipe_is_no_picture(tmp_path):
-    os.mkfifo(tmp_path / "f.png")
-    for path in (tmp_path / "f.png", tmp_path):
-        with pytest.raises(InputError, match="is no file"):
-            imvar.load_image(path)
-    shutil.rmtree(tmp_path)
 
 
 def test_a_file_with_something_after_its_end(folder):

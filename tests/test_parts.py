@@ -133,5 +133,5 @@ def test_what_an_extractor_of_others_says_comes_as_it_is(pipe, photo):
         raise InputError("nothing but cats would do")
 
     pipe.feature_extractor = refuse
-    with pytest.raises(InputError, match="^nothing but cats would do$"):
+    with pytest.raises(InputError, match=r"^nothing but cats would do$"):
         made(pipe, photo)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from imvar import InputError, VaeImageProcessor
+from imvar import InputError, VaeImageProcessor, load_image
 from imvar.image.read import to_rgb
 
 RED, CLEAR = Image.new("RGB", (9, 7), "red"), Image.new("RGBA", (9, 7), (0, 0, 0, 0))
@@ -111,3 +112,10 @@ def test_broken_files_stay_errors(pipe, monkeypatch):
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     assert pipe(cut(), num_inference_steps=1, output_type="np").images.shape == (1, 128, 128, 3)
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "f.png")
+    for path in (tmp_path / "f.png", tmp_path):
+        with pytest.raises(InputError, match="is no file"):
+            load_image(path)

@@ -284,6 +284,8 @@ def test_animations_bombs_and_cut_files(tmp_path, monkeypatch):
 
 
 def test_wrong_types_are_type_errors(pipe):
+    with pytest.raises(InputTypeError, match="device=True"):
+        pipe.to(device=True)
     for wrong in (None, "3", [1]):
         with pytest.raises(InputTypeError):
             pipe.unet(x, wrong, context)
