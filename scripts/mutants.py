@@ -29,7 +29,7 @@ STATEMENTS = ("one_of", "tensor", "alike", "sizes", "levels", "side", "check_lat
 
 # The tests that are to notice, by the files that check
 CALLS = "calls refusals parts pipeline flagged seeds approximate"
-PICTURES = "image pictures refusals parts pipeline"
+PICTURES = "image pictures refusals parts options pipeline"
 WALKS = "walks schedulers refusals hostile_settings"
 MODELS = "refusals parts hostile_settings forks memory"
 READ = ("options hostile_files hostile_settings hostile_pickles loading single_file habits published bundled forks "

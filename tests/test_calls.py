@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from decimal import Decimal
 from fractions import Fraction
 
@@ -86,6 +87,19 @@ def test_latents_of_a_subclass_that_calls_the_steps(pipe):
         pipe.prepare_latents(1, 4, 128, 128, torch.float32, torch.device("cpu"), None, x[..., :8, :8])
     with pytest.raises(InputError, match="latents: list came"):
         pipe.prepare_latents(1, 4, 128, 128, torch.float32, torch.device("cpu"), None, [1])
+
+
+def test_callbacks_that_wrap_another(pipe):
+    def inner(latents):
+        seen.append(latents.shape)
+
+    @functools.wraps(inner)
+    def outer(step, timestep, latents):
+        inner(latents)
+
+    seen = []
+    run(pipe, PHOTO, callback=outer)
+    assert len(seen) == 3
 
 
 def test_pictures_need_a_feature_extractor(pipe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from random_checkpoint import TINY_CHECKER, TINY_ENCODER, TINY_UNET, TINY_VAE, TINY_VISION, randomize
 
 import imvar
@@ -27,7 +28,7 @@ def odd_parts():
         "out_channels=4 and latent_channels=8": {"vae": another(vae, TINY_VAE, latent_channels=8)},
         "in_channels=4 and out_channels=8": {"unet": another(unet, TINY_UNET, out_channels=8)},
         "in_channels=9 and out_channels=4": {"unet": another(unet, TINY_UNET, in_channels=9)},
-        "vae: out_channels=4": {"vae": another(vae, TINY_VAE, out_channels=4)},
+        "vae: out_channels=4; 1 or 3": {"vae": another(vae, TINY_VAE, out_channels=4)},
         "looks at 24 x 24 pixels": {"safety_checker": another(
             checker, TINY_CHECKER, vision_config=TINY_VISION | {"image_size": 24})},
         "pictures of (32, 32) came; this encoder looks at (24, 24)": {"image_encoder": another(
@@ -61,6 +62,63 @@ def test_latents_need_no_autoencoder_that_fits(pipe, photo):
     assert torch.equal(made(pipe, photo, output_type="latent").images, expected)
 
 
+class Enlarging(imvar.AutoencoderKL):
+    def decode(self, z, return_dict=True):
+        return (torch.nn.functional.interpolate(super().decode(z).sample, scale_factor=2),)
+
+
+def test_parts_of_somebodys_own(pipe, photo):
+    """Whose sizes are theirs to choose; and what a call does not use need not be there, or here."""
+    expected = made(pipe, photo, output_type="latent").images
+    pipe.vae = another(imvar.AutoencoderKL, TINY_VAE, out_channels=1)
+    pipe.safety_checker = None
+    assert made(pipe, photo, output_type="pil").images[0].mode == "L"
+    pipe.vae = another(Enlarging, TINY_VAE)
+    assert made(pipe, photo, height=64, width=64).images.shape == (1, 128, 128, 3)
+    pipe.vae.to("meta")
+    pipe.register_modules(second=imvar.UNet2DConditionModel(**TINY_UNET).to("meta"))
+    assert torch.equal(made(pipe, photo, output_type="latent").images, expected)
+    pipe.vae = None
+    assert torch.equal(made(pipe, photo, output_type="latent").images, expected)
+
+
+class HandsOn:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+class Repeating(imvar.StableDiffusionImageVariationPipeline):
+    def prepare_latents(self, batch_size, channels, height, width, dtype, device, generator, latents=None):
+        latents = latents.repeat(batch_size, 1, 1, 1)
+        return super().prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
+
+
+def test_steps_and_schedulers_of_somebodys_own(pipe, photo):
+    noise = torch.randn(1, 4, 16, 16)
+    expected = made(pipe, photo, latents=noise, seed=None).images
+    own = Repeating(**pipe.components)
+    assert np.abs(made(own, photo, latents=noise, seed=None, num_images_per_prompt=2).images - expected).max() < 2e-5
+    pipe.scheduler = HandsOn(pipe.scheduler)
+    assert np.array_equal(made(pipe, photo, latents=noise, seed=None).images, expected)
+
+
+def test_flags_of_pictures_alone(pipe):
+    """As in the reference, what is handed over comes back; PIL pictures that are flagged turn black as well."""
+    pixels, checker = torch.zeros(1, 3, 32, 32), pipe.safety_checker
+    red = Image.new("RGB", (4, 4), "red")
+    for images in (None, [red]):
+        assert checker(clip_input=pixels, images=images) == (images, [False])
+    checker.concept_embeds_weights.data.fill_(-2)
+    assert checker(pixels, None) == (None, [True])
+    assert checker(pixels, [red])[0][0].getextrema() == ((0, 0),) * 3
+    assert not checker(pixels, [np.full((2, 2, 3), np.inf)])[0][0].any()
+    with pytest.raises(InputTypeError, match="images: int came"):
+        checker(pixels, [1])
+
+
 def test_an_autoencoder_of_another_scale(pipe, photo):
     blocks = {name: kinds[:3] for name, kinds in TINY_VAE.items() if isinstance(kinds, tuple)}
     pipe.vae = another(imvar.AutoencoderKL, TINY_VAE, **blocks)
@@ -79,6 +137,11 @@ def test_tiles_that_do_not_fit(pipe, photo, sizes, words):
         made(pipe, photo)
     assert words in str(caught.value)
     pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 32
+    for wrong in (2, "x", -0.5):
+        pipe.vae.tile_overlap_factor = wrong
+        with pytest.raises(InputError, match="tile_overlap_factor="):
+            made(pipe, photo)
+    pipe.vae.tile_overlap_factor = 0.25
     assert made(pipe, photo, height=64, width=72).images.shape == (1, 64, 72, 3)
 
 
@@ -87,7 +150,8 @@ def says(flags):
 
 
 @pytest.mark.parametrize("flags", [
-    [False, True], (False, True), np.array([False, True]), torch.tensor([False, True]), [0, 1], [np.False_, np.True_]])
+    [False, True], (False, True), np.array([False, True]), torch.tensor([False, True]), [0, 1], [np.False_, np.True_],
+    [None, True], {"a": False, "b": True}.values()])
 def test_a_checker_that_only_judges(pipe, photo, flags):
     """Its flags count, whatever they come in, and what it flags turns black."""
     pipe.safety_checker = None
@@ -106,7 +170,7 @@ def test_a_checker_that_only_judges(pipe, photo, flags):
 @pytest.mark.parametrize("answer", [
     None, 3, lambda x: x, lambda x: (x,), lambda x: (x, [True], 1), lambda x: (x, []), lambda x: (x, [True]),
     lambda x: (x, [True] * 3), lambda x: (x, True), lambda x: (x, [float("nan")] * 2), lambda x: (x, ["no", "no"]),
-    lambda x: (x, {0: True}), lambda x: (None, [True] * 2), lambda x: (x[:1], [True] * 2)])
+    lambda x: (x, {0: True}), lambda x: (None, [True] * 2), lambda x: (x[:1], [True] * 2), lambda x: (x, "no")])
 def test_a_checker_that_says_neither_yes_nor_no(pipe, photo, answer, how):
     pipe.safety_checker = lambda images, clip_input: answer(images) if callable(answer) else answer
     with pytest.raises(InputTypeError, match="safety_checker: it returned"):

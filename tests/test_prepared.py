@@ -211,3 +211,12 @@ def test_what_a_callback_changes_counts_from_the_next_step(pipe, photo, change, 
 def test_watching_costs_nothing_where_nobody_is_called_back(pipe, photo, monkeypatch):
     monkeypatch.setattr("imvar.pipeline.variation.Watch", lambda _: pytest.fail("watched"))
     made(pipe, photo)
+
+
+def test_times_that_are_traced_have_no_value(pipe):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([5, 7]), torch.randn(2, 1, 24)
+    with torch.no_grad():
+        traced = make_fx(lambda x, t, h: pipe.unet(x, t, h).sample)(x, t, context)
+        assert torch.allclose(traced(x, t, context), pipe.unet(x, t, context).sample, atol=1e-5)

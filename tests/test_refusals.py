@@ -45,9 +45,9 @@ MODELS = {
     "timestep=-5": lambda p: p.unet(x, -5, context),
     "timestep='3'": lambda p: p.unet(x, "3", context),
     "timestep: shape (2,) came for 1 samples": lambda p: p.unet(x, torch.tensor([1, 2]), context),
-    "timestep=tensor(nan)": lambda p: p.unet(two, torch.tensor([1.0, NAN]), context.repeat(2, 1, 1)),
-    "timestep=tensor(-1)": lambda p: p.unet(two, torch.tensor([1, -1]), context.repeat(2, 1, 1)),
-    "timestep=tensor(True)": lambda p: p.unet(two, torch.tensor([True, False]), context.repeat(2, 1, 1)),
+    "timestep=nan: a finite number from 0": lambda p: p.unet(two, torch.tensor([1.0, NAN]), context.repeat(2, 1, 1)),
+    "timestep=-1: a finite": lambda p: p.unet(two, torch.tensor([1, -1]), context.repeat(2, 1, 1)),
+    "timestep=True: a number": lambda p: p.unet(two, torch.tensor([True, False]), context.repeat(2, 1, 1)),
     "timestep: values of torch.complex64": lambda p: p.unet(x, torch.tensor(1j), context),
     "timestep=92233720368547": lambda p: p.unet(x, 2**63, context),
     "timestep=<a whole number of": lambda p: p.unet(x, 10**5000, context),
@@ -69,8 +69,8 @@ MODELS = {
     "clip_input: NoneType": lambda p: p.safety_checker(None, None),
     "images: 2 came for 1 of clip_input": lambda p: p.safety_checker(small, torch.zeros(2, 3, 8, 8)),
     "clip_input: pictures of (32, 31)": lambda p: p.safety_checker(small[..., :31], picture),
-    "images: NoneType came": lambda p: p.safety_checker(small, None),
-    "images: int came": lambda p: p.safety_checker(small, [1]),
+    "images: int came": lambda p: p.safety_checker(small, 3),
+    "images: str came": lambda p: p.safety_checker(small, "x"),
 }
 META = {
     "sample: a tensor on meta came to weights on cpu": lambda p: p.unet(x.to("meta"), 1, context),
@@ -211,6 +211,7 @@ SCHEDULERS = {
         "num_inference_steps=[3]": lambda kind: walk(kind).set_timesteps([3]),
     }.items()} | {
     "variance_noise: shape (1,)": lambda _: step(DDIMScheduler, eta=1.0, variance_noise=torch.zeros(1)),
+    "generator=42: torch.Generator": lambda _: step(DDIMScheduler, eta=0.0, generator=42),
     "generator=42": lambda _: step(DDIMScheduler, eta=1.0, generator=42),
     "values of torch.float32 came; whole": lambda _: walk(DDIMScheduler).add_noise(x, x, torch.tensor([3.5])),
     "noise: shape": lambda _: walk(DDIMScheduler).get_velocity(x, narrow, torch.tensor([3])),
@@ -227,6 +228,11 @@ PICTURES = {
     "images: str came; an array": lambda p: p.numpy_to_pil("x"),
     "images: sizes [(8, 8), (64, 48)] (w, h) came": lambda p: p.image_processor.pil_to_numpy(
         [PHOTO_OF_ONE_COLOUR, Image.new("RGB", (8, 8))]),
+    "images: ndarray of shape (2, 2) came; an array": lambda p: p.image_processor.numpy_to_pt(np.zeros((2, 2))),
+    "images: NoneType came; an array": lambda p: p.image_processor.numpy_to_pt(None),
+    "images: Tensor of shape (2, 2) came; a tensor": lambda p: p.image_processor.pt_to_numpy(torch.zeros(2, 2)),
+    "images: list came; a tensor": lambda p: p.image_processor.pt_to_numpy([1]),
+    "image: values of type object": lambda p: p.image_processor.preprocess(np.zeros((8, 8, 3), object)),
     "images: shape (2, 2) came": lambda p: p.numpy_to_pil(np.zeros((2, 2))),
     "images: shape (1, 2, 2, 4) came": lambda p: p.numpy_to_pil(np.zeros((1, 2, 2, 4))),
     "images: shape (0, 2, 2, 3) came": lambda p: p.numpy_to_pil(np.zeros((0, 2, 2, 3))),

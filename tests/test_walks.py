@@ -1,5 +1,6 @@
 """Schedulers as they should not be used: settings that divide by 0, steps out of order, times that are none."""
 
+import numpy as np
 import pytest
 import torch
 from random_checkpoint import PUBLISHED_SCHEDULER
@@ -14,7 +15,7 @@ from imvar import DDIMScheduler, InputError, InputTypeError, LMSDiscreteSchedule
     (LMSDiscreteScheduler, {"beta_start": 0, "beta_end": 0})])
 def test_noise_levels_that_divide_by_zero(kind, settings):
     with pytest.raises(InputError, match="betas"):
-        kind(**settings)
+        kind(**settings).set_timesteps(10)
 
 
 def test_a_walk_goes_on_from_where_it_is():
@@ -27,6 +28,16 @@ def test_a_walk_goes_on_from_where_it_is():
         with pytest.raises(InputError, match="timestep="):
             lms.step(x, wrong, x)
     assert lms.step_index == 0
+    for kind in (int, float, np.int64, torch.tensor, lambda t: torch.tensor(t).half()):  # of those that it comes to
+        lms.set_timesteps(7)
+        for t in lms.timesteps[:1].tolist():
+            lms.scale_model_input(x, t)
+        lms.step(x, kind(lms.timesteps[0].item()), x)
+        lms.step(x, kind(lms.timesteps[1].item()), x)
+    lms.set_timesteps(10)
+    lms.timesteps, lms.sigmas = lms.timesteps[4:], lms.sigmas[4:]  # from the middle on
+    for t in lms.timesteps:
+        lms.step(lms.scale_model_input(x, t), t, x)
     for kind in (LMSDiscreteScheduler, PNDMScheduler):
         scheduler = kind(**(PUBLISHED_SCHEDULER if kind is PNDMScheduler else {}))
         scheduler.set_timesteps(5)
@@ -52,3 +63,20 @@ def test_one_time_for_all_samples(kind):
     for whole in (torch.ones(2, 4, 8, 8, dtype=torch.int64), x > 0, x.to(torch.complex64)):
         with pytest.raises(InputTypeError, match="original_samples: values of"):
             scheduler.add_noise(whole, noise, torch.tensor([500]))
+
+
+def test_ends_that_a_walk_does_not_visit():
+    for settings in ({"beta_start": 0.0, "steps_offset": 1}, {"trained_betas": [*[0.001] * 999, 1.0]}):
+        scheduler = PNDMScheduler(skip_prk_steps=True, **settings)
+        scheduler.set_timesteps(10)
+        x = torch.randn(1, 4, 8, 8)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x, t, x).prev_sample
+        assert x.isfinite().all()
+
+
+def test_add_noise_compiles():
+    scheduler, t = DDIMScheduler(), torch.tensor([500, 3])
+    x, noise = torch.randn(2, 2, 4, 8, 8)
+    compiled = torch.compile(scheduler.add_noise, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, noise, t), scheduler.add_noise(x, noise, t))

@@ -131,6 +131,7 @@ class VaeImageProcessor(Configured):
         if not image.isfinite().all():
             raise InputError("image: NaN or infinite values came, of which no picture can be made")
         flags = [self.config.do_normalize] * len(image) if do_denormalize is None else do_denormalize
+        flags = flags.tolist() if isinstance(flags, (np.ndarray, Tensor)) else flags
         if not isinstance(flags, (list, tuple)) or len(flags) != len(image):
             raise InputError(f"do_denormalize={shown(do_denormalize)} came for {len(image)} pictures; a list of a flag "
                              "each would do")

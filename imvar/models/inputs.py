@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpy import ndarray
+import torch
 from torch import Tensor
 from torch.nn import Conv2d
 
@@ -44,7 +44,8 @@ def asked(layer: Any) -> tuple[int | str, Tensor | None]:
 def context_width(model: Any) -> int | str:
     """How wide a token of context is, by the layer that takes it; any number, where a fork has another layer there."""
     try:
-        return model.mid.transformers[0].blocks[0].cross_attn.to_k.in_features
+        layer = model.mid.transformers[0].blocks[0].cross_attn.to_k
+        return layer.in_features if ours(layer) else "c"
     except (AttributeError, IndexError):
         return "c"
 
@@ -59,7 +60,15 @@ def time(timestep: Any, samples: int) -> None:
             raise InputTypeError(f"timestep: values of {timestep.dtype} came; numbers would do", key="timestep")
         if timestep.device.type != "cpu":
             return  # its value is not worth waiting for
-    for one in timestep.flatten().unbind() if isinstance(timestep, Tensor) else [timestep]:
+        try:
+            times = timestep.detach().flatten().tolist()
+        except RuntimeError:  # while it is traced, there is none
+            return
+    else:
+        times = [timestep]
+    for one in times:
+        if isinstance(one, (torch.SymInt, torch.SymFloat)):  # nor while it is traced
+            continue
         number = as_float(one)
         if number is None:
             raise InputTypeError(f"timestep={shown(one)}: a number, or a tensor of one for each sample, would do",
@@ -118,9 +127,11 @@ def seen(name: str, pixels: Any, tower: Any) -> None:
 def checker(model: Any, clip_input: Any, images: Any, *_: Any, **__: Any) -> None:
     """What the safety checker looks at, and as many pictures."""
     seen("clip_input", clip_input, model.tower)
-    for one in images if isinstance(images, (list, tuple)) else [images]:
-        if not isinstance(one, (Tensor, ndarray)):
-            raise InputTypeError(f"images: {type(one).__name__} came; tensors or arrays would do", key="images")
+    if images is None:  # who asks for the flags alone
+        return
+    if not hasattr(images, "__len__") or isinstance(images, (str, bytes, dict, set)):
+        raise InputTypeError(f"images: {type(images).__name__} came; a tensor, an array or a list of pictures would do",
+                             key="images")
     if len(images) != len(clip_input):
         raise InputError(f"images: {len(images)} came for {len(clip_input)} of clip_input; one each would do",
                          key="images")

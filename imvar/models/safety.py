@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from ..checks import checked, sizes
@@ -127,10 +128,20 @@ def reported(name: str, hits: str, scores: Tensor) -> dict[str, Any]:
     return {name: by_number, hits: [number for number, score in by_number.items() if score > 0]}
 
 
+def black_one(image: Any) -> Any:
+    if isinstance(image, Image.Image):
+        return Image.new(image.mode, image.size)
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise InputTypeError(f"images: {type(image).__name__} came; pictures, tensors or arrays would do", key="images")
+    return torch.zeros_like(image) if isinstance(image, Tensor) else np.zeros_like(image)
+
+
 def blackened(images: Any, flags: Sequence[bool]) -> Any:
     """A copy of `images` in which the flagged ones are zero."""
-    if isinstance(images, list):
-        return [blackened(image[None], [flag])[0] for image, flag in zip(images, flags, strict=True)]
+    if images is None:
+        return None
+    if isinstance(images, (list, tuple)):
+        return [black_one(image) if flag else image for image, flag in zip(images, flags, strict=True)]
     black = images.clone() if isinstance(images, Tensor) else np.array(images)
     for i, flag in enumerate(flags):
         if flag:

@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 
 from ..checks import as_device, as_move, count, option
-from ..config import json_text
 from ..context import holding
 from ..errors import InputError, InputTypeError, shown
 from ..image import numpy_to_pil
@@ -58,7 +57,6 @@ class Assembly(Storage):
     def register_to_config(self, **settings: Any) -> None:
         """Keep settings of the pipeline itself, which are saved with it."""
         option("requires_safety_checker", settings.get("requires_safety_checker"), bool)
-        json_text(settings)
         self._settings |= settings
 
     @property
@@ -90,7 +88,10 @@ class Assembly(Storage):
         """
         scheduler = self._scheduler
         replaced = any(callable(getattr(type(scheduler), name, None)) for name in getattr(scheduler, "__dict__", ()))
-        own = scheduler if replaced else copy.copy(scheduler)
+        try:
+            own = scheduler if replaced else copy.copy(scheduler)
+        except Exception:  # one that cannot be copied, such as some that hand all on to another
+            own = scheduler
         return holding(_stepping, (*_stepping.get(), (self, own)))
 
     # Where and what the weights are
@@ -254,7 +255,7 @@ class Assembly(Storage):
             if not hasattr(options.get("file") or sys.stderr, "write"):
                 raise TypeError("file has no write")
             bool(options.get("disable"))
-            seen = {name: value for name, value in options.items() if name != "name"}
+            seen = {name: value for name, value in options.items() if name not in ("name", "write_bytes")}
             with Trial(total=2, **(seen | {"file": io.StringIO(), "disable": False})) as trial:
                 trial.update()
         except Exception as error:  # of a name that it does not know, tqdm's own is a KeyError

@@ -110,7 +110,7 @@ def check_callback(callback: Any) -> None:
     try:
         fits = callable(callback) and not inspect.iscoroutinefunction(callback)
         if fits:
-            inspect.signature(callback).bind(0, 0, None)
+            inspect.signature(callback, follow_wrapped=False).bind(0, 0, None)
     except TypeError:
         fits = False
     except ValueError:  # of some that are written in C nobody can tell

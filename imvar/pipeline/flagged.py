@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,13 +47,14 @@ def verdict(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
         raise InputTypeError(f"safety_checker: it returned {shown(answer)}; {would_do}", key="safety_checker")
     checked, flags = answer
-    if not isinstance(checked, Tensor) or checked.shape != pixels.shape:
+    if not isinstance(checked, Tensor) or checked.ndim != 4 or len(checked) != len(pixels):
         came = f"a tensor {tuple(checked.shape)}" if isinstance(checked, Tensor) else type(checked).__name__
         raise InputTypeError(f"safety_checker: it returned {came}; {would_do}", key="safety_checker")
     if flags is None or isinstance(flags, Flags):
         return checked, flags
     flags = flags.tolist() if isinstance(flags, (Tensor, np.ndarray)) else flags
-    if not isinstance(flags, (list, tuple)) or len(flags) != len(pixels) or any(flag not in (0, 1) for flag in flags):
+    flags = list(flags) if isinstance(flags, Iterable) and not isinstance(flags, (str, Mapping)) else flags
+    if not isinstance(flags, list) or len(flags) != len(pixels) or any(flag not in (0, 1, None) for flag in flags):
         raise InputTypeError(f"safety_checker: it returned {shown(flags)} for flags; {would_do}", key="safety_checker")
     return checked, [bool(flag) for flag in flags]
 

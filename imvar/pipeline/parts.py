@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, device
 from torch.nn import Module
 
 from ..errors import InputError, InputTypeError
@@ -24,10 +24,21 @@ WOULD_BE = {"vae": "an AutoencoderKL", "image_encoder": "a CLIPVisionModelWithPr
             "safety_checker": "a StableDiffusionSafetyChecker, or None,"}
 
 
+def used(parts: Mapping[str, Any], output_type: Any) -> dict[str, Any]:
+    """The parts that a call needs: not what a subclass has beside them, nor what latents alone go without."""
+    spared = ("vae", "safety_checker") if isinstance(output_type, str) and output_type == "latent" else ()
+    return {name: part for name, part in parts.items() if name in NEEDED and name not in spared}
+
+
+def home(parts: Mapping[str, Any], default: device) -> device:
+    """Where the first of these has its weights."""
+    return next((p.device for part in parts.values() if isinstance(part, Module) for p in part.parameters()), default)
+
+
 def check_parts(parts: Mapping[str, Any]) -> None:
     """Every part that a call needs is there, and can do what is asked of a part of its name."""
     for name, part in parts.items():
-        needed = NEEDED.get(name, ())
+        needed = NEEDED[name]
         if part is None and name in ("safety_checker", "feature_extractor"):  # without which some calls do
             continue
         if isinstance(part, type):
@@ -56,9 +67,9 @@ def check_fit(parts: Mapping[str, Any], output_type: str, whole: bool) -> None:
     if unet_out != vae_in and None not in (unet_out, vae_in):
         raise InputError(f"unet, vae: the UNet's out_channels={unet_out} and latent_channels={vae_in} "
                          "differ; as many would do", key="vae")
-    if vae_out not in (3, None) and (checker or output_type == "pil"):
-        raise InputError(f"vae: out_channels={vae_out}; 3 would do for output_type={output_type!r}, or 'np' and 'pt' "
-                         "with no safety checker", key="vae")
+    if vae_out not in (1, 3, None) and (checker or output_type == "pil"):
+        raise InputError(f"vae: out_channels={vae_out}; 1 or 3 would do for output_type={output_type!r}, or 'np' and "
+                         "'pt' with no safety checker", key="vae")
     if checker and extractor is None:
         raise InputError("feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None",
                          key="feature_extractor")
@@ -98,7 +109,7 @@ def check_devices(parts: Mapping[str, Any]) -> None:
              if isinstance(part, Module) and not part._forward_pre_hooks and "forward" not in vars(part)
              for parameter in islice(part.parameters(), 1)}
     if len(set(found.values())) > 1:
-        where = ", ".join(f"{name} on {device}" for name, device in found.items())
+        where = ", ".join(f"{name} on {place}" for name, place in found.items())
         raise InputError(f"the parts are on different devices ({where}); pipe.to(device) brings them together")
-    if any(device.type == "meta" for device in found.values()):
+    if any(place.type == "meta" for place in found.values()):
         raise InputError("the parts are on the meta device, so they have no weights; from_pretrained loads them")

@@ -131,9 +131,10 @@ class Steps(Assembly):
         at_a_time = max(AT_A_TIME // pixels, 1) if untouched(self.vae) else len(latents)
         made = [run(part) for part in latents.split(at_a_time)]
         pictures = made[0] if len(made) == 1 else torch.cat(made)
-        if pictures.shape[2:] != (size := torch.Size(side * self.vae_scale_factor for side in latents.shape[2:])):
-            raise InputError(f"vae: it made pictures of {tuple(pictures.shape[2:])}, where {tuple(size)} were due; one "
-                             f"that makes {self.vae_scale_factor} pixels of a latent would do", key="vae")
+        due = tuple(side * self.vae_scale_factor for side in latents.shape[2:])
+        if untouched(self.vae) and pictures.shape[2:] != due:
+            raise InputError(f"vae: it made pictures of {tuple(pictures.shape[2:])}, where {due} were due; one that "
+                             f"makes {self.vae_scale_factor} pixels of a latent would do", key="vae")
         return pictures
 
     def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype,

@@ -22,7 +22,7 @@ from ..outputs import StableDiffusionPipelineOutput
 from ..weights.published import taken_as_64
 from .checks import check_approximate, check_call, check_numbers, check_seeds
 from .guidance import Guided, Predict, preparable
-from .parts import check_context, check_devices, check_fit, check_parts
+from .parts import check_context, check_devices, check_fit, check_parts, home, used
 from .steps import Steps, dtype_of, how_many
 
 MOST = 2**16  # variations of a picture in one call
@@ -101,9 +101,9 @@ class StableDiffusionImageVariationPipeline(Steps):
             OutOfMemoryError: what would need less. ImvarError: a result that is not finite, and the likely cause.
         """
         with self.own_scheduler(), self._offload or contextlib.nullcontext(), naming_what_needs_less():
-            check_parts(self.components)
+            check_parts(parts := used(self.components, output_type))
             if not self._offload:
-                check_devices(self.components)
+                check_devices(parts)
             image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
             height, width = self.size(height, width)
             self.check_inputs(image, height, width, callback_steps)
@@ -115,11 +115,13 @@ class StableDiffusionImageVariationPipeline(Steps):
             plain = preparable(self.unet)
             whole = plain and type(self).predictor is Steps.predictor  # nobody stands between the UNet and its latents
             check_fit(self.components, output_type, whole)
-            seeds = check_call(generator, seed, latents, output_type, return_dict, callback, on_flagged, shape)
+            noise = latents if type(self).prepare_latents is Steps.prepare_latents else None  # else it is theirs to say
+            seeds = check_call(generator, seed, noise, output_type, return_dict, callback, on_flagged, shape)
             interval, every = check_approximate(guidance_interval, cache_interval, plain)
             generator = seeded(seeds) if seeds else generator
 
-            device, guided = self._execution_device, scale > 1
+            device = self._execution_device if "vae" in parts or self._offload else home(parts, self.device)
+            guided = scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
             scheduler.set_timesteps(steps, device=device)
             options = self.prepare_extra_step_kwargs(generator, eta)
@@ -147,7 +149,7 @@ class StableDiffusionImageVariationPipeline(Steps):
                         if callback is not None and i % callback_steps == 0:
                             callback(i // order, times[i], x)
                             if watch and watch.changed(self.unet):
-                                check_parts(self.components)
+                                check_parts(used(self.components, output_type))
                                 context, x = (told.to(dtype_of(self.unet, told.dtype)) for told in (context, x))
                                 predict, watch = ready(), Watch(self.unet)
 

@@ -90,10 +90,10 @@ class SchedulerConfig(Config):
                              key="trained_betas")
 
 
-def between(scheduler: Any, least: float, most: float) -> None:
-    """Every timestep leaves a share of the signal from `least` up, and below `most`, so that no step divides by 0."""
-    low, high = (float(share) for share in scheduler.alphas_cumprod.aminmax())
-    if low < least or high > most:
+def between(scheduler: Any, alphas: Tensor) -> None:
+    """The timesteps of a walk leave some of the signal, and not all of it, so that no step divides by 0."""
+    low, high = (float(share) for share in alphas.aminmax())
+    if low <= 0 or high >= 1:
         raise InputError(f"beta_start, beta_end, trained_betas: with these, from {low:g} to {high:g} of the signal "
                          f"is left, and {type(scheduler).__name__} divides by 0 at the ends; numbers between 0 and 1 "
                          "would do", key="beta_start")
@@ -106,7 +106,8 @@ def step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *
     floats("sample", sample)
     alike("model_output", model_output, "sample", sample)
     generators = options.get("generator")
-    check_generator(generators, 1 if isinstance(generators, (list, tuple)) and len(generators) == 1 else len(sample))
+    one = not sample.ndim or (isinstance(generators, (list, tuple)) and len(generators) == 1)
+    check_generator(generators, 1 if one else len(sample))
     if options.get("variance_noise") is not None:
         alike("variance_noise", options["variance_noise"], "sample", sample)
 
@@ -206,7 +207,8 @@ class VariancePreserving(Scheduler):
         if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
             raise InputTypeError(f"timesteps: values of {timesteps.dtype} came; whole numbers would do",
                                  key="timesteps")
-        if timesteps.device.type == "cpu" and not ((timesteps >= 0) & (timesteps < len(self))).all():
+        readable = timesteps.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not ((timesteps >= 0) & (timesteps < len(self))).all():
             raise InputError(f"timesteps={timesteps.tolist()}: values from 0 to {len(self) - 1} would do")
         alpha = self.alphas_cumprod.to(x.device, x.dtype)[timesteps.to(x.device)]
         alpha = alpha.view(-1, *[1] * (x.ndim - 1))  # b -> b 1 1 1

@@ -116,8 +116,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             timesteps = to_timesteps(sigmas, self.table)
         self.num_inference_steps = n
         self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
-        self.visited = timesteps.astype(np.float32).tolist()  # which no step has to wait for
-        self.timesteps = torch.tensor(self.visited, device=as_device("device", device))
+        self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(as_device("device", device))
         self.step_index: int | None = None
         self.begin_index: int | None = None
         self.derivatives: Sequence[Tensor] = []
@@ -155,11 +154,11 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
         if self.step_index >= len(self.timesteps):
             raise InputError(f"step: all {len(self.timesteps)} timesteps are done; set_timesteps begins another run")
-        if self.begin_index is None and not (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
-            here = self.visited[self.step_index]  # a timestep on an accelerator is not worth waiting for
-            if real("timestep", timestep, high=math.inf) != here:
-                raise InputError(f"timestep={shown(timestep)}: the walk has come to {here:g}; scheduler.timesteps, one "
-                                 "after another, would do", key="timestep")
+        here = self.timesteps[self.step_index]
+        near = all(not isinstance(t, Tensor) or t.device.type == "cpu" for t in (here, timestep))  # else one would wait
+        if self.begin_index is None and near and abs(real("timestep", timestep, high=math.inf) - float(here)) >= 1:
+            raise InputError(f"timestep={shown(timestep)}: the walk has come to {here:g}; scheduler.timesteps, one "
+                             "after another, would do", key="timestep")
         return self.step_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:

@@ -72,10 +72,6 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
     start: Tensor | None = None  # the sample that this step started from
     blend: Tensor | float = 0.0  # the Runge-Kutta sum so far
 
-    def __init__(self, *args: Any, **settings: Any):
-        super().__init__(*args, **settings)
-        between(self, least=1e-12, most=1 - 2**-24)  # as near to 0 and 1 as float32 tells apart
-
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Choose the timesteps to visit and forget the history: int64 on `device`.
 
@@ -93,6 +89,7 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
             self.prk_timesteps, self.plms_timesteps = np.concatenate(opening), t[3:]
         self.num_inference_steps = len(t)
         visited = torch.from_numpy(np.concatenate([self.prk_timesteps, self.plms_timesteps]))
+        between(self, self.alphas_cumprod[visited])
         self.timesteps = visited.to(as_device("device", device))
         self.counter, self.ets, self.start, self.blend = 0, [], None, 0.0
 
