@@ -35,10 +35,9 @@ def unet(model: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *_:
 
 def asked(layer: Any) -> tuple[int | str, Tensor | None]:
     """How many channels a layer takes, and its weight; not known where a fork has another layer, or its own hooks."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(layer, Conv2d) or not ours(layer) or not weight.is_floating_point():
+    if not isinstance(layer, Conv2d) or not ours(layer) or not layer.weight.is_floating_point():
         return "c", None
-    return layer.in_channels, weight
+    return layer.in_channels, layer.weight
 
 
 def context_width(model: Any) -> int | str:
