@@ -69,11 +69,11 @@ class Pretrained(Configured):
     @classmethod
     def checked(cls, settings: Mapping[str, Any], path: Path, **changes: Any) -> Any:
         """Settings that came from `path`, checked, and `changes`, checked as constructor arguments are."""
-        if (name := settings.get("_class_name")) not in PARTS[cls.part]:
-            others = [part for part, classes in PARTS.items() if isinstance(name, str) and name in classes]
-            if others:
-                raise CheckpointError(f"is {shown(name)}, of the {others[0]}; settings of the {cls.part} would do",
-                                      path=path, key="_class_name")
+        name = settings.get("_class_name")
+        owners = [part for part, classes in PARTS.items() if isinstance(name, str) and name in classes]
+        if owners and cls.part not in owners:
+            raise CheckpointError(f"is {shown(name)}, of the {owners[0]}; settings of the {cls.part} would do",
+                                  path=path, key="_class_name")
         known = [f.name for f in fields(cls.config_class)]
         changes = cls.config_class.of(**asked_for(changes, known, cls.__name__)).explicit()
         try:
