@@ -25,6 +25,7 @@ from ..models.attention import Attend, memory_efficient
 from ..models.prepared import Runner
 from ..models.told import untouched
 from .offload import Offload
+from .parts import home
 from .storage import Storage
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Assembly(Storage):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next((p.device for module in self.modules.values() for p in module.parameters()), torch.device("cpu"))
+        return home(self.components, torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:

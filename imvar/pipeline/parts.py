@@ -10,6 +10,7 @@ from torch import Tensor, device
 from torch.nn import Module
 
 from ..errors import InputError, InputTypeError
+from ..weights.index import MAY_LACK
 
 NEEDED = {  # of the part of this name
     "vae": ("decode", "config"),
@@ -39,7 +40,7 @@ def check_parts(parts: Mapping[str, Any]) -> None:
     """Every part that a call needs is there, and can do what is asked of a part of its name."""
     for name, part in parts.items():
         needed = NEEDED[name]
-        if part is None and name in ("safety_checker", "feature_extractor"):  # without which some calls do
+        if part is None and name in MAY_LACK:
             continue
         if isinstance(part, type):
             raise InputTypeError(f"{name}: the class {part.__name__} came; one made of it would do", key=name)

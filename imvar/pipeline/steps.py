@@ -128,11 +128,12 @@ class Steps(Assembly):
         latents = (latents / self.vae.config.scaling_factor).to(dtype_of(self.vae, latents.dtype))
         run = self.runner(decode, self.vae)
         pixels = latents.shape[2] * latents.shape[3] * self.vae_scale_factor**2
-        at_a_time = max(AT_A_TIME // pixels, 1) if untouched(self.vae) else len(latents)
+        plain = untouched(self.vae)
+        at_a_time = max(AT_A_TIME // pixels, 1) if plain else len(latents)
         made = [run(part) for part in latents.split(at_a_time)]
         pictures = made[0] if len(made) == 1 else torch.cat(made)
         due = tuple(side * self.vae_scale_factor for side in latents.shape[2:])
-        if untouched(self.vae) and pictures.shape[2:] != due:
+        if plain and pictures.shape[2:] != due:
             raise InputError(f"vae: it made pictures of {tuple(pictures.shape[2:])}, where {due} were due; one that "
                              f"makes {self.vae_scale_factor} pixels of a latent would do", key="vae")
         return pictures

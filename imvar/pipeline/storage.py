@@ -13,18 +13,9 @@ from ..config import Config
 from ..errors import CheckpointError, InputError, InputTypeError, shown
 from ..weights.files import Hub, inside, locate, read_json, within, write_text
 from ..weights.folders import private, replaced, unchanged
-from ..weights.index import INDEX, KNOWN, OPTIONAL, PARTS, entry, first_class, index_text, served
-from ..weights.pretrained import (
-    READING,
-    Pretrained,
-    PretrainedModel,
-    asked_for,
-    config_folder,
-    settings_part,
-    which_ema,
-)
-
-MAY_LACK = "safety_checker", "feature_extractor"  # without which some calls do
+from ..weights.index import INDEX, KNOWN, MAY_LACK, OPTIONAL, PARTS, entry, first_class, index_text, served
+from ..weights.options import READING, asked_for, config_folder, which_ema
+from ..weights.pretrained import Pretrained, PretrainedModel, settings_part
 
 
 class Storage:

@@ -18,6 +18,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 OPTIONAL = ("safety_checker",)  # what an index need not list
+MAY_LACK = "safety_checker", "feature_extractor"  # parts without which some calls do
 
 LIBRARIES = {"image_encoder": "transformers", "feature_extractor": "transformers",
              "safety_checker": "stable_diffusion"}  # the column that diffusers reads; the rest are its own

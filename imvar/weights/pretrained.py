@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 
 from ..checks import Dtype, a_path, as_dtype, option
 from ..config import Configured, json_text
-from ..errors import CheckpointError, InputError, InputTypeError, shown
+from ..errors import CheckpointError, InputError, shown
 from .files import Hub, inside, locate, read_json, within, write_text
 from .folders import replaced, unchanged
 from .index import FORMAT, PARTS, first_class, served
 from .keymap import Keymap, Naming
 from .loading import Unset, load, take_published_names
+from .options import READING, SAVING, asked_for, config_folder, which_ema
 from .reading import read_weights
 from .stems import DIFFUSERS, TRANSFORMERS, Stem
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .single import SingleFile
 
 TRANSFORMERS_FORMAT = "5.23.0"
-SAVING = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
-READING = {"use_safetensors", "disable_mmap", "low_cpu_mem_usage"}  # how to read a file, which the file decides here
 PLAIN = "unet", "vae"  # whose files hold their own settings and nothing else
 FEW, MOST = 100, 1000  # layers: so few are built, to name the tensors that a file lacks for them; so many never are
 
@@ -306,26 +304,3 @@ def settings_part(part: str, file: SingleFile, config: Path | None, image_encode
     settings, path = first_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
     kind = served(part, settings.get("_class_name"), path) if part == "scheduler" else first_class(part)
     return kind.built(kind.checked(settings, path), path)
-
-
-def config_folder(config: str | Path | None, hub: Hub, subfolder: str | None = None) -> Path | None:
-    """The folder that `config=` names: itself, that of a file in it, or of a hub repository."""
-    if config is None:
-        if option("subfolder", subfolder, str):
-            raise InputError(f"subfolder={shown(subfolder)}: is that of config, which did not come", key="subfolder")
-        return None
-    path = a_path("config", config)
-    folder = path.parent if os.path.isfile(path) else locate(path, hub, lambda _: ["*.json", "*/*.json"])
-    return folder / (option("subfolder", subfolder, str) or "")
-
-
-def which_ema(ema: str, extract_ema: bool | None) -> str:
-    return ema if option("extract_ema", extract_ema, bool) is None else "yes" if extract_ema else "no"
-
-
-def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:
-    """The known ones of `options`. One that is unknown may be there only to say None or False: diffusers has many."""
-    odd = {name for name, value in options.items() if name not in known and value is not None and value is not False}
-    if odd:
-        raise InputTypeError(f"{where}: {min(odd)!r} is no part, setting or option here; leave it out")
-    return {name: value for name, value in options.items() if name in known}

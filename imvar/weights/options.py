@@ -1,0 +1,38 @@
+"""What loading and saving can be asked for, beside the settings of a part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checks import a_path, option
+from ..errors import InputError, InputTypeError, shown
+from .files import Hub, locate
+
+SAVING = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
+READING = {"use_safetensors", "disable_mmap", "low_cpu_mem_usage"}  # how to read a file, which the file decides here
+
+
+def config_folder(config: str | Path | None, hub: Hub, subfolder: str | None = None) -> Path | None:
+    """The folder that `config=` names: itself, that of a file in it, or of a hub repository."""
+    if config is None:
+        if option("subfolder", subfolder, str):
+            raise InputError(f"subfolder={shown(subfolder)}: is that of config, which did not come", key="subfolder")
+        return None
+    path = a_path("config", config)
+    folder = path.parent if os.path.isfile(path) else locate(path, hub, lambda _: ["*.json", "*/*.json"])
+    return folder / (option("subfolder", subfolder, str) or "")
+
+
+def which_ema(ema: str, extract_ema: bool | None) -> str:
+    return ema if option("extract_ema", extract_ema, bool) is None else "yes" if extract_ema else "no"
+
+
+def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:
+    """The known ones of `options`. One that is unknown may be there only to say None or False: diffusers has many."""
+    odd = {name for name, value in options.items() if name not in known and value is not None and value is not False}
+    if odd:
+        raise InputTypeError(f"{where}: {min(odd)!r} is no part, setting or option here; leave it out")
+    return {name: value for name, value in options.items() if name in known}
