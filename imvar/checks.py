@@ -147,7 +147,8 @@ def as_device(name: str, value: Any) -> torch.device | None:
         torch.empty(0, device=device)
     except Exception as error:  # torch raises RuntimeError, AssertionError and more
         kind = InputError if isinstance(value, (str, int, torch.device)) else InputTypeError
-        raise kind(f"{name}={shown(value)}: {would_do} would do", key=name) from error
+        reason = str(error).partition("\n")[0]  # no such device, none that is free, or a process that was forked
+        raise kind(f"{name}={shown(value)}: {would_do} would do; torch says: {reason}", key=name) from error
     return device
 
 

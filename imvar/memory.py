@@ -47,4 +47,4 @@ def naming_what_needs_less() -> Iterator[None]:
 def is_of_memory(error: Exception) -> bool:
     """Whether there was too little memory, on a device or of the machine, for which PyTorch has no class of error."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in ("DefaultCPUAllocator", "out of memory"))
+        words in str(error) for words in ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"))

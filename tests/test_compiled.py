@@ -10,9 +10,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
 from imvar.models import compiled, cpu, trial
+from imvar.models.attention import BACKENDS, Backend, SelfAttention, sdpa
 from imvar.models.compiled import Compiler, Recording, is_same, state
 from imvar.models.layers import Upsample
 
@@ -349,11 +352,47 @@ def test_the_quickest_way_is_found_and_compiled_in(table, monkeypatch):
         assert torch.equal(answer(x), x.sin())  # what was there is the answer until it is compiled
     assert list(table.values()) == [2]
     assert torch.equal(answer(x), x.sin())
-    compile = torch.compile(answer, backend="eager", fullgraph=True, dynamic=False)
+    compile = Compiler(backend="eager")(lambda model, x: answer(x), torch.nn.Identity())
     assert torch.equal(compile(x), x.cos())
     assert torch.equal(compile(x[:500]), x[:500].sin())  # a size that was not tried
     monkeypatch.setattr(trial, "seconds", lambda way, inputs: {slow: 1.0, gone: float("inf"), quick: 0.99}[way])
     assert trial.trial(ways, [x]) == 0  # too little to gain
+
+
+def test_what_others_compile_may_change_its_size(pipe, table):
+    """Where sizes are no longer numbers, no way for a size can be looked up."""
+    unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    for side in 16, 24, 32, 16:
+        x, context = torch.randn(1, 4, side, side), torch.randn(1, 3, 24)
+        with torch.no_grad():
+            assert near(unet(x, 7, context).sample, pipe.unet(x, 7, context).sample)
+    assert not table
+
+
+@pytest.mark.parametrize("way", range(len(BACKENDS)))
+def test_every_backend_is_compiled_in_one_piece(monkeypatch, way):
+    """As it would be for CUDA: with tensors that claim to be there."""
+    monkeypatch.setattr(trial, "chosen", torch.compiler.assume_constant_result(lambda key: way))
+    with FakeTensorMode():
+        layer = SelfAttention(64, 4)
+        for part in layer.modules():
+            part._parameters.update((name, torch.nn.Parameter(torch.empty(weight.shape, device="cuda")))
+                                    for name, weight in part._parameters.items() if weight is not None)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error", UserWarning)  # a fallback would be one
+            answer = Compiler(backend="eager").run(type(layer).forward, layer, torch.empty(2, 16, 64, device="cuda"))
+    assert answer.shape == (2, 16, 64)
+
+
+class SaysItIsThere(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("width", [4, 8, 12])
+def test_a_backend_pads_heads_of_an_odd_width(width):
+    q, k, v = torch.randn(3, 2, 4, 16, width).as_subclass(SaysItIsThere).unbind()
+    answer = Backend(SDPBackend.MATH)(q, k, v)
+    assert torch.allclose(answer, sdpa(q, k, v), atol=1e-5)
 
 
 @torch.no_grad()

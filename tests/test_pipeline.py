@@ -231,6 +231,27 @@ def test_offload_moves_each_part_when_its_turn_comes(pipe, photo, monkeypatch):
     assert moves == []
 
 
+def test_offloaded_parts_are_asked_nothing_before_they_arrive(pipe, photo, monkeypatch):
+    """At rest they are elsewhere: here on the meta device, where nothing can be computed."""
+    picture = torch.rand(1, 3, 64, 64)
+    expected, coded = run(pipe, photo), pipe.vae.encode(picture).latent_dist.mode()
+    plain, weights = torch.nn.Module.to, {}
+
+    def to(module, device):
+        if str(device) == "cpu":
+            weights[module] = module.state_dict()
+            return plain(module, "meta")
+        module.load_state_dict(weights.pop(module), assign=True)
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    pipe.enable_model_cpu_offload(device="cpu:0")
+    for _ in range(2):
+        assert np.array_equal(run(pipe, photo), expected)
+        assert {next(part.parameters()).device.type for part in pipe.modules.values()} == {"meta"}
+    assert torch.equal(pipe.vae.encode(picture).latent_dist.mode(), coded)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this is about machines without an accelerator")
 def test_offload_needs_an_accelerator(pipe):
     with pytest.raises(InputError, match="accelerator"):

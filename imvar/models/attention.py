@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,30 +46,38 @@ def by_slices(size: int, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Ten
     return torch.cat([attend(*group) for group in groups]).view_as(q)
 
 
+Operator = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Any, ...]]
+
 # Private operators, but the only way to choose a backend for one call and not for the process
-_OPERATORS: dict[SDPBackend, Callable[[Tensor, Tensor, Tensor, bool], tuple[Any, ...]]] = {
-    SDPBackend.EFFICIENT_ATTENTION:
-        lambda q, k, v, training: aten._scaled_dot_product_efficient_attention(q, k, v, None, training),
-    SDPBackend.CUDNN_ATTENTION:
-        lambda q, k, v, training: aten._scaled_dot_product_cudnn_attention(q, k, v, None, training),
-    SDPBackend.FLASH_ATTENTION: lambda q, k, v, training: aten._scaled_dot_product_flash_attention(q, k, v),
-    SDPBackend.MATH: lambda q, k, v, training: aten._scaled_dot_product_attention_math(q, k, v),
+_OPERATORS: dict[SDPBackend, Operator] = {
+    SDPBackend.EFFICIENT_ATTENTION: lambda q, k, v, training, scale:
+        aten._scaled_dot_product_efficient_attention(q, k, v, None, training, scale=scale),
+    SDPBackend.CUDNN_ATTENTION: lambda q, k, v, training, scale:
+        aten._scaled_dot_product_cudnn_attention(q, k, v, None, training, scale=scale),
+    SDPBackend.FLASH_ATTENTION: lambda q, k, v, training, scale:
+        aten._scaled_dot_product_flash_attention(q, k, v, scale=scale),
+    SDPBackend.MATH: lambda q, k, v, training, scale:
+        aten._scaled_dot_product_attention_math(q, k, v, scale=scale),
 }
+ALIGNED = 8  # what the width of a head has to be a multiple of, for each of them
 
 
 @dataclass(frozen=True)
 class Backend:
     """A kernel: one of PyTorch's SDPA backends, for these calls alone, as no process-wide flag is touched.
 
-    On CUDA the backend's own operator is called; elsewhere the default SDPA answers.
+    On CUDA the backend's own operator is called, with heads of another width than a multiple of 8 padded with zeros;
+    elsewhere the default SDPA answers.
     """
 
     name: SDPBackend = SDPBackend.EFFICIENT_ATTENTION
+    operator: Operator = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, SDPBackend) or self.name not in _OPERATORS:
             names = ", ".join(backend.name for backend in _OPERATORS)
             raise InputError(f"attention_op={shown(self.name)}: an SDPBackend out of {names} would do, or a callable")
+        vars(self)["operator"] = _OPERATORS[self.name]  # looked up here, as some compilers cannot
 
     def __reduce__(self) -> tuple[Any, ...]:  # as the backends themselves cannot be pickled
         return backend_named, (self.name.name,)
@@ -78,7 +86,11 @@ class Backend:
         if not q.is_cuda:
             return sdpa(q, k, v)
         training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-        return _OPERATORS[self.name](q, k, v, training)[0]
+        width, lacking = q.shape[-1], -q.shape[-1] % ALIGNED
+        if lacking:
+            q, k, v = (F.pad(t, (0, lacking)) for t in (q, k, v))
+        answer = self.operator(q, k, v, training, width**-0.5)[0]
+        return answer[..., :width] if lacking else answer
 
 
 def backend_named(name: str) -> Backend:

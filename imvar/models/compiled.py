@@ -8,6 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from textwrap import shorten
 from typing import Any
@@ -16,16 +17,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from ..context import holding
 from ..errors import InputError, shown
 from ..memory import is_of_memory
+from . import trial
 from .attention import attentions
 from .fp8 import Fp8Linear
-from .trial import chosen, trying
 
 GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}  # graphs are made here
 KEPT = 8  # recordings
 
-torch.compiler.assume_constant_result(chosen)  # marked here, as whatever marks it takes a second to import
+_sized: ContextVar[bool] = ContextVar("imvar_sized", default=False)
+
+
+def sized() -> bool:
+    return _sized.get()
+
+
+trial.sized = sized
+for constant in trial.chosen, sized:  # in what is compiled; marked here, as whatever marks it takes a second to import
+    torch.compiler.assume_constant_result(constant)
 
 
 class Compiler:
@@ -67,7 +78,7 @@ class Compiler:
         if function not in self.compiled:
             self.compiled[function] = torch.compile(function, **self.options)
         try:
-            with many_shapes():
+            with many_shapes(), holding(_sized, self.options["dynamic"] is False):
                 return self.compiled[function](model, *inputs)
         except Exception as error:
             if is_of_memory(error):
@@ -95,7 +106,7 @@ class Compiler:
     def record(self, call: Callable[..., Any], eager: Callable[..., Any], tensors: list[Tensor], form: Any,
                ) -> Callable[..., Any]:
         try:
-            with trying():  # so that the quickest ways for these sizes are known before they are compiled
+            with trial.trying():  # so that the quickest ways for these sizes are known before they are compiled
                 eager(*tree_unflatten(tensors, form))
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             return Recording(call, tensors, self.pool)

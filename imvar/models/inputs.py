@@ -10,7 +10,7 @@ from torch.nn import Conv2d
 
 from ..checks import as_float, count, readable, real, tensor
 from ..errors import InputError, InputTypeError, shown
-from .told import Ready, ours
+from .told import IMVAR, Ready, ours, package
 
 LARGEST_TIME = 2**31  # far more than any model was trained for
 
@@ -78,6 +78,7 @@ def time(timestep: Any, samples: int) -> None:
 
 def pictures(model: Any, x: Any, *_: Any, **__: Any) -> None:
     """What the autoencoder encodes."""
+    bring(model)
     channels, weight = asked(model.encoder.conv_in)
     tensor("x", x, "b", channels, "h", "w", like=weight)
     least = 2 ** (len(model.config.block_out_channels) - 1)
@@ -89,10 +90,18 @@ def pictures(model: Any, x: Any, *_: Any, **__: Any) -> None:
 
 def latents(model: Any, z: Any, *_: Any, **__: Any) -> None:
     """What the autoencoder decodes."""
+    bring(model)
     channels, weight = asked(model.post_quant_conv)
     tensor("z", z, "b", channels, "h", "w", like=weight)
     if model.use_tiling:
         tiles(model, max(z.shape[2:]), "tile_latent_min_size", "tile_sample_min_size")
+
+
+def bring(model: Any) -> None:
+    """The weights to where an offloaded model works, by imvar's hook, which PyTorch calls for `forward` alone."""
+    for hook in model._forward_pre_hooks.values():
+        if package(hook) == IMVAR:
+            hook(model, ())
 
 
 def tiles(model: Any, side: int, taken: str, made: str) -> None:

@@ -20,6 +20,7 @@ ROUNDS, GAIN = 5, 1.03  # the first way stays unless another is so much quicker
 
 _found: dict[Any, int] = {}
 _trying: ContextVar[bool] = ContextVar("imvar_trying", default=False)
+sized: Callable[[], bool] = bool  # whether this is compiled for inputs of one size; `compiled.py` knows where it is
 
 
 def trying() -> AbstractContextManager[None]:
@@ -28,9 +29,12 @@ def trying() -> AbstractContextManager[None]:
 
 
 def quickest(name: str, ways: Sequence[Way], *inputs: Tensor) -> Tensor:
-    """The answer, where this is compiled by the way that was found the quickest; else by the first."""
+    """The answer, where `compiled.py` compiles this by the way that was found the quickest; else by the first."""
+    compiling = torch.compiler.is_compiling()
+    if compiling and not sized():
+        return ways[0](*inputs)
     key = name, *((tuple(t.shape), t.dtype, t.device.type) for t in inputs)
-    if torch.compiler.is_compiling():
+    if compiling:
         return ways[chosen(key)](*inputs)
     if _trying.get() and key not in _found:
         _found[key] = trial(ways, inputs)

@@ -225,7 +225,7 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         """
         refuse(unsupported, more)
         x, time, context = self.conv_in(sample), timestep, encoder_hidden_states
-        merge = merge or self.merge
+        merge = self.merge if merge is None else merge
         if not isinstance(time, Ready):
             time = self.prepare_time(torch.as_tensor(time, device=x.device).expand(len(x)))
         if not isinstance(context, Ready):

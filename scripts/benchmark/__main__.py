@@ -111,7 +111,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
             "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__,
             "python": platform.python_version(), "freed memory": freed,
             "rival": "compiled, max-autotune" if args.rival == "compiled" else "eager",
-            "imvar": "compiled, max-autotune" if args.compile else "eager"}
+            "imvar": f"compiled, {args.compile}" if args.compile else "eager"}
 
 
 def markdown(results: list[Result], facts: dict[str, Any]) -> str:
@@ -135,7 +135,8 @@ def arguments() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="pictures at a time")
     add("--steps", type=int, default=50, help="of the pipeline")
     add("--largest", type=int, default=4, help="batch of `scaling` (default: 4)")
-    add("--compile", action="store_true", help="imvar as pipe.compile(mode='max-autotune') makes it")
+    add("--compile", nargs="?", const="max-autotune", metavar="MODE",
+        help="imvar as pipe.compile(mode=MODE) makes it (default: max-autotune)")
     add("--rival", choices=("eager", "compiled"), default="eager",
         help="compiled: as fast as it goes, with fused QKV, channels_last and max-autotune")
     add("--keep-memory", action="store_true", help="for both, imvar.keep_freed_memory, which `imvar vary` calls")

@@ -78,12 +78,12 @@ class Sides:
             for model in [both[0].unet, both[0].vae] if whole else [both[0]]:
                 fastest(model)
         if self.args.compile and whole:
-            both[1].compile(mode="max-autotune")
+            both[1].compile(mode=self.args.compile)
         return both[0], both[1]
 
     def runner(self) -> Runner:
         """How functions of imvar's models are run."""
-        return Compiler(mode="max-autotune") if self.args.compile else partial
+        return Compiler(mode=self.args.compile) if self.args.compile else partial
 
     def forget(self) -> None:
         self.part = cache(self.load)

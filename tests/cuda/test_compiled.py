@@ -1,6 +1,7 @@
 """On CUDA: compiled, recorded and replayed, with the pictures of eager calls."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from imvar.image import device
 from imvar.models import compiled, trial
 
 DTYPES = [torch.float32, torch.float16]
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2}
 
 
 @pytest.fixture
@@ -23,11 +23,22 @@ def pipe():
 
 def run(pipe, photo, seed=0, **options):
     options = {"num_inference_steps": 4, "output_type": "pt"} | options
-    return pipe(photo, generator=torch.Generator().manual_seed(seed), **options).images
+    shape = options.get("num_images_per_prompt", 1), 4, options.get("height", 128) // 8, 16
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return pipe(photo, latents=latents, **options).images
 
 
-def near(a, b, dtype=torch.float32):
-    return (a - b).abs().max() <= TOLERANCE[dtype] * max(1, b.abs().max())
+def exact(pipe, photo, **options):
+    """The pictures in double precision, which nothing compiled has a part in."""
+    wide = tiny_pipeline().to("cuda", torch.float64)
+    wide.scheduler = pipe.scheduler
+    wide.set_progress_bar_config(disable=True)
+    return run(wide, photo, **options)
+
+
+def near(found, eager, exact):
+    """As near to the exact pictures as eager calls are, which take the same steps in another order."""
+    return (found - exact).abs().max() <= 3 * (eager - exact).abs().max() + 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,16 +48,30 @@ def test_recorded_runs_give_the_same_pictures(pipe, photo, dtype, scheduler):
     pipe.scheduler = getattr(imvar, scheduler).from_config(pipe.scheduler.config)
     calls = [{}, {"seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 7}, {"photo": photo.rotate(90)},
              {"num_images_per_prompt": 3}, {"height": 96}, {"cache_interval": 2}, {"guidance_interval": (0.25, 0.75)}]
-    plain = [run(pipe, **({"photo": photo} | call)) for call in calls]
-    pipe.compile()
+    calls = [{"photo": photo} | call for call in calls]
+    expected = [(run(pipe, **call), exact(pipe, **call)) for call in calls]
+    pipe.compile(backend="eager")
     for _ in range(2):
-        for call, expected in zip(calls, plain, strict=True):
-            assert near(run(pipe, **({"photo": photo} | call)), expected, dtype), call
+        for call, pictures in zip(calls, expected, strict=True):
+            assert near(run(pipe, **call), *pictures), call
+    assert all(isinstance(one, compiled.Recording) for one in pipe._compiler.recordings.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_runs_give_the_same_pictures(pipe, photo, dtype):
+    expected = run(pipe.to(dtype), photo), exact(pipe, photo)
+    trial._found.clear()
+    pipe.compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a fallback would be one
+        warnings.filterwarnings("ignore", "TensorFloat32")
+        assert near(run(pipe, photo), *expected)
+    assert {key[0] for key in trial._found} == {"attend", "enlarge"}
     assert all(isinstance(one, compiled.Recording) for one in pipe._compiler.recordings.values())
 
 
 def test_a_run_records_once_for_any_values(pipe, photo):
-    pipe.compile()
+    pipe.compile(backend="eager")
     run(pipe, photo)
     recorded = list(pipe._compiler.recordings)
     run(pipe, photo, seed=7, num_inference_steps=9, guidance_scale=2.0)
@@ -55,7 +80,7 @@ def test_a_run_records_once_for_any_values(pipe, photo):
 
 
 def test_what_callers_get_is_theirs(pipe, photo):
-    pipe.compile()
+    pipe.compile(backend="eager")
     seen = []
     first = run(pipe, photo, callback=lambda i, t, x: seen.append((x, x.clone())))
     kept = first.clone()
@@ -65,14 +90,14 @@ def test_what_callers_get_is_theirs(pipe, photo):
 
 
 def test_weights_written_to_and_weights_replaced_count(pipe, photo):
-    pipe.compile()
+    pipe.compile(backend="eager")
     run(pipe, photo)
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(0.5)
     for _ in range(2):
         made = run(pipe, photo)
         pipe._compiler, compiler = None, pipe._compiler
-        assert near(made, run(pipe, photo))
+        assert (made - run(pipe, photo)).abs().max() < 1e-3
         pipe._compiler = compiler
         pipe.unet.conv_in.weight = torch.nn.Parameter(pipe.unet.conv_in.weight * 1.5)
 
@@ -92,31 +117,26 @@ def test_no_step_waits_for_the_device(pipe, photo):
                 x = scheduler.step(predict(x, i).chunk(2)[1], t, x).prev_sample
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        pipe.compile()
+        pipe.compile(backend="eager")
 
 
 def test_threads_share_recordings(pipe, photo):
-    plain = [run(pipe, photo, seed=seed) for seed in range(4)]
-    pipe.compile()
+    expected = [(run(pipe, photo, seed=seed), exact(pipe, photo, seed=seed)) for seed in range(4)]
+    pipe.compile(backend="eager")
     made = {}
 
     def work(seed):
         with torch.cuda.stream(torch.cuda.Stream()):
-            made[seed] = [run(pipe, photo, seed=seed).cpu() for _ in range(3)]
+            made[seed] = [run(pipe, photo, seed=seed).cpu().cuda() for _ in range(3)]
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(near(one, plain[seed].cpu()) for seed in range(4) for one in made[seed])
-
-
-def test_the_quickest_backends_are_tried(pipe, photo):
-    trial._found.clear()
-    pipe.to(torch.float16).compile()
-    run(pipe, photo)
-    assert {key[0] for key in trial._found} == {"attend", "enlarge"}
+    for seed in range(4):
+        for one in made[seed]:
+            assert near(one, *expected[seed])
 
 
 @pytest.mark.parametrize("size", [(512, 512), (512, 768), (64, 64), (1024, 320)])
@@ -127,12 +147,13 @@ def test_pictures_are_prepared_for_the_checker_as_by_pillow(size):
     assert torch.equal(processor.of_levels(levels.cuda()).cpu(), processor.of_levels(levels))
 
 
+@torch.no_grad()
 def test_many_pictures_take_no_more_memory_than_the_unet(photo):
     pipe = tiny_pipeline().to("cuda")
     pipe.set_progress_bar_config(disable=True)
     peaks = []
-    for number in 1, 4:
+    for number in 1, 1, 4:
         torch.cuda.reset_peak_memory_stats()
-        pipe.decode(torch.randn(number, 4, 64, 64, device="cuda"))
+        pictures = pipe.decode(torch.randn(number, 4, 64, 64, device="cuda"))
         peaks.append(torch.cuda.max_memory_allocated())
-    assert peaks[1] <= 1.5 * peaks[0]
+    assert peaks[2] <= peaks[1] + 2 * pictures.nbytes  # themselves, one by one and together

@@ -43,7 +43,7 @@ def test_each_stage_learns(name, drawings, tmp_path):
 
     def counted(generator):
         drawn = plain(generator)
-        losses.append(float(drawn[0] if isinstance(drawn, tuple) else drawn))
+        losses.append(float((drawn[0] if isinstance(drawn, tuple) else drawn).detach()))
         return drawn
 
     chosen.loss = counted
