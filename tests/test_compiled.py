@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
+import imvar
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
 from imvar.models import compiled, cpu, trial
 from imvar.models.attention import BACKENDS, Backend, SelfAttention, sdpa
@@ -215,18 +216,24 @@ def test_pytorchs_own_compiler(pipe, photo, tmp_path, monkeypatch):
 class Replayed:
     """In place of a recording: the call, and what it was given."""
 
-    def __init__(self, call, inputs, pool):
-        self.call, self.pool, self.calls = call, pool, 0
+    def __init__(self, call, inputs, pool, done):
+        self.call, self.shared, self.calls = call, (pool, done), 0
 
     def __call__(self, *inputs):
         self.calls += 1
         return self.call(*inputs)
 
 
+class Done:
+    def synchronize(self):
+        pass
+
+
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "Event", Done)
     monkeypatch.setattr(compiled, "Recording", Replayed)
     return Compiler(backend="eager")
 
@@ -246,7 +253,7 @@ def test_calls_are_recorded_once_for_each_size_and_state(pipe, recorder):
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     recorder.replay(conv_in, unet, state(unet), x, told)
     assert len(recorder.recordings) == 3
-    assert {one.pool for one in recorder.recordings.values()} == {"pool"}
+    assert len({one.shared for one in recorder.recordings.values()}) == 1
     other = copy.deepcopy(unet)
     recorder.replay(conv_in, other, state(other), x, told)
     assert len(recorder.recordings) == 1  # those of the model that it replaces are gone
@@ -336,12 +343,18 @@ def test_the_quickest_way_is_found_and_compiled_in(table, monkeypatch):
         return [x.sin() for _ in range(300)][-1]
 
     def quick(x):
+        return 1.001 * x.sin()  # to be told from the other
+
+    def wrong(x):
         return x.cos()
+
+    def noise(x):
+        return x.sin().where(x < 0, torch.nan)
 
     def gone(x):
         raise RuntimeError("no such operator")
 
-    x, ways = torch.ones(1000), (slow, gone, quick)
+    x, ways = torch.ones(1000), (slow, gone, wrong, noise, quick)
 
     def answer(x):
         return trial.quickest("test", ways, x)
@@ -350,12 +363,12 @@ def test_the_quickest_way_is_found_and_compiled_in(table, monkeypatch):
     assert not table
     with trial.trying():
         assert torch.equal(answer(x), x.sin())  # what was there is the answer until it is compiled
-    assert list(table.values()) == [2]
+    assert list(table.values()) == [4]
     assert torch.equal(answer(x), x.sin())
     compile = Compiler(backend="eager")(lambda model, x: answer(x), torch.nn.Identity())
-    assert torch.equal(compile(x), x.cos())
+    assert torch.equal(compile(x), 1.001 * x.sin())
     assert torch.equal(compile(x[:500]), x[:500].sin())  # a size that was not tried
-    monkeypatch.setattr(trial, "seconds", lambda way, inputs: {slow: 1.0, gone: float("inf"), quick: 0.99}[way])
+    monkeypatch.setattr(trial, "seconds", lambda way, *_: {slow: 1.0, quick: 0.99}.get(way, float("inf")))
     assert trial.trial(ways, [x]) == 0  # too little to gain
 
 
@@ -373,14 +386,15 @@ def test_what_others_compile_may_change_its_size(pipe, table):
 def test_every_backend_is_compiled_in_one_piece(monkeypatch, way):
     """As it would be for CUDA: with tensors that claim to be there."""
     monkeypatch.setattr(trial, "chosen", torch.compiler.assume_constant_result(lambda key: way))
+    there: dict = {"device": "cuda", "dtype": torch.float16}
     with FakeTensorMode():
         layer = SelfAttention(64, 4)
         for part in layer.modules():
-            part._parameters.update((name, torch.nn.Parameter(torch.empty(weight.shape, device="cuda")))
+            part._parameters.update((name, torch.nn.Parameter(torch.empty(weight.shape, **there)))
                                     for name, weight in part._parameters.items() if weight is not None)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error", UserWarning)  # a fallback would be one
-            answer = Compiler(backend="eager").run(type(layer).forward, layer, torch.empty(2, 16, 64, device="cuda"))
+            answer = Compiler(backend="eager").run(type(layer).forward, layer, torch.empty(2, 16, 64, **there))
     assert answer.shape == (2, 16, 64)
 
 
@@ -393,6 +407,13 @@ def test_a_backend_pads_heads_of_an_odd_width(width):
     q, k, v = torch.randn(3, 2, 4, 16, width).as_subclass(SaysItIsThere).unbind()
     answer = Backend(SDPBackend.MATH)(q, k, v)
     assert torch.allclose(answer, sdpa(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "CUDNN_ATTENTION"])
+def test_a_backend_takes_the_dtypes_that_it_is_made_for(backend):
+    q = torch.randn(1, 2, 16, 8).as_subclass(SaysItIsThere)
+    with pytest.raises(imvar.InputTypeError, match=rf"attention_op={backend}.*float32 came.*float16.*would do"):
+        Backend(getattr(SDPBackend, backend))(q, q, q)
 
 
 @torch.no_grad()

@@ -59,6 +59,10 @@ _OPERATORS: dict[SDPBackend, Operator] = {
     SDPBackend.MATH: lambda q, k, v, training, scale:
         aten._scaled_dot_product_attention_math(q, k, v, scale=scale),
 }
+_HALF = torch.float16, torch.bfloat16
+_DTYPES = {SDPBackend.EFFICIENT_ATTENTION: (*_HALF, torch.float32), SDPBackend.CUDNN_ATTENTION: _HALF,
+           SDPBackend.FLASH_ATTENTION: _HALF, SDPBackend.MATH: (*_HALF, torch.float32, torch.float64)}
+# What they are made for: some answer others with noise
 ALIGNED = 8  # what the width of a head has to be a multiple of, for each of them
 
 
@@ -72,12 +76,13 @@ class Backend:
 
     name: SDPBackend = SDPBackend.EFFICIENT_ATTENTION
     operator: Operator = field(init=False, repr=False, compare=False)
+    dtypes: tuple[torch.dtype, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, SDPBackend) or self.name not in _OPERATORS:
             names = ", ".join(backend.name for backend in _OPERATORS)
             raise InputError(f"attention_op={shown(self.name)}: an SDPBackend out of {names} would do, or a callable")
-        vars(self)["operator"] = _OPERATORS[self.name]  # looked up here, as some compilers cannot
+        vars(self).update(operator=_OPERATORS[self.name], dtypes=_DTYPES[self.name])  # as compilers cannot look it up
 
     def __reduce__(self) -> tuple[Any, ...]:  # as the backends themselves cannot be pickled
         return backend_named, (self.name.name,)
@@ -85,6 +90,9 @@ class Backend:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not q.is_cuda:
             return sdpa(q, k, v)
+        if q.dtype not in self.dtypes:
+            raise InputTypeError(f"attention_op={self.name.name}: queries of {q.dtype} came; "
+                                 f"{' or '.join(map(str, self.dtypes))} would do", key="attention_op")
         training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         width, lacking = q.shape[-1], -q.shape[-1] % ALIGNED
         if lacking:

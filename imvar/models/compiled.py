@@ -58,20 +58,23 @@ class Compiler:
             raise InputError(f"compile({shown(options)}): options of torch.compile would do: {error}") from error
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.recordings: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
-        self.pool: Any = None  # memory that the recordings share, as only one is replayed at a time
+        self.shared: tuple[Any, Any] | None = None  # by the recordings, of which only one is replayed at a time
         self.turn = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Compiler, **self.options), ()  # a copy begins anew
 
     def __call__(self, function: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
-        for layer in model.modules():
-            if isinstance(layer, Fp8Linear):
-                layer.round_weight()  # which compiled code does not
-        if any(p.is_cuda for p in model.parameters()):
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # tensor cores' order
+        with self.turn:
+            for layer in model.modules():
+                if isinstance(layer, Fp8Linear):
+                    layer.round_weight()  # which compiled code does not
+            if not any(p.is_cuda for p in model.parameters()):
+                return partial(self.run, function, model)
+            if not all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4):
+                model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # tensor cores' order
+                torch.cuda.current_stream().synchronize()  # for threads with streams of their own
             return partial(self.replay, function, model, state(model))
-        return partial(self.run, function, model)
 
     def run(self, function: Callable[..., Any], model: nn.Module, *inputs: Any) -> Any:
         """The compiled call."""
@@ -94,6 +97,8 @@ class Compiler:
         key = function, model, known, form, tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
         with self.turn, torch.cuda.device(tensors[0].device):
             if key not in self.recordings:
+                if self.shared:
+                    self.shared[1].synchronize()  # what makes room for this one is out of use
                 for old in [old for old in self.recordings if old[0] is function and old[1] is not model]:
                     del self.recordings[old]  # of a model whose place this one took
                 self.recordings[key] = self.record(lambda *tensors: self.run(
@@ -108,8 +113,8 @@ class Compiler:
         try:
             with trial.trying():  # so that the quickest ways for these sizes are known before they are compiled
                 eager(*tree_unflatten(tensors, form))
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            return Recording(call, tensors, self.pool)
+            self.shared = self.shared or (torch.cuda.graph_pool_handle(), torch.cuda.Event())
+            return Recording(call, tensors, *self.shared)
         except Exception as error:
             if is_of_memory(error):
                 raise
@@ -118,9 +123,12 @@ class Compiler:
 
 
 class Recording:
-    """A call as a CUDA graph: its tensors copied in, every kernel started at once, the answer copied out."""
+    """A call as a CUDA graph: its tensors copied in, every kernel started at once, the answer copied out.
 
-    def __init__(self, call: Callable[..., Any], inputs: list[Tensor], pool: Any):
+    Recordings that share `pool`, their memory, share `done` as well: when the last of them was through.
+    """
+
+    def __init__(self, call: Callable[..., Any], inputs: list[Tensor], pool: Any, done: Any):
         self.inputs = [t.clone() for t in inputs]
         self.given: list[Any] = [(lambda: None, None) for _ in inputs]
         warm, here = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -129,12 +137,12 @@ class Recording:
             for _ in range(3):  # kernels are compiled, chosen and loaded before the recording
                 call(*self.inputs)
         here.wait_stream(warm)
-        self.graph, self.done = torch.cuda.CUDAGraph(), torch.cuda.Event()
+        self.graph, self.done = torch.cuda.CUDAGraph(), done
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.answer = call(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        torch.cuda.current_stream().wait_event(self.done)  # of a replay by another thread, on a stream of its own
+        torch.cuda.current_stream().wait_event(self.done)  # by another thread, on a stream of its own
         self.take(inputs)
         self.graph.replay()
         answer = tree_map_only(Tensor, Tensor.clone, self.answer)

@@ -39,7 +39,10 @@ class Offload:
         try:
             self.rest()
         finally:
-            self.turn.release()
+            try:
+                self.rest()  # again, where that was stopped
+            finally:
+                self.turn.release()
 
     def visit(self, part: nn.Module) -> None:
         if part is not self.visiting:

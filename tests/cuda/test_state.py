@@ -49,10 +49,10 @@ def test_stopped_at_any_point(pipe, photo, way):
                 made(pipe, photo)
             except KeyboardInterrupt:
                 stopped += 1
-        if way == "offload":
-            assert {model.device.type for model in pipe.modules.values()} == {"cpu"}
     assert stopped >= 10
     assert np.array_equal(made(pipe, photo), expected)
+    if way == "offload":
+        assert {model.device.type for model in pipe.modules.values()} == {"cpu"}
     assert torch.cuda.memory_allocated() <= held + 2**20
 
 
@@ -126,8 +126,8 @@ def test_too_little_memory_in_any_part(pipe, photo, way):
     made(pipe, photo)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     expected, found = made(pipe, photo, height=512, width=512), []
+    before = torch.cuda.memory_allocated()
     peak = torch.cuda.max_memory_reserved()
     for share in 0.2, 0.4, 0.6, 0.8:
         try:
