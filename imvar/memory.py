@@ -12,6 +12,8 @@ from .errors import OutOfMemoryError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 LARGEST_INT = 2**31 - 1
+WAYS = ("fewer pictures at once (num_images_per_prompt, the list `image`), a smaller height and width, torch.float16 "
+        "on a GPU, or enable_vae_tiling(), enable_attention_slicing() or enable_model_cpu_offload()")
 
 
 def keep_freed_memory() -> bool:
@@ -32,16 +34,14 @@ def keep_freed_memory() -> bool:
 
 
 @contextmanager
-def naming_what_needs_less() -> Iterator[None]:
+def naming_what_needs_less(ways: str = WAYS) -> Iterator[None]:
     """Out of memory in here becomes an `OutOfMemoryError` that says what would need less."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, OutOfMemoryError) or not is_of_memory(error):
             raise
-        raise OutOfMemoryError("out of memory: fewer pictures at once (num_images_per_prompt, the list `image`), a "
-                               "smaller height and width, torch.float16 on a GPU, or enable_vae_tiling(), "
-                               "enable_attention_slicing() or enable_model_cpu_offload() would need less") from error
+        raise OutOfMemoryError(f"out of memory: {ways} would need less") from error
 
 
 def is_of_memory(error: Exception) -> bool:

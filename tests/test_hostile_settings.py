@@ -17,7 +17,7 @@ from imvar.weights.files import LARGEST_JSON
 
 @pytest.mark.parametrize(("content", "words"), [
     (b"", "is empty"), (b"{", "as JSON"), (b"[]", "JSON list"), (b"\xef\xbb\xbf{}", "BOM"), (b'{"a": "\xff"}', "utf-8"),
-    (b'{"a": NaN}', "NaN is not a finite number"), (b'{"a": 1e999}', "1e999 is not a finite number"),
+    (b'{"a": NaN}', "a: NaN is not a finite number"), (b'{"a": [[1, 1e999]]}', "a: 1e999 is not a finite number"),
     (b'{"a": ' + b"1" * 10**5 + b"}", "as JSON"), (b'{"a": ' * 10**5, "as JSON"),
     (b'{"a": 1, "a": 1}', "'a' is there twice"), (b" " * (LARGEST_JSON + 1), "more than"), (LFS, "git lfs pull"),
     (b'{"_use_default_values": 3}', "_use_default_values=3"),

@@ -398,6 +398,16 @@ def test_out_of_memory_names_what_would_need_less(pipe, photo, size):
     assert caught.value.__cause__ is not None
 
 
+def test_a_device_that_is_too_small_is_named(pipe, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "to", full)
+        with pytest.raises(imvar.OutOfMemoryError, match=r"float16, or enable_model_cpu_offload\(\)"):
+            pipe.to("cpu")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("mine"), imvar.OutOfMemoryError("mine")])
 def test_what_a_callback_raises_comes_as_it_is(pipe, photo, error):
     def fail(*_):

@@ -21,6 +21,7 @@ from ..checks import as_device, as_move, count, option
 from ..context import holding
 from ..errors import InputError, InputTypeError, shown
 from ..image import numpy_to_pil
+from ..memory import naming_what_needs_less
 from ..models.attention import Attend, memory_efficient
 from ..models.prepared import Runner
 from ..models.told import untouched
@@ -115,13 +116,14 @@ class Assembly(Storage):
         """Move or cast all parts, as `nn.Module.to` does, and return this pipeline.
 
         A device, a dtype of floats, both, or a tensor to take both from; `non_blocking` and `memory_format`. Raises
-        `InputError` for what is none of these, before anything moves.
+        `InputError` for what is none of these, before anything moves, and `OutOfMemoryError`.
         """
         wanted = as_move(*args, **kwargs)
         if "device" in wanted:
             self.remove_all_hooks()
-        for module in self.modules.values():
-            module.to(**wanted)
+        with naming_what_needs_less("torch.float16, or enable_model_cpu_offload() in place of to()"):
+            for module in self.modules.values():
+                module.to(**wanted)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:

@@ -168,7 +168,7 @@ def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, 
         raise CheckpointError("cannot be read as JSON: it is a web page, such as a server sends in place of a file",
                               path=path)
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=finite, parse_float=finite)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=number, parse_float=number)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read as JSON: {first_line(error)}", path=path, key=key) from error
     if not isinstance(value, dict):
@@ -181,14 +181,26 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in found:
             raise ValueError(f"the key {key[:200]!r} is there twice")
+        if odd := not_finite(value):
+            raise ValueError(f"{key[:200]}: {odd[:20]} is not a finite number")
         found[key] = value
     return found
 
 
-def finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return number
+class NotFinite(str):
+    """NaN, Infinity or a number too large, as it stands in a file."""
+
+
+def number(text: str) -> float | NotFinite:
+    value = float(text)
+    return value if math.isfinite(value) else NotFinite(text)
+
+
+def not_finite(value: Any) -> NotFinite | None:
+    """The first that a value or a list of them holds."""
+    if isinstance(value, list):
+        return next(filter(None, map(not_finite, value)), None)
+    return value if isinstance(value, NotFinite) else None
 
 
 REASONS = {"ENOSPC": "the disk is full", "EDQUOT": "the disk quota is used up", "EROFS": "the file system is read-only",

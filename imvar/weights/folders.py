@@ -228,9 +228,7 @@ def move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         source.replace(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
+    except OSError:  # as into a mounted folder; what is in the way of a copy as well is told by that
         write_whole(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
