@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from saving import ROOT, equal, forked, held, mount, nano_encoder, nano_pipeline
 import imvar
 from imvar import CheckpointError
 from imvar.weights import folders, swapping
+from imvar.weights.folders import replaced
 
 
 def test_places_that_cannot_be_written(tmp_path):
@@ -115,6 +117,32 @@ def test_where_the_folder_stays(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(swapping, "rename_exchange", refuse)
         assert in_place(tmp_path / "f", lambda pipe: pipe.save_pretrained(tmp_path / "f"))
+
+
+IN_THE_WAY = {
+    "a folder is where a file should be": lambda vae: [(vae / "config.json").unlink(), (vae / "config.json").mkdir()],
+    "a file is where a folder should be": lambda vae: [shutil.rmtree(vae), vae.write_text("mine")],
+    "no permission to write here": lambda vae: None,
+}
+
+
+@pytest.mark.parametrize("words", IN_THE_WAY)
+def test_where_files_move_in_one_by_one_all_is_looked_at_first(tmp_path, monkeypatch, words):
+    """What somebody else put in the way of the last one meanwhile is seen before the first has taken its place."""
+    def save(folder):
+        with replaced(folder) as new:
+            nano_pipeline(1).save_pretrained(new)
+            IN_THE_WAY[words](folder / "vae")
+            before.append(held(folder))
+
+    before = []
+    saved(nano_pipeline(0), tmp_path / "a")
+    monkeypatch.setattr(folders, "MANY", 1)  # more than this many are not taken over, but moved in
+    if words.startswith("no"):
+        monkeypatch.setattr(folders, "writable", lambda path: path.name != "vae")
+    with pytest.raises(CheckpointError, match=f"{words}; nothing was changed"):
+        save(tmp_path / "a")
+    assert held(tmp_path / "a") == before[0]
 
 
 @pytest.mark.parametrize("kind", [b"tmpfs", None], ids=["another", "bind"])
