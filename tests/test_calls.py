@@ -82,6 +82,11 @@ def test_a_call_is_refused_before_any_work(pipe, words):
     assert words in str(caught.value)
 
 
+def test_a_picture_of_another_size_is_named_as_it_was_called(pipe):
+    with pytest.raises(InputError, match=r"^image: pictures of \(64, 64\) came; this encoder looks at \(32, 32\)"):
+        pipe(torch.randn(1, 3, 64, 64))
+
+
 def test_latents_of_a_subclass_that_calls_the_steps(pipe):
     with pytest.raises(InputError, match=r"latents: shape \(1, 4, 8, 8\) came"):
         pipe.prepare_latents(1, 4, 128, 128, torch.float32, torch.device("cpu"), None, x[..., :8, :8])

@@ -131,6 +131,40 @@ def test_kernels_go_in_and_out(pipe):
     assert torch.equal(predict(pipe.unet, tokens=2), before)
 
 
+class Quiet(imvar.UNet2DConditionModel):
+    """A merge of its own, as a method."""
+
+    def merge(self, h, skip, level):
+        return torch.cat([h, 0.5 * skip], dim=1)
+
+
+class Halved(SelfAttention):
+    attend = staticmethod(lambda q, k, v: 0.5 * imvar.sdpa(q, k, v))
+
+
+@torch.no_grad()
+def test_a_subclass_may_have_its_own_merge_and_kernel(pipe, photo):
+    own = Quiet.from_config(pipe.unet.config)
+    own.load_state_dict(pipe.unet.state_dict())
+    plain = predict(pipe.unet)
+    pipe.unet.merge = lambda h, skip, level: torch.cat([h, 0.5 * skip], dim=1)
+    expected, pictures = predict(pipe.unet), run(pipe, photo)
+    assert torch.equal(predict(own), expected)
+    pipe.unet = own.eval()
+    assert torch.allclose(run(pipe, photo), pictures, atol=1e-5)
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    assert not torch.equal(predict(own), expected)
+    pipe.disable_freeu()
+    assert torch.equal(predict(own), expected)
+    assert not torch.equal(plain, expected)
+    layer, x = Halved(16, 2), torch.randn(1, 4, 16)
+    usual = SelfAttention(16, 2)
+    usual.load_state_dict(layer.state_dict())
+    assert not torch.allclose(layer(x), usual(x))
+    imvar.set_attend(usual, Halved.attend)
+    assert torch.equal(layer(x), usual(x))
+
+
 @torch.no_grad()
 def test_a_kernel_of_ones_own_is_asked_about_one_token_too(pipe):
     """It need not be a softmax, over one key or over many."""

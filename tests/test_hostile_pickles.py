@@ -168,7 +168,7 @@ def test_an_original_checkpoint_without_nesting(tmp_path):
     ({"state_dict": {"a": 3}}, "a: is a int"), ({"state_dict": 3}, "holds no tensors"), ({"epoch": 3}, "no tensors"),
     ({"state_dict": {"a": torch.ones(3)}, "x": Foreign()}, r"names posix\.system"), ([], "holds a list"),
     ({"state_dict": {"a": torch.ones(3)}, "x": np.ones(3)}, r"names numpy.*_reconstruct"),
-], ids=str)
+])
 def test_original_checkpoints_that_are_none(tmp_path, held, words):
     torch.save(held, tmp_path / "x.ckpt")
     refuses(lambda: read_checkpoint(tmp_path / "x.ckpt"), tmp_path / "x.ckpt", words)

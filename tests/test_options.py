@@ -23,7 +23,7 @@ PIPELINE = StableDiffusionImageVariationPipeline
     ("torch_dtype", torch.float8_e4m3fn), ("torch_dtype", {"unet": torch.int8}), ("torch_dtype", {3: torch.float16}),
     ("variant", 0), ("variant", []), ("variant", np.zeros(2)), ("use_safetensors", 1), ("use_safetensors", np.zeros(2)),
     ("revision", 3), ("cache_dir", 3), ("local_files_only", "no"), ("token", 3), ("low_cpu_mem_usage", "no"),
-    ("compile", 1), ("requires_safety_checker", "no"), ("requires_safety_checker", float("nan"))])
+    ("disable_mmap", 1), ("compile", 1), ("requires_safety_checker", "no"), ("requires_safety_checker", float("nan"))])
 def test_of_a_pipeline(checkpoint, option, wrong):
     with pytest.raises(InputError, match="dtype" if "dtype" in option else option):
         PIPELINE.from_pretrained(checkpoint, **{option: wrong})
@@ -251,3 +251,14 @@ def test_a_file_of_another_kind_than_its_name_says(tmp_path, safe, name, kind):
         UNet2DConditionModel.from_pretrained(tmp_path)
     assert kind in str(caught.value)
     assert caught.value.path == tmp_path / name
+
+
+def test_only_the_main_process_writes(tmp_path):
+    pipe = tiny_pipeline()
+    for part in pipe, pipe.unet, pipe.scheduler, pipe.feature_extractor:
+        part.save_pretrained(tmp_path / "none", is_main_process=False)
+        assert not (tmp_path / "none").exists()
+        part.save_pretrained(tmp_path / type(part).__name__, is_main_process=True)
+        assert list((tmp_path / type(part).__name__).iterdir())
+        with pytest.raises(imvar.InputTypeError, match="is_main_process='no'"):
+            part.save_pretrained(tmp_path / "none", is_main_process="no")

@@ -166,11 +166,41 @@ def test_a_checker_that_only_judges(pipe, photo, flags):
         made(pipe, photo, num_images_per_prompt=2, on_flagged="raise")
 
 
+@pytest.mark.parametrize("output_type", ["np", "pil"])
+@pytest.mark.parametrize("change", [
+    lambda x: x.clamp(-1, 1), lambda x: x.half(), lambda x: x * 0.5, lambda x: x + 0.01, lambda x: -x])
+def test_a_flagged_picture_that_is_changed_and_not_replaced_turns_black(pipe, photo, change, output_type):
+    pipe.safety_checker = lambda images, clip_input: (change(images), [False, True])
+    images = made(pipe, photo, num_images_per_prompt=2, output_type=output_type).images
+    assert np.asarray(images[0]).any()
+    assert not np.asarray(images[1]).any()
+
+
+@pytest.mark.parametrize("how", ["black", "blur", "keep"])
+def test_what_a_checker_makes_of_its_pictures(pipe, photo, how):
+    """Another picture in the place of a flagged one, and a mark on the other, whatever becomes of the flagged one."""
+    def check(images, clip_input):
+        images[0, :, :8, :8] = 0.5
+        images[1] = torch.linspace(0, 1, images[1].numel()).view_as(images[1])
+        return images, [False, True]
+
+    pipe.safety_checker = None
+    kept = made(pipe, photo, num_images_per_prompt=2).images
+    pipe.safety_checker = check
+    images = made(pipe, photo, num_images_per_prompt=2, on_flagged=how).images
+    assert np.allclose(images[0, :8, :8], 0.75)  # 0.5 of [-1, 1]
+    assert np.array_equal(images[0, 8:], kept[0, 8:])
+    if how == "black":
+        assert np.allclose(images[1].transpose(2, 0, 1).ravel(), np.linspace(0, 1, images[1].size), atol=1e-6)
+    assert np.array_equal(images[1], kept[1]) == (how == "keep")
+
+
 @pytest.mark.parametrize("how", ["black", "blur", "keep", "raise"])
 @pytest.mark.parametrize("answer", [
     None, 3, lambda x: x, lambda x: (x,), lambda x: (x, [True], 1), lambda x: (x, []), lambda x: (x, [True]),
     lambda x: (x, [True] * 3), lambda x: (x, True), lambda x: (x, [float("nan")] * 2), lambda x: (x, ["no", "no"]),
-    lambda x: (x, {0: True}), lambda x: (None, [True] * 2), lambda x: (x[:1], [True] * 2), lambda x: (x, "no")])
+    lambda x: (x, {0: True}), lambda x: (None, [True] * 2), lambda x: (x[:1], [True] * 2), lambda x: (x, "no"),
+    lambda x: (x[:, :1], [True] * 2), lambda x: (x[..., :8, :8], [True] * 2), lambda x: (x.to("meta"), [True] * 2)])
 def test_a_checker_that_says_neither_yes_nor_no(pipe, photo, answer, how):
     pipe.safety_checker = lambda images, clip_input: answer(images) if callable(answer) else answer
     with pytest.raises(InputTypeError, match="safety_checker: it returned"):
@@ -188,8 +218,63 @@ def test_another_dtype_from_within_a_callback(pipe, photo):
     close = made(pipe, photo, num_inference_steps=4, callback=lambda i, *_: i == 1 and pipe.to(torch.float64)).images
     assert np.abs(close - expected).max() < 1e-4
     assert pipe.dtype == torch.float64
+    pipe.to(torch.float32)
     with pytest.raises(InputTypeError, match="unet: None came"):
         made(pipe, photo, callback=lambda *_: setattr(pipe, "unet", None))
+
+
+@pytest.mark.parametrize("kind", [imvar.DDIMScheduler, imvar.PNDMScheduler, imvar.LMSDiscreteScheduler])
+def test_a_narrower_dtype_from_within_a_callback(pipe, photo, kind):
+    """Whatever the scheduler remembers of earlier steps."""
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    expected = made(pipe, photo, num_inference_steps=6, guidance_scale=3).images
+    close = made(pipe, photo, num_inference_steps=6, guidance_scale=3,
+                 callback=lambda i, *_: i == 1 and pipe.unet.to(torch.bfloat16)).images
+    assert 0 < np.abs(close - expected).mean() < 0.05
+
+
+class Broken(HandsOn):
+    """A scheduler that does as it should, but for one thing."""
+
+    def __init__(self, scheduler, **wrong):
+        super().__init__(scheduler)
+        self.wrong = wrong
+
+    @property
+    def timesteps(self):
+        return self.wrong.get("timesteps", self.inner.timesteps)
+
+    def step(self, *args, **options):
+        return self.wrong["step"](self.inner.step(*args, **options))
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    ({"step": lambda out: (out.prev_sample,)}, "scheduler: Broken returned tuple with no tensor in `prev_sample`"),
+    ({"step": lambda out: out.prev_sample}, "scheduler: Broken returned Tensor"),
+    ({"timesteps": None}, "scheduler: set_timesteps left Broken with timesteps=None"),
+    ({"timesteps": torch.tensor([])}, "scheduler: set_timesteps left Broken with timesteps=tensor([])")])
+def test_a_scheduler_at_fault_is_named(pipe, photo, wrong, words):
+    pipe.scheduler = Broken(pipe.scheduler, **wrong)
+    with pytest.raises(InputTypeError) as caught:
+        made(pipe, photo)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("change", [lambda x: None, lambda x: x[:len(x) // 2], lambda x: x[:, 0], lambda x: x[:0]])
+def test_a_context_that_is_none_is_named(pipe, photo, change, n):
+    class Own(type(pipe)):
+        def _encode_image(self, *args):
+            return change(super()._encode_image(*args))
+
+    with pytest.raises(InputTypeError, match=rf"image_encoder: .* came as the context; a tensor \({2 * n}, 1, width\)"):
+        made(Own(**pipe.components), photo, num_images_per_prompt=n)
+
+
+def test_pictures_that_are_none_are_named(pipe, photo):
+    kind = type("Own", (type(pipe),), {"decode": lambda *_: None})
+    with pytest.raises(InputTypeError, match="decode: it returned NoneType"):
+        made(kind(**pipe.components), photo)
 
 
 def test_what_an_extractor_of_others_says_comes_as_it_is(pipe, photo):

@@ -141,6 +141,7 @@ SETTINGS = {
     "s1=<a whole number of 20001 bits>": lambda p: p.enable_freeu(2**20000, 1, 1, 1),
     "s2=0: a number above 0": lambda p: p.enable_freeu(1, 0, 1, 1),
     "attend=3": lambda p: imvar.sliced(1, 3),
+    "use_tiling='no'": lambda p: p.vae.enable_tiling("no"),
     "device='bar'": lambda p: p.enable_model_cpu_offload(device="bar"),
     "gpu_id=-1": lambda p: p.enable_model_cpu_offload(gpu_id=-1, device="cpu"),
     "compile({'mode': 'foo'})": lambda p: p.compile(mode="foo"),

@@ -424,3 +424,12 @@ def test_noise_at_timesteps_that_are_none(cls):
     for when in ([1000, 3], [-1, 3]):
         with pytest.raises(InputError, match="timestep"):
             scheduler.add_noise(noise(), noise(), torch.tensor(when))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_whole_numbers_of_any_size_are_times(kind, shape):
+    x = torch.randn(1, 4, 8, 8)
+    when = torch.full(shape, 3)
+    for mix in DDIMScheduler().add_noise, PNDMScheduler().add_noise, DDIMScheduler().get_velocity:
+        assert torch.equal(mix(x, 2 * x, when.to(kind)), mix(x, 2 * x, when))

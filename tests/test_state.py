@@ -188,6 +188,15 @@ def test_a_copy_that_is_made_during_a_call(pipe, photo):
     assert copies[1].scheduler.num_inference_steps is None
 
 
+def test_a_shallow_copy_has_parts_and_settings_of_its_own(pipe):
+    twin, settings, parts = copy.copy(pipe), dict(pipe.config), dict(pipe.components)
+    twin.register_to_config(requires_safety_checker=False)
+    twin.register_modules(extra=torch.nn.Linear(2, 2))
+    assert (dict(pipe.config), pipe.components) == (settings, parts)
+    assert not twin.config.requires_safety_checker
+    assert [*twin.components] == [*parts, "extra"]
+
+
 def test_a_picture_is_left_as_it_was(pipe, photo):
     mine, before = photo.copy(), np.asarray(photo).copy()
     noise = torch.randn(1, 4, 16, 16)

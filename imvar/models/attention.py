@@ -121,11 +121,14 @@ def memory_efficient(attention_op: SDPBackend | Attend | None = None) -> Attend:
 class Attention(Seams, nn.Module):
     """Four projections around a kernel. `x` asks, `context` answers."""
 
+    attend: Attend
     seams = ("attend", "override")
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, bias: bool = False, attend: Attend = sdpa):
         super().__init__()
-        self.heads, self.attend = heads, attend
+        self.heads = heads
+        if attend is not sdpa or not hasattr(type(self), "attend"):  # which a subclass may have of its own
+            self.attend = attend
         self.slice_size: int | None = None  # heads at a time
         self.override: Attend | None = None  # a backend that takes precedence over slicing
         self.to_q = Linear(dim, dim, bias=bias)

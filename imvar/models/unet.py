@@ -142,6 +142,7 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
 
     config_class = UNetConfig
     config: UNetConfig
+    merge: Merge
     seams = ("merge",)
     block: ClassVar[Callable[..., nn.Module]] = ResnetBlock
     transformer: ClassVar[Callable[..., nn.Module]] = Transformer
@@ -183,7 +184,7 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
 
         self.norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
-        self.merge: Merge = concat
+        self.disable_freeu()
 
     @classmethod
     def least_tensors(cls, config: UNetConfig) -> int:
@@ -250,7 +251,10 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         self.merge = FreeU(s1, s2, b1, b2)
 
     def disable_freeu(self) -> None:
-        self.merge = concat
+        """The usual merge, or a subclass's own."""
+        vars(self).pop("merge", None)
+        if not hasattr(type(self), "merge"):
+            self.merge = concat
 
 
 def refuse(unsupported: Sequence[Any], more: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import checked, levels, real, side, sizes
+from ..checks import checked, levels, option, real, side, sizes
 from ..config import Config, one_of, only
 from ..errors import InputError, shown
 from ..noise import Generators, randn
@@ -254,7 +254,7 @@ class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
         """Encode and decode large pictures in overlapping tiles, blended: approximate, memory of one tile."""
-        self.use_tiling = use_tiling
+        self.use_tiling = bool(option("use_tiling", use_tiling, bool))
 
     def disable_tiling(self) -> None:
         self.use_tiling = False

@@ -54,12 +54,12 @@ class Assembly(Storage):
         for name, part in parts.items():
             setattr(self, name, part)
             if name not in self._parts:
-                self._parts.append(name)
+                self._parts = [*self._parts, name]  # a list and settings of its own, also for a shallow copy
 
     def register_to_config(self, **settings: Any) -> None:
         """Keep settings of the pipeline itself, which are saved with it."""
         option("requires_safety_checker", settings.get("requires_safety_checker"), bool)
-        self._settings |= settings
+        self._settings = self._settings | settings
 
     @property
     def components(self) -> dict[str, Any]:

@@ -14,15 +14,13 @@ from ..errors import FlaggedError, InputTypeError, shown
 from ..models.safety import Flags
 
 CELLS = 8  # a side, that are left of a picture that is blurred
+SAME = 0.05  # of [-1, 1], by how much a picture may be off that shows the same
 
 
-def treated(pixels: Tensor, checked: Any, flags: Sequence[bool], how: str, seeds: list[int] | None) -> Any:
-    """Pictures (b, 3, h, w) with the flagged ones as `on_flagged` asks: black, or what the checker made of them;
-    blurred; kept; or a `FlaggedError`."""
+def treated(pixels: Tensor, checked: Tensor, flags: Sequence[bool], how: str, seeds: list[int] | None) -> Tensor:
+    """Pictures (b, 3, h, w) as the checker left them, and the flagged ones as `on_flagged` asks: black, or what the
+    checker put in their place; blurred; kept; or a `FlaggedError`."""
     hit = [i for i, flag in enumerate(flags) if flag]
-    if how == "black":
-        left = [i for i in hit if torch.equal(checked[i], pixels[i])]  # by a checker that tells, and does no more
-        return checked.index_fill(0, torch.tensor(left, device=checked.device), 0) if left else checked
     if not hit:
         return checked
     if how == "raise":
@@ -30,12 +28,18 @@ def treated(pixels: Tensor, checked: Any, flags: Sequence[bool], how: str, seeds
         raise FlaggedError(f"the safety checker flagged {len(hit)} of {len(flags)} pictures{by}; another seed, or "
                            "on_flagged='black', 'blur' or 'keep', would do",
                            flags, getattr(flags, "scores", None), seeds)
-    if how == "keep":
-        return pixels
-    pixels = pixels.clone()
+    treat = {"black": replacement, "blur": blurred, "keep": lambda picture, _: picture}[how]
+    left = checked.clone()
     for i in hit:
-        pixels[i:i + 1] = blurred(pixels[i:i + 1])
-    return pixels
+        left[i] = treat(pixels[i], checked[i])
+    return left
+
+
+def replacement(picture: Tensor, made: Tensor) -> Tensor:
+    """What a checker put in the place of a picture, (3, h, w) in [0, 1], if it did; black where that shows it still."""
+    in_range = made.min() >= 0 and made.max() <= 1  # as black pictures and others in their place are; decoded, few are
+    shows = torch.allclose(made.float(), picture.float(), atol=SAME)
+    return made if in_range and not shows else torch.zeros_like(made)
 
 
 def verdict(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
@@ -47,8 +51,8 @@ def verdict(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
         raise InputTypeError(f"safety_checker: it returned {shown(answer)}; {would_do}", key="safety_checker")
     checked, flags = answer
-    if not isinstance(checked, Tensor) or checked.ndim != 4 or len(checked) != len(pixels):
-        came = f"a tensor {tuple(checked.shape)}" if isinstance(checked, Tensor) else type(checked).__name__
+    if not isinstance(checked, Tensor) or checked.shape != pixels.shape or checked.device != pixels.device:
+        came = f"a tensor {tuple(checked.shape)} on {checked.device}" if isinstance(checked, Tensor) else shown(checked)
         raise InputTypeError(f"safety_checker: it returned {came}; {would_do}", key="safety_checker")
     if flags is None or isinstance(flags, Flags):
         return checked, flags
@@ -59,7 +63,7 @@ def verdict(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
     return checked, [bool(flag) for flag in flags]
 
 
-def blurred(pixels: Tensor) -> Tensor:
-    """(b, 3, h, w) of which no more is left than the colours of 8 x 8 cells, faded into each other."""
-    cells = F.adaptive_avg_pool2d(pixels.float(), CELLS)
-    return F.interpolate(cells, pixels.shape[2:], mode="bilinear").to(pixels.dtype)
+def blurred(picture: Tensor, _: Any = None) -> Tensor:
+    """(3, h, w) of which no more is left than the colours of 8 x 8 cells, faded into each other."""
+    cells = F.adaptive_avg_pool2d(picture.float(), CELLS)
+    return F.interpolate(cells[None], picture.shape[1:], mode="bilinear")[0].to(picture.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, device
 from torch.nn import Module
 
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, shown
 from ..weights.index import MAY_LACK
 
 NEEDED = {  # of the part of this name
@@ -21,7 +21,8 @@ NEEDED = {  # of the part of this name
     "feature_extractor": ("__call__",),
 }
 WOULD_BE = {"vae": "an AutoencoderKL", "image_encoder": "a CLIPVisionModelWithProjection",
-            "unet": "a UNet2DConditionModel", "scheduler": "a scheduler", "feature_extractor": "a CLIPImageProcessor",
+            "unet": "a UNet2DConditionModel", "scheduler": "a scheduler with return_dict=True",
+            "feature_extractor": "a CLIPImageProcessor",
             "safety_checker": "a StableDiffusionSafetyChecker, or None,"}
 
 
@@ -63,7 +64,7 @@ def check_fit(parts: Mapping[str, Any], output_type: str, whole: bool) -> None:
     if whole and unet_in != unet_out:
         raise InputError(f"unet: its in_channels={unet_in} and out_channels={unet_out} differ; as many would do",
                          key="unet")
-    if output_type == "latent":
+    if not isinstance(output_type, str) or output_type == "latent":  # what is no word is refused as such
         return
     if unet_out != vae_in and None not in (unet_out, vae_in):
         raise InputError(f"unet, vae: the UNet's out_channels={unet_out} and latent_channels={vae_in} "
@@ -87,8 +88,20 @@ def setting(part: Any, name: str, default: Any = None) -> Any:
     return getattr(config, name, default) if type(config).__module__.startswith("imvar.") else default
 
 
-def check_context(context: Tensor, unet: Any) -> None:
-    """The embeddings are as wide as the UNet's cross-attention expects."""
+def check_walk(scheduler: Any) -> None:
+    """It has timesteps to go by."""
+    times = getattr(scheduler, "timesteps", None)
+    if times is None or not len(times):
+        raise InputTypeError(f"scheduler: set_timesteps left {type(scheduler).__name__} with timesteps={shown(times)}; "
+                             "a tensor or a list of them would do", key="scheduler")
+
+
+def check_context(context: Any, rows: int, unet: Any = None) -> None:
+    """What the UNet is told of each picture is there, and as wide as its cross-attention expects, if it is imvar's."""
+    if not isinstance(context, Tensor) or context.ndim != 3 or not len(context) or len(context) % rows:
+        came = f"a tensor {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
+        raise InputTypeError(f"image_encoder: {came} came as the context; a tensor ({rows}, 1, width) would do, under "
+                             "guidance with zeros for half of the rows", key="image_encoder")
     width = setting(unet, "cross_attention_dim")
     if width is not None and context.shape[-1] != width:
         raise InputError(f"image_encoder, unet: embeddings of {context.shape[-1]} numbers came to a UNet of "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import real
-from ..errors import InputError
+from ..errors import InputError, InputTypeError
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_levels
 from ..models.kept import Kept
 from ..models.told import untouched
@@ -64,7 +64,8 @@ class Steps(Assembly):
                 features = self.feature_extractor(images=image, return_tensors="pt")
             image = answer(self.feature_extractor, "feature_extractor", features, "pixel_values")
         dtype = dtype_of(self.image_encoder, torch.float32)
-        output = self.image_encoder(image.to(device=device, dtype=dtype))
+        with renamed("pixel_values", "image"):
+            output = self.image_encoder(image.to(device=device, dtype=dtype))
         embeds = answer(self.image_encoder, "image_encoder", output, "image_embeds")
         check_finite("the image embeddings", embeds, self.image_encoder, "pixels too large")
         context = embeds[:, None].repeat_interleave(num_images_per_prompt, dim=0)  # b c -> bn 1 c
@@ -111,6 +112,8 @@ class Steps(Assembly):
     def decode_finite(self, latents: Tensor) -> Tensor:
         """`decode`, and once more in float32 where float16 overflowed. Raises `ImvarError` where that does not help."""
         pixels = self.decode(latents)
+        if not isinstance(pixels, Tensor):
+            raise InputTypeError(f"decode: it returned {type(pixels).__name__}; a tensor of pictures would do")
         if latents.dtype == torch.float16 and not pixels.isfinite().all():
             warnings.warn("vae: float16 overflowed, so these latents are decoded again, in float32; a vae in float32 "
                           "or bfloat16 would spare that", stacklevel=5)

@@ -28,20 +28,21 @@ class Storage:
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, torch_dtype: Any = None, dtype: Any = None,
                         revision: str | None = None, variant: str | None = None, use_safetensors: bool | None = None,
                         cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        token: str | bool | None = None, low_cpu_mem_usage: bool = True, compile: bool = False,
-                        **overrides: Any) -> Self:
+                        token: str | bool | None = None, low_cpu_mem_usage: bool = True, disable_mmap: bool = False,
+                        compile: bool = False, **overrides: Any) -> Self:
         """A pipeline from a folder or a hub repository in the published layout, or "imvar-emoji", which is bundled.
 
         `dtype` (or `torch_dtype`): one for all parts, or a dictionary of part to dtype with `"default"`; float32
         unless said. `overrides` are parts to use instead of the checkpoint's, None to go without, and settings of
         the pipeline such as `requires_safety_checker`. `variant` chooses files such as `*.fp16.safetensors` where
-        a part has them. Weights are always mapped rather than copied, whatever `low_cpu_mem_usage` says. `compile`:
-        call `compile()` on it.
+        a part has them. Weights are always mapped rather than copied, whatever `low_cpu_mem_usage` and
+        `disable_mmap` say. `compile`: call `compile()` on it.
         Raises `CheckpointError` naming the file and what is wrong with it.
         """
         option("compile", compile, bool)
         option("variant", variant, str)
         option("low_cpu_mem_usage", low_cpu_mem_usage, bool)
+        option("disable_mmap", disable_mmap, bool)
         known = cls.parameters()
         parts = [name for name, parameter in known.items() if parameter.default is parameter.empty]
         overrides = asked_for(overrides, known, f"{cls.__name__}.from_pretrained")
@@ -111,8 +112,11 @@ class Storage:
         """Write all parts into a folder, made if need be, in the layout that diffusers reads.
 
         All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be. Other files
-        that are there stay.
+        that are there stay. `is_main_process=False` writes nothing, as in a distributed run.
         """
+        options = asked_for(options, ("is_main_process",), f"{type(self).__name__}.save_pretrained")
+        if option("is_main_process", options.get("is_main_process"), bool) is False:
+            return
         for name, part in self.components.items():
             if part is not None and not hasattr(part, "save_pretrained"):
                 raise InputTypeError(f"{name}: a {type(part).__name__} cannot be saved: it has no save_pretrained")
@@ -121,7 +125,6 @@ class Storage:
         option("safe_serialization", safe_serialization, bool)
         sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}  # each part has its own default
         ours = (Pretrained.save_pretrained, PretrainedModel.save_pretrained)
-        asked_for(options, (), f"{type(self).__name__}.save_pretrained")
         with replaced(a_path("save_directory", save_directory)) as new:
             for name, part in self.components.items():
                 if part is not None:

@@ -22,7 +22,7 @@ from ..outputs import StableDiffusionPipelineOutput
 from ..weights.published import taken_as_64
 from .checks import check_approximate, check_call, check_numbers, check_seeds
 from .guidance import Guided, Predict, preparable
-from .parts import check_context, check_devices, check_fit, check_parts, home, used
+from .parts import answer, check_context, check_devices, check_fit, check_parts, check_walk, home, used
 from .steps import Steps, dtype_of, how_many
 
 MOST = 2**16  # variations of a picture in one call
@@ -124,11 +124,11 @@ class StableDiffusionImageVariationPipeline(Steps):
             guided = scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
             scheduler.set_timesteps(steps, device=device)
+            check_walk(scheduler)
             options = self.prepare_extra_step_kwargs(generator, eta)
             check_seeds(seeds, latents, options)
             context = self._encode_image(image, device, each, guided)
-            if whole:
-                check_context(context, self.unet)
+            check_context(context, shape[0] * (2 if guided else 1), self.unet if whole else None)
             x = self.prepare_latents(*shape[:2], height, width, context.dtype, device, generator, latents)
 
             times = scheduler.timesteps  # of the walk; where they are numbers on the CPU no step waits for the device
@@ -143,7 +143,7 @@ class StableDiffusionImageVariationPipeline(Steps):
             with self.progress_bar(total=steps) as bar:
                 for i, t in enumerate(numbers):
                     eps = predict(scheduler.scale_model_input(x, t), i)
-                    x = scheduler.step(eps, t, x, **options).prev_sample
+                    x = answer(scheduler, "scheduler", scheduler.step(eps, t, x, **options), "prev_sample").to(x.dtype)
                     if i == len(times) - 1 or (i >= opening and (i + 1) % order == 0):
                         bar.update()
                         if callback is not None and i % callback_steps == 0:

@@ -207,6 +207,7 @@ class VariancePreserving(Scheduler):
         if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
             raise InputTypeError(f"timesteps: values of {timesteps.dtype} came; whole numbers would do",
                                  key="timesteps")
+        timesteps = timesteps.long()  # as bytes would choose by being there
         readable = timesteps.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable and not ((timesteps >= 0) & (timesteps < len(self))).all():
             raise InputError(f"timesteps={timesteps.tolist()}: values from 0 to {len(self) - 1} would do")

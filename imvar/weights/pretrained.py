@@ -126,9 +126,11 @@ class Pretrained(Configured):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the settings into a folder, made if need be, in the published format.
 
-        `options` are those of parts with weights, which ask for nothing here.
+        `options` are those of parts with weights, of which `is_main_process=False` alone changes something here.
         """
-        asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
+        options = asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
+        if option("is_main_process", options.get("is_main_process"), bool) is False:
+            return
         text = json_text(self.config_file())
         write_text(a_path("save_directory", save_directory) / self.config_name, text)
 
@@ -157,17 +159,18 @@ class PretrainedModel(Pretrained, nn.Module):
                         torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
                         use_safetensors: bool | None = None, cache_dir: str | Path | None = None,
                         local_files_only: bool = False, token: str | bool | None = None,
-                        low_cpu_mem_usage: bool = True, **changes: Any) -> Self:
+                        low_cpu_mem_usage: bool = True, disable_mmap: bool = False, **changes: Any) -> Self:
         """Read settings and weights from a folder, a hub repository or a bundled checkpoint.
 
         `changes` of settings come on top. Weights are float32 unless another `dtype` is named ("auto": the widest
         that the file has), and are mapped from the file where they need no conversion, whatever `low_cpu_mem_usage`
-        says. The model is in eval mode. Raises `CheckpointError` naming the file, and the tensor that is missing,
-        unknown or misshapen.
+        and `disable_mmap` say. The model is in eval mode. Raises `CheckpointError` naming the file, and the tensor
+        that is missing, unknown or misshapen.
         """
         wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
         prefix = f"{subfolder}/" if option("subfolder", subfolder, str) else ""
         option("low_cpu_mem_usage", low_cpu_mem_usage, bool)
+        option("disable_mmap", disable_mmap, bool)
 
         def wanted(names: set[str] | None) -> list[str]:
             files = cls.stem.choose(within(names, prefix), variant, use_safetensors)
