@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend
 from ..checks import count
 from ..errors import InputError, InputTypeError, shown
 from .cpu import linear
+from .inputs import answered
 from .layers import GroupNorm, Linear, Seams
 from .told import Ready, repeated
 from .trial import quickest
@@ -145,7 +146,7 @@ class Attention(Seams, nn.Module):
         kernel = self.override or (sliced(self.slice_size, self.attend) if self.slice_size else self.attend)
         projected = linear(x, *qkv).chunk(3, dim=-1) if qkv else (self.to_q(x), self.to_k(context), self.to_v(context))
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in projected)
-        attended = quickest("attend", BACKENDS, q, k, v) if kernel is sdpa else kernel(q, k, v)
+        attended = quickest("attend", BACKENDS, q, k, v) if kernel is sdpa else answered(kernel, kernel(q, k, v), q)
         return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
 
 

@@ -76,6 +76,15 @@ def time(timestep: Any, samples: int) -> None:
             raise InputError(f"timestep={shown(one)}: a finite number from 0 would do", key="timestep")
 
 
+def answered(kernel: Any, answer: Any, q: Tensor) -> Tensor:
+    """What an attention kernel, of whatever kind, answers to q."""
+    if not isinstance(answer, Tensor) or answer.shape != q.shape:
+        came = f"a tensor {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise InputTypeError(f"attend={shown(kernel)}: it answered with {came}; {tuple(q.shape)}, as q has it, would "
+                             "do", key="attend")
+    return answer
+
+
 def pictures(model: Any, x: Any, *_: Any, **__: Any) -> None:
     """What the autoencoder encodes."""
     bring(model)

@@ -171,7 +171,10 @@ class Seams:
     seams: ClassVar[tuple[str, ...]] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.seams:  # nn.Module lets no function take a module's place
+        if name in self.seams:
+            if not callable(value) and not (value is None and name == "override"):
+                raise InputTypeError(f"{type(self).__name__}.{name}={shown(value)}: a function would do", key=name)
+            # nn.Module lets no function take a module's place
             vars(self).get("_modules", {}).pop(name, None)
         super().__setattr__(name, value)
 
