@@ -7,9 +7,10 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms, ImageFile
 
-from imvar import InputError, VaeImageProcessor, load_image
+from imvar import CLIPImageProcessor, InputError, VaeImageProcessor, load_image
 from imvar.image.read import to_rgb
 
 RED, CLEAR = Image.new("RGB", (9, 7), "red"), Image.new("RGBA", (9, 7), (0, 0, 0, 0))
@@ -119,3 +120,11 @@ def test_a_pipe_is_no_picture(tmp_path):
     for path in (tmp_path / "f.png", tmp_path):
         with pytest.raises(InputError, match="is no file"):
             load_image(path)
+
+
+@pytest.mark.parametrize(("picture", "words"), [
+    (torch.zeros(3, 8, 8, device="meta"), "on the meta device"),
+    (torch.zeros(3, 8, 8).to_sparse(), "torch.sparse_coo")])
+def test_tensors_that_have_no_values_of_their_own(picture, words):
+    with pytest.raises(InputError, match=f"images.*{words}.*would do"):
+        CLIPImageProcessor()(picture)
