@@ -197,6 +197,7 @@ SCHEDULERS = {
         "model_output: shape (1, 4, 16, 8)": lambda kind: step(kind, output=narrow),
         "model_output: NoneType": lambda kind: step(kind, output=None),
         "sample: NoneType": lambda kind: step(kind, sample=None),
+        "sample: values of torch.int64 came": lambda kind: step(kind, sample=x.long()),
         "timestep=": lambda kind: step(kind, t=5000),
         "timestep=nan": lambda kind: step(kind, t=NAN),
         "original_samples: NoneType": lambda kind: walk(kind).add_noise(None, x, torch.tensor([750])),
