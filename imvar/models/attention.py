@@ -61,9 +61,9 @@ _OPERATORS: dict[SDPBackend, Operator] = {
         aten._scaled_dot_product_attention_math(q, k, v, scale=scale),
 }
 _HALF = torch.float16, torch.bfloat16
+# What they are made for: some answer others with noise
 _DTYPES = {SDPBackend.EFFICIENT_ATTENTION: (*_HALF, torch.float32), SDPBackend.CUDNN_ATTENTION: _HALF,
            SDPBackend.FLASH_ATTENTION: _HALF, SDPBackend.MATH: (*_HALF, torch.float32, torch.float64)}
-# What they are made for: some answer others with noise
 ALIGNED = 8  # what the width of a head has to be a multiple of, for each of them
 
 

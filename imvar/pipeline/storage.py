@@ -14,7 +14,7 @@ from ..errors import CheckpointError, InputError, InputTypeError, shown
 from ..weights.files import Hub, inside, locate, read_json, within, write_text
 from ..weights.folders import private, replaced, unchanged
 from ..weights.index import INDEX, KNOWN, MAY_LACK, OPTIONAL, PARTS, entry, first_class, index_text, served
-from ..weights.options import READING, asked_for, config_folder, which_ema
+from ..weights.options import READING, asked_for, config_folder, which_ema, writes
 from ..weights.pretrained import Pretrained, PretrainedModel, settings_part
 
 
@@ -115,7 +115,7 @@ class Storage:
         that are there stay. `is_main_process=False` writes nothing, as in a distributed run.
         """
         options = asked_for(options, ("is_main_process",), f"{type(self).__name__}.save_pretrained")
-        if option("is_main_process", options.get("is_main_process"), bool) is False:
+        if not writes(options.get("is_main_process")):
             return
         for name, part in self.components.items():
             if part is not None and not hasattr(part, "save_pretrained"):

@@ -30,6 +30,11 @@ def which_ema(ema: str, extract_ema: bool | None) -> str:
     return ema if option("extract_ema", extract_ema, bool) is None else "yes" if extract_ema else "no"
 
 
+def writes(is_main_process: bool | None) -> bool:
+    """Whether this process is the one of a distributed run that writes; it is, unless it is said not to be."""
+    return option("is_main_process", is_main_process, bool) is not False
+
+
 def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:
     """The known ones of `options`. One that is unknown may be there only to say None or False: diffusers has many."""
     odd = {name for name, value in options.items() if name not in known and value is not None and value is not False}

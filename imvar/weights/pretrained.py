@@ -19,7 +19,7 @@ from .folders import replaced, unchanged
 from .index import FORMAT, PARTS, first_class, served
 from .keymap import Keymap, Naming
 from .loading import Unset, load, take_published_names
-from .options import READING, SAVING, asked_for, config_folder, which_ema
+from .options import READING, SAVING, asked_for, config_folder, which_ema, writes
 from .reading import read_weights
 from .stems import DIFFUSERS, TRANSFORMERS, Stem
 
@@ -129,7 +129,7 @@ class Pretrained(Configured):
         `options` are those of parts with weights, of which `is_main_process=False` alone changes something here.
         """
         options = asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
-        if option("is_main_process", options.get("is_main_process"), bool) is False:
+        if not writes(options.get("is_main_process")):
             return
         text = json_text(self.config_file())
         write_text(a_path("save_directory", save_directory) / self.config_name, text)
@@ -261,7 +261,7 @@ class PretrainedModel(Pretrained, nn.Module):
         from .writing import write_weights
 
         asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
-        if option("is_main_process", is_main_process, bool) is False:
+        if not writes(is_main_process):
             return
         option("safe_serialization", safe_serialization, bool)
         with replaced(a_path("save_directory", save_directory)) as new:
