@@ -95,3 +95,8 @@ _shown.maxlist = _shown.maxtuple = _shown.maxdict = 10
 
 def _checkpoint_error(reason: str, path: Path | None, key: str | None) -> CheckpointError:
     return CheckpointError(reason, path=path, key=key)
+
+
+def formed(value: Any) -> str:
+    """A tensor by its shape, anything else by its class."""
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

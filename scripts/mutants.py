@@ -26,8 +26,8 @@ MOST, PATIENCE = 10 * 2**30, 900  # bytes, and seconds, of a run
 VALUES = ("count", "real", "finite")  # checks that give back what they are shown, second
 STATEMENTS = ("one_of", "tensor", "alike", "dense", "floats", "readable", "option", "sizes", "levels", "side", "tiles",
               "seen", "time", "load", "between", "check_latents", "check_generator", "check_finite", "check_pixels",
-              "check_callback", "check_parts", "check_devices", "check_fit", "check_context", "check_walk", "check_seeds",
-              "look_at")
+              "check_callback", "check_parts", "check_devices", "check_fit", "check_context", "check_walk",
+              "check_seeds", "look_at")
 
 # The tests that are to notice, by the files that check
 CALLS = "calls refusals parts pipeline flagged seeds approximate"

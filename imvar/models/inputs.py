@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Conv2d
 
 from ..checks import as_float, count, readable, real, tensor
-from ..errors import InputError, InputTypeError, shown
+from ..errors import InputError, InputTypeError, formed, shown
 from .told import IMVAR, Ready, ours, package
 
 LARGEST_TIME = 2**31  # far more than any model was trained for
@@ -79,9 +79,8 @@ def time(timestep: Any, samples: int) -> None:
 def answered(kernel: Any, answer: Any, q: Tensor) -> Tensor:
     """What an attention kernel, of whatever kind, answers to q."""
     if not isinstance(answer, Tensor) or answer.shape != q.shape:
-        came = f"a tensor {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
-        raise InputTypeError(f"attend={shown(kernel)}: it answered with {came}; {tuple(q.shape)}, as q has it, would "
-                             "do", key="attend")
+        raise InputTypeError(f"attend={shown(kernel)}: it answered with {formed(answer)}; {tuple(q.shape)}, as q has "
+                             "it, would do", key="attend")
     return answer
 
 

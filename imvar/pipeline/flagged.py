@@ -63,7 +63,7 @@ def verdict(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
     return checked, [bool(flag) for flag in flags]
 
 
-def blurred(picture: Tensor, _: Any = None) -> Tensor:
+def blurred(picture: Tensor, _: Tensor) -> Tensor:
     """(3, h, w) of which no more is left than the colours of 8 x 8 cells, faded into each other."""
     cells = F.adaptive_avg_pool2d(picture.float(), CELLS)
     return F.interpolate(cells[None], picture.shape[1:], mode="bilinear")[0].to(picture.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, device
 from torch.nn import Module
 
-from ..errors import InputError, InputTypeError, shown
+from ..errors import InputError, InputTypeError, formed, shown
 from ..weights.index import MAY_LACK
 
 NEEDED = {  # of the part of this name
@@ -99,9 +99,8 @@ def check_walk(scheduler: Any) -> None:
 def check_context(context: Any, rows: int, unet: Any = None) -> None:
     """What the UNet is told of each picture is there, and as wide as its cross-attention expects, if it is imvar's."""
     if not isinstance(context, Tensor) or context.ndim != 3 or not len(context) or len(context) % rows:
-        came = f"a tensor {tuple(context.shape)}" if isinstance(context, Tensor) else type(context).__name__
-        raise InputTypeError(f"image_encoder: {came} came as the context; a tensor ({rows}, 1, width) would do, under "
-                             "guidance with zeros for half of the rows", key="image_encoder")
+        raise InputTypeError(f"image_encoder: {formed(context)} came as the context; a tensor ({rows}, 1, width) would "
+                             "do, under guidance with zeros for half of the rows", key="image_encoder")
     width = setting(unet, "cross_attention_dim")
     if width is not None and context.shape[-1] != width:
         raise InputError(f"image_encoder, unet: embeddings of {context.shape[-1]} numbers came to a UNet of "
