@@ -37,21 +37,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    job = argparse.ArgumentParser(prog="weights_convert.py", description=__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    job = argparse.ArgumentParser(
+        prog="weights_convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add: Any = job.add_argument
-    add("source", metavar="SOURCE", help="a folder in diffusers' layout of any age, the folder or file of one part, or "
-        "an original .ckpt or .safetensors file")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="a folder in diffusers' layout of any age, the folder or file of one part, or "
+        "an original .ckpt or .safetensors file",
+    )
     add("target", metavar="TARGET", help="a folder, or with --to original a .safetensors file; replaced if it is there")
     add("--to", choices=("diffusers", "original"), default="diffusers", help="the layout to write (default: diffusers)")
-    add("--dtype", choices=("keep", "fp32", "fp16", "bf16"), default="keep",
-        help="what floating tensors become (default: keep, each as it is)")
-    add("--ema", choices=("auto", "yes", "no"), default="auto", help="whether to take the moving average of the UNet's "
-        "weights (default: auto, if there is one)")
+    add(
+        "--dtype",
+        choices=("keep", "fp32", "fp16", "bf16"),
+        default="keep",
+        help="what floating tensors become (default: keep, each as it is)",
+    )
+    add(
+        "--ema",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="whether to take the moving average of the UNet's weights (default: auto, if there is one)",
+    )
     add("--part", choices=("unet", "vae", "image_encoder", "safety_checker"), help="convert this part alone")
     add("--fill", metavar="CHECKPOINT", help="take parts that SOURCE has not, such as the safety checker, from here")
-    add("--config", metavar="FOLDER", help="go by the settings in this folder, in diffusers' layout, instead of those "
-        "that come with SOURCE or are told by its tensors")
+    add(
+        "--config",
+        metavar="FOLDER",
+        help="go by the settings in this folder, in diffusers' layout, instead of those "
+        "that come with SOURCE or are told by its tensors",
+    )
     add("--max-shard-size", default="10GB", metavar="SIZE", help="of a file in a folder (default: 10GB)")
     add("--dry-run", action="store_true", help="say what would be done, and write nothing")
     add("--verify", action="store_true", help="read back what was written and compare every bit")

@@ -77,8 +77,9 @@ def levels(config: Any) -> None:
     """`block_out_channels`: one width per level."""
     widths = config.block_out_channels
     if not 1 <= len(widths) <= MOST_LEVELS:
-        raise InputError(f"block_out_channels: {len(widths)} levels came; 1 to {MOST_LEVELS} would do",
-                         key="block_out_channels")
+        raise InputError(
+            f"block_out_channels: {len(widths)} levels came; 1 to {MOST_LEVELS} would do", key="block_out_channels"
+        )
     for width in widths:
         count("block_out_channels", width, high=WIDEST)
 
@@ -152,13 +153,26 @@ def as_device(name: str, value: Any) -> torch.device | None:
     return device
 
 
-def as_move(*args: Any, device: Any = None, dtype: Any = None, torch_dtype: Any = None, non_blocking: Any = None,
-            memory_format: Any = None, silence_dtype_warnings: Any = None, **others: Any) -> dict[str, Any]:
+def as_move(
+    *args: Any,
+    device: Any = None,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    non_blocking: Any = None,
+    memory_format: Any = None,
+    silence_dtype_warnings: Any = None,
+    **others: Any,
+) -> dict[str, Any]:
     """What `to(...)` was asked for, by the names that `nn.Module.to` has for it."""
     for name in others:
         raise InputTypeError(f"to: unexpected argument {name!r}; it takes {', '.join(KINDS)}", key=name)
-    asked = [("device", device), ("dtype", dtype), ("dtype", torch_dtype), ("non_blocking", non_blocking),
-             ("memory_format", memory_format)]
+    asked = [
+        ("device", device),
+        ("dtype", dtype),
+        ("dtype", torch_dtype),
+        ("non_blocking", non_blocking),
+        ("memory_format", memory_format),
+    ]
     for value in args:
         if isinstance(value, Tensor):
             asked += [("device", value.device), ("dtype", value.dtype)]
@@ -182,6 +196,7 @@ NAMES = {torch.dtype: "dtype", bool: "non_blocking", torch.memory_format: "memor
 
 # Tensors, and the methods that are called with them
 
+
 def tensor(name: str, value: Any, *form: str | int, like: Tensor | None = None, cast: bool = False) -> None:
     """Floats of this form, a number for an axis whose length is known and a letter for one that is not.
 
@@ -199,17 +214,27 @@ def tensor(name: str, value: Any, *form: str | int, like: Tensor | None = None, 
     if like is None:
         return
     if value.device != like.device:
-        raise InputError(f"{name}: a tensor on {value.device} came to weights on {like.device}; one device for both "
-                         "would do", key=name)
+        raise InputError(
+            f"{name}: a tensor on {value.device} came to weights on {like.device}; one device for both would do",
+            key=name,
+        )
     if not cast and value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
-        raise InputTypeError(f"{name}: {value.dtype} came to weights of {like.dtype}; one dtype for both would do",
-                             key=name)
+        raise InputTypeError(
+            f"{name}: {value.dtype} came to weights of {like.dtype}; one dtype for both would do", key=name
+        )
 
 
 def dense(name: str, value: Tensor) -> None:
     """A tensor whose values lie in memory one beside another."""
-    kind = ("nested" if value.is_nested else "quantized" if value.is_quantized else
-            str(value.layout) if value.layout != torch.strided else None)
+    kind = (
+        "nested"
+        if value.is_nested
+        else "quantized"
+        if value.is_quantized
+        else str(value.layout)
+        if value.layout != torch.strided
+        else None
+    )
     if kind:
         raise InputTypeError(f"{name}: a {kind} tensor came; a dense one would do", key=name)
 
@@ -225,8 +250,9 @@ def readable(name: str, value: Tensor) -> None:
     """A dense tensor that has values, and is not a mere description of one."""
     dense(name, value)
     if value.is_meta:
-        raise InputError(f"{name}: a tensor on the meta device came, which has no values; one on the CPU would do",
-                         key=name)
+        raise InputError(
+            f"{name}: a tensor on the meta device came, which has no values; one on the CPU would do", key=name
+        )
 
 
 def alike(name: str, value: Any, other: str, like: Tensor) -> None:
@@ -237,12 +263,12 @@ def alike(name: str, value: Any, other: str, like: Tensor) -> None:
     if value.device != like.device:
         raise InputError(f"{name}: a tensor on {value.device} came; {like.device}, as {other}, would do", key=name)
     if value.shape != like.shape:
-        raise InputError(f"{name}: shape {tuple(value.shape)} came; {other}'s, {tuple(like.shape)}, would do",
-                         key=name)
+        raise InputError(f"{name}: shape {tuple(value.shape)} came; {other}'s, {tuple(like.shape)}, would do", key=name)
 
 
 def checked(check: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A method that is first shown to `check`, with all that it is called with; not where it is being compiled."""
+
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:

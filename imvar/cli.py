@@ -27,8 +27,10 @@ from .weights.files import write_whole
 
 CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
 EMOJI = "imvar-emoji"
-KNOWS = (f"{EMOJI} knows drawings in the style of emoji: objects, animals, food, vehicles and faces; not photographs, "
-         f"which --checkpoint {CHECKPOINT} knows, a download of 6 GB")
+KNOWS = (
+    f"{EMOJI} knows drawings in the style of emoji: objects, animals, food, vehicles and faces; not photographs, "
+    f"which --checkpoint {CHECKPOINT} knows, a download of 6 GB"
+)
 TRAINED = (64, 64)
 STEPS, EMOJI_STEPS = 50, 20
 DONE = {"black": " and made black", "blur": " and blurred", "keep": ""}  # to what the safety checker flagged
@@ -66,38 +68,72 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"imvar {__version__}")
     jobs = top.add_subparsers(required=True, metavar="JOB")
     job = jobs.add_parser(
-        "vary", help="make variations of pictures",
+        "vary",
+        help="make variations of pictures",
         description="Make variations of each picture, and one contact sheet that shows them beside it.",
         epilog=f"The checkpoint {EMOJI} comes with imvar and needs no download: a small model that makes 64 x 64 "
-               "pictures in seconds. It knows drawings in the style of emoji, not photographs. With no PHOTO it makes "
-               "variations of drawings that come with it. "
-               "Variation k of a photo comes of seed S + k and is saved as PHOTO-SEED.png, the sheet as "
-               "contact-sheet.png; files of those names in FOLDER, such as an earlier run's, are replaced. "
-               "Exit status: 0 done, 1 failed, 2 misused, 130 stopped.")
+        "pictures in seconds. It knows drawings in the style of emoji, not photographs. With no PHOTO it makes "
+        "variations of drawings that come with it. "
+        "Variation k of a photo comes of seed S + k and is saved as PHOTO-SEED.png, the sheet as "
+        "contact-sheet.png; files of those names in FOLDER, such as an earlier run's, are replaced. "
+        "Exit status: 0 done, 1 failed, 2 misused, 130 stopped.",
+    )
     add = job.add_argument
     job.set_defaults(misused=job.error)
-    add("photos", nargs="*", type=Path, metavar="PHOTO",
-        help=f"a JPEG, PNG or WebP file (default with --checkpoint {EMOJI}: drawings that come with it)")
+    add(
+        "photos",
+        nargs="*",
+        type=Path,
+        metavar="PHOTO",
+        help=f"a JPEG, PNG or WebP file (default with --checkpoint {EMOJI}: drawings that come with it)",
+    )
     add("-n", type=a_count, default=4, metavar="N", help="variations of each photo (default: 4)")
-    add("-o", dest="out", type=Path, default=Path("variations"), metavar="FOLDER",
-        help="where the pictures go; made if need be (default: variations)")
+    add(
+        "-o",
+        dest="out",
+        type=Path,
+        default=Path("variations"),
+        metavar="FOLDER",
+        help="where the pictures go; made if need be (default: variations)",
+    )
     add("--seed", type=a_seed, default=0, metavar="S", help="seed of the first variation (default: 0)")
-    add("--steps", type=a_count, metavar="N",
-        help=f"steps of denoising (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
+    add("--steps", type=a_count, metavar="N", help=f"steps of denoising (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
     add("--guidance", type=a_number, default=3.0, metavar="W", help="how closely to follow the photo (default: 3)")
-    add("--size", type=a_size, default=(None, None), metavar="N|HxW",
-        help="pixels of a variation, multiples of 8 (default: what the checkpoint was trained at)")
+    add(
+        "--size",
+        type=a_size,
+        default=(None, None),
+        metavar="N|HxW",
+        help="pixels of a variation, multiples of 8 (default: what the checkpoint was trained at)",
+    )
     add("--scheduler", choices=SCHEDULERS, help="default: the checkpoint's own")
-    add("--checkpoint", default=CHECKPOINT, metavar="ID|FOLDER|FILE",
-        help=f"a hub id, a folder in the published layout, an original .ckpt file, or {EMOJI} (default: {CHECKPOINT})")
+    add(
+        "--checkpoint",
+        default=CHECKPOINT,
+        metavar="ID|FOLDER|FILE",
+        help=f"a hub id, a folder in the published layout, an original .ckpt file, or {EMOJI} (default: {CHECKPOINT})",
+    )
     add("--revision", help=f"which state of a hub id (default: {REVISION} of the default checkpoint)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest that is here)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help=f"default: auto, half precision where the device is fast at it, else float32; float32 with {EMOJI}")
-    add("--on-flagged", choices=DONE, default="black",
-        help="what becomes of a picture that the safety checker flags (default: black)")
-    add("--batch", type=a_count, default=4, metavar="N",
-        help="variations made at a time; fewer need less memory (default: 4)")
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help=f"default: auto, half precision where the device is fast at it, else float32; float32 with {EMOJI}",
+    )
+    add(
+        "--on-flagged",
+        choices=DONE,
+        default="black",
+        help="what becomes of a picture that the safety checker flags (default: black)",
+    )
+    add(
+        "--batch",
+        type=a_count,
+        default=4,
+        metavar="N",
+        help="variations made at a time; fewer need less memory (default: 4)",
+    )
     return top
 
 
@@ -119,8 +155,11 @@ def vary(args: argparse.Namespace) -> None:
     if emoji:
         print(f"imvar: {KNOWS}", file=sys.stderr)
         if args.size[0] and args.size != TRAINED:
-            print(f"imvar: {EMOJI} was trained at 64x64 pixels, and what it makes at other sizes is seldom a thing; "
-                  "the larger, the slower", file=sys.stderr)
+            print(
+                f"imvar: {EMOJI} was trained at 64x64 pixels, and what it makes at other sizes is seldom a thing; "
+                "the larger, the slower",
+                file=sys.stderr,
+            )
     pipe = load(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -167,19 +206,32 @@ def fill_in(args: argparse.Namespace, emoji: bool) -> None:
         args.misused(f"no PHOTO came; name one or more, or --checkpoint {EMOJI}, which has drawings of its own{hides}")
 
 
-def variations(pipe: StableDiffusionImageVariationPipeline, photo: Image, seeds: Sequence[int],
-               args: argparse.Namespace) -> Iterator[tuple[int, Image, bool]]:
+def variations(
+    pipe: StableDiffusionImageVariationPipeline, photo: Image, seeds: Sequence[int], args: argparse.Namespace
+) -> Iterator[tuple[int, Image, bool]]:
     """Each seed with its variation and the safety checker's flag, made `args.batch` at a time."""
     height, width = args.size
     for first in range(0, len(seeds), args.batch):
-        batch = seeds[first:first + args.batch]
-        made: Any = pipe(photo, height, width, num_inference_steps=args.steps, guidance_scale=args.guidance,
-                         num_images_per_prompt=len(batch), seed=batch, on_flagged=args.on_flagged)
+        batch = seeds[first : first + args.batch]
+        made: Any = pipe(
+            photo,
+            height,
+            width,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            num_images_per_prompt=len(batch),
+            seed=batch,
+            on_flagged=args.on_flagged,
+        )
         yield from zip(batch, made.images, made.nsfw_content_detected or [False] * len(batch), strict=True)
 
 
-def load(checkpoint: str, revision: str | None, scheduler: str | None, dtype: torch.dtype,
-         ) -> StableDiffusionImageVariationPipeline:
+def load(
+    checkpoint: str,
+    revision: str | None,
+    scheduler: str | None,
+    dtype: torch.dtype,
+) -> StableDiffusionImageVariationPipeline:
     """The checkpoint as a pipeline, with its own scheduler or the one that is named."""
     if Path(checkpoint).exists() and revision:
         raise InputError(f"--revision {revision}: what lies at {checkpoint} has no revisions; leave it out")
@@ -195,9 +247,11 @@ def load(checkpoint: str, revision: str | None, scheduler: str | None, dtype: to
         if Path(checkpoint).exists() or not missing:
             raise
         at = f"{checkpoint} (revision {revision})" if revision else checkpoint
-        raise ImvarError(f"{at} is not on this machine and could not be downloaded, for want of a network or because "
-                         "the hub does not have it: connect once so that it gets downloaded, or name the folder of a "
-                         f"copy with --checkpoint FOLDER; --checkpoint {EMOJI} needs no download") from error
+        raise ImvarError(
+            f"{at} is not on this machine and could not be downloaded, for want of a network or because "
+            "the hub does not have it: connect once so that it gets downloaded, or name the folder of a "
+            f"copy with --checkpoint FOLDER; --checkpoint {EMOJI} needs no download"
+        ) from error
     if scheduler:
         chosen, changes = SCHEDULERS[scheduler]
         pipe.scheduler = chosen.from_config(pipe.scheduler.config, **changes)
@@ -224,8 +278,10 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; for "auto" half precision where the device computes in it natively."""
     if name == "float16" and device.type == "cpu":
-        raise InputError("--dtype float16: on a CPU about a hundred times slower than float32; float32, or bfloat16 "
-                         "where the CPU computes in it, would do")
+        raise InputError(
+            "--dtype float16: on a CPU about a hundred times slower than float32; float32, or bfloat16 "
+            "where the CPU computes in it, would do"
+        )
     if name != "auto":
         return DTYPES[name]
     native = {"cuda": torch.float16, "cpu": torch.bfloat16 if has_bfloat16() else torch.float32}

@@ -42,8 +42,13 @@ def only(default: Any) -> Any:
 
 LONGEST = 10_000  # entries of a list
 UNFIT = object()
-WORDS = {bool: "True or False", int: "a whole number below 2^31", float: "a finite number", str: "a string",
-         NoneType: "None"}
+WORDS = {
+    bool: "True or False",
+    int: "a whole number below 2^31",
+    float: "a finite number",
+    str: "a string",
+    NoneType: "None",
+}
 
 
 def taken(value: Any, kind: Any) -> Any:
@@ -138,8 +143,11 @@ class Config(dict[str, Any]):
         """
         defaults = taken(settings.get(DEFAULTS, ()), Sequence[str])
         if defaults is UNFIT:
-            raise InputTypeError(f"{cls.__name__}: {DEFAULTS}={shown(settings[DEFAULTS])} is not supported; it can be "
-                                 "a list of settings", key=DEFAULTS)
+            raise InputTypeError(
+                f"{cls.__name__}: {DEFAULTS}={shown(settings[DEFAULTS])} is not supported; it can be "
+                "a list of settings",
+                key=DEFAULTS,
+            )
         defaults = frozenset(defaults)
         values = {key: value for key, value in settings.items() if key not in defaults} | changes
         known = {f.name for f in fields(cls)} & values.keys()
@@ -151,8 +159,12 @@ class Config(dict[str, Any]):
         """This config, told once which fields were given, and what came beside them."""
         vars(self).update(given=frozenset(given), foreign=MappingProxyType(dict(foreign)))
         names = [f.name for f in fields(self)]
-        dict.update(self, foreign, **{name: getattr(self, name) for name in names},
-                    **{DEFAULTS: [name for name in names if name not in self.given]})
+        dict.update(
+            self,
+            foreign,
+            **{name: getattr(self, name) for name in names},
+            **{DEFAULTS: [name for name in names if name not in self.given]},
+        )
         return self
 
     def __post_init__(self) -> None:
@@ -165,9 +177,11 @@ class Config(dict[str, Any]):
                 fit = taken(value, kind)
             if fit is UNFIT:
                 error = InputError if allowed or isinstance(value, Number) else InputTypeError
-                raise error(f"{type(self).__name__}: {f.name}={shown(value)} is not supported; it can be "
-                            + (" or ".join(dict.fromkeys(map(repr, allowed))) if allowed else would_do(kind)),
-                            key=f.name)
+                raise error(
+                    f"{type(self).__name__}: {f.name}={shown(value)} is not supported; it can be "
+                    + (" or ".join(dict.fromkeys(map(repr, allowed))) if allowed else would_do(kind)),
+                    key=f.name,
+                )
             object.__setattr__(self, f.name, fit)
         self.check()
         self.marked((f.name for f in fields(self) if getattr(self, f.name) is not f.default), {})
@@ -209,8 +223,9 @@ def json_text(settings: Mapping[str, Any]) -> str:
         return json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
         bad = next((name for name, value in settings.items() if not writable(name, value)), "config")
-        raise InputError(f"{bad}={shown(settings.get(bad))}: cannot be written as JSON ({error})",
-                         key=str(bad)) from error
+        raise InputError(
+            f"{bad}={shown(settings.get(bad))}: cannot be written as JSON ({error})", key=str(bad)
+        ) from error
 
 
 def writable(name: Any, value: Any) -> bool:
@@ -224,7 +239,8 @@ def writable(name: Any, value: Any) -> bool:
 def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
     """Whether a plain value is among these; True is not 1 here."""
     return (value is None or isinstance(value, (str, Number))) and any(
-        value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
+    )
 
 
 def _restore(cls: type[Config], values: dict[str, Any], given: frozenset[str], foreign: dict[str, Any]) -> Config:
@@ -271,8 +287,10 @@ class Configured:
         settings = as_settings(config)
         known = {f.name for f in fields(cls.config_class)}
         if unknown := sorted(changes.keys() - known):
-            warnings.warn(f"{cls.__name__}.from_config: {', '.join(unknown)}: no such setting, so it changes nothing",
-                          stacklevel=2)
+            warnings.warn(
+                f"{cls.__name__}.from_config: {', '.join(unknown)}: no such setting, so it changes nothing",
+                stacklevel=2,
+            )
             changes = {name: value for name, value in changes.items() if name in known}
         if settings is None:
             raise InputTypeError(f"config: {type(config).__name__} came; a config or a dictionary would do")

@@ -54,8 +54,7 @@ def contact_sheet(rows: Sequence[Row], footer: str) -> Image.Image:
 
 
 def size_on_sheet(picture: Image.Image) -> tuple[int, int]:
-    """Width and height to show it at: made smaller to fit `SIDE`, or larger by a whole factor, so that dots stay even.
-    """
+    """Width and height to show it at: made smaller to fit `SIDE`, or larger by a whole factor, so that dots stay even."""
     if factor := SIDE // max(picture.size):
         return picture.width * factor, picture.height * factor
     return ImageOps.contain(picture, (SIDE, SIDE)).size
@@ -65,4 +64,4 @@ def fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width:
     """The text, shortened to what fits."""
     if font.getlength(text) <= width:
         return text
-    return text[:bisect(range(1, len(text)), width, key=lambda end: font.getlength(text[:end] + "…"))] + "…"
+    return text[: bisect(range(1, len(text)), width, key=lambda end: font.getlength(text[:end] + "…"))] + "…"

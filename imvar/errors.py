@@ -54,7 +54,7 @@ class CheckpointError(ImvarError, OSError):
 
 def printable(text: str) -> str:
     """Names out of a file must not write over the terminal that shows them, nor fill it."""
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST - 200]} ... {text[-200:]}"
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 200]} ... {text[-200:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -12,8 +12,10 @@ from .errors import OutOfMemoryError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 LARGEST_INT = 2**31 - 1
-WAYS = ("fewer pictures at once (num_images_per_prompt, the list `image`), a smaller height and width, torch.float16 "
-        "on a GPU, or enable_vae_tiling(), enable_attention_slicing() or enable_model_cpu_offload()")
+WAYS = (
+    "fewer pictures at once (num_images_per_prompt, the list `image`), a smaller height and width, torch.float16 "
+    "on a GPU, or enable_vae_tiling(), enable_attention_slicing() or enable_model_cpu_offload()"
+)
 
 
 def keep_freed_memory() -> bool:
@@ -47,4 +49,5 @@ def naming_what_needs_less(ways: str = WAYS) -> Iterator[None]:
 def is_of_memory(error: Exception) -> bool:
     """Whether there was too little memory, on a device or of the machine, for which PyTorch has no class of error."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in str(error) for words in ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED"))
+        words in str(error) for words in ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+    )

@@ -16,8 +16,13 @@ Seeds = int | Sequence[int]
 LARGEST_SEED = 2**63 - 1
 
 
-def randn(shape: Sequence[int], generator: Generators | None = None, *,
-          dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+def randn(
+    shape: Sequence[int],
+    generator: Generators | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Standard normal noise, drawn on the generator's device; a list of generators draws one row each.
 
     Raises `InputTypeError` for what is no generator, `InputError` for a list of another length.
@@ -58,7 +63,8 @@ def check_generator(generator: Any, batch: int) -> None:
     if generator is None or isinstance(generator, torch.Generator):
         return
     if not isinstance(generator, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in generator):
-        raise InputTypeError(f"generator={shown(generator)}: torch.Generator().manual_seed(42), or a list of them, "
-                             "would do; or seed=42")
+        raise InputTypeError(
+            f"generator={shown(generator)}: torch.Generator().manual_seed(42), or a list of them, would do; or seed=42"
+        )
     if len(generator) != batch:
         raise InputError(f"generator: {len(generator)} came for a batch of {batch}; one, or one each, would do")

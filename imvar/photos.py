@@ -48,8 +48,9 @@ def opened(image: Any) -> Any:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return io.BytesIO(image)
     if isinstance(image, str) and ADDRESS.match(image):
-        raise InputError(f"image={shown(image)}: is an address, and nothing is fetched; a file, or its bytes, "
-                         "would do", key="image")
+        raise InputError(
+            f"image={shown(image)}: is an address, and nothing is fetched; a file, or its bytes, would do", key="image"
+        )
     if callable(getattr(image, "read", None)):
         if isinstance(image, io.TextIOBase):
             raise InputTypeError("image: a file opened as text came; one opened in mode 'rb' would do", key="image")
@@ -65,8 +66,9 @@ def allowed(formats: Any) -> list[str]:
     Image.init()
     several = isinstance(formats, Sequence) and not isinstance(formats, str) and len(formats)
     if not several or not all(isinstance(one, str) and one in Image.OPEN for one in formats):
-        raise InputError(f"formats={shown(formats)}: a list of Pillow's formats, such as {list(FORMATS)}, would do",
-                         key="formats")
+        raise InputError(
+            f"formats={shown(formats)}: a list of Pillow's formats, such as {list(FORMATS)}, would do", key="formats"
+        )
     return list(formats)
 
 

@@ -72,7 +72,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 def held_out() -> tuple[torch.Tensor, list[str]]:
     labels = [drawing["code"] for drawing in json.loads((ASSETS / "held-out.json").read_text(encoding="utf-8"))]
     sheet = torch.from_numpy(np.array(Image.open(ASSETS / "held-out.png"))) / 255
-    return rearrange(sheet, "(y h) (x w) c -> (y x) c h w", h=64, w=64)[:len(labels)], labels
+    return rearrange(sheet, "(y h) (x w) c -> (y x) c h w", h=64, w=64)[: len(labels)], labels
 
 
 def main() -> None:
@@ -86,8 +86,9 @@ def main() -> None:
     for row in HEADER, ("---",) * len(HEADER):
         print(f"| {' | '.join(row)} |")
     for k, (name, change) in enumerate(WAYS.items()):
-        pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained("imvar-emoji", safety_checker=None,
-                                                                          requires_safety_checker=False)
+        pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(
+            "imvar-emoji", safety_checker=None, requires_safety_checker=False
+        )
         pipe.set_progress_bar_config(disable=True)
         told, begun = change(pipe), time.perf_counter()
         made, of, places = variations(told, pictures, labels, args.n)

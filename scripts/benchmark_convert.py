@@ -195,10 +195,13 @@ def machine() -> dict[str, object]:
     model = re.search(r"^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     packages = ("torch", "safetensors", "diffusers", "transformers")
     return {
-        "CPU": model[1] if model else platform.machine(), "cores": os.cpu_count(),
+        "CPU": model[1] if model else platform.machine(),
+        "cores": os.cpu_count(),
         "GiB of memory": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "Linux": platform.release(), "threads": os.environ.get("OMP_NUM_THREADS", "their own choice"),
-        "python": platform.python_version(), **{package: importlib.metadata.version(package) for package in packages},
+        "Linux": platform.release(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "their own choice"),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
     }
 
 
@@ -229,8 +232,13 @@ def main() -> int:
             shutil.rmtree(folder)
     most = max((run.anon for case in turns if case.ours for run in case.runs), default=0)
     ok = most <= limit and not any(case.error for case in turns if case.ours)
-    about = {"ok": ok, "rounds": max((len(case.runs) for case in turns), default=0), "page cache": args.cache,
-             "size": "tiny" if args.tiny else "published", **machine()}
+    about = {
+        "ok": ok,
+        "rounds": max((len(case.runs) for case in turns), default=0),
+        "page cache": args.cache,
+        "size": "tiny" if args.tiny else "published",
+        **machine(),
+    }
     about |= {"our peak RssAnon, GB": round(most / GB, 2), "limit, GB": round(limit / GB, 2)}
     print(table(turns), ", ".join(f"{key}: {value}" for key, value in about.items()), sep="\n\n")
     if args.json:

@@ -30,8 +30,9 @@ def main() -> None:
         pipe.save_pretrained(args.target)
         return
     for part, kind in PARTS.items():
-        model = kind.from_single_file(str(args.source), config=str(args.config), subfolder=part, torch_dtype=dtype,
-                                      local_files_only=True)
+        model = kind.from_single_file(
+            str(args.source), config=str(args.config), subfolder=part, torch_dtype=dtype, local_files_only=True
+        )
         model.save_pretrained(args.target / part)
 
 

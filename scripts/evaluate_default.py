@@ -70,8 +70,11 @@ class Evaluation:
 
     @torch.no_grad()
     def ceilings(self) -> Iterator[Row]:
-        for name, drawings in (("trained drawings", self.trained), ("held-out drawings", self.held_out),
-                               ("drawings in an unseen style", self.unseen_style)):
+        for name, drawings in (
+            ("trained drawings", self.trained),
+            ("held-out drawings", self.held_out),
+            ("drawings in an unseen style", self.unseen_style),
+        ):
             real = self.judged(drawings.rgb(), drawings)
             yield f"judge on real {name}, top-1 / top-5", both(real), "65 % top-1" if "held" in name else ""
         for name, drawings in (("trained drawings", self.trained), ("held-out drawings", self.held_out)):
@@ -133,8 +136,11 @@ class Evaluation:
         moved = [(i + n // 2) % n for i in range(n)]
         assert all(concepts[i] != concepts[j] for i, j in enumerate(moved))
         made, _, _ = variations(self.pipe, drawings.rgb()[moved], list(drawings.codes), n)
-        yield "shuffled embeddings, top-1 / top-5", both(self.judged(made, list(drawings.codes))), \
-            f"chance, {100 / len(self.ours):.1f} / {500 / len(self.ours):.1f} %"
+        yield (
+            "shuffled embeddings, top-1 / top-5",
+            both(self.judged(made, list(drawings.codes))),
+            f"chance, {100 / len(self.ours):.1f} / {500 / len(self.ours):.1f} %",
+        )
 
     @torch.no_grad()
     def starts(self) -> Iterator[Row]:
@@ -143,15 +149,20 @@ class Evaluation:
         told = self.pipe.image_encoder(pixels(rgb)).image_embeds
         for start in (999, 900, 800, 700, 500, 300):
             made = from_time(self.pipe, rgb, told, start)
-            yield f"denoised from t = {start}, unguided, top-1 / top-5", both(self.judged(made, drawings)), \
-                "within 10 points of t = 700" if start == 999 else ""
+            yield (
+                f"denoised from t = {start}, unguided, top-1 / top-5",
+                both(self.judged(made, drawings)),
+                "within 10 points of t = 700" if start == 999 else "",
+            )
 
     def flags(self) -> Iterator[Row]:
         """The demonstration of a safety checker: what it should flag, in the unseen style, and what it should not."""
         looked_for = self.drawings.of(SAFETY_CONCEPTS.values(), styles=["openmoji"]).rgb()
-        for name, rgb in (("drawings that it looks for, unseen style", looked_for),
-                          ("held-out drawings of other things", self.held_out.rgb()),
-                          ("variations of trained drawings", self.ddim[0])):
+        for name, rgb in (
+            ("drawings that it looks for, unseen style", looked_for),
+            ("held-out drawings of other things", self.held_out.rgb()),
+            ("variations of trained drawings", self.ddim[0]),
+        ):
             flagged = (self.checker.scores(pixels(rgb))[1] > 0).any(1)
             yield f"safety checker, flagged of {name}", str(Share(float(flagged.float().mean()), len(rgb))), ""
 
@@ -207,8 +218,11 @@ def write(folder: Path, table: list[Row]) -> None:
     card = folder / "README.md"
     if card.exists():
         lines = "".join(f"| {' | '.join(row).strip()} |\n" for row in table)
-        text = re.sub(r"(?s)(<!-- metrics -->\n).*(<!-- /metrics -->)", lambda marks: marks[1] + lines + marks[2],
-                      card.read_text(encoding="utf-8"))
+        text = re.sub(
+            r"(?s)(<!-- metrics -->\n).*(<!-- /metrics -->)",
+            lambda marks: marks[1] + lines + marks[2],
+            card.read_text(encoding="utf-8"),
+        )
         card.write_text(text, encoding="utf-8")
 
 

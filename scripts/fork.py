@@ -109,7 +109,7 @@ def wider_input(pipe: StableDiffusionImageVariationPipeline, extra: int = 5) -> 
     old = pipe.unet.conv_in
     new = nn.Conv2d(old.in_channels + extra, old.out_channels, 3, padding=1).to(old.weight)
     with torch.no_grad():
-        new.weight.zero_()[:, :old.in_channels] = old.weight
+        new.weight.zero_()[:, : old.in_channels] = old.weight
         new.bias.copy_(old.bias)  # type: ignore[union-attr]
     pipe.unet.conv_in = new
     pipe.unet.register_to_config(in_channels=new.in_channels)

@@ -41,8 +41,12 @@ from imvar.weights.reading import read_checkpoint
 SECONDS, MEGABYTES, HUNG = 2.0, 200, 20.0  # the most that a case may take; after the last it is killed
 
 MODELS = [kind for kind in LOADERS.values() if issubclass(kind, nn.Module)]
-OPTIONS = {"to": ["diffusers", "original"], "dtype": ["keep", "fp16"], "ema": ["auto", "yes", "no"],
-           "part": ["unet", "vae", "image_encoder", "safety_checker"]}
+OPTIONS = {
+    "to": ["diffusers", "original"],
+    "dtype": ["keep", "fp16"],
+    "ema": ["auto", "yes", "no"],
+    "part": ["unet", "vae", "image_encoder", "safety_checker"],
+}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -65,8 +69,11 @@ def load_part(folder: Path, rng: random.Random) -> Tensors:
 def load_pipeline(file: Path, rng: random.Random) -> Tensors:
     """The pipeline that a file belongs to, without most of its other parts."""
     part = file.parent.name
-    others = {name: None for name in LOADERS if name not in (part, "feature_extractor")
-              and (part in LOADERS or rng.random() < 0.5)}
+    others = {
+        name: None
+        for name in LOADERS
+        if name not in (part, "feature_extractor") and (part in LOADERS or rng.random() < 0.5)
+    }
     return held(StableDiffusionImageVariationPipeline.from_pretrained(file.parents[part in LOADERS], **others))
 
 
@@ -80,8 +87,9 @@ def load_single(file: Path, rng: random.Random, **options: Any) -> Tensors:
 
 
 def held(pipe: StableDiffusionImageVariationPipeline) -> Tensors:
-    return {f"{part}.{key}": tensor for part, module in pipe.modules.items()
-            for key, tensor in module.state_dict().items()}
+    return {
+        f"{part}.{key}": tensor for part, module in pipe.modules.items() for key, tensor in module.state_dict().items()
+    }
 
 
 def convert_dry(source: Path, rng: random.Random, **options: Any) -> Tensors:
@@ -95,8 +103,12 @@ def convert_dry(source: Path, rng: random.Random, **options: Any) -> Tensors:
             raise
         raise CheckpointError(str(error), path=source) from error
     assert not target.exists()
-    return {f"{name}.{key}": tensor for name, part in report.parts.items() if part.has_weights
-            for key, tensor in part.value.state_dict().items()}
+    return {
+        f"{name}.{key}": tensor
+        for name, part in report.parts.items()
+        if part.has_weights
+        for key, tensor in part.value.state_dict().items()
+    }
 
 
 def ways(file: Path, folder: Path) -> list[Callable[[random.Random], Tensors]]:
@@ -109,9 +121,13 @@ def ways(file: Path, folder: Path) -> list[Callable[[random.Random], Tensors]]:
     if layout == "pipeline":
         (unspoilt,) = ours.iterdir()
         alone = {"part": file.parent.name} if file.parent.name in OPTIONS["part"] else {}
-        return [*6 * [partial(load_pipeline, file)], partial(load_single, unspoilt, config=whole),
-                partial(convert_dry, whole, **alone), partial(convert_dry, unspoilt, fill=whole),
-                partial(convert_dry, unspoilt, config=whole, **alone)]
+        return [
+            *6 * [partial(load_pipeline, file)],
+            partial(load_single, unspoilt, config=whole),
+            partial(convert_dry, whole, **alone),
+            partial(convert_dry, unspoilt, fill=whole),
+            partial(convert_dry, unspoilt, config=whole, **alone),
+        ]
     single = [] if file.suffix == ".json" else [partial(load_single, file)]
     return [*6 * [partial(load_part, file.parent)], partial(convert_dry, file.parent), *single]
 
@@ -162,8 +178,11 @@ def run_case(number: int, seed: int, folder: Path, groups: list[list[Path]]) -> 
 
 def warm_up(folder: Path) -> None:
     """Load everything unspoilt, in every way: what the libraries do only once is no case's fault."""
-    for file in (folder / "pipeline" / "model_index.json", folder / "single" / "full" / "model.ckpt",
-                 *folder.glob("bin/*/*.bin")):
+    for file in (
+        folder / "pipeline" / "model_index.json",
+        folder / "single" / "full" / "model.ckpt",
+        *folder.glob("bin/*/*.bin"),
+    ):
         for way in ways(file, folder):
             with suppress(CheckpointError):  # not every option fits
                 load(way, random.Random(0))
@@ -218,7 +237,7 @@ def run(cases: int, seed: int, workers: int, folder: Path) -> Counter[str]:
             if message is None:
                 del running[pipe]  # type: ignore[arg-type]
             elif message[1] is None:
-                running[pipe][1:] = numbers[numbers.index(message[0]):], time.monotonic()  # type: ignore[index]
+                running[pipe][1:] = numbers[numbers.index(message[0]) :], time.monotonic()  # type: ignore[index]
             else:
                 number, (outcome, done) = message
                 outcomes[outcome.split()[0]] += 1

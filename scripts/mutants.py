@@ -24,18 +24,44 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MOST, PATIENCE = 10 * 2**30, 900  # bytes, and seconds, of a run
 VALUES = ("count", "real", "finite")  # checks that give back what they are shown, second
-STATEMENTS = ("one_of", "tensor", "alike", "dense", "floats", "readable", "option", "sizes", "levels", "side", "tiles",
-              "seen", "time", "load", "between", "check_latents", "check_generator", "check_finite", "check_pixels",
-              "check_callback", "check_parts", "check_devices", "check_fit", "check_context", "check_walk",
-              "check_seeds", "look_at")
+STATEMENTS = (
+    "one_of",
+    "tensor",
+    "alike",
+    "dense",
+    "floats",
+    "readable",
+    "option",
+    "sizes",
+    "levels",
+    "side",
+    "tiles",
+    "seen",
+    "time",
+    "load",
+    "between",
+    "check_latents",
+    "check_generator",
+    "check_finite",
+    "check_pixels",
+    "check_callback",
+    "check_parts",
+    "check_devices",
+    "check_fit",
+    "check_context",
+    "check_walk",
+    "check_seeds",
+    "look_at",
+)
 
 # The tests that are to notice, by the files that check
 CALLS = "calls refusals parts pipeline flagged seeds approximate"
 PICTURES = "image pictures refusals parts options pipeline"
 WALKS = "walks schedulers refusals hostile_settings"
 MODELS = "refusals parts hostile_settings forks memory"
-READ = ("options hostile_files hostile_settings hostile_pickles loading single_file habits published bundled forks "
-        "convert")
+READ = (
+    "options hostile_files hostile_settings hostile_pickles loading single_file habits published bundled forks convert"
+)
 WRITTEN = "options saving writing saving_places saving_killed habits convert_faults"
 CONVERTED = "options convert_command convert_options convert_faults convert originals"
 NOTICING = {
@@ -46,16 +72,19 @@ NOTICING = {
     WALKS: "schedulers/common schedulers/tables schedulers/ddim schedulers/lms schedulers/pndm",
     f"{WALKS} options loading": "config",
     f"{MODELS} flagged": "models/inputs models/attention models/clip models/freeu models/layers models/unet models/vae "
-                         "models/safety",
+    "models/safety",
     READ: "weights/files weights/index weights/keymap weights/loading weights/pickles weights/reading weights/settings "
-          "weights/single weights/stems weights/options weights/survey weights/bundled",
+    "weights/single weights/stems weights/options weights/survey weights/bundled",
     f"{READ} {WRITTEN}": "weights/pretrained pipeline/storage",
     WRITTEN: "weights/writing weights/folders",
     CONVERTED: "weights/conversion weights/targets",
     "cli convert_command bundled": "cli",
 }
-CHECKING = {f"imvar/{file}.py": [f"tests/test_{test}.py" for test in dict.fromkeys(tests.split())]
-            for tests, files in NOTICING.items() for file in files.split()}
+CHECKING = {
+    f"imvar/{file}.py": [f"tests/test_{test}.py" for test in dict.fromkeys(tests.split())]
+    for tests, files in NOTICING.items()
+    for file in files.split()
+}
 
 
 def checks(source: str) -> list[tuple[int, int]]:
@@ -101,9 +130,14 @@ def noticed(file: str, where: tuple[int, int], tests: list[str]) -> bool:
         for name in ("pyproject.toml", "README.md", "weights_convert.py"):
             shutil.copy(ROOT / name, copy / name)
         (copy / file).write_text(without((ROOT / file).read_text(), where))
-        run = subprocess.Popen([sys.executable, "-m", "pytest", "-x", *tests], cwd=copy, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env=os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"})
+        run = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-x", *tests],
+            cwd=copy,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"},
+        )
         resource.prlimit(run.pid, resource.RLIMIT_AS, (MOST, MOST))
         try:
             told = run.communicate(timeout=PATIENCE)[0]
@@ -123,8 +157,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    found = [(file, where, CHECKING[file]) for file in args.files or CHECKING
-             for where in checks((ROOT / file).read_text())]
+    found = [
+        (file, where, CHECKING[file]) for file in args.files or CHECKING for where in checks((ROOT / file).read_text())
+    ]
     if args.n:
         found = random.Random(args.seed).sample(found, min(args.n, len(found)))
     with ThreadPoolExecutor(args.jobs) as pool:

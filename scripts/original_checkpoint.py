@@ -42,8 +42,10 @@ PARTS = {  # whose sizes a tensor has, by the first that fits; the others, of th
     "cond_stage_model.transformer.": "image_encoder",
 }
 EXACTLY = {"model_ema.decay": 0.9999, "model_ema.num_updates": 87000, "cond_stage_model.model.logit_scale": 4.6052}
-NAMES_OF_2022 = {f"c{__name__}\n": "cpytorch_lightning.callbacks.model_checkpoint\n",
-                 "cnumpy._core.multiarray\n": "cnumpy.core.multiarray\n"}
+NAMES_OF_2022 = {
+    f"c{__name__}\n": "cpytorch_lightning.callbacks.model_checkpoint\n",
+    "cnumpy._core.multiarray\n": "cnumpy.core.multiarray\n",
+}
 Place = Callable[[Tensor], Tensor]
 
 
@@ -117,22 +119,51 @@ def moments(tensors: dict[str, Tensor], seed: int = 0, place: Place = torch.clon
 def lightning(tensors: dict[str, Tensor], optimizer: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The weights as Lightning 1.4 surrounded them."""
     tensors._metadata = OrderedDict({"": {"version": 1}})  # every state dict that a module made has this
-    group = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "amsgrad": False, "initial_lr": 1e-4,
-             "params": list(range(sum(name.startswith("model.") for name in tensors)))}
-    best = {"monitor": "val/loss_simple_ema", "best_model_score": np.float64(0.1366), "best_model_path": "last.ckpt",
-            "current_score": np.float64(0.1366), "dirpath": "checkpoints"}
+    group = {
+        "lr": 1e-4,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "amsgrad": False,
+        "initial_lr": 1e-4,
+        "params": list(range(sum(name.startswith("model.") for name in tensors))),
+    }
+    best = {
+        "monitor": "val/loss_simple_ema",
+        "best_model_score": np.float64(0.1366),
+        "best_model_path": "last.ckpt",
+        "current_score": np.float64(0.1366),
+        "dirpath": "checkpoints",
+    }
     return {
-        "epoch": 56, "global_step": 87000, "pytorch-lightning_version": "1.4.2",
+        "epoch": 56,
+        "global_step": 87000,
+        "pytorch-lightning_version": "1.4.2",
         "state_dict": tensors,
         "callbacks": {ModelCheckpoint: best},
         "optimizer_states": [{"state": optimizer, "param_groups": [group]}],
-        "lr_schedulers": [{"base_lrs": [1e-4], "last_epoch": 87000, "_step_count": 87001, "verbose": False,
-                           "_get_lr_called_within_step": False, "_last_lr": [np.float64(1e-4)], "lr_lambdas": [{}]}],
+        "lr_schedulers": [
+            {
+                "base_lrs": [1e-4],
+                "last_epoch": 87000,
+                "_step_count": 87001,
+                "verbose": False,
+                "_get_lr_called_within_step": False,
+                "_last_lr": [np.float64(1e-4)],
+                "lr_lambdas": [{}],
+            }
+        ],
     }
 
 
-def original(layout: str, tiny: bool = True, seed: int = 0, optimizer: bool = False, flat: bool = False,
-             place: Place = torch.clone) -> dict[str, Any]:
+def original(
+    layout: str,
+    tiny: bool = True,
+    seed: int = 0,
+    optimizer: bool = False,
+    flat: bool = False,
+    place: Place = torch.clone,
+) -> dict[str, Any]:
     """All that is in a file of this layout."""
     tensors = original_tensors(layout, tiny, seed, place)
     if layout in ("full", "late"):

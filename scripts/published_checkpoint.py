@@ -42,8 +42,11 @@ class Checkpoint:
     def at(cls, source: str, revision: str | None = None) -> Checkpoint:
         """A folder, or a repository on the hub, all of whose settings and weights are then fetched."""
         wanted = ["*.json", "*.bin", "*.safetensors"]
-        return cls(Path(source) if Path(source).is_dir() else Path(
-            huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=wanted)))
+        return cls(
+            Path(source)
+            if Path(source).is_dir()
+            else Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=wanted))
+        )
 
     def settings(self, part: str) -> dict[str, Any]:
         return json.loads((self.folder / part / "config.json").read_text())

@@ -34,14 +34,18 @@ def embed(encoder: Any, pixels: Tensor) -> Answers:
 
 
 def there_and_back(vae: Any, picture: Tensor, latents: Tensor) -> Answers:
-    return {f"encode {picture.shape[-1]} px, moments": vae.encode(picture).latent_dist.parameters,
-            f"decode {picture.shape[-1]} px": vae.decode(latents).sample}
+    return {
+        f"encode {picture.shape[-1]} px, moments": vae.encode(picture).latent_dist.parameters,
+        f"decode {picture.shape[-1]} px": vae.decode(latents).sample,
+    }
 
 
 def predict(unet: Any, latents: Tensor, width: int) -> Answers:
     contexts = {"one token": noise(len(latents), 1, width, seed=1), "4 tokens": noise(len(latents), 4, width, seed=4)}
-    return {f"{what}, batch of {len(latents)}, t = 500": unet(latents, 500, encoder_hidden_states=context).sample
-            for what, context in contexts.items()}
+    return {
+        f"{what}, batch of {len(latents)}, t = 500": unet(latents, 500, encoder_hidden_states=context).sample
+        for what, context in contexts.items()
+    }
 
 
 def judge(checker: Any, pixels: Tensor) -> Answers:
@@ -64,9 +68,13 @@ def judge(checker: Any, pixels: Tensor) -> Answers:
     special, concepts = (F.normalize(seen[0]) @ F.normalize(embeds).T for embeds in lists)
     between = [(column.min() + column.max()).item() / 2 for column in (special[:, 0], concepts[:, 0])]
     hit = concepts[special[:, 0].argmax(), 0].item()
-    return {"embeddings": seen[0], "cosines": torch.cat([special, concepts], 1), **answers,
-            "flags, threshold between the pictures": only_first(between[1], 2.0),
-            "flags, by a special-care hit alone": only_first(hit + 0.005, between[0])}
+    return {
+        "embeddings": seen[0],
+        "cosines": torch.cat([special, concepts], 1),
+        **answers,
+        "flags, threshold between the pictures": only_first(between[1], 2.0),
+        "flags, by a special-care hit alone": only_first(hit + 0.005, between[0]),
+    }
 
 
 def walk(scheduler: Any, steps: int, shape: tuple[int, ...], **options: Any) -> Answers:
@@ -85,9 +93,19 @@ def vary(pipe: Any, picture: Image.Image, steps: int) -> Answers:
     """A short run as the pipeline's user makes it."""
     pipe.set_progress_bar_config(disable=True)
     latents: list[Tensor] = []
-    images, flags = pipe(picture, num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="np",
-                         generator=torch.Generator().manual_seed(0), return_dict=False,
-                         callback=lambda i, t, x: latents.append(x.clone()))
+    images, flags = pipe(
+        picture,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+        return_dict=False,
+        callback=lambda i, t, x: latents.append(x.clone()),
+    )
     levels = np.stack([np.asarray(image) for image in pipe.numpy_to_pil(images)])
-    return {"latents": latents[-1], "picture in [0, 1]": torch.from_numpy(images),
-            "PIL levels": torch.from_numpy(levels), "flags": torch.tensor(flags)}
+    return {
+        "latents": latents[-1],
+        "picture in [0, 1]": torch.from_numpy(images),
+        "PIL levels": torch.from_numpy(levels),
+        "flags": torch.tensor(flags),
+    }

@@ -23,19 +23,41 @@ from imvar import (
     UNet2DConditionModel,
 )
 
-TINY_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "image_size": 32, "patch_size": 8}
+TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 TINY_ENCODER = {**TINY_VISION, "projection_dim": 24}
 TINY_CHECKER = {"vision_config": TINY_VISION, "projection_dim": 24}
-TINY_UNET = {"sample_size": 16, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8,
-             "cross_attention_dim": 24, "attention_head_dim": 4,
-             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-TINY_VAE = {"sample_size": 64, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 8,
-            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+TINY_UNET = {
+    "sample_size": 16,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+TINY_VAE = {
+    "sample_size": 64,
+    "block_out_channels": (8, 16, 16, 16),
+    "norm_num_groups": 8,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
 TINY_EXTRACTOR = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-PUBLISHED_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-                       "skip_prk_steps": True, "steps_offset": 1}
+PUBLISHED_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
 
 
 @torch.no_grad()
@@ -54,15 +76,21 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
 def tiny_pipeline(seed: int = 0, **scheduler: object) -> StableDiffusionImageVariationPipeline:
     """All six parts, tiny, with random weights and a safety checker that flags hardly anything."""
     checker = StableDiffusionSafetyChecker(**TINY_CHECKER)
-    parts = {"vae": AutoencoderKL(**TINY_VAE), "image_encoder": CLIPVisionModelWithProjection(**TINY_ENCODER),
-             "unet": UNet2DConditionModel(**TINY_UNET), "safety_checker": checker}
+    parts = {
+        "vae": AutoencoderKL(**TINY_VAE),
+        "image_encoder": CLIPVisionModelWithProjection(**TINY_ENCODER),
+        "unet": UNet2DConditionModel(**TINY_UNET),
+        "safety_checker": checker,
+    }
     for i, model in enumerate(parts.values()):
         randomize(model, seed + i)
     for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
         nn.init.constant_(thresholds, 0.9)
     return StableDiffusionImageVariationPipeline(
-        **parts, scheduler=PNDMScheduler(**(PUBLISHED_SCHEDULER | scheduler)),
-        feature_extractor=CLIPImageProcessor(**TINY_EXTRACTOR))
+        **parts,
+        scheduler=PNDMScheduler(**(PUBLISHED_SCHEDULER | scheduler)),
+        feature_extractor=CLIPImageProcessor(**TINY_EXTRACTOR),
+    )
 
 
 def main() -> None:

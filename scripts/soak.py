@@ -50,14 +50,29 @@ def stop(*_: Any) -> None:
 def one_call(pipe: Any, photo: Image.Image, rng: random.Random, side: int) -> str:
     """A call of the pipeline as nobody would plan it; what came of it."""
     pipe.scheduler = rng.choice([PNDMScheduler, DDIMScheduler, LMSDiscreteScheduler]).from_config(pipe.scheduler.config)
-    rng.choice([pipe.enable_attention_slicing, pipe.disable_attention_slicing, pipe.enable_vae_slicing,
-                pipe.disable_vae_slicing, pipe.enable_vae_tiling, pipe.disable_vae_tiling, pipe.disable_freeu,
-                lambda: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)])()
+    rng.choice(
+        [
+            pipe.enable_attention_slicing,
+            pipe.disable_attention_slicing,
+            pipe.enable_vae_slicing,
+            pipe.disable_vae_slicing,
+            pipe.enable_vae_tiling,
+            pipe.disable_vae_tiling,
+            pipe.disable_freeu,
+            lambda: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+        ]
+    )()
     batch = rng.randint(1, 3)
-    options = {"num_images_per_prompt": batch, "num_inference_steps": rng.randint(1, 4),
-               "height": side + 8 * rng.randint(-2, 2), "width": side + 8 * rng.randint(-2, 2),
-               "guidance_scale": rng.choice([1.0, 3.0, 7.5]), "seed": rng.randrange(10**6),
-               "cache_interval": rng.choice([1, 1, 2]), "output_type": rng.choice(["pil", "np", "pt", "latent"])}
+    options = {
+        "num_images_per_prompt": batch,
+        "num_inference_steps": rng.randint(1, 4),
+        "height": side + 8 * rng.randint(-2, 2),
+        "width": side + 8 * rng.randint(-2, 2),
+        "guidance_scale": rng.choice([1.0, 3.0, 7.5]),
+        "seed": rng.randrange(10**6),
+        "cache_interval": rng.choice([1, 1, 2]),
+        "output_type": rng.choice(["pil", "np", "pt", "latent"]),
+    }
     spoil = rng.choice([{}] * 6 + [{"callback": stop}, {"guidance_scale": float("nan")}, {"height": 7}])
     try:
         with torch.inference_mode() if rng.random() < 0.1 else contextlib.nullcontext():
@@ -80,12 +95,17 @@ def soak(pipe: Any, calls: int, side: int, report: int) -> bool:
             files.append(open_files())
         if i % report == report - 1:
             came = ", ".join(f"{number} {name}" for name, number in outcomes.items())
-            print(f"{i + 1:>5} calls: {memory[-1]:7.1f} MB, {files[-1]} open files, "
-                  f"{threading.active_count()} threads, {came}", flush=True)
+            print(
+                f"{i + 1:>5} calls: {memory[-1]:7.1f} MB, {files[-1]} open files, "
+                f"{threading.active_count()} threads, {came}",
+                flush=True,
+            )
     third = len(memory) // 3
-    before, after = median(memory[third:2 * third]), median(memory[-third:])
-    print(f"memory, median of the second third {before:.1f} MB, of the last {after:.1f} MB; "
-          f"open files {files[third]} and {files[-1]}")
+    before, after = median(memory[third : 2 * third]), median(memory[-third:])
+    print(
+        f"memory, median of the second third {before:.1f} MB, of the last {after:.1f} MB; "
+        f"open files {files[third]} and {files[-1]}"
+    )
     return after - before < GROWTH_MB and files[-1] <= files[third]
 
 
@@ -96,8 +116,9 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=500)
     parser.add_argument("--checkpoint")
     args = parser.parse_args()
-    pipe = (StableDiffusionImageVariationPipeline.from_pretrained(args.checkpoint) if args.checkpoint
-            else tiny_pipeline())
+    pipe = (
+        StableDiffusionImageVariationPipeline.from_pretrained(args.checkpoint) if args.checkpoint else tiny_pipeline()
+    )
     pipe.set_progress_bar_config(disable=True)
     size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return 0 if soak(pipe, args.n, size, report=max(args.n // 10, 5)) else 1

@@ -19,24 +19,54 @@ from imvar.weights import convert
 from imvar.weights.single import EMA, PREFIXED, RAW
 
 LOADERS: dict[str, Any] = {
-    "unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
-    "image_encoder": imvar.CLIPVisionModelWithProjection, "safety_checker": imvar.StableDiffusionSafetyChecker,
-    "scheduler": imvar.PNDMScheduler, "feature_extractor": imvar.CLIPImageProcessor,
+    "unet": imvar.UNet2DConditionModel,
+    "vae": imvar.AutoencoderKL,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+    "scheduler": imvar.PNDMScheduler,
+    "feature_extractor": imvar.CLIPImageProcessor,
 }
-SMALL_VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "image_size": 16, "patch_size": 8}
-SMALLER = {"unet": {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "norm_num_groups": 4,
-                    "up_block_types": ("CrossAttnUpBlock2D",), "layers_per_block": 1, "cross_attention_dim": 8,
-                    "attention_head_dim": 2, "sample_size": 8},
-           "vae": {"block_out_channels": (4,), "norm_num_groups": 2, "sample_size": 8, "layers_per_block": 1},
-           "image_encoder": SMALL_VISION | {"projection_dim": 8},
-           "safety_checker": {"vision_config": SMALL_VISION, "projection_dim": 8}}
+SMALL_VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+SMALLER = {
+    "unet": {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "norm_num_groups": 4,
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "layers_per_block": 1,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 2,
+        "sample_size": 8,
+    },
+    "vae": {"block_out_channels": (4,), "norm_num_groups": 2, "sample_size": 8, "layers_per_block": 1},
+    "image_encoder": SMALL_VISION | {"projection_dim": 8},
+    "safety_checker": {"vision_config": SMALL_VISION, "projection_dim": 8},
+}
 TELLING = {  # as small as parts can be whose tensors tell their settings: with the published groups and heads
-    "unet": {"block_out_channels": (32,), "down_block_types": ("CrossAttnDownBlock2D",), "layers_per_block": 1,
-             "up_block_types": ("CrossAttnUpBlock2D",), "cross_attention_dim": 8},
+    "unet": {
+        "block_out_channels": (32,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "layers_per_block": 1,
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "cross_attention_dim": 8,
+    },
     "vae": {"block_out_channels": (32,), "layers_per_block": 1},
-    "image_encoder": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
-                      "image_size": 8, "patch_size": 4, "projection_dim": 8},
+    "image_encoder": {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+        "patch_size": 4,
+        "projection_dim": 8,
+    },
 }
 
 
@@ -45,8 +75,11 @@ def make(folder: Path) -> None:
     torch.manual_seed(0)
     pipe = tiny_pipeline()
     parts = dict(pipe.components) | {name: LOADERS[name](**settings) for name, settings in SMALLER.items()}
-    for layout, options in {"safetensors": {}, "bin": {"safe_serialization": False},
-                            "sharded": {"max_shard_size": "6KB"}}.items():
+    for layout, options in {
+        "safetensors": {},
+        "bin": {"safe_serialization": False},
+        "sharded": {"max_shard_size": "6KB"},
+    }.items():
         for name, part in parts.items():
             if layout == "safetensors" or isinstance(part, nn.Module):
                 part.save_pretrained(folder / layout / name, **options)
@@ -70,16 +103,25 @@ def make(folder: Path) -> None:
 def originals() -> dict[str, dict[str, Any]]:
     """What is in a file of each original layout."""
     models = {name: randomize(LOADERS[name](**settings), 0).half() for name, settings in TELLING.items()}
-    named = {naming: models[part].keymap.to_theirs(models[part].state_dict(), naming)
-             for part, namings in PREFIXED.items() for naming in namings}
+    named = {
+        naming: models[part].keymap.to_theirs(models[part].state_dict(), naming)
+        for part, namings in PREFIXED.items()
+        for naming in namings
+    }
     (autoencoder,), (clip, hugging_face) = PREFIXED["vae"], PREFIXED["image_encoder"]
     average = named[EMA] | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(9)}
 
     def together(*several: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
         return OrderedDict(item for tensors in several for item in tensors.items())
 
-    return {"full": lightning(together(named[RAW], average, named[autoencoder], named[clip]), {}),
-            "ema_only": together(average, named[autoencoder], named[clip], {"betas": torch.ones(3)}),
-            "v2": {"state_dict": dict(together(named[RAW], named[autoencoder], named[hugging_face]))},
-            "vae": {"state_dict": {name.removeprefix(autoencoder.prefix): tensor
-                                   for name, tensor in named[autoencoder].items()}, "global_step": 3}}
+    return {
+        "full": lightning(together(named[RAW], average, named[autoencoder], named[clip]), {}),
+        "ema_only": together(average, named[autoencoder], named[clip], {"betas": torch.ones(3)}),
+        "v2": {"state_dict": dict(together(named[RAW], named[autoencoder], named[hugging_face]))},
+        "vae": {
+            "state_dict": {
+                name.removeprefix(autoencoder.prefix): tensor for name, tensor in named[autoencoder].items()
+            },
+            "global_step": 3,
+        },
+    }

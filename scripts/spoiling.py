@@ -13,21 +13,112 @@ from pathlib import Path
 from typing import Any
 
 HOSTILE: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 3, 7, 2**16, 2**21, 10**7, 2**31 - 1, 2**31, 2**62, 2**63, 2**64, 10**400, -2**63,
-    0.0, 0.5, -0.5, 1e-320, 1e308, float("nan"), float("inf"), -float("inf"), "", "x", "../../x", "/etc/passwd", "\0",
-    "\ud800", "1", "²", "silu", "None", "é" * 1000, [], [[]], [None], [1, 2], [0], [0, 0], [-1], [1.5], ["x"],
-    ["x", "y"], [10**9] * 4, list(range(3000)), {}, {"a": 1}, {"": None}, {"shortest_edge": 10**12}, {"_class_name": 3},
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    2**16,
+    2**21,
+    10**7,
+    2**31 - 1,
+    2**31,
+    2**62,
+    2**63,
+    2**64,
+    10**400,
+    -(2**63),
+    0.0,
+    0.5,
+    -0.5,
+    1e-320,
+    1e308,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    "",
+    "x",
+    "../../x",
+    "/etc/passwd",
+    "\0",
+    "\ud800",
+    "1",
+    "²",
+    "silu",
+    "None",
+    "é" * 1000,
+    [],
+    [[]],
+    [None],
+    [1, 2],
+    [0],
+    [0, 0],
+    [-1],
+    [1.5],
+    ["x"],
+    ["x", "y"],
+    [10**9] * 4,
+    list(range(3000)),
+    {},
+    {"a": 1},
+    {"": None},
+    {"shortest_edge": 10**12},
+    {"_class_name": 3},
 ]
-KEYS = ["_use_default_values", "_class_name", "given", "foreign", "marked", "", "vision_config", "sigma_max",
-        "sigma_min", "trained_betas", "weight_map", "metadata", "__metadata__", "state_dict", "unet", "config", "self",
-        "\0", "\ud800", "use_beta_sigmas", "use_karras_sigmas", "_diffusers_version", "safety_checker",
-        "time_embedding_dim", "sample_size"]
+KEYS = [
+    "_use_default_values",
+    "_class_name",
+    "given",
+    "foreign",
+    "marked",
+    "",
+    "vision_config",
+    "sigma_max",
+    "sigma_min",
+    "trained_betas",
+    "weight_map",
+    "metadata",
+    "__metadata__",
+    "state_dict",
+    "unet",
+    "config",
+    "self",
+    "\0",
+    "\ud800",
+    "use_beta_sigmas",
+    "use_karras_sigmas",
+    "_diffusers_version",
+    "safety_checker",
+    "time_embedding_dim",
+    "sample_size",
+]
 DTYPES = ["F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "I128", "", "f32", None]
-GLOBALS = [b"c" + name.replace(b" ", b"\n") + b"\n" for name in (
-    b"os system", b"builtins eval", b"torch Tensor", b"builtins bytearray", b"torch._utils _rebuild_sparse_tensor",
-    b"torch FloatStorage", b"torch QInt8Storage", b"collections OrderedDict", b"torch._utils _rebuild_tensor_v2",
-    b"torch._utils _rebuild_tensor_v3", b"torch float8_e4m3fn", b"torch._utils _rebuild_parameter", b"torch Size",
-    b"numpy.core.multiarray scalar", b"numpy dtype", b"_codecs encode", b"torch.storage UntypedStorage")]
+GLOBALS = [
+    b"c" + name.replace(b" ", b"\n") + b"\n"
+    for name in (
+        b"os system",
+        b"builtins eval",
+        b"torch Tensor",
+        b"builtins bytearray",
+        b"torch._utils _rebuild_sparse_tensor",
+        b"torch FloatStorage",
+        b"torch QInt8Storage",
+        b"collections OrderedDict",
+        b"torch._utils _rebuild_tensor_v2",
+        b"torch._utils _rebuild_tensor_v3",
+        b"torch float8_e4m3fn",
+        b"torch._utils _rebuild_parameter",
+        b"torch Size",
+        b"numpy.core.multiarray scalar",
+        b"numpy dtype",
+        b"_codecs encode",
+        b"torch.storage UntypedStorage",
+    )
+]
 INSTRUCTIONS = b"(.012FGIJKLMNPQRSTUVXabcdeghijlopqrstu}])\x85\x86\x87\x88\x8a\x8b"
 
 
@@ -71,15 +162,38 @@ def spoilt_bytes(content: bytes, rng: random.Random) -> bytes:
     end = min(len(content), at + rng.choice([1, 2, 4, 8, 64, 1000]))
     if rng.random() < 0.3:  # near the start, where the structure is
         at, end = at % 200, at % 200 + rng.choice([1, 4, 8])
-    return rng.choice([
-        lambda: content[:at] + rng.randbytes(end - at) + content[end:], lambda: content[:at],
-        lambda: content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1:] if at < len(content)
-        else b"", lambda: content[:at] + content[end:], lambda: content[:at] + bytes(end - at) + content[end:],
-        lambda: content[:end] + content[at:], lambda: content[:at] + b"\xff" * (end - at) + content[end:],
-        lambda: rng.choice([b"", b"<!DOCTYPE html><html></html>", b"\xef\xbb\xbf{}", bytes(100), b"{", b"null", b"PK",
-                            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", content + b"x",
-                            b"[" * 100_000, b'{"a":' * 100_000, b"1" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"]),
-    ])()
+    return rng.choice(
+        [
+            lambda: content[:at] + rng.randbytes(end - at) + content[end:],
+            lambda: content[:at],
+            lambda: (
+                content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+                if at < len(content)
+                else b""
+            ),
+            lambda: content[:at] + content[end:],
+            lambda: content[:at] + bytes(end - at) + content[end:],
+            lambda: content[:end] + content[at:],
+            lambda: content[:at] + b"\xff" * (end - at) + content[end:],
+            lambda: rng.choice(
+                [
+                    b"",
+                    b"<!DOCTYPE html><html></html>",
+                    b"\xef\xbb\xbf{}",
+                    bytes(100),
+                    b"{",
+                    b"null",
+                    b"PK",
+                    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+                    content + b"x",
+                    b"[" * 100_000,
+                    b'{"a":' * 100_000,
+                    b"1" * 100_000,
+                    b'{"a": ' + b"1" * 5000 + b"}",
+                ]
+            ),
+        ]
+    )()
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -132,7 +246,7 @@ def dumped(value: Any) -> bytes:
 def spoilt_header(content: bytes, rng: random.Random) -> bytes:
     """A safetensors header with another length, or a tensor with another name, type, shape or place."""
     length = int.from_bytes(content[:8], "little")
-    header, data = content[8:8 + length], content[8 + length:]
+    header, data = content[8 : 8 + length], content[8 + length :]
     if rng.random() < 0.15:
         lengths = [0, 1, length - 1, length + 1, len(content), 2**31, 2**63, 2**64 - 1, 100_000_001]
         return (rng.choice(lengths) % 2**64).to_bytes(8, "little") + header + data
@@ -149,12 +263,37 @@ def spoilt_header(content: bytes, rng: random.Random) -> bytes:
         elif what == 1:
             entry["dtype"] = rng.choice(DTYPES)
         elif what == 2:
-            entry["shape"] = rng.choice([[], [0], [2**32, 2**32], [-1], [2**62], [1, *entry["shape"]], [1.5], [2**64],
-                                         entry["shape"][::-1], None])
+            entry["shape"] = rng.choice(
+                [
+                    [],
+                    [0],
+                    [2**32, 2**32],
+                    [-1],
+                    [2**62],
+                    [1, *entry["shape"]],
+                    [1.5],
+                    [2**64],
+                    entry["shape"][::-1],
+                    None,
+                ]
+            )
         elif what == 3:
             start, end = entry["data_offsets"]
-            entry["data_offsets"] = rng.choice([[end, start], [start, end + 4], [start - 4, end], [0, 2**63], [-1, 1],
-                                                [start], [], [start, end, end], [2**64, 2**64], None, [end, end]])
+            entry["data_offsets"] = rng.choice(
+                [
+                    [end, start],
+                    [start, end + 4],
+                    [start - 4, end],
+                    [0, 2**63],
+                    [-1, 1],
+                    [start],
+                    [],
+                    [start, end, end],
+                    [2**64, 2**64],
+                    None,
+                    [end, end],
+                ]
+            )
         elif what == 4:
             value[rng.choice([f"{name}x", "", "__metadata__", "\ud800", *KEYS, *value])] = value.pop(name)
         else:
@@ -196,13 +335,13 @@ def spoilt_pickle(program: bytes, rng: random.Random) -> bytes:
     """Another name asked for, another number, another instruction, or other bytes."""
     what, at = rng.randrange(5), rng.randrange(len(program) + 1)
     if what == 0 and (at := program.find(b"c", at)) >= 0:
-        return program[:at] + rng.choice(GLOBALS) + program[program.find(b"\n", program.find(b"\n", at) + 1) + 1:]
+        return program[:at] + rng.choice(GLOBALS) + program[program.find(b"\n", program.find(b"\n", at) + 1) + 1 :]
     if what == 1:
-        number = rng.choice([0, 1, 2**31 - 1, -1, -2**31, 2**30]).to_bytes(4, "little", signed=True)
+        number = rng.choice([0, 1, 2**31 - 1, -1, -(2**31), 2**30]).to_bytes(4, "little", signed=True)
         at = max(program.find(rng.choice([b"J", b"K", b"M"]), at), 0)
-        return program[:at] + b"J" + number + program[at + {75: 2, 77: 3}.get(program[at] if program else 0, 5):]
+        return program[:at] + b"J" + number + program[at + {75: 2, 77: 3}.get(program[at] if program else 0, 5) :]
     if what == 2:
         return program[:at] + rng.choice(GLOBALS) + program[at:]
     if what == 3:
-        return program[:at] + bytes([rng.choice(INSTRUCTIONS)]) + program[at + 1:]
+        return program[:at] + bytes([rng.choice(INSTRUCTIONS)]) + program[at + 1 :]
     return spoilt_bytes(program, rng)

@@ -26,7 +26,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "image_encoder/config.json": {**VISION, "projection_dim": 24},
     "safety_checker/config.json": {"vision_config": VISION, "vision_config_dict": VISION, "projection_dim": 24},
     "feature_extractor/preprocessor_config.json": {
-        "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}},
+        "size": {"shortest_edge": 28},
+        "crop_size": {"height": 28, "width": 28},
+    },
 }
 
 

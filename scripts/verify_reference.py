@@ -52,8 +52,17 @@ SIDES = {  # of each part: the reference's class, and ours
     "pipeline": (diffusers.StableDiffusionImageVariationPipeline, imvar.StableDiffusionImageVariationPipeline),
 }
 RELATIVE = ("image_encoder", "vae", "unet", "safety_checker", "PNDM", "DDIM", "LMS")  # as in tests/reference
-TOLERANCE = {"feature_extractor": 0.0, "image_encoder": 1e-5, "vae": 1e-5, "unet": 1e-5, "safety_checker": 1e-5,
-             "PNDM": 1e-6, "DDIM": 1e-6, "LMS": 1e-6, "pipeline": 1e-4}
+TOLERANCE = {
+    "feature_extractor": 0.0,
+    "image_encoder": 1e-5,
+    "vae": 1e-5,
+    "unet": 1e-5,
+    "safety_checker": 1e-5,
+    "PNDM": 1e-6,
+    "DDIM": 1e-6,
+    "LMS": 1e-6,
+    "pipeline": 1e-4,
+}
 OF_ANSWERS = {"flags": 0.0, "timesteps": 0.0, "files": 0.0, "PIL levels": 1.0}  # these first, by how `what` begins
 
 
@@ -80,8 +89,15 @@ class Row:
 
     def cells(self) -> list[str]:
         tolerance = f"{self.tolerance:g}" + (" relative" if self.part in RELATIVE else "")
-        return [self.part, self.what, f"{self.difference:.2e}", f"{self.largest:.3g}", f"{self.relative:.1e}",
-                tolerance, "yes" if self.ok else "**NO**"]
+        return [
+            self.part,
+            self.what,
+            f"{self.difference:.2e}",
+            f"{self.largest:.3g}",
+            f"{self.relative:.1e}",
+            tolerance,
+            "yes" if self.ok else "**NO**",
+        ]
 
 
 # Both sides
@@ -142,8 +158,11 @@ def verify(checkpoint: Checkpoint, steps: int) -> Iterator[Row]:
     yield from compare_part(checkpoint, "unet", lambda model: predict(model, latents, width))
     yield from compare_part(checkpoint, "safety_checker", lambda model: judge(model, pixels))
     for name, options in ("PNDM", {}), ("DDIM", {}), ("DDIM", {"eta": 1.0}), ("LMS", {}):
-        compared = both(name, lambda side: side.from_pretrained(checkpoint.folder, subfolder="scheduler"),
-                        lambda scheduler, options=options: walk(scheduler, 50, checkpoint.latents, **options))
+        compared = both(
+            name,
+            lambda side: side.from_pretrained(checkpoint.folder, subfolder="scheduler"),
+            lambda scheduler, options=options: walk(scheduler, 50, checkpoint.latents, **options),
+        )
         yield next(compared)
         yield worst(compared, ", ".join(["worst of 50 steps", *(f"{key} {value:g}" for key, value in options.items())]))
 
@@ -212,9 +231,14 @@ def main() -> int:
     libraries, used = (imvar, torch, diffusers, transformers), resource.getrusage(resource.RUSAGE_SELF)
     about = {
         "checkpoint": args.checkpoint or ("tiny" if args.quick else "published size") + ", random weights",
-        "revision": args.revision, "ok": all(row.ok for row in compared), "seconds": round(time.perf_counter() - start),
-        "CPU seconds": round(used.ru_utime + used.ru_stime), "peak GiB": round(used.ru_maxrss / 2**20, 1),
-        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(),
+        "revision": args.revision,
+        "ok": all(row.ok for row in compared),
+        "seconds": round(time.perf_counter() - start),
+        "CPU seconds": round(used.ru_utime + used.ru_stime),
+        "peak GiB": round(used.ru_maxrss / 2**20, 1),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
         **{library.__name__: library.__version__ for library in libraries},
     }
     summary = ", ".join(f"{key}: {value}" for key, value in about.items() if value is not None)

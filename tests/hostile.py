@@ -10,8 +10,12 @@ import imvar
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
 from imvar.errors import printable
 
-CLASSES = {"vae": imvar.AutoencoderKL, "unet": imvar.UNet2DConditionModel,
-           "image_encoder": imvar.CLIPVisionModelWithProjection, "safety_checker": imvar.StableDiffusionSafetyChecker}
+CLASSES = {
+    "vae": imvar.AutoencoderKL,
+    "unet": imvar.UNet2DConditionModel,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
 
 every_part = pytest.mark.parametrize("part", CLASSES)

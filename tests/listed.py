@@ -51,22 +51,27 @@ def stored(folder: Path) -> Parts:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """To the bit, in shape and dtype too."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
-        *(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
+    )
 
 
 def agree(a: Parts, b: Parts) -> bool:
     """Whether all parts have all tensors, and the same ones."""
     assert {part: sorted(tensors) for part, tensors in a.items()} == {
-        part: sorted(tensors) for part, tensors in b.items()}
+        part: sorted(tensors) for part, tensors in b.items()
+    }
     assert not [(part, name) for part in a for name in a[part] if not same(a[part][name], b[part][name])]
     return bool(a)
 
 
 def settings(config: Any) -> dict[str, Any]:
     """What a config says in its own fields, and in those of a config within it, whatever else came with it."""
-    return {field.name: settings(value) if is_dataclass(value := config[field.name]) else value
-            for field in fields(config)}
+    return {
+        field.name: settings(value) if is_dataclass(value := config[field.name]) else value for field in fields(config)
+    }
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:

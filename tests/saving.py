@@ -14,12 +14,28 @@ from random_checkpoint import TINY_UNET, TINY_VAE, randomize
 import imvar
 from imvar import StableDiffusionImageVariationPipeline
 
-NANO_ENCODER = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "image_size": 16, "patch_size": 8, "projection_dim": 8}
-NANO_UNET = TINY_UNET | {"block_out_channels": (4, 8), "norm_num_groups": 4, "cross_attention_dim": 8,
-                         "attention_head_dim": 2}
-NANO_VAE = TINY_VAE | {"block_out_channels": (4, 8), "norm_num_groups": 4, "layers_per_block": 1,
-                       "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+NANO_ENCODER = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+    "projection_dim": 8,
+}
+NANO_UNET = TINY_UNET | {
+    "block_out_channels": (4, 8),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+}
+NANO_VAE = TINY_VAE | {
+    "block_out_channels": (4, 8),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
 ROOT = os.geteuid() == 0
 
 
@@ -31,21 +47,30 @@ def nano_encoder(seed):
 
 @cache
 def nano_pipeline(seed, **parts):
-    own = {"vae": randomize(imvar.AutoencoderKL(**NANO_VAE), seed), "image_encoder": nano_encoder(seed),
-           "unet": randomize(imvar.UNet2DConditionModel(**NANO_UNET), seed), "safety_checker": None,
-           "scheduler": imvar.PNDMScheduler(steps_offset=seed), "feature_extractor": imvar.CLIPImageProcessor()}
+    own = {
+        "vae": randomize(imvar.AutoencoderKL(**NANO_VAE), seed),
+        "image_encoder": nano_encoder(seed),
+        "unet": randomize(imvar.UNet2DConditionModel(**NANO_UNET), seed),
+        "safety_checker": None,
+        "scheduler": imvar.PNDMScheduler(steps_offset=seed),
+        "feature_extractor": imvar.CLIPImageProcessor(),
+    }
     return StableDiffusionImageVariationPipeline(**own | parts, requires_safety_checker=False)
 
 
 def equal(a, b):
     return a.state_dict().keys() == b.state_dict().keys() and all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def held(folder):
     """What lies in a folder: the bytes of each file, where each link leads."""
-    return {str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()}
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
 
 
 def saved(part, folder, **options):
@@ -134,6 +159,8 @@ def mount(kind, source, target, options=None):
     """Mount in a name space of this process alone; False where that is not allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
     new_mounts, new_user, bind, recursive, private = 1 << 17, 1 << 28, 1 << 12, 1 << 14, 1 << 18
-    return not (libc.unshare(new_mounts if ROOT else new_mounts | new_user)
-                or libc.mount(b"none", b"/", None, recursive | private, None)
-                or libc.mount(os.fsencode(source), os.fsencode(target), kind, 0 if kind else bind, options))
+    return not (
+        libc.unshare(new_mounts if ROOT else new_mounts | new_user)
+        or libc.mount(b"none", b"/", None, recursive | private, None)
+        or libc.mount(os.fsencode(source), os.fsencode(target), kind, 0 if kind else bind, options)
+    )

@@ -18,8 +18,11 @@ from imvar.models.prepared import Prepared
 
 
 def run(pipe, photo, **options):
-    return pipe(photo, **({"num_inference_steps": 8, "output_type": "latent", "guidance_scale": 3.0} | options),
-                generator=torch.Generator().manual_seed(0)).images
+    return pipe(
+        photo,
+        **({"num_inference_steps": 8, "output_type": "latent", "guidance_scale": 3.0} | options),
+        generator=torch.Generator().manual_seed(0),
+    ).images
 
 
 @pytest.fixture
@@ -44,10 +47,16 @@ def test_the_defaults_change_nothing(pipe, photo):
     assert torch.equal(run(pipe, photo), run(pipe, photo, guidance_interval=(0.0, 1.0), cache_interval=1))
 
 
-@pytest.mark.parametrize(("interval", "guided"), [
-    ((0.25, 0.75), (2, 3, 4, 5)), ((0, 0.5), (0, 1, 2, 3)), ([0.5, 1], (4, 5, 6, 7)), ((0.5, 0.5), ()),
-    ((0, 1), range(8)),
-])
+@pytest.mark.parametrize(
+    ("interval", "guided"),
+    [
+        ((0.25, 0.75), (2, 3, 4, 5)),
+        ((0, 0.5), (0, 1, 2, 3)),
+        ([0.5, 1], (4, 5, 6, 7)),
+        ((0.5, 0.5), ()),
+        ((0, 1), range(8)),
+    ],
+)
 def test_guidance_in_an_interval_is_a_scale_that_depends_on_the_step(pipe, photo, interval, guided, seen):
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     made = run(pipe, photo, guidance_interval=interval)
@@ -92,16 +101,19 @@ def test_a_guided_and_an_unguided_run_keep_their_own_features(pipe, photo, seen)
     assert [entry for entry in seen if "whole" in entry] == ["whole 1", "whole 1", "whole 2", "whole 2"]
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    ({"guidance_interval": 0.5}, "guidance_interval=0.5"),
-    ({"guidance_interval": (0.1, 0.5, 0.9)}, "guidance_interval"),
-    ({"guidance_interval": (0.8, 0.2)}, "lower share first"),
-    ({"guidance_interval": (-0.1, 1)}, "guidance_interval=-0.1"),
-    ({"guidance_interval": (0, float("nan"))}, "guidance_interval=nan"),
-    ({"guidance_interval": ("a", 1)}, "guidance_interval='a'"),
-    ({"cache_interval": 0}, "cache_interval=0"),
-    ({"cache_interval": 1.5}, "cache_interval=1.5"),
-])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"guidance_interval": 0.5}, "guidance_interval=0.5"),
+        ({"guidance_interval": (0.1, 0.5, 0.9)}, "guidance_interval"),
+        ({"guidance_interval": (0.8, 0.2)}, "lower share first"),
+        ({"guidance_interval": (-0.1, 1)}, "guidance_interval=-0.1"),
+        ({"guidance_interval": (0, float("nan"))}, "guidance_interval=nan"),
+        ({"guidance_interval": ("a", 1)}, "guidance_interval='a'"),
+        ({"cache_interval": 0}, "cache_interval=0"),
+        ({"cache_interval": 1.5}, "cache_interval=1.5"),
+    ],
+)
 def test_bad_values_are_named(pipe, photo, options, says):
     with pytest.raises(InputError, match=says.replace("(", r"\(")):
         run(pipe, photo, **options)
@@ -176,6 +188,7 @@ def test_a_gpu_that_cannot_is_named(pipe, monkeypatch):
 
 def test_eight_bits_leave_the_layers_of_others(pipe, photo):
     """Classes of a fork, layers that are watched or pruned; a pipeline in eight bits can be copied and pickled."""
+
     class Louder(Linear):
         def forward(self, input):
             return 2 * super().forward(input)
@@ -221,8 +234,10 @@ def test_features_are_never_older_than_the_interval(pipe, photo, monkeypatch):
 
 def test_whoever_merges_in_place_spoils_nothing_that_is_kept(pipe, photo):
     images = []
-    for merge in (lambda h, skip, level: torch.cat([h * 1.1, skip], dim=1),
-                  lambda h, skip, level: torch.cat([h.mul_(1.1), skip], dim=1)):
+    for merge in (
+        lambda h, skip, level: torch.cat([h * 1.1, skip], dim=1),
+        lambda h, skip, level: torch.cat([h.mul_(1.1), skip], dim=1),
+    ):
         pipe.unet.merge = merge
         images.append(run(pipe, photo, cache_interval=3))
     assert (images[0] - images[1]).abs().max() < 1e-4
@@ -236,5 +251,7 @@ def test_what_cannot_be_left_out_is_said_before_any_network_runs(pipe, photo):
 
 
 def test_shares_of_any_kind_of_number(pipe, photo):
-    assert torch.equal(run(pipe, photo, guidance_interval=(torch.tensor(0.25), np.float64(1))),
-                          run(pipe, photo, guidance_interval=(0.25, 1)))
+    assert torch.equal(
+        run(pipe, photo, guidance_interval=(torch.tensor(0.25), np.float64(1))),
+        run(pipe, photo, guidance_interval=(0.25, 1)),
+    )

@@ -16,9 +16,15 @@ from random_checkpoint import tiny_pipeline
 from imvar import DDIMScheduler, InputError, LMSDiscreteScheduler, PNDMScheduler
 
 NAN, INF = math.nan, math.inf
-ODD = st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.binary(max_size=2), st.sampled_from([[], {}, ()]),
-                st.sampled_from([NAN, INF, -INF, 1e400, 2.5, -1, 10**30, object(), torch.ones(2), np.ones(2), print]))
-HUGE = st.sampled_from([2**31, 2**63, 10**18, -2**63])
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.binary(max_size=2),
+    st.sampled_from([[], {}, ()]),
+    st.sampled_from([NAN, INF, -INF, 1e400, 2.5, -1, 10**30, object(), torch.ones(2), np.ones(2), print]),
+)
+HUGE = st.sampled_from([2**31, 2**63, 10**18, -(2**63)])
 RGB = Image.new("RGB", (40, 30), "red")
 
 
@@ -50,8 +56,12 @@ def is_seed(value: Any, pictures: int) -> bool:
 
 
 def is_interval(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(is_real(one, 0, 1) for one in value) and (
-        value[0] <= value[1])
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(is_real(one, 0, 1) for one in value)
+        and (value[0] <= value[1])
+    )
 
 
 def is_image(value: Any) -> bool:
@@ -64,11 +74,34 @@ def is_image(value: Any) -> bool:
 SIZES = st.one_of(st.sampled_from([None, 64, 72, np.int64(80)]), st.sampled_from([0, 7, 65, -64, 2**20]), ODD)
 REALS = st.one_of(st.floats(-2, 9), st.integers(-1, 9), ODD)
 ARGUMENTS: dict[str, tuple[Any, Any]] = {  # what comes, and what is right
-    "image": (st.one_of(st.sampled_from([RGB, [RGB], (RGB,), RGB.convert("L"), RGB.convert("P"),
-                                         torch.zeros(1, 3, 32, 32), torch.zeros(3, 32, 32)]),
-                        st.sampled_from([[None], ["x.png"], "http://x", RGB.convert("F"), torch.zeros(1, 3, 32, 31),
-                                         torch.full((1, 3, 32, 32), NAN), torch.zeros(1, 4, 32, 32)]), ODD),
-              is_image),
+    "image": (
+        st.one_of(
+            st.sampled_from(
+                [
+                    RGB,
+                    [RGB],
+                    (RGB,),
+                    RGB.convert("L"),
+                    RGB.convert("P"),
+                    torch.zeros(1, 3, 32, 32),
+                    torch.zeros(3, 32, 32),
+                ]
+            ),
+            st.sampled_from(
+                [
+                    [None],
+                    ["x.png"],
+                    "http://x",
+                    RGB.convert("F"),
+                    torch.zeros(1, 3, 32, 31),
+                    torch.full((1, 3, 32, 32), NAN),
+                    torch.zeros(1, 4, 32, 32),
+                ]
+            ),
+            ODD,
+        ),
+        is_image,
+    ),
     "height": (SIZES, is_size),
     "width": (SIZES, is_size),
     "num_inference_steps": (whole(1, 4), lambda v: is_whole(v, 1, 1000)),
@@ -76,16 +109,22 @@ ARGUMENTS: dict[str, tuple[Any, Any]] = {  # what comes, and what is right
     "num_images_per_prompt": (whole(1, 2), lambda v: v is None or is_whole(v, 1, 2**16)),
     "eta": (st.one_of(st.floats(0, 1), REALS), is_real),
     "seed": (st.one_of(st.integers(0, 2**63 - 9), st.sampled_from([[1], [1, 2], (3,), range(2)]), HUGE, ODD), None),
-    "output_type": (st.one_of(st.sampled_from(["pil", "np", "pt", "latent"]), ODD),
-                    lambda v: isinstance(v, str) and v in ("pil", "np", "pt", "latent")),
+    "output_type": (
+        st.one_of(st.sampled_from(["pil", "np", "pt", "latent"]), ODD),
+        lambda v: isinstance(v, str) and v in ("pil", "np", "pt", "latent"),
+    ),
     "return_dict": (st.one_of(st.booleans(), ODD), lambda v: isinstance(v, bool)),
     "callback": (st.one_of(st.none(), st.just(lambda *_: None), ODD), lambda v: v is None or callable(v)),
     "callback_steps": (whole(1, 3), lambda v: is_whole(v, 1, INF)),
-    "guidance_interval": (st.one_of(st.sampled_from([(0, 1), [0.2, 0.8], (1, 0), (0, NAN), (0,), (-1, 1), (0, "1")]),
-                                    ODD), is_interval),
+    "guidance_interval": (
+        st.one_of(st.sampled_from([(0, 1), [0.2, 0.8], (1, 0), (0, NAN), (0,), (-1, 1), (0, "1")]), ODD),
+        is_interval,
+    ),
     "cache_interval": (whole(1, 3), lambda v: is_whole(v, 1, INF)),
-    "on_flagged": (st.one_of(st.sampled_from(["black", "blur", "keep", "raise"]), ODD),
-                   lambda v: isinstance(v, str) and v in ("black", "blur", "keep", "raise")),
+    "on_flagged": (
+        st.one_of(st.sampled_from(["black", "blur", "keep", "raise"]), ODD),
+        lambda v: isinstance(v, str) and v in ("black", "blur", "keep", "raise"),
+    ),
 }
 NAMES = {"image": ("image", "pixel_values"), "num_inference_steps": ("num_inference_steps", "steps")}
 
@@ -117,8 +156,9 @@ def pipes():
     return Hidden((pipe, others))
 
 
-@given(chosen=st.sets(st.sampled_from(sorted(ARGUMENTS)), min_size=1, max_size=4), which=st.integers(0, 2),
-       data=st.data())
+@given(
+    chosen=st.sets(st.sampled_from(sorted(ARGUMENTS)), min_size=1, max_size=4), which=st.integers(0, 2), data=st.data()
+)
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_any_arguments(pipes, chosen, which, data):
     counter, pipe = pipes[0], pipes[1][which]

@@ -20,14 +20,19 @@ from imvar.weights import bundled
 
 NAME = "imvar-emoji"
 ROOT = Path(__file__).parents[1]
-PARTS = {"vae": imvar.AutoencoderKL, "unet": imvar.UNet2DConditionModel,
-         "image_encoder": imvar.CLIPVisionModelWithProjection, "safety_checker": imvar.StableDiffusionSafetyChecker}
+PARTS = {
+    "vae": imvar.AutoencoderKL,
+    "unet": imvar.UNet2DConditionModel,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+}
 SETTINGS = {"scheduler": imvar.DDIMScheduler, "feature_extractor": imvar.CLIPImageProcessor}
 
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path, monkeypatch):
     """A working directory with nothing in it, and a hub that must not be asked; returns the place of its cache."""
+
     def asked(*args, **options):
         raise AssertionError("the hub was asked")
 
@@ -58,8 +63,16 @@ def test_the_folder_is_whole():
     folder = imvar.bundled_checkpoint()
     assert folder == imvar.bundled_checkpoint(NAME) == ROOT / "imvar" / "checkpoints" / NAME
     assert {path.name for path in folder.iterdir()} == {
-        "model_index.json", *PARTS, *SETTINGS, "README.md", "NOTICE", "metrics.json", "training.json", "gallery.png",
-        "examples"}
+        "model_index.json",
+        *PARTS,
+        *SETTINGS,
+        "README.md",
+        "NOTICE",
+        "metrics.json",
+        "training.json",
+        "gallery.png",
+        "examples",
+    }
     assert {path.suffix for part in PARTS for path in (folder / part).iterdir()} == {".json", ".safetensors"}
     assert json.loads((folder / "metrics.json").read_text()) is not None
     assert (folder / "README.md").read_text().strip()
@@ -90,8 +103,9 @@ def test_examples_are_pictures():
 def test_wheel_and_sdist_hold_every_file():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     package = ROOT / "imvar"
-    packed = {path for pattern in project["tool"]["setuptools"]["package-data"]["imvar"]
-              for path in package.glob(pattern)}
+    packed = {
+        path for pattern in project["tool"]["setuptools"]["package-data"]["imvar"] for path in package.glob(pattern)
+    }
     assert {path for path in (package / "checkpoints").rglob("*") if path.is_file()} <= packed
     licenses = {path for pattern in project["project"]["license-files"] for path in ROOT.glob(pattern)}
     assert licenses == {ROOT / "LICENSE", imvar.bundled_checkpoint() / "NOTICE"}
@@ -146,8 +160,11 @@ def test_a_folder_of_that_name_without_a_checkpoint(capsys):
 
 
 def test_another_revision():
-    for kind, options in ((StableDiffusionImageVariationPipeline, {}), (imvar.AutoencoderKL, {"subfolder": "vae"}),
-                          (imvar.DDIMScheduler, {"subfolder": "scheduler"})):
+    for kind, options in (
+        (StableDiffusionImageVariationPipeline, {}),
+        (imvar.AutoencoderKL, {"subfolder": "vae"}),
+        (imvar.DDIMScheduler, {"subfolder": "scheduler"}),
+    ):
         with pytest.raises(InputError, match=r"revision='v2.0': imvar-emoji comes with imvar and has no revisions"):
             kind.from_pretrained(NAME, revision="v2.0", **options)
 
@@ -182,8 +199,12 @@ def pixels(path):
 
 def same(pipe, path, made, steps):
     """Whether that is the picture that Python makes of `path` with seed 0, up to the rounding of a batch."""
-    picture = pipe(imvar.load_image(path), num_inference_steps=steps, guidance_scale=3.0,
-                   generator=torch.Generator().manual_seed(0)).images[0]
+    picture = pipe(
+        imvar.load_image(path),
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
     return np.abs(pixels(made) - np.asarray(picture)).max() <= 1
 
 
@@ -219,10 +240,14 @@ def test_a_size_that_it_was_not_trained_at(size, said, capsys):
     assert said == 1 or "trained at 64x64" in lines[1]
 
 
-@pytest.mark.parametrize(("args", "steps", "dtype"), [
-    ([], 50, "auto"), (["--checkpoint", NAME], 20, "float32"),
-    (["--checkpoint", NAME, "--steps", "7", "--dtype", "bfloat16"], 7, "bfloat16"),
-])
+@pytest.mark.parametrize(
+    ("args", "steps", "dtype"),
+    [
+        ([], 50, "auto"),
+        (["--checkpoint", NAME], 20, "float32"),
+        (["--checkpoint", NAME, "--steps", "7", "--dtype", "bfloat16"], 7, "bfloat16"),
+    ],
+)
 def test_defaults_of_each_checkpoint(args, steps, dtype):
     found = cli.parser().parse_args(["vary", "photo.jpg", *args])
     cli.fill_in(found, cli.is_emoji(found.checkpoint))

@@ -113,6 +113,7 @@ def test_pictures_need_a_feature_extractor(pipe):
     with pytest.raises(InputError, match="feature_extractor=None: pictures need one"):
         bare(PHOTO)
 
+
 class Whole:
     """A number as far as Python knows."""
 
@@ -127,16 +128,27 @@ class Whole:
 def test_whole_numbers_of_any_kind(pipe, photo, kind):
     """Narrow ones as well, which would overflow if one counted with them."""
     assert np.array_equal(
-        run(pipe, photo, num_inference_steps=kind(120), height=kind(64), width=kind(64), callback_steps=kind(7),
-            num_images_per_prompt=kind(1), callback=lambda *_: None),
-        run(pipe, photo, num_inference_steps=120, height=64, width=64))
+        run(
+            pipe,
+            photo,
+            num_inference_steps=kind(120),
+            height=kind(64),
+            width=kind(64),
+            callback_steps=kind(7),
+            num_images_per_prompt=kind(1),
+            callback=lambda *_: None,
+        ),
+        run(pipe, photo, num_inference_steps=120, height=64, width=64),
+    )
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.array, Fraction, Decimal, torch.tensor, lambda x: torch.tensor([[x]])])
 def test_numbers_of_any_kind(pipe, photo, kind):
     pipe.scheduler = imvar.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
-    assert np.array_equal(run(pipe, photo, guidance_scale=kind(2.5), eta=kind(0.5), guidance_interval=(kind(0.0), 0.5)),
-                          run(pipe, photo, guidance_scale=2.5, eta=0.5, guidance_interval=(0.0, 0.5)))
+    assert np.array_equal(
+        run(pipe, photo, guidance_scale=kind(2.5), eta=kind(0.5), guidance_interval=(kind(0.0), 0.5)),
+        run(pipe, photo, guidance_scale=2.5, eta=0.5, guidance_interval=(0.0, 0.5)),
+    )
 
 
 def test_an_encoder_that_cannot_tell_is_named_before_the_first_step(pipe, photo):

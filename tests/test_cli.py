@@ -28,8 +28,10 @@ def photo(tmp_path):
 @pytest.fixture
 def run(checkpoint, tmp_path):
     """Runs `imvar vary` with these arguments, in two steps and float32; the pictures go to tmp_path/out."""
+
     def run(*args, out="out", common=("--steps", "2", "--dtype", "float32", "--device", "cpu")):
         return cli.main(["vary", "--checkpoint", str(checkpoint), "-o", str(tmp_path / out), *common, *map(str, args)])
+
     return run
 
 
@@ -66,8 +68,13 @@ def test_pictures_are_those_of_the_pipeline(run, checkpoint, photo, tmp_path):
     run(photo, "-n", 2, "--guidance", 2, "--scheduler", "lms")
     pipe = imvar.StableDiffusionImageVariationPipeline.from_pretrained(checkpoint)
     pipe.scheduler = imvar.LMSDiscreteScheduler.from_config(pipe.scheduler.config)
-    made = pipe(Image.open(photo), num_inference_steps=2, guidance_scale=2.0, num_images_per_prompt=2,
-                generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)])
+    made = pipe(
+        Image.open(photo),
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+    )
     for seed, picture in enumerate(made.images):
         assert np.abs(pixels(tmp_path / "out" / f"a photo-{seed}.png") - np.asarray(picture)).max() <= 1
 
@@ -91,6 +98,7 @@ def test_ddim_does_not_clip(checkpoint):
 def test_flagged_pictures_are_reported(run, photo, tmp_path, capsys, monkeypatch):
     def check(self, images, clip_input):
         return images * torch.tensor([1.0, 0.0])[:, None, None, None], [False, True]
+
     monkeypatch.setattr(imvar.StableDiffusionSafetyChecker, "forward", check)
     assert run(photo, "-n", 2) == 0
     first, second, _ = capsys.readouterr().out.splitlines()
@@ -102,17 +110,20 @@ def test_flagged_pictures_are_reported(run, photo, tmp_path, capsys, monkeypatch
 # ---- what is refused
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (["nowhere.jpg"], "nowhere.jpg: no such file"),
-    ([__file__], "not a picture that can be read; a JPEG, PNG or WebP"),
-    (["PHOTO", "--dtype", "float16"], "about a hundred times slower"),
-    (["PHOTO", "--device", "meta"], "--device meta"),
-    (["PHOTO", "--device", "gpu"], "--device gpu"),
-    (["PHOTO", "--steps", "1001"], "num_inference_steps"),
-    (["PHOTO", "-o", __file__], "is, or lies in, a file"),
-    (["PHOTO", "--revision", "v1.0"], "has no revisions"),
-    (["PHOTO", "--checkpoint", "/no/where"], "/no/where: no such folder"),
-])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere.jpg"], "nowhere.jpg: no such file"),
+        ([__file__], "not a picture that can be read; a JPEG, PNG or WebP"),
+        (["PHOTO", "--dtype", "float16"], "about a hundred times slower"),
+        (["PHOTO", "--device", "meta"], "--device meta"),
+        (["PHOTO", "--device", "gpu"], "--device gpu"),
+        (["PHOTO", "--steps", "1001"], "num_inference_steps"),
+        (["PHOTO", "-o", __file__], "is, or lies in, a file"),
+        (["PHOTO", "--revision", "v1.0"], "has no revisions"),
+        (["PHOTO", "--checkpoint", "/no/where"], "/no/where: no such folder"),
+    ],
+)
 def test_a_job_that_cannot_be_done(run, photo, args, message, capsys):
     assert run(*[photo if arg == "PHOTO" else arg for arg in args]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
@@ -154,6 +165,7 @@ def test_a_picture_is_written_whole_or_not_at_all(run, photo, tmp_path, capsys, 
     def full(self, place, format):
         place.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(Image.Image, "save", full)
     assert run(photo, "-n", 1, "--seed", 0, "--guidance", 1) == 1
     assert "a photo-0.png: cannot be written: the disk is full; nothing was changed" in capsys.readouterr().err
@@ -179,9 +191,26 @@ def test_a_machine_with_too_little_memory(run, photo, capsys):
 
 def test_a_name_that_the_terminal_cannot_write(run, photo, tmp_path):
     fox = photo.rename(tmp_path / "🦊.jpg")
-    done = subprocess.run([sys.executable, "-m", "imvar", "vary", str(fox), "--checkpoint", "imvar-emoji", "-n", "1",
-                           "--steps", "1", "-o", str(tmp_path / "out")], capture_output=True, check=True,
-                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "imvar",
+            "vary",
+            str(fox),
+            "--checkpoint",
+            "imvar-emoji",
+            "-n",
+            "1",
+            "--steps",
+            "1",
+            "-o",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+    )
     assert b"\\U0001f98a-0.png" in done.stdout
     assert (tmp_path / "out" / "🦊-0.png").exists()
 
@@ -196,11 +225,21 @@ def test_no_network_and_no_copy(photo, tmp_path, capsys, monkeypatch):
         assert words in said
 
 
-@pytest.mark.parametrize("args", [
-    [], ["draw"], ["vary"], ["vary", "x.jpg", "--scheduler", "euler"], ["vary", "x.jpg", "--size", "500"],
-    ["vary", "x.jpg", "--size", "64x64x64"], ["vary", "x.jpg", "-n", "0"], ["vary", "x.jpg", "--seed", "-1"],
-    ["vary", "x.jpg", "--steps", "2.5"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["draw"],
+        ["vary"],
+        ["vary", "x.jpg", "--scheduler", "euler"],
+        ["vary", "x.jpg", "--size", "500"],
+        ["vary", "x.jpg", "--size", "64x64x64"],
+        ["vary", "x.jpg", "-n", "0"],
+        ["vary", "x.jpg", "--seed", "-1"],
+        ["vary", "x.jpg", "--steps", "2.5"],
+    ],
+    ids=" ".join,
+)
 def test_a_job_that_is_not_understood(args, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(args)
@@ -248,27 +287,41 @@ def test_text_is_shortened_to_fit():
     assert font.getlength(short) <= 100 < font.getlength("w" + short)
 
 
-@pytest.mark.parametrize(("size", "on_sheet"), [
-    ((64, 64), (256, 256)), ((96, 64), (192, 128)), ((40, 100), (80, 200)), ((256, 128), (256, 128)),
-    ((300, 200), (256, 171)), ((512, 512), (256, 256)),
-])
+@pytest.mark.parametrize(
+    ("size", "on_sheet"),
+    [
+        ((64, 64), (256, 256)),
+        ((96, 64), (192, 128)),
+        ((40, 100), (80, 200)),
+        ((256, 128), (256, 128)),
+        ((300, 200), (256, 171)),
+        ((512, 512), (256, 256)),
+    ],
+)
 def test_small_pictures_grow_by_a_whole_factor(size, on_sheet):
     assert size_on_sheet(Image.new("RGB", size)) == on_sheet
 
 
 def test_size_of_the_contact_sheet():
     picture = Image.new("RGB", (384, 256), "teal")
-    rows = [Row("wide", Image.new("RGB", (300, 100)), [("", picture)] * 3),
-            Row("tall", Image.new("RGB", (100, 300)), [("", picture)])]
+    rows = [
+        Row("wide", Image.new("RGB", (300, 100)), [("", picture)] * 3),
+        Row("tall", Image.new("RGB", (100, 300)), [("", picture)]),
+    ]
     height = SIDE * 256 // 384 + 1
     sheet = contact_sheet(rows, "a footer that is too long " * 99)
     assert sheet.width == MARGIN + 3 * height // 2 + GUTTER + 3 * SIDE + 2 * GAP + MARGIN
     assert sheet.height == MARGIN + 2 * (height + CAPTION + GAP) + CAPTION + MARGIN // 2
 
 
-@pytest.mark.parametrize(("how", "said"), [("black", "flagged by the safety checker and made black\n"),
-                                           ("blur", "flagged by the safety checker and blurred\n"),
-                                           ("keep", "flagged by the safety checker\n")])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("black", "flagged by the safety checker and made black\n"),
+        ("blur", "flagged by the safety checker and blurred\n"),
+        ("keep", "flagged by the safety checker\n"),
+    ],
+)
 def test_what_becomes_of_flagged_pictures(run, photo, tmp_path, capsys, monkeypatch, how, said):
     plain = imvar.StableDiffusionSafetyChecker.scores
     monkeypatch.setattr(imvar.StableDiffusionSafetyChecker, "scores", lambda *args: tuple(s + 3 for s in plain(*args)))

@@ -49,8 +49,9 @@ def run(pipe, photo, seed=0, **options):
 
 def test_one_graph_for_every_seed_picture_guidance_sampler_and_number_of_steps(pipe, photo):
     calls = [{}, {"seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 7}, {"photo": photo.rotate(90)}]
-    samplers = [kind.from_config(pipe.scheduler.config)
-                for kind in (DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler)]
+    samplers = [
+        kind.from_config(pipe.scheduler.config) for kind in (DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler)
+    ]
 
     def pictures():
         made = [run(pipe, **({"photo": photo} | call)) for call in calls]
@@ -64,13 +65,16 @@ def test_one_graph_for_every_seed_picture_guidance_sampler_and_number_of_steps(p
     assert counting.graphs == 2  # the UNet's step and the decoder, each in one piece
 
 
-@pytest.mark.parametrize(("options", "graphs"), [
-    ({"num_images_per_prompt": 3}, 4),
-    ({"height": 96}, 4),
-    ({"guidance_interval": (0.25, 0.75)}, 3),  # the picture alone is another batch
-    ({"cache_interval": 2}, 4),
-    ({"guidance_scale": 1.0}, 3),
-])
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({"num_images_per_prompt": 3}, 4),
+        ({"height": 96}, 4),
+        ({"guidance_interval": (0.25, 0.75)}, 3),  # the picture alone is another batch
+        ({"cache_interval": 2}, 4),
+        ({"guidance_scale": 1.0}, 3),
+    ],
+)
 def test_another_size_is_compiled_once(pipe, photo, options, graphs):
     plain, counting = run(pipe, photo, **options), Counting()
     pipe.compile(backend=counting)
@@ -84,8 +88,13 @@ def test_freeu_slicing_and_weights_loaded_later_are_honoured(pipe, photo):
     other = copy.deepcopy(pipe.unet)
     for parameter in other.parameters():
         parameter.data.mul_(0.9)
-    changes = [lambda p: None, lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4), lambda p: p.enable_attention_slicing(1),
-               lambda p: p.unet.load_state_dict(other.state_dict()), lambda p: p.disable_freeu()]
+    changes = [
+        lambda p: None,
+        lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        lambda p: p.enable_attention_slicing(1),
+        lambda p: p.unet.load_state_dict(other.state_dict()),
+        lambda p: p.disable_freeu(),
+    ]
     plain, compiled = [], copy.deepcopy(pipe)
     compiled.compile(backend="aot_eager")
     for change in changes:
@@ -116,8 +125,9 @@ def test_what_cannot_be_compiled_runs_with_one_line_of_warning_per_function(pipe
     for expected in 2, 0:  # the UNet and the decoder; the second time nothing is tried again
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            images = pipe(photo, num_inference_steps=4, output_type="pt",
-                          generator=torch.Generator().manual_seed(0)).images
+            images = pipe(
+                photo, num_inference_steps=4, output_type="pt", generator=torch.Generator().manual_seed(0)
+            ).images
         told = [str(w.message) for w in found if "compile" in str(w.message)]
         assert len(told) == expected
         assert all("no compiler is here" in line and "\n" not in line for line in told)
@@ -133,6 +143,7 @@ def test_errors_of_the_model_itself_are_raised(pipe, photo):
 
 def test_too_little_memory_is_no_fault_of_the_compiler():
     """The error is raised, nothing is said of the compiler, and the next call is a compiled one."""
+
     def double(model, x):
         return 2 * x
 
@@ -191,9 +202,12 @@ def test_a_recording_holds_for_the_same_weights_and_settings(pipe):
     """The key that a recorded call is found again by; `tests/cuda` records."""
     before = state(pipe.unet)
     assert state(pipe.unet) == before
-    for change in (lambda: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), lambda: pipe.unet.set_attention_slice(1),
-                   lambda: setattr(pipe.unet.conv_in, "weight", copy.deepcopy(pipe.unet.conv_in.weight)),
-                   lambda: pipe.unet.to(torch.bfloat16)):
+    for change in (
+        lambda: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        lambda: pipe.unet.set_attention_slice(1),
+        lambda: setattr(pipe.unet.conv_in, "weight", copy.deepcopy(pipe.unet.conv_in.weight)),
+        lambda: pipe.unet.to(torch.bfloat16),
+    ):
         change()
         assert state(pipe.unet) != before
         before = state(pipe.unet)
@@ -298,8 +312,12 @@ def test_threads_take_turns(pipe, recorder, monkeypatch):
         return x
 
     monkeypatch.setattr(recorder, "run", lambda function, model, *inputs: function(model, *inputs))
-    work = [threading.Thread(target=lambda: [recorder.replay(watched, pipe.unet, (), torch.randn(1, 4, 8, 8))
-                                             for _ in range(20)]) for _ in range(4)]
+    work = [
+        threading.Thread(
+            target=lambda: [recorder.replay(watched, pipe.unet, (), torch.randn(1, 4, 8, 8)) for _ in range(20)]
+        )
+        for _ in range(4)
+    ]
     for thread in work:
         thread.start()
     for thread in work:
@@ -390,8 +408,11 @@ def test_every_backend_is_compiled_in_one_piece(monkeypatch, way):
     with FakeTensorMode():
         layer = SelfAttention(64, 4)
         for part in layer.modules():
-            part._parameters.update((name, torch.nn.Parameter(torch.empty(weight.shape, **there)))
-                                    for name, weight in part._parameters.items() if weight is not None)
+            part._parameters.update(
+                (name, torch.nn.Parameter(torch.empty(weight.shape, **there)))
+                for name, weight in part._parameters.items()
+                if weight is not None
+            )
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error", UserWarning)  # a fallback would be one
             answer = Compiler(backend="eager").run(type(layer).forward, layer, torch.empty(2, 16, 64, **there))

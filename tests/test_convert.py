@@ -24,8 +24,12 @@ from imvar.weights.keymap import Dialect, Keymap, Naming
 from imvar.weights.settings import settings_of
 from imvar.weights.single import EMA, PREFIXED, RAW, Held, SingleFile
 
-MODELS = {"unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
-          "image_encoder": imvar.CLIPVisionModelWithProjection, "safety_checker": imvar.StableDiffusionSafetyChecker}
+MODELS = {
+    "unet": imvar.UNet2DConditionModel,
+    "vae": imvar.AutoencoderKL,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+}
 AVERAGED = {"full": True, "ema_only": True, "late": True, "v2": False}  # which have averaged weights
 SPELLINGS = ("full", "v2")  # these hold every name that there is, and every dtype
 
@@ -57,25 +61,34 @@ def test_every_row_of_the_lists_finds_its_place(layout):
             if not theirs.keys() & rows.keys():
                 continue
             assert {name: list(tensor.shape) for name, tensor in theirs.items()} == {
-                name: rows[name].shape for name in theirs}
+                name: rows[name].shape for name in theirs
+            }
             mine = {name: tensor for name, tensor in meta(layout).tensors.items() if name.startswith(naming.prefix)}
             taken = keymap.to_ours(mine, ours, naming)
             assert {name: tensor.shape for name, tensor in taken.items()} == {
-                name: tensor.shape for name, tensor in ours.items()}
+                name: tensor.shape for name, tensor in ours.items()
+            }
             for name in ours:
                 (source,) = keymap.sources(name, naming)
                 found.setdefault(source.name, {})[source.form.index] = f"{part}/{keymap.spelled(name)}"
     assert {name: [targets[i] for i in sorted(targets)] for name, targets in found.items()} == {
-        name: row.targets for name, row in rows.items() if row.targets}
+        name: row.targets for name, row in rows.items() if row.targets
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_the_lists_drop_is_dropped_and_nothing_else(layout):
     file = meta(layout)
-    keymaps: dict[Naming, Keymap] = {naming: model.keymap for part, namings in PREFIXED.items()
-                                     for model in [full_size(part)] for naming in namings}
-    dropped = {name for ways in file.parts.values() for held in ways for name in held.tensors
-               if keymaps[held.naming].drops(name, held.naming)}
+    keymaps: dict[Naming, Keymap] = {
+        naming: model.keymap for part, namings in PREFIXED.items() for model in [full_size(part)] for naming in namings
+    }
+    dropped = {
+        name
+        for ways in file.parts.values()
+        for held in ways
+        for name in held.tensors
+        if keymaps[held.naming].drops(name, held.naming)
+    }
     dropped |= {name for name in file.tensors if file.droppable(name)}
     assert dropped == {row.name for row in original_keys(layout) if row.op == "drop"}
     file.check()
@@ -104,8 +117,10 @@ def test_settings_told_by_tensors_are_the_published_ones(layout):
 
 def test_heads_are_not_guessed_where_they_cannot_be_told(tmp_path):
     """OpenCLIP's ViT-H has 16 heads of 80 channels, and another activation."""
-    wide = {name: torch.zeros([1280 if size == 1024 else size for size in tensor.shape], device="meta")
-            for name, tensor in in_dialect("image_encoder", Dialect.ORIGINAL).tensors.items()}
+    wide = {
+        name: torch.zeros([1280 if size == 1024 else size for size in tensor.shape], device="meta")
+        for name, tensor in in_dialect("image_encoder", Dialect.ORIGINAL).tensors.items()
+    }
     with pytest.raises(CheckpointError, match=r"1280 channels.*config="):
         settings_of(Held("image_encoder", Naming(Dialect.ORIGINAL), wide, tmp_path))
 
@@ -136,17 +151,21 @@ def test_an_original_comes_back_as_it_was(originals, tmp_path):
     convert(originals["full"], tmp_path / "folder", ema="no")
     convert(tmp_path / "folder", tmp_path / "back.safetensors", to="original")
     source = original("full")["state_dict"]
-    wanted = {row.name: source[row.name] for row in original_keys("full", tiny=True)
-              if row.targets and row.op != "copy_ema"}
+    wanted = {
+        row.name: source[row.name] for row in original_keys("full", tiny=True) if row.targets and row.op != "copy_ema"
+    }
     assert agree({"": load_file(tmp_path / "back.safetensors")}, {"": wanted})
 
 
-@pytest.mark.parametrize(("layout", "ema", "average", "words"), [
-    ("full", "auto", True, "moving average (EMA) taken, raw weights left"),
-    ("full", "no", False, "raw weights taken, moving average (EMA) left"),
-    ("ema_only", "yes", True, "moving average (EMA) taken, there are no raw weights"),
-    ("v2", "no", False, "raw weights taken, there is no moving average"),
-])
+@pytest.mark.parametrize(
+    ("layout", "ema", "average", "words"),
+    [
+        ("full", "auto", True, "moving average (EMA) taken, raw weights left"),
+        ("full", "no", False, "raw weights taken, moving average (EMA) left"),
+        ("ema_only", "yes", True, "moving average (EMA) taken, there are no raw weights"),
+        ("v2", "no", False, "raw weights taken, there is no moving average"),
+    ],
+)
 def test_which_weights_are_taken(originals, tmp_path, layout, ema, average, words):
     said = []
     convert(originals[layout], tmp_path, part="unet", ema=ema, say=said.append)
@@ -176,8 +195,13 @@ def linked(folder, target):
 
 def wanted_of(published):
     """By today's names: what a published folder's tensors are to become."""
-    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
-               "vision_model.vision_model": "vision_model"}
+    renamed = {
+        "query": "to_q",
+        "key": "to_k",
+        "value": "to_v",
+        "proj_attn": "to_out.0",
+        "vision_model.vision_model": "vision_model",
+    }
     parts = {}
     for part, (_, pickled, _) in FILES.items():
         for name, tensor in torch.load(published / part / pickled, weights_only=True).items():
@@ -208,7 +232,8 @@ def pickles_alone(folder):
 
 def in_shards(folder):
     imvar.UNet2DConditionModel.from_pretrained(folder / "unet").save_pretrained(
-        folder / "sharded", max_shard_size="9MB")
+        folder / "sharded", max_shard_size="9MB"
+    )
     assert len(list((folder / "sharded").glob("*-of-*"))) > 3
     shutil.rmtree(folder / "unet")
     (folder / "sharded").rename(folder / "unet")
@@ -216,29 +241,52 @@ def in_shards(folder):
 
 def half_alone(folder):
     for part in FILES:
-        rewritten(folder, part, lambda tensors: {name: tensor.half() if tensor.is_floating_point() else tensor
-                                                 for name, tensor in tensors.items()}, ".fp16.safetensors")
+        rewritten(
+            folder,
+            part,
+            lambda tensors: {
+                name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+            },
+            ".fp16.safetensors",
+        )
 
 
 def single_prefix(folder):
-    rewritten(folder, "safety_checker", lambda tensors: {
-        name.replace("vision_model.vision_model", "vision_model"): tensor for name, tensor in tensors.items()})
+    rewritten(
+        folder,
+        "safety_checker",
+        lambda tensors: {
+            name.replace("vision_model.vision_model", "vision_model"): tensor for name, tensor in tensors.items()
+        },
+    )
 
 
 def first_revision(folder):
     """That of old-2ddbd90: a whole CLIP model, and all of its settings."""
     old = PUBLISHED / "old-2ddbd90"
-    smaller = SETTINGS | {"image_encoder/config.json": SETTINGS["safety_checker/config.json"],
-                          "feature_extractor/preprocessor_config.json": {"size": 28, "crop_size": 28}}
+    smaller = SETTINGS | {
+        "image_encoder/config.json": SETTINGS["safety_checker/config.json"],
+        "feature_extractor/preprocessor_config.json": {"size": 28, "crop_size": 28},
+    }
     for file in old.rglob("*.json"):
         name, settings = str(file.relative_to(old)), json.loads(file.read_text())
         for key, value in smaller.get(name, {}).items():
             settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
         (folder / name).unlink()
         (folder / name).write_text(json.dumps(settings))
-    rewritten(folder, "image_encoder", lambda tensors: tensors.update({
-        "text_model.embeddings.position_ids": torch.arange(77)[None], "logit_scale": torch.tensor(4.6),
-        "text_model.final_layer_norm.weight": torch.ones(8), "text_projection.weight": torch.ones(24, 8)}), ".bin")
+    rewritten(
+        folder,
+        "image_encoder",
+        lambda tensors: tensors.update(
+            {
+                "text_model.embeddings.position_ids": torch.arange(77)[None],
+                "logit_scale": torch.tensor(4.6),
+                "text_model.final_layer_norm.weight": torch.ones(8),
+                "text_projection.weight": torch.ones(24, 8),
+            }
+        ),
+        ".bin",
+    )
 
 
 @pytest.mark.parametrize(("change", "part"), [(in_shards, "unet"), (single_prefix, "safety_checker")])

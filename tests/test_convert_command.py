@@ -15,8 +15,9 @@ from imvar import StableDiffusionImageVariationPipeline
 
 def test_the_command_line(small, checkpoint, tmp_path, capsys):
     target = tmp_path / "out"
-    assert weights_convert.main([
-        str(small), str(target), "--fill", str(checkpoint), "--dtype", "fp16", "--verify"]) == 0
+    assert (
+        weights_convert.main([str(small), str(target), "--fill", str(checkpoint), "--dtype", "fp16", "--verify"]) == 0
+    )
     out = capsys.readouterr().out.splitlines()
     assert out[0] == f"source: {small}, the original layout, one file"
     assert out[-1] == "verified: what was written reads back the same, bit for bit"
@@ -24,19 +25,25 @@ def test_the_command_line(small, checkpoint, tmp_path, capsys):
     assert {model.dtype for model in pipe.modules.values()} == {torch.float16}
 
 
-@pytest.mark.parametrize(("args", "status", "words"), [
-    (["{small}"], 2, "TARGET"), (["{small}", "{out}", "--dtype", "int8"], 2, "--dtype"),
-    (["{small}", "{out}", "--part", "scheduler"], 2, "--part"), (["{small}", "{out}", "--to", "comfy"], 2, "--to"),
-    (["{out}/nowhere", "{out}"], 1, "no such file"), (["{small}", "{out}", "--ema", "yes"], 1, "no moving average"),
-    (["{small}", "{out}", "--to", "original"], 2, ".safetensors would do"),
-    (["{small}", "{out}.safetensors"], 2, "to='original' writes one file"),
-    (["{small}", "{out}", "--max-shard-size", "much"], 2, "max_shard_size"),
-    (["{small}", "{out}", "--part", "safety_checker"], 1, "holds no safety_checker; there is unet"),
-    (["{small}", "{out}", "--fill", "{out}/nowhere"], 1, "no such file"),
-    (["{small}", "{out}", "--config", "{out}/nowhere"], 1, "nowhere"),
-    (["{checkpoint}", "{out}", "--ema", "no"], 2, "nothing to choose"),
-    (["{checkpoint}/safety_checker", "{out}.safetensors", "--to", "original"], 2, "to: one file"),
-])
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        (["{small}"], 2, "TARGET"),
+        (["{small}", "{out}", "--dtype", "int8"], 2, "--dtype"),
+        (["{small}", "{out}", "--part", "scheduler"], 2, "--part"),
+        (["{small}", "{out}", "--to", "comfy"], 2, "--to"),
+        (["{out}/nowhere", "{out}"], 1, "no such file"),
+        (["{small}", "{out}", "--ema", "yes"], 1, "no moving average"),
+        (["{small}", "{out}", "--to", "original"], 2, ".safetensors would do"),
+        (["{small}", "{out}.safetensors"], 2, "to='original' writes one file"),
+        (["{small}", "{out}", "--max-shard-size", "much"], 2, "max_shard_size"),
+        (["{small}", "{out}", "--part", "safety_checker"], 1, "holds no safety_checker; there is unet"),
+        (["{small}", "{out}", "--fill", "{out}/nowhere"], 1, "no such file"),
+        (["{small}", "{out}", "--config", "{out}/nowhere"], 1, "nowhere"),
+        (["{checkpoint}", "{out}", "--ema", "no"], 2, "nothing to choose"),
+        (["{checkpoint}/safety_checker", "{out}.safetensors", "--to", "original"], 2, "to: one file"),
+    ],
+)
 def test_misuse_and_failure_are_said_in_one_line(small, checkpoint, tmp_path, capsys, args, status, words):
     places = {"small": small, "checkpoint": checkpoint, "out": tmp_path / "out"}
     try:
@@ -51,8 +58,9 @@ def test_misuse_and_failure_are_said_in_one_line(small, checkpoint, tmp_path, ca
 
 def test_as_a_program(small, tmp_path):
     script = Path(weights_convert.__file__)
-    done = subprocess.run([sys.executable, script, small, tmp_path / "out", "--dry-run"], check=False,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, small, tmp_path / "out", "--dry-run"], check=False, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "dry run: nothing was written"
     assert not list(tmp_path.iterdir())

@@ -32,6 +32,7 @@ def rewrite(file, change):
 def put(name, value):
     def change(tensors):
         tensors[name].view(-1)[-1] = value
+
     return change
 
 
@@ -42,19 +43,25 @@ def both(one, other):
 
 FAULTS = [  # what is done to an original file, and what is said
     (lambda t: t.pop(f"{RAW}time_embed.0.bias"), f"1 tensor missing: {RAW}time_embed.0.bias"),
-    (lambda t: t.pop(f"{CLIP}visual.transformer.resblocks.1.attn.in_proj_bias"),
-     f"1 tensor missing: {CLIP}visual.transformer.resblocks.1.attn.in_proj_bias"),
+    (
+        lambda t: t.pop(f"{CLIP}visual.transformer.resblocks.1.attn.in_proj_bias"),
+        f"1 tensor missing: {CLIP}visual.transformer.resblocks.1.attn.in_proj_bias",
+    ),
     (lambda t: t.update({f"{VAE}encoder.extra": torch.ones(1)}), f"1 unknown tensor: {VAE}encoder.extra"),
-    (lambda t: t.update({f"{CLIP}visual.text_projection": torch.ones(1)}),
-     f"1 unknown tensor: {CLIP}visual.text_projection"),
+    (
+        lambda t: t.update({f"{CLIP}visual.text_projection": torch.ones(1)}),
+        f"1 unknown tensor: {CLIP}visual.text_projection",
+    ),
     (lambda t: t.update({"control_model.x": torch.ones(1)}), "1 unknown tensor: control_model.x"),
     (lambda t: t.update({f"{RAW}out.2.bias": torch.ones(5)}), f"{RAW}out.2.bias: has shape (5,) in the file, (4,) by"),
     (lambda t: t.update({f"{CLIP}visual.proj": t[f"{CLIP}visual.proj"].mT.contiguous()}), "visual.proj: has shape"),
     (lambda t: t.update({f"{VAE}quant_conv.bias": torch.ones(8).char()}), "quant_conv.bias: is of torch.int8"),
     (put(f"{VAE}decoder.mid.attn_1.q.weight", float("nan")), "decoder.mid.attn_1.q.weight: has NaN"),
     (put(f"{CLIP}visual.transformer.resblocks.0.attn.in_proj_weight", float("-inf")), "attn.in_proj_weight: has NaN"),
-    (lambda t: t.update({f"cond_stage_model.transformer.{name}": torch.ones(1) for name in ("vision_model.x",)}),
-     "the image_encoder is there twice"),
+    (
+        lambda t: t.update({f"cond_stage_model.transformer.{name}": torch.ones(1) for name in ("vision_model.x",)}),
+        "the image_encoder is there twice",
+    ),
 ]
 
 
@@ -75,16 +82,28 @@ def test_originals(small, tmp_path, capsys, fault, to):
 Fault = namedtuple("Fault", "part change options words")
 IN_FOLDERS = [
     Fault("unet", lambda t: t.pop("conv_in.bias"), {}, "1 tensor missing: conv_in.bias"),
-    Fault("vae", both("encoder.mid_block.attentions.0.to_q.bias", "encoder.mid_block.attentions.0.query.bias"), {},
-          "to_q.bias and encoder.mid_block.attentions.0.query.bias: the same tensor is there twice"),
-    Fault("safety_checker", both("vision_model.pre_layrnorm.bias", "vision_model.vision_model.pre_layrnorm.bias"), {},
-          "vision_model.vision_model.pre_layrnorm.bias: the same tensor is there twice"),
+    Fault(
+        "vae",
+        both("encoder.mid_block.attentions.0.to_q.bias", "encoder.mid_block.attentions.0.query.bias"),
+        {},
+        "to_q.bias and encoder.mid_block.attentions.0.query.bias: the same tensor is there twice",
+    ),
+    Fault(
+        "safety_checker",
+        both("vision_model.pre_layrnorm.bias", "vision_model.vision_model.pre_layrnorm.bias"),
+        {},
+        "vision_model.vision_model.pre_layrnorm.bias: the same tensor is there twice",
+    ),
     Fault("unet", put("conv_out.weight", float("inf")), {}, "conv_out.weight: has NaN or infinite"),
     Fault("unet", put("conv_out.weight", -65536.0), {"dtype": "fp16"}, "conv_out.weight of "),
     Fault("unet", put("conv_out.weight", 3.4e38), {"dtype": "bf16"}, "up to 3.4e+38, beyond torch.bfloat16"),
     Fault("safety_checker", put("concept_embeds_weights", float("nan")), {}, "concept_embeds_weights: has NaN"),
-    Fault("vae", lambda t: t.update({"quant_conv.bias": torch.full((8,), float("nan")).to(FLOAT8)}), {},
-          "quant_conv.bias: has NaN"),
+    Fault(
+        "vae",
+        lambda t: t.update({"quant_conv.bias": torch.full((8,), float("nan")).to(FLOAT8)}),
+        {},
+        "quant_conv.bias: has NaN",
+    ),
     Fault("vae", lambda t: t.update({"quant_conv.bias": torch.ones(8, dtype=torch.complex64)}), {}, "complex64"),
 ]
 
@@ -114,8 +133,11 @@ def test_eight_bits_are_as_good_as_others(checkpoint, tmp_path):
     assert (kept.dtype, wide.tolist()) == (FLOAT8, [0.5] * 8)
 
 
-@pytest.mark.parametrize("swapped", [("unet", "vae"), ("vae", "unet"), ("safety_checker", "image_encoder"),
-                                     ("image_encoder", "safety_checker")], ids=" for ".join)
+@pytest.mark.parametrize(
+    "swapped",
+    [("unet", "vae"), ("vae", "unet"), ("safety_checker", "image_encoder"), ("image_encoder", "safety_checker")],
+    ids=" for ".join,
+)
 def test_another_parts_weights(checkpoint, tmp_path, swapped):
     source = shutil.copytree(checkpoint, tmp_path / "source")
     (file,), (other,) = ((source / part).glob("*.safetensors") for part in swapped)
@@ -126,11 +148,16 @@ def test_another_parts_weights(checkpoint, tmp_path, swapped):
     assert not (tmp_path / "target").exists()
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"<!doctype html><p>Not found", "web page"), (b"", "empty"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git-lfs pointer"),
-    (b"\x80\x02}.", "cannot be read"), (b"PK\x03\x04 and then nothing", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!doctype html><p>Not found", "web page"),
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git-lfs pointer"),
+        (b"\x80\x02}.", "cannot be read"),
+        (b"PK\x03\x04 and then nothing", "cannot be read"),
+    ],
+)
 @pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "unet/diffusion_pytorch_model.bin"])
 def test_sources_that_are_no_checkpoint(tmp_path, capsys, name, content, words):
     file = tmp_path / "source" / name
@@ -183,8 +210,14 @@ def test_folders_that_no_index_names_are_told(checkpoint, tmp_path):
     assert not (tmp_path / "target" / "unet_ema").exists()
 
 
-@pytest.mark.parametrize(("value", "dtype", "would_do"), [
-    (1e5, "fp16", "bf16 or fp32 would do"), (3.4028e38, "bf16", "; fp32 would do"), (1e300, "fp32", "; keep would do")])
+@pytest.mark.parametrize(
+    ("value", "dtype", "would_do"),
+    [
+        (1e5, "fp16", "bf16 or fp32 would do"),
+        (3.4028e38, "bf16", "; fp32 would do"),
+        (1e300, "fp32", "; keep would do"),
+    ],
+)
 def test_what_would_hold_a_value_is_told(checkpoint, tmp_path, value, dtype, would_do):
     source = shutil.copytree(checkpoint / "vae", tmp_path / "vae")
     file = source / "diffusion_pytorch_model.safetensors"
@@ -217,8 +250,9 @@ def test_stopped_in_the_middle(small, checkpoint, tmp_path, monkeypatch, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-@pytest.mark.parametrize("settings", [{"_class_name": "UNet2DConditionModel"}, {"architectures": ["BertModel"]}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"_class_name": "UNet2DConditionModel"}, {"architectures": ["BertModel"]}], ids=str
+)
 def test_settings_that_are_of_something_else(published, tmp_path, settings):
     """A download folder may hold anybody's config.json: it is passed over there, and refused where it is named."""
     file = shutil.copy(published / "image_encoder/model.safetensors", tmp_path / "encoder.safetensors")

@@ -19,8 +19,12 @@ import imvar
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
 from imvar.weights import convert
 
-PARTS = {"unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
-         "image_encoder": imvar.CLIPVisionModelWithProjection, "safety_checker": imvar.StableDiffusionSafetyChecker}
+PARTS = {
+    "unet": imvar.UNet2DConditionModel,
+    "vae": imvar.AutoencoderKL,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -33,10 +37,13 @@ def test_dtypes(converted, checkpoint, tmp_path, to, dtype):
     """From half and single precision."""
     source = shutil.copytree(checkpoint, tmp_path / "source")
     convert(converted["full"], source, part="image_encoder")
-    wanted = {part: {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
-              for part, tensors in stored(source).items()}
-    convert(source, tmp_path / "new.safetensors" if to == "original" else tmp_path / "new", to=to, dtype=dtype,
-            verify=True)
+    wanted = {
+        part: {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+        for part, tensors in stored(source).items()
+    }
+    convert(
+        source, tmp_path / "new.safetensors" if to == "original" else tmp_path / "new", to=to, dtype=dtype, verify=True
+    )
     if to == "original":
         convert(tmp_path / "new.safetensors", tmp_path / "new")
         del wanted["safety_checker"]
@@ -57,8 +64,10 @@ def test_one_part(checkpoint, tmp_path, part):
     assert agree({"": before.state_dict()}, {"": after.state_dict()})
 
 
-@pytest.mark.parametrize(("part", "ending"), [
-    ("unet", ".pt"), ("vae", ".safetensors"), ("image_encoder", ".bin"), ("safety_checker", ".ckpt")])
+@pytest.mark.parametrize(
+    ("part", "ending"),
+    [("unet", ".pt"), ("vae", ".safetensors"), ("image_encoder", ".bin"), ("safety_checker", ".ckpt")],
+)
 def test_a_state_dict_of_ours_alone(published, tmp_path, part, ending):
     """No settings beside it: the tensors and the published settings tell them."""
     model = PARTS[part].from_pretrained(published, subfolder=part)
@@ -112,20 +121,25 @@ def test_without_filling_there_is_no_checker_and_it_is_said(converted, originals
     index = json.loads((converted["full"] / "model_index.json").read_text())
     assert (index["safety_checker"], index["requires_safety_checker"]) == ([None, None], False)
     report = convert(originals["full"], tmp_path / "x", dry_run=True)
-    assert report.left_out == {"safety_checker": "the source has none; fill= (--fill) can take it from another "
-                                                 "checkpoint"}
+    assert report.left_out == {
+        "safety_checker": "the source has none; fill= (--fill) can take it from another checkpoint"
+    }
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_settings_from_a_folder(checkpoint, small, tmp_path, kind):
     settings = shutil.copytree(checkpoint, tmp_path / "settings", ignore=shutil.ignore_patterns("*.safetensors"))
-    for name, key, value in (("unet/config.json", "sample_size", 24), ("vae/config.json", "scaling_factor", 0.5),
-                             ("scheduler/scheduler_config.json", "_class_name", "DDIMScheduler")):
+    for name, key, value in (
+        ("unet/config.json", "sample_size", 24),
+        ("vae/config.json", "scaling_factor", 0.5),
+        ("scheduler/scheduler_config.json", "_class_name", "DDIMScheduler"),
+    ):
         text = json.loads((settings / name).read_text())
         (settings / name).write_text(json.dumps(text | {key: value}))
     convert(small if kind == "file" else checkpoint, tmp_path / "out", config=settings)
-    pipe = StableDiffusionImageVariationPipeline.from_pretrained(tmp_path / "out", safety_checker=None,
-                                                                 requires_safety_checker=False)
+    pipe = StableDiffusionImageVariationPipeline.from_pretrained(
+        tmp_path / "out", safety_checker=None, requires_safety_checker=False
+    )
     assert (pipe.unet.config.sample_size, pipe.vae.config.scaling_factor) == (24, 0.5)
     assert type(pipe.scheduler) is imvar.DDIMScheduler
     shutil.rmtree(settings / "vae")
@@ -142,9 +156,17 @@ def test_the_index_says_which_scheduler(checkpoint, tmp_path):
     """As it does to `from_pretrained`, here and in diffusers."""
     source = shutil.copytree(checkpoint, tmp_path / "source")
     index = json.loads((source / "model_index.json").read_text())
-    (source / "model_index.json").write_text(json.dumps(index | {
-        "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None],
-        "text_encoder": ["transformers", "CLIPTextModel"], "requires_safety_checker": False}))
+    (source / "model_index.json").write_text(
+        json.dumps(
+            index
+            | {
+                "scheduler": ["diffusers", "DDIMScheduler"],
+                "safety_checker": [None, None],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "requires_safety_checker": False,
+            }
+        )
+    )
     (source / "text_encoder").mkdir()
     said = []
     convert(source, tmp_path / "target", say=said.append)
@@ -164,8 +186,10 @@ def test_the_size_that_old_unets_meant(checkpoint, tmp_path):
     path = source / "unet/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": "0.4.0.dev0", "sample_size": 32}))
     convert(source, tmp_path / "target")
-    sizes = {StableDiffusionImageVariationPipeline.from_pretrained(folder).unet.config.sample_size
-             for folder in (source, tmp_path / "target")}
+    sizes = {
+        StableDiffusionImageVariationPipeline.from_pretrained(folder).unet.config.sample_size
+        for folder in (source, tmp_path / "target")
+    }
     assert sizes == {64}
 
 
@@ -211,13 +235,18 @@ def test_what_is_said(originals, tmp_path):
     said = []
     report = convert(originals["full"], tmp_path / "out", say=said.append, verify=True)
     text = "\n".join(said)
-    for words in (f"source: {originals['full']}, the original layout, one file", "26 float16 and 14 float32 tensors",
-                  "vae: 5,252,487 numbers in 248 float32 tensors; the original names",
-                  "left out, as no model uses it: cond_stage_model.model.transformer.*, 24 tensors",
-                  "scheduler: PNDMScheduler, from the published settings",
-                  "14 tensors of the schedule and of the moving average's state are left out",
-                  "left where they are: epoch, global_step, pytorch-lightning_version, callbacks, optimizer_states",
-                  "without safety_checker: the source has none", "dtype keep", "verified: "):
+    for words in (
+        f"source: {originals['full']}, the original layout, one file",
+        "26 float16 and 14 float32 tensors",
+        "vae: 5,252,487 numbers in 248 float32 tensors; the original names",
+        "left out, as no model uses it: cond_stage_model.model.transformer.*, 24 tensors",
+        "scheduler: PNDMScheduler, from the published settings",
+        "14 tensors of the schedule and of the moving average's state are left out",
+        "left where they are: epoch, global_step, pytorch-lightning_version, callbacks, optimizer_states",
+        "without safety_checker: the source has none",
+        "dtype keep",
+        "verified: ",
+    ):
         assert words in text, words
     files = sorted((tmp_path / "out").glob("*/*.safetensors"))
     assert sorted(file.path for file in report.written) == files
@@ -239,10 +268,12 @@ def test_which_file_of_several_is_said(published, tmp_path):
 def test_older_files_at_the_target_are_named(small, tmp_path):
     said = []
     imvar.AutoencoderKL.from_single_file(small).save_pretrained(
-        tmp_path / "vae", safe_serialization=False, variant="fp16")
+        tmp_path / "vae", safe_serialization=False, variant="fp16"
+    )
     convert(small, tmp_path, say=said.append)
     assert [line for line in said if "stays beside" in line] == [
-        f"stays beside: {tmp_path}/vae/diffusion_pytorch_model.fp16.bin, which goes with what was there before"]
+        f"stays beside: {tmp_path}/vae/diffusion_pytorch_model.fp16.bin, which goes with what was there before"
+    ]
     assert (tmp_path / "vae" / "diffusion_pytorch_model.fp16.bin").exists()
 
 

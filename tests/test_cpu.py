@@ -27,6 +27,7 @@ def asked(monkeypatch):
     for dtype in TOLERANCE:
         cpu.has_onednn(dtype)
     for kernel in cpu.onednn_linear, cpu.enlarge:
+
         def watching(*args, kernel=kernel):
             names.append(kernel.__name__)
             return kernel(*args)
@@ -160,8 +161,10 @@ def test_fewer_products_round_hardly_more_than_the_usual_ones():
     x, kernel = torch.randn(2, 320, 16, 16), torch.randn(320, 320, 3, 3) / 54
     exact = F.conv2d(x.double(), kernel.double(), padding=1)
     made = winograd.convolve(x.permute(0, 2, 3, 1), winograd.convolution_matrices(kernel), None, F.linear)
-    errors = [(found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-              for found in (made.permute(0, 3, 1, 2), F.conv2d(x, kernel, padding=1))]
+    errors = [
+        (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        for found in (made.permute(0, 3, 1, 2), F.conv2d(x, kernel, padding=1))
+    ]
     assert errors[0] <= 4 * errors[1] <= 2e-6
 
 
@@ -181,9 +184,18 @@ def test_group_norm_keeps_its_digits(all_pay, monkeypatch, n, c, h, w, offset):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("options", [
-    {}, {"stride": 2}, {"padding": 0}, {"dilation": 2, "padding": 2}, {"groups": 2}, {"bias": False},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2},
+        {"padding": 0},
+        {"dilation": 2, "padding": 2},
+        {"groups": 2},
+        {"bias": False},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [(8, 6), (7, 6), (8, 5)])
 @torch.no_grad()
 def test_convolutions_in_a_run(all_pay, ways, dtype, options, size):
@@ -314,9 +326,14 @@ def test_runs_without_onednn(pipe, all_pay):
 
 
 ODD = {
-    "circular": {"padding": 1, "padding_mode": "circular"}, "reflect": {"padding": 1, "padding_mode": "reflect"},
-    "1x1": {"kernel_size": 1}, "5x5": {"kernel_size": 5, "padding": 2}, "grouped": {"padding": 1, "groups": 4},
-    "dilated": {"padding": 2, "dilation": 2}, "same": {"padding": "same"}, "strided": {"padding": 1, "stride": 2},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "1x1": {"kernel_size": 1},
+    "5x5": {"kernel_size": 5, "padding": 2},
+    "grouped": {"padding": 1, "groups": 4},
+    "dilated": {"padding": 2, "dilation": 2},
+    "same": {"padding": "same"},
+    "strided": {"padding": 1, "stride": 2},
 }
 
 
@@ -342,6 +359,7 @@ def test_convolutions_that_somebody_put_there(kind, options, dtype):
 @torch.no_grad()
 def test_what_a_convolution_became_after_it_was_made():
     """The usual tricks: its padding_mode is set, or its _conv_forward replaced."""
+
     def twice(input, weight, bias):
         return 2 * F.conv2d(input, weight, bias, padding=1)
 

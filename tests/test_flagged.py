@@ -87,6 +87,7 @@ def test_other_ways(pipe, photo, how, kind):
 
 def test_a_checker_of_others(pipe, photo):
     """One that writes into what it is handed, as the reference's does, and tells no scores."""
+
     def check(images, clip_input):
         images[1] = 0
         return images, [False, True]

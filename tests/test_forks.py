@@ -25,8 +25,9 @@ from imvar.models.attention import Backend, attentions
 
 
 def run(pipe, photo, **options):
-    return pipe(photo, num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0),
-                **options).images
+    return pipe(
+        photo, num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0), **options
+    ).images
 
 
 def predict(unet, tokens=1):
@@ -131,17 +132,28 @@ def test_kernels_go_in_and_out(pipe):
     assert torch.equal(predict(pipe.unet, tokens=2), before)
 
 
-@pytest.mark.parametrize(("kernel", "came"), [
-    (lambda q, k, v: v.mean(2, keepdim=True), r"a tensor \(2, \d, 1, \d\)"), (lambda q, k, v: None, "NoneType"),
-    (lambda q, k, v: q.flatten(1, 2), "a tensor")])
+@pytest.mark.parametrize(
+    ("kernel", "came"),
+    [
+        (lambda q, k, v: v.mean(2, keepdim=True), r"a tensor \(2, \d, 1, \d\)"),
+        (lambda q, k, v: None, "NoneType"),
+        (lambda q, k, v: q.flatten(1, 2), "a tensor"),
+    ],
+)
 def test_a_kernel_at_fault_is_named(pipe, kernel, came):
     imvar.set_attend(pipe.unet, kernel)
     with pytest.raises(imvar.InputTypeError, match=f"attend=.*it answered with {came}.*as q has it, would do"):
         predict(pipe.unet, tokens=2)
 
 
-@pytest.mark.parametrize("seam", [(lambda unet: unet, "merge"), (lambda unet: attentions(unet)[0], "attend"),
-                                  (lambda unet: attentions(unet)[0], "override")])
+@pytest.mark.parametrize(
+    "seam",
+    [
+        (lambda unet: unet, "merge"),
+        (lambda unet: attentions(unet)[0], "attend"),
+        (lambda unet: attentions(unet)[0], "override"),
+    ],
+)
 def test_what_is_no_function_takes_no_functions_place(pipe, seam):
     layer = seam[0](pipe.unet)
     for wrong in (3, "sdpa", *([None] if seam[1] != "override" else [])):

@@ -14,8 +14,12 @@ import imvar
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
 from imvar.weights import convert
 
-MODELS = [imvar.UNet2DConditionModel, imvar.AutoencoderKL, imvar.CLIPVisionModelWithProjection,
-          imvar.StableDiffusionSafetyChecker]
+MODELS = [
+    imvar.UNet2DConditionModel,
+    imvar.AutoencoderKL,
+    imvar.CLIPVisionModelWithProjection,
+    imvar.StableDiffusionSafetyChecker,
+]
 SETTINGS = [imvar.PNDMScheduler, imvar.DDIMScheduler, imvar.LMSDiscreteScheduler, imvar.CLIPImageProcessor]
 UNET = "diffusion_pytorch_model.safetensors"
 
@@ -90,8 +94,11 @@ def test_what_is_no_path(unet, checkpoint, tmp_path, monkeypatch, path):
         if path is not None or name in ("source", "target"):
             with pytest.raises(InputError, match=f"{name}="):
                 convert(**({"source": checkpoint, "target": tmp_path / "x"} | {name: path}))
-    for load in (imvar.UNet2DConditionModel.from_pretrained, StableDiffusionImageVariationPipeline.from_pretrained,
-                 imvar.UNet2DConditionModel.from_single_file):
+    for load in (
+        imvar.UNet2DConditionModel.from_pretrained,
+        StableDiffusionImageVariationPipeline.from_pretrained,
+        imvar.UNet2DConditionModel.from_single_file,
+    ):
         with pytest.raises((InputError, CheckpointError)):
             load(path)
     assert not list(tmp_path.iterdir())
@@ -133,8 +140,12 @@ def test_guessed_settings_are_told(checkpoint, tmp_path):
         imvar.UNet2DConditionModel.from_single_file(alone, config=checkpoint)
     said = []
     (tmp_path / "vae").mkdir()
-    vae = imvar.AutoencoderKL(block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2,
-                              up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=16)
+    vae = imvar.AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=16,
+    )
     save_file(vae.state_dict(), tmp_path / "vae.safetensors")
     convert(tmp_path / "vae.safetensors", tmp_path / "out", dry_run=True, say=said.append)
     assert any("norm_num_groups=32" in line and "--config" in line for line in said)
@@ -147,6 +158,7 @@ def test_any_length_of_header_is_one(unet, tmp_path):
     length = int.from_bytes(content[:8], "little")
     for look in b"<\n\t \xef":
         more = (look - length) % 256
-        (tmp_path / UNET).write_bytes((length + more).to_bytes(8, "little") + content[8:8 + length] + b" " * more
-                                      + content[8 + length:])
+        (tmp_path / UNET).write_bytes(
+            (length + more).to_bytes(8, "little") + content[8 : 8 + length] + b" " * more + content[8 + length :]
+        )
         assert equal(imvar.UNet2DConditionModel.from_pretrained(tmp_path), unet)

@@ -10,26 +10,36 @@ from hostile import CLASSES, LFS, every_part, refuses, refuses_part, weights
 from imvar import StableDiffusionImageVariationPipeline
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (lambda whole: b"", "the file is empty"),
-    (lambda whole: b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "a web page"),
-    (lambda whole: LFS, "git lfs pull would fetch"),
-    (lambda whole: whole[:-1], "cut short at"),
-    (lambda whole: whole[:1000], "cut short at 1000 bytes, and its header alone has"),
-    (lambda whole: whole[:9], "does not begin as one"),
-    (lambda whole: (2**63).to_bytes(8, "little") + whole[8:], "does not begin as one"),
-    (lambda whole: bytes(5000), "does not begin as one"),
-    (lambda whole: whole + b"x", "cannot be read as a safetensors file"),
-    (lambda whole: framed(b'{"a":' * 100_000), "cannot be read as JSON"),
-    (lambda whole: framed(b'{"a": "\xff"}'), "cannot be read as JSON"),
-    (lambda whole: framed(json.dumps({str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-                                      for i in range(10**4)}).encode()), "holds 10000 tensors, more than"),
-    (lambda whole: doubled_key(whole), "is there twice"),
-    (lambda whole: changed(whole, data_offsets=[0, 2**62]), "cut short"),
-    (lambda whole: changed(whole, data_offsets=[8, 4]), "cannot be read as a safetensors file"),
-    (lambda whole: changed(whole, shape=[2**40, 2**40]), "cannot be read as a safetensors file"),
-    (lambda whole: changed(whole, dtype="F7"), "cannot be read as a safetensors file"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda whole: b"", "the file is empty"),
+        (lambda whole: b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "a web page"),
+        (lambda whole: LFS, "git lfs pull would fetch"),
+        (lambda whole: whole[:-1], "cut short at"),
+        (lambda whole: whole[:1000], "cut short at 1000 bytes, and its header alone has"),
+        (lambda whole: whole[:9], "does not begin as one"),
+        (lambda whole: (2**63).to_bytes(8, "little") + whole[8:], "does not begin as one"),
+        (lambda whole: bytes(5000), "does not begin as one"),
+        (lambda whole: whole + b"x", "cannot be read as a safetensors file"),
+        (lambda whole: framed(b'{"a":' * 100_000), "cannot be read as JSON"),
+        (lambda whole: framed(b'{"a": "\xff"}'), "cannot be read as JSON"),
+        (
+            lambda whole: framed(
+                json.dumps(
+                    {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(10**4)}
+                ).encode()
+            ),
+            "holds 10000 tensors, more than",
+        ),
+        (lambda whole: doubled_key(whole), "is there twice"),
+        (lambda whole: changed(whole, data_offsets=[0, 2**62]), "cut short"),
+        (lambda whole: changed(whole, data_offsets=[8, 4]), "cannot be read as a safetensors file"),
+        (lambda whole: changed(whole, shape=[2**40, 2**40]), "cannot be read as a safetensors file"),
+        (lambda whole: changed(whole, dtype="F7"), "cannot be read as a safetensors file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 @every_part
 def test_safetensors(folder, part, content, words):
     file = weights(folder, part)
@@ -45,7 +55,7 @@ def framed(header, data=b""):
 
 def parts_of(whole):
     length = int.from_bytes(whole[:8], "little")
-    return json.loads(whole[8:8 + length]), whole[8 + length:]
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
 
 
 def changed(whole, **entries):
@@ -62,10 +72,16 @@ def doubled_key(whole):
 
 
 @pytest.mark.parametrize("file", ["config.json", "weights"])
-@pytest.mark.parametrize(("what", "words"), [
-    ("folder", "is a folder"), ("pipe", "no regular file"), ("out", "leads out of"), ("device", "leads out of"),
-    ("loop", "cannot be a file|leads out of|Symlink loop|cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("folder", "is a folder"),
+        ("pipe", "no regular file"),
+        ("out", "leads out of"),
+        ("device", "leads out of"),
+        ("loop", "cannot be a file|leads out of|Symlink loop|cannot be read"),
+    ],
+)
 @every_part
 def test_what_is_no_file_in_the_folder(folder, part, file, what, words):
     file = weights(folder, part) if file == "weights" else folder / part / file
@@ -101,5 +117,8 @@ def test_the_cache_of_the_hub_is_made_of_links(folder, tmp_path):
     blob = weights(snapshot, "unet").resolve()
     blob.rename(tmp_path / "outside")
     blob.symlink_to(tmp_path / "outside")
-    refuses(lambda: StableDiffusionImageVariationPipeline.from_pretrained(snapshot), weights(snapshot, "unet"),
-            "leads out of")
+    refuses(
+        lambda: StableDiffusionImageVariationPipeline.from_pretrained(snapshot),
+        weights(snapshot, "unet"),
+        "leads out of",
+    )

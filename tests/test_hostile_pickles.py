@@ -16,8 +16,12 @@ from safetensors.torch import save, save_file
 import imvar
 from imvar.weights.reading import read_checkpoint, read_tensors
 
-PICKLE = {"vae": "diffusion_pytorch_model.bin", "unet": "diffusion_pytorch_model.bin",
-          "image_encoder": "pytorch_model.bin", "safety_checker": "pytorch_model.bin"}
+PICKLE = {
+    "vae": "diffusion_pytorch_model.bin",
+    "unet": "diffusion_pytorch_model.bin",
+    "image_encoder": "pytorch_model.bin",
+    "safety_checker": "pytorch_model.bin",
+}
 
 
 # Pickles
@@ -49,8 +53,9 @@ def programmed(content, packing=None):
 
 def without(end):
     """Write a torch.save file again without one record."""
-    return lambda file: rezipped(file, lambda records: records.pop(next(
-        name for name in records if name.endswith(end))) and None)
+    return lambda file: rezipped(
+        file, lambda records: records.pop(next(name for name in records if name.endswith(end))) and None
+    )
 
 
 def one():
@@ -73,18 +78,29 @@ BINS = {
     "html": (lambda: {}, lambda file: file.write_bytes(b"<html>"), "web page"),
     "empty": (lambda: {}, lambda file: file.write_bytes(b""), "is empty"),
     "noise": (lambda: {}, lambda file: file.write_bytes(b"\xff" * 9000), "no pickle of tensors"),
-    "compressed": (lambda: {"a": torch.zeros(3000)}, lambda file: rezipped(file, lambda r: zipfile.ZIP_DEFLATED),
-                   "it is compressed"),
+    "compressed": (
+        lambda: {"a": torch.zeros(3000)},
+        lambda file: rezipped(file, lambda r: zipfile.ZIP_DEFLATED),
+        "it is compressed",
+    ),
     "bomb": (one, programmed(bytes(2**25), zipfile.ZIP_DEFLATED), "compressed"),
     "long": (one, programmed(b"]" * 10**6), "more than 250000 instructions"),
     "large": (one, programmed(bytes(2**25)), "its pickle has"),
-    "endless key": (one, programmed(b"\x80\x02}" + b"K\x01q\x00" + b"".join(
-        b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(100)) + b"K\x01s."), "a tuple of more than"),
+    "endless key": (
+        one,
+        programmed(
+            b"\x80\x02}" + b"K\x01q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(100)) + b"K\x01s."
+        ),
+        "a tuple of more than",
+    ),
     "deep key": (one, programmed(b"\x80\x02}K\x01" + b"\x85" * 10**5 + b"K\x01s."), "a tuple of more than"),
     "nothing": (one, programmed(b""), "cut short, or no pickle"),
     "too short": (one, programmed(b"\x80\x02s."), "it takes more than is there"),
-    "many records": (one, lambda file: rezipped(file, lambda records: records.update(
-        {str(i): b"" for i in range(50_000)})), "its list of records has"),
+    "many records": (
+        one,
+        lambda file: rezipped(file, lambda records: records.update({str(i): b"" for i in range(50_000)})),
+        "its list of records has",
+    ),
     "other zip": (one, without("data.pkl"), "not of torch.save"),
     "no storage": (one, without("/data/0"), "cut short, or no pickle"),
 }
@@ -137,10 +153,15 @@ def original(tmp_path, monkeypatch):
         for place in ("pytorch_lightning", "pytorch_lightning.callbacks"):
             patch.setitem(sys.modules, place, ModuleType(place))
         patch.setitem(sys.modules, name, module)
-        held = {"epoch": 3, "global_step": 9, "pytorch-lightning_version": "1.4.2",
-                "state_dict": {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.float16)},
-                "callbacks": {module.ModelCheckpoint: {"best": np.float64(0.5), "mode": module.ModelCheckpoint()}},
-                "optimizer_states": [{"state": {0: {"step": 3, "exp_avg": torch.ones(3)}}}], "lr_schedulers": []}
+        held = {
+            "epoch": 3,
+            "global_step": 9,
+            "pytorch-lightning_version": "1.4.2",
+            "state_dict": {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.float16)},
+            "callbacks": {module.ModelCheckpoint: {"best": np.float64(0.5), "mode": module.ModelCheckpoint()}},
+            "optimizer_states": [{"state": {0: {"step": 3, "exp_avg": torch.ones(3)}}}],
+            "lr_schedulers": [],
+        }
         torch.save(held, tmp_path / "full.ckpt")
     return tmp_path / "full.ckpt"
 
@@ -149,8 +170,14 @@ def test_an_original_checkpoint(original):
     tensors, aside = read_checkpoint(original)
     assert tensors["a"].tolist() == [0, 1, 2]
     assert tensors["b"].dtype == torch.float16
-    assert aside == ["epoch", "global_step", "pytorch-lightning_version", "callbacks", "optimizer_states",
-                     "lr_schedulers"]
+    assert aside == [
+        "epoch",
+        "global_step",
+        "pytorch-lightning_version",
+        "callbacks",
+        "optimizer_states",
+        "lr_schedulers",
+    ]
     assert not [name for _, name in filter(lambda known: type(known) is tuple, torch.serialization.get_safe_globals())]
     refuses(lambda: read_tensors(original), original, "names pytorch_lightning.*ModelCheckpoint")
 
@@ -164,11 +191,17 @@ def test_an_original_checkpoint_without_nesting(tmp_path):
     assert read_checkpoint(tmp_path / "x.safetensors")[1] == []
 
 
-@pytest.mark.parametrize(("held", "words"), [
-    ({"state_dict": {"a": 3}}, "a: is a int"), ({"state_dict": 3}, "holds no tensors"), ({"epoch": 3}, "no tensors"),
-    ({"state_dict": {"a": torch.ones(3)}, "x": Foreign()}, r"names posix\.system"), ([], "holds a list"),
-    ({"state_dict": {"a": torch.ones(3)}, "x": np.ones(3)}, r"names numpy.*_reconstruct"),
-])
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        ({"state_dict": {"a": 3}}, "a: is a int"),
+        ({"state_dict": 3}, "holds no tensors"),
+        ({"epoch": 3}, "no tensors"),
+        ({"state_dict": {"a": torch.ones(3)}, "x": Foreign()}, r"names posix\.system"),
+        ([], "holds a list"),
+        ({"state_dict": {"a": torch.ones(3)}, "x": np.ones(3)}, r"names numpy.*_reconstruct"),
+    ],
+)
 def test_original_checkpoints_that_are_none(tmp_path, held, words):
     torch.save(held, tmp_path / "x.ckpt")
     refuses(lambda: read_checkpoint(tmp_path / "x.ckpt"), tmp_path / "x.ckpt", words)
@@ -180,13 +213,20 @@ def test_nothing_that_a_pickle_names_is_imported_or_made(original, tmp_path):
     (package / "callbacks").mkdir(parents=True)
     for file in (package / "__init__.py", package / "callbacks" / "__init__.py"):
         file.write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
-    program = ("import sys, pathlib, numpy, imvar.weights.reading as r\n"
-               "made = numpy._core.multiarray.scalar\n"
-               "sys.setprofile(lambda frame, event, it: event == 'c_call' and it is made and print('made'))\n"
-               f"tensors, aside = r.read_checkpoint(pathlib.Path({str(original)!r}))\n"
-               "print(list(tensors), 'pytorch_lightning' in sys.modules)")
+    program = (
+        "import sys, pathlib, numpy, imvar.weights.reading as r\n"
+        "made = numpy._core.multiarray.scalar\n"
+        "sys.setprofile(lambda frame, event, it: event == 'c_call' and it is made and print('made'))\n"
+        f"tensors, aside = r.read_checkpoint(pathlib.Path({str(original)!r}))\n"
+        "print(list(tensors), 'pytorch_lightning' in sys.modules)"
+    )
     paths = os.pathsep.join([str(tmp_path), str(Path(imvar.__file__).parents[1])])
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths}, capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == "['a', 'b'] False"
     assert not (tmp_path / "mark").exists()

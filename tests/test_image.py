@@ -50,8 +50,18 @@ def test_a_batch_is_its_pictures():
 
 def test_every_kind_of_input_agrees():
     x = noise()
-    kinds = [x, x.transpose(2, 0, 1), torch.from_numpy(x), torch.from_numpy(x).permute(2, 0, 1), x[None], [x], (IMAGE,),
-             x.astype(float), torch.from_numpy(x).bfloat16(), torch.from_numpy(x).float().requires_grad_()]
+    kinds = [
+        x,
+        x.transpose(2, 0, 1),
+        torch.from_numpy(x),
+        torch.from_numpy(x).permute(2, 0, 1),
+        x[None],
+        [x],
+        (IMAGE,),
+        x.astype(float),
+        torch.from_numpy(x).bfloat16(),
+        torch.from_numpy(x).float().requires_grad_(),
+    ]
     expected = CLIPImageProcessor()(IMAGE, return_tensors="np").pixel_values
     assert all(np.array_equal(CLIPImageProcessor()(kind, return_tensors="np").pixel_values, expected) for kind in kinds)
 
@@ -102,8 +112,9 @@ def test_an_extreme_picture_takes_little_memory():
             processor(Image.new("RGB", size), return_tensors="pt")
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         cwd=Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
     assert float(run.stdout) < 100  # MB
 
 
@@ -167,44 +178,47 @@ def half_a_file():
 NAN = np.full((30, 40, 3), np.nan, np.float32)
 
 
-@pytest.mark.parametrize(("images", "error", "words"), [
-    (None, InputTypeError, "images: NoneType came"),
-    ("photo.png", InputTypeError, "images: str came; a PIL picture, .*open files"),
-    (b"\x89PNG", InputTypeError, "images: bytes came"),
-    (io.BytesIO(), InputTypeError, "images: BytesIO came"),
-    (True, InputTypeError, "images: bool came"),
-    (3.5, InputTypeError, "images: float came"),
-    ([], InputTypeError, "images: an empty list came"),
-    ((), InputTypeError, "images: an empty tuple came"),
-    ([IMAGE, None], InputTypeError, r"images\[1\]: NoneType came"),
-    ([IMAGE, IMAGE, "http://x/y.png"], InputTypeError, r"images\[2\]: str came"),
-    ([[IMAGE]], InputTypeError, r"images\[0\]: list came"),
-    ({"a": IMAGE}, InputTypeError, "images: dict came"),
-    (noise()[..., 0], InputError, r"images: shape \(30, 40\) came; \(h, w, 3\)"),
-    ([IMAGE, noise()[..., :2]], InputError, r"images\[1\]: shape \(30, 40, 2\) has no axis"),
-    (noise()[:3], InputError, r"images: shape \(3, 40, 3\) can be read two ways; say input_data_format="),
-    (np.zeros((0, 5, 3), np.uint8), InputError, r"images: shape \(0, 5, 3\) came"),
-    (np.zeros((0, 5, 5, 3), np.uint8), InputError, r"images: an empty batch of shape \(0, 5, 5, 3\)"),
-    (np.zeros((1, 1, 5, 5, 3), np.uint8), InputError, r"images: shape \(1, 1, 5, 5, 3\) came"),
-    (noise() > 9, InputTypeError, "images: values of type bool came"),
-    (noise().astype(complex), InputTypeError, "images: values of type complex128 came"),
-    (noise().astype(object), InputTypeError, "images: values of type object came"),
-    (noise().astype(np.uint16) * 257, InputError, r"images: whole numbers \d+\.\.65535 came; 0\.\.255"),
-    (noise().astype(np.int16) - 128, InputError, r"images: whole numbers -128\.\."),
-    (NAN, InputError, "images: NaN or infinite"),
-    (torch.from_numpy(NAN), InputError, "images: NaN or infinite"),
-    ([np.stack([noise() / 1.0, NAN])], InputError, r"images\[0\]\[1\]: NaN or infinite"),
-    (noise() / 255, InputError, r"images: floats 0\.0\.\.1\.0 came; .* do_rescale=False"),
-    (noise() / 127.5 - 1, InputError, r"images: floats -1\.0\.\."),
-    (noise() + 0.3, InputError, r"images: floats .* came; 0\.\.255 would do"),
-    (noise() * 0.9, InputError, "images: floats between whole numbers"),
-    (noise(channels=4) / 1.0, InputTypeError, "images: 4 channels of float32"),
-    (Image.fromarray(noise()[..., 0].astype(np.float32)), InputError, "images: mode F"),
-    (Image.fromarray(np.array([[-1, 3]], np.int32)), InputError, r"images: mode I with values -1\.\.3"),
-    (Image.fromarray(np.array([[0, 65536]], np.int32)), InputError, r"images: mode I with values 0\.\.65536"),
-    (Image.new("RGB", (0, 5)), InputError, "images: a picture of 0x5"),
-    ([IMAGE, Image.new("La", (3, 3))], InputError, r"images\[1\]: a mode La picture"),
-])
+@pytest.mark.parametrize(
+    ("images", "error", "words"),
+    [
+        (None, InputTypeError, "images: NoneType came"),
+        ("photo.png", InputTypeError, "images: str came; a PIL picture, .*open files"),
+        (b"\x89PNG", InputTypeError, "images: bytes came"),
+        (io.BytesIO(), InputTypeError, "images: BytesIO came"),
+        (True, InputTypeError, "images: bool came"),
+        (3.5, InputTypeError, "images: float came"),
+        ([], InputTypeError, "images: an empty list came"),
+        ((), InputTypeError, "images: an empty tuple came"),
+        ([IMAGE, None], InputTypeError, r"images\[1\]: NoneType came"),
+        ([IMAGE, IMAGE, "http://x/y.png"], InputTypeError, r"images\[2\]: str came"),
+        ([[IMAGE]], InputTypeError, r"images\[0\]: list came"),
+        ({"a": IMAGE}, InputTypeError, "images: dict came"),
+        (noise()[..., 0], InputError, r"images: shape \(30, 40\) came; \(h, w, 3\)"),
+        ([IMAGE, noise()[..., :2]], InputError, r"images\[1\]: shape \(30, 40, 2\) has no axis"),
+        (noise()[:3], InputError, r"images: shape \(3, 40, 3\) can be read two ways; say input_data_format="),
+        (np.zeros((0, 5, 3), np.uint8), InputError, r"images: shape \(0, 5, 3\) came"),
+        (np.zeros((0, 5, 5, 3), np.uint8), InputError, r"images: an empty batch of shape \(0, 5, 5, 3\)"),
+        (np.zeros((1, 1, 5, 5, 3), np.uint8), InputError, r"images: shape \(1, 1, 5, 5, 3\) came"),
+        (noise() > 9, InputTypeError, "images: values of type bool came"),
+        (noise().astype(complex), InputTypeError, "images: values of type complex128 came"),
+        (noise().astype(object), InputTypeError, "images: values of type object came"),
+        (noise().astype(np.uint16) * 257, InputError, r"images: whole numbers \d+\.\.65535 came; 0\.\.255"),
+        (noise().astype(np.int16) - 128, InputError, r"images: whole numbers -128\.\."),
+        (NAN, InputError, "images: NaN or infinite"),
+        (torch.from_numpy(NAN), InputError, "images: NaN or infinite"),
+        ([np.stack([noise() / 1.0, NAN])], InputError, r"images\[0\]\[1\]: NaN or infinite"),
+        (noise() / 255, InputError, r"images: floats 0\.0\.\.1\.0 came; .* do_rescale=False"),
+        (noise() / 127.5 - 1, InputError, r"images: floats -1\.0\.\."),
+        (noise() + 0.3, InputError, r"images: floats .* came; 0\.\.255 would do"),
+        (noise() * 0.9, InputError, "images: floats between whole numbers"),
+        (noise(channels=4) / 1.0, InputTypeError, "images: 4 channels of float32"),
+        (Image.fromarray(noise()[..., 0].astype(np.float32)), InputError, "images: mode F"),
+        (Image.fromarray(np.array([[-1, 3]], np.int32)), InputError, r"images: mode I with values -1\.\.3"),
+        (Image.fromarray(np.array([[0, 65536]], np.int32)), InputError, r"images: mode I with values 0\.\.65536"),
+        (Image.new("RGB", (0, 5)), InputError, "images: a picture of 0x5"),
+        ([IMAGE, Image.new("La", (3, 3))], InputError, r"images\[1\]: a mode La picture"),
+    ],
+)
 def test_no_picture(images, error, words):
     with pytest.raises(error, match=words) as caught:
         CLIPImageProcessor()(images, return_tensors="pt")
@@ -217,23 +231,43 @@ def test_half_a_file():
     assert isinstance(caught.value.__cause__, (OSError, SyntaxError))
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    ({"size": {"longest_edge": 3}}, "size={'longest_edge': 3} is not supported; it can be {'shortest_edge': 224} or"),
-    ({"size": {"height": 3}}, "size="), ({"size": {}}, "size="), ({"size": "224"}, "size='224'"),
-    ({"size": 0}, "size=0"),
-    ({"size": -3}, "size=-3"), ({"size": 2.5}, "size=2.5"), ({"size": True}, "size=True"),
-    ({"size": None}, "size=None"),
-    ({"size": (1, 2, 3)}, "size="), ({"size": 10**9}, "size=1000000000"), ({"size": {"shortest_edge": "3"}}, "size="),
-    ({"crop_size": {"shortest_edge": 3}}, "crop_size="), ({"crop_size": 10**9}, "crop_size="),
-    ({"resample": 9}, r"resample=9 is not supported; it can be 0 \(nearest\), 1 \(lanczos\)"),
-    ({"resample": "bicubic"}, "resample='bicubic'"), ({"resample": True}, "resample=True"),
-    ({"do_resize": "no"}, "do_resize='no'"), ({"do_normalize": 1}, "do_normalize=1"),
-    ({"do_rescale": None}, "do_rescale=None"),
-    ({"image_mean": [0.5, 0.5]}, "image_mean="), ({"image_mean": "0.5"}, "image_mean="),
-    ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean="), ({"image_std": [0, 1, 1]}, "image_std="),
-    ({"image_std": 0}, "image_std="), ({"rescale_factor": float("inf")}, "rescale_factor=inf"),
-    ({"rescale_factor": "1/255"}, "rescale_factor="), ({"sise": 3}, "unexpected argument 'sise'"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            {"size": {"longest_edge": 3}},
+            "size={'longest_edge': 3} is not supported; it can be {'shortest_edge': 224} or",
+        ),
+        ({"size": {"height": 3}}, "size="),
+        ({"size": {}}, "size="),
+        ({"size": "224"}, "size='224'"),
+        ({"size": 0}, "size=0"),
+        ({"size": -3}, "size=-3"),
+        ({"size": 2.5}, "size=2.5"),
+        ({"size": True}, "size=True"),
+        ({"size": None}, "size=None"),
+        ({"size": (1, 2, 3)}, "size="),
+        ({"size": 10**9}, "size=1000000000"),
+        ({"size": {"shortest_edge": "3"}}, "size="),
+        ({"crop_size": {"shortest_edge": 3}}, "crop_size="),
+        ({"crop_size": 10**9}, "crop_size="),
+        ({"resample": 9}, r"resample=9 is not supported; it can be 0 \(nearest\), 1 \(lanczos\)"),
+        ({"resample": "bicubic"}, "resample='bicubic'"),
+        ({"resample": True}, "resample=True"),
+        ({"do_resize": "no"}, "do_resize='no'"),
+        ({"do_normalize": 1}, "do_normalize=1"),
+        ({"do_rescale": None}, "do_rescale=None"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean="),
+        ({"image_mean": "0.5"}, "image_mean="),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean="),
+        ({"image_std": [0, 1, 1]}, "image_std="),
+        ({"image_std": 0}, "image_std="),
+        ({"rescale_factor": float("inf")}, "rescale_factor=inf"),
+        ({"rescale_factor": "1/255"}, "rescale_factor="),
+        ({"sise": 3}, "unexpected argument 'sise'"),
+    ],
+    ids=str,
+)
 def test_settings_that_cannot_be(call, words, tmp_path):
     for attempt in (lambda: CLIPImageProcessor(**call), lambda: CLIPImageProcessor()(IMAGE, **call)):
         with pytest.raises(InputError, match=words):
@@ -244,10 +278,15 @@ def test_settings_that_cannot_be(call, words, tmp_path):
             CLIPImageProcessor.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    ({"return_tensors": "tf"}, "return_tensors='tf'"), ({"input_data_format": "hwc"}, "input_data_format='hwc'"),
-    ({"do_center_crop": False, "return_tensors": "pt"}, r"images: sizes \[.*\] \(h, w\) make no batch"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"return_tensors": "tf"}, "return_tensors='tf'"),
+        ({"input_data_format": "hwc"}, "input_data_format='hwc'"),
+        ({"do_center_crop": False, "return_tensors": "pt"}, r"images: sizes \[.*\] \(h, w\) make no batch"),
+    ],
+    ids=str,
+)
 def test_calls_that_cannot_be(call, words):
     with pytest.raises(InputError, match=words):
         CLIPImageProcessor()([IMAGE, IMAGE.crop((0, 0, 9, 30))], **call)
@@ -291,18 +330,24 @@ def test_a_flagged_picture_is_handed_on():
     assert [image.getextrema() for image in images] == [((0, 0),) * 3] * 2
 
 
-@pytest.mark.parametrize(("call", "words"), [
-    ({"image": torch.zeros(1, 3, 8, 8), "output_type": "jpg"}, "output_type='jpg' is not supported; it can be 'pil'"),
-    ({"image": np.zeros((1, 3, 8, 8))}, "image: ndarray came"),
-    ({"image": torch.zeros(3, 8, 8)}, r"image: shape \(3, 8, 8\) came"),
-    ({"image": torch.zeros(2, 3, 8, 8), "do_denormalize": [True]}, r"do_denormalize=\[True\] came for 2 pictures"),
-    ({"image": torch.full((1, 3, 8, 8), torch.nan)}, "NaN or infinite values came"),
-    ({"image": torch.full((1, 3, 8, 8), torch.inf)}, "NaN or infinite values came"),
-    ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, r"values of torch\.uint8 came"),
-    ({"image": torch.zeros(1, 3, 8, 8), "do_denormalize": True}, "do_denormalize=True came for 1 pictures"),
-    ({"image": torch.full((1, 3, 8, 8), -0.5), "do_denormalize": [False]}, r"values -0\.5\.\.-0\.5 came"),
-    ({"image": torch.zeros(1, 4, 8, 8)}, r"shape \(1, 4, 8, 8\) came"),
-])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            {"image": torch.zeros(1, 3, 8, 8), "output_type": "jpg"},
+            "output_type='jpg' is not supported; it can be 'pil'",
+        ),
+        ({"image": np.zeros((1, 3, 8, 8))}, "image: ndarray came"),
+        ({"image": torch.zeros(3, 8, 8)}, r"image: shape \(3, 8, 8\) came"),
+        ({"image": torch.zeros(2, 3, 8, 8), "do_denormalize": [True]}, r"do_denormalize=\[True\] came for 2 pictures"),
+        ({"image": torch.full((1, 3, 8, 8), torch.nan)}, "NaN or infinite values came"),
+        ({"image": torch.full((1, 3, 8, 8), torch.inf)}, "NaN or infinite values came"),
+        ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, r"values of torch\.uint8 came"),
+        ({"image": torch.zeros(1, 3, 8, 8), "do_denormalize": True}, "do_denormalize=True came for 1 pictures"),
+        ({"image": torch.full((1, 3, 8, 8), -0.5), "do_denormalize": [False]}, r"values -0\.5\.\.-0\.5 came"),
+        ({"image": torch.zeros(1, 4, 8, 8)}, r"shape \(1, 4, 8, 8\) came"),
+    ],
+)
 def test_no_picture_comes_of_it(call, words):
     with pytest.raises(InputError, match=words):
         VaeImageProcessor().postprocess(**call)
@@ -313,15 +358,22 @@ def test_numpy_to_pil_needs_floats():
         numpy_to_pil(noise())
 
 
-@pytest.mark.parametrize(("image", "words"), [
-    (None, "image: NoneType came"), ([], "image: an empty list came"), ("x.png", "image: str came"),
-    ([IMAGE, "x.png"], "image: Image, str came"), (noise(), "values of torch.uint8 came"),
-    (torch.full((3, 8, 8), torch.nan), r"image: values nan\.\.nan came"),
-    (noise() / 1.0, r"image: values 0\.\.255 came"),
-    (torch.zeros(8, 8), r"image: shape \(8, 8\) came"), (IMAGE.convert("P"), r"image\[0\]: mode P came"),
-    ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)], "image: shapes"),
-    (IMAGE.resize((5, 30)), "width=5: a whole number from 8"),
-])
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (None, "image: NoneType came"),
+        ([], "image: an empty list came"),
+        ("x.png", "image: str came"),
+        ([IMAGE, "x.png"], "image: Image, str came"),
+        (noise(), "values of torch.uint8 came"),
+        (torch.full((3, 8, 8), torch.nan), r"image: values nan\.\.nan came"),
+        (noise() / 1.0, r"image: values 0\.\.255 came"),
+        (torch.zeros(8, 8), r"image: shape \(8, 8\) came"),
+        (IMAGE.convert("P"), r"image\[0\]: mode P came"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)], "image: shapes"),
+        (IMAGE.resize((5, 30)), "width=5: a whole number from 8"),
+    ],
+)
 def test_nothing_to_preprocess(image, words):
     with pytest.raises(InputError, match=words):
         VaeImageProcessor().preprocess(image)
@@ -333,16 +385,36 @@ def test_heights_that_cannot_be(height):
         VaeImageProcessor().preprocess(IMAGE, height=height)
 
 
-@pytest.mark.parametrize("settings", [{"do_binarize": True}, {"reducing_gap": 2}, {"resample": "area"},
-                                      {"vae_scale_factor": 0}, {"vae_scale_factor": 8.0}, {"vae_scale": 8}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_binarize": True},
+        {"reducing_gap": 2},
+        {"resample": "area"},
+        {"vae_scale_factor": 0},
+        {"vae_scale_factor": 8.0},
+        {"vae_scale": 8},
+    ],
+    ids=str,
+)
 def test_vae_settings_that_cannot_be(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         VaeImageProcessor(**settings)
 
 
-SETTINGS = [{}, {"resample": 2}, {"resample": 4}, {"resample": 1}, {"do_center_crop": False}, {"do_rescale": False},
-            {"size": {"height": 100, "width": 300}}, {"crop_size": {"height": 300, "width": 250}},
-            {"do_normalize": False}, {"do_resize": False}, {"size": {"shortest_edge": 64}, "image_std": 0.5}]
+SETTINGS = [
+    {},
+    {"resample": 2},
+    {"resample": 4},
+    {"resample": 1},
+    {"do_center_crop": False},
+    {"do_rescale": False},
+    {"size": {"height": 100, "width": 300}},
+    {"crop_size": {"height": 300, "width": 250}},
+    {"do_normalize": False},
+    {"do_resize": False},
+    {"size": {"shortest_edge": 64}, "image_std": 0.5},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -354,7 +426,8 @@ def test_pictures_on_a_device_are_prepared_as_by_pillow(settings, size):
     pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]
     expected = processor(pictures, return_tensors="pt").pixel_values
     for made in [processor.of_levels(levels)] + device.can_prepare(levels, processor.config) * [
-            device.prepare(levels, processor.config)]:
+        device.prepare(levels, processor.config)
+    ]:
         assert made.dtype == expected.dtype
         assert torch.equal(made, expected)
     assert device.can_prepare(levels, processor.config) == (settings.get("resample") != 1)
@@ -362,8 +435,13 @@ def test_pictures_on_a_device_are_prepared_as_by_pillow(settings, size):
 
 def test_which_axis_pillow_begins_with_is_asked(monkeypatch):
     asked = []
-    monkeypatch.setattr(device.Image.Image, "resize", lambda self, size, resample, real=Image.Image.resize:
-                        asked.append(size) or real(self, (size[0], size[1]), resample).rotate(180))
+    monkeypatch.setattr(
+        device.Image.Image,
+        "resize",
+        lambda self, size, resample, real=Image.Image.resize: (
+            asked.append(size) or real(self, (size[0], size[1]), resample).rotate(180)
+        ),
+    )
     device.rows_first.cache_clear()
     try:
         assert device.rows_first(50, 40, 30, 20, 3) is None  # a Pillow that does something else

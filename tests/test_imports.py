@@ -9,17 +9,23 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "imvar"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOORS = {name: floor for floor, names in enumerate([
-    ["errors"],
-    ["checks", "context"],
-    ["config", "memory", "noise", "outputs"],
-    ["weights"],
-    ["models", "schedulers", "image"],
-    ["pipeline", "photos", "contact_sheet"],
-    ["__init__"],
-    ["cli"],
-    ["__main__"],
-]) for name in names}
+FLOORS = {
+    name: floor
+    for floor, names in enumerate(
+        [
+            ["errors"],
+            ["checks", "context"],
+            ["config", "memory", "noise", "outputs"],
+            ["weights"],
+            ["models", "schedulers", "image"],
+            ["pipeline", "photos", "contact_sheet"],
+            ["__init__"],
+            ["cli"],
+            ["__main__"],
+        ]
+    )
+    for name in names
+}
 OTHERS = {"torch", "safetensors", "huggingface_hub", "PIL", "numpy", "einops"}
 
 
@@ -30,7 +36,7 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package[:len(package) + 1 - node.level] if node.level else ()
+            above = package[: len(package) + 1 - node.level] if node.level else ()
             found |= {".".join((*above, *filter(None, [node.module]), alias.name)) for alias in node.names}
     return found
 
@@ -51,6 +57,15 @@ def test_importing_imvar_loads_no_other_library():
     """Nor does it load what huggingface_hub needs to speak to the network, or what compiles."""
     command = [sys.executable, "-c", "import imvar, sys; print(*sys.modules)"]
     loaded = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"diffusers", "transformers", "scipy", "torchvision", "accelerate", "requests", "httpx", "httpx2",
-             "torch._dynamo"}
+    heavy = {
+        "diffusers",
+        "transformers",
+        "scipy",
+        "torchvision",
+        "accelerate",
+        "requests",
+        "httpx",
+        "httpx2",
+        "torch._dynamo",
+    }
     assert not heavy & set(loaded)

@@ -17,9 +17,12 @@ import imvar
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
 
 PARTS = ["vae", "unet", "image_encoder", "safety_checker"]
-CLASSES = {"vae": imvar.AutoencoderKL, "unet": imvar.UNet2DConditionModel,
-           "image_encoder": imvar.CLIPVisionModelWithProjection,
-           "safety_checker": imvar.StableDiffusionSafetyChecker}
+CLASSES = {
+    "vae": imvar.AutoencoderKL,
+    "unet": imvar.UNet2DConditionModel,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+}
 
 
 @pytest.fixture
@@ -41,12 +44,22 @@ def rewrite(file, change):
 
 def equal(a, b):
     return a.state_dict().keys() == b.state_dict().keys() and all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"variant": "fp16"}, {"max_shard_size": "20KB"},
-                                     {"safe_serialization": False, "max_shard_size": "20KB", "variant": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"safe_serialization": False},
+        {"variant": "fp16"},
+        {"max_shard_size": "20KB"},
+        {"safe_serialization": False, "max_shard_size": "20KB", "variant": "x"},
+    ],
+    ids=str,
+)
 def test_there_and_back(checkpoint, tmp_path, part, options):
     model = CLASSES[part].from_pretrained(checkpoint, subfolder=part)
     model.save_pretrained(tmp_path, **options)
@@ -84,10 +97,13 @@ def test_formats_in_their_order(checkpoint, tmp_path):
     assert not equal(imvar.AutoencoderKL.from_pretrained(tmp_path, use_safetensors=False), model)
 
 
-@pytest.mark.parametrize(("part", "renamed"), [
-    ("vae", {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}),
-    ("safety_checker", {"vision_model.": "vision_model.vision_model."}),
-])
+@pytest.mark.parametrize(
+    ("part", "renamed"),
+    [
+        ("vae", {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}),
+        ("safety_checker", {"vision_model.": "vision_model.vision_model."}),
+    ],
+)
 def test_names_of_2022(folder, part, renamed):
     before = CLASSES[part].from_pretrained(folder, subfolder=part)
 
@@ -108,17 +124,36 @@ def test_names_of_2022(folder, part, renamed):
 def test_a_whole_clip_model_as_image_encoder(folder):
     """The first revisions: a full CLIPModel, of which the text half is left, and another pipeline class."""
     before = imvar.CLIPVisionModelWithProjection.from_pretrained(folder, subfolder="image_encoder")
-    rewrite(weights(folder, "image_encoder"), lambda tensors: tensors.update({
-        "text_model.embeddings.position_ids": torch.arange(7)[None], "text_model.final.weight": torch.ones(3),
-        "vision_model.embeddings.position_ids": torch.arange(17)[None], "logit_scale": torch.ones(()),
-        "text_projection.weight": torch.ones(2, 2)}))
+    rewrite(
+        weights(folder, "image_encoder"),
+        lambda tensors: tensors.update(
+            {
+                "text_model.embeddings.position_ids": torch.arange(7)[None],
+                "text_model.final.weight": torch.ones(3),
+                "vision_model.embeddings.position_ids": torch.arange(17)[None],
+                "logit_scale": torch.ones(()),
+                "text_projection.weight": torch.ones(2, 2),
+            }
+        ),
+    )
     path = folder / "image_encoder" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({"model_type": "clip", "projection_dim": config.pop("projection_dim"),
-                                "vision_config": config, "text_config": {}}))
+    path.write_text(
+        json.dumps(
+            {
+                "model_type": "clip",
+                "projection_dim": config.pop("projection_dim"),
+                "vision_config": config,
+                "text_config": {},
+            }
+        )
+    )
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {"image_encoder": ["transformers", "CLIPModel"], "_class_name": "StableDiffusionImageEmbedPipeline",
-              "feature_extractor": ["transformers", "CLIPFeatureExtractor"]}
+    index |= {
+        "image_encoder": ["transformers", "CLIPModel"],
+        "_class_name": "StableDiffusionImageEmbedPipeline",
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+    }
     (folder / "model_index.json").write_text(json.dumps(index))
     assert equal(StableDiffusionImageVariationPipeline.from_pretrained(folder).image_encoder, before)
 
@@ -141,13 +176,16 @@ def test_state_dicts_in_either_dialect(pipe):
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda t: t.pop(sorted(t)[3]), "1 tensor missing"),
-    (lambda t: t.update(extra=torch.ones(2)), "1 unknown tensor: extra"),
-    (lambda t: t.update({sorted(t)[3]: torch.ones(1, 2, 3)}), r"shape \(1, 2, 3\) in the file"),
-    (lambda t: t.clear(), "tensors missing"),
-    (lambda t: t.update({sorted(t)[3]: t[sorted(t)[3]].to(torch.int8)}), "int8"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(sorted(t)[3]), "1 tensor missing"),
+        (lambda t: t.update(extra=torch.ones(2)), "1 unknown tensor: extra"),
+        (lambda t: t.update({sorted(t)[3]: torch.ones(1, 2, 3)}), r"shape \(1, 2, 3\) in the file"),
+        (lambda t: t.clear(), "tensors missing"),
+        (lambda t: t.update({sorted(t)[3]: t[sorted(t)[3]].to(torch.int8)}), "int8"),
+    ],
+)
 def test_tensors_that_do_not_fit(folder, part, change, words):
     file = weights(folder, part)
     rewrite(file, change)
@@ -167,12 +205,16 @@ def test_a_tensor_in_two_spellings(folder):
     assert name in caught.value.key
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"", "cannot be read"), (b"<html>not found</html>", "cannot be read"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "cannot be read"),
-    (b"\xff" * 4096, "cannot be read"),
-    (b"PK\x06\x07" + bytes(12) + b"\2\0\0\0" + b"PK\x05\x06" + bytes(18), "cannot be read"),  # of two disks
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cannot be read"),
+        (b"<html>not found</html>", "cannot be read"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "cannot be read"),
+        (b"\xff" * 4096, "cannot be read"),
+        (b"PK\x06\x07" + bytes(12) + b"\2\0\0\0" + b"PK\x05\x06" + bytes(18), "cannot be read"),  # of two disks
+    ],
+)
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
 def test_files_that_hold_no_tensors(folder, name, content, words):
     weights(folder, "unet").unlink()
@@ -190,8 +232,12 @@ class Harmful:
 def test_pickles_run_nothing(folder, capsys):
     file = folder / "unet" / "diffusion_pytorch_model.bin"
     weights(folder, "unet").unlink()
-    for held, words in (({"conv_in.weight": Harmful()}, "names builtins.print"), ([torch.ones(1)], "list"),
-                        ({"conv_in.weight": 3}, "dense"), ({"conv_in.weight": torch.eye(2).to_sparse()}, "dense")):
+    for held, words in (
+        ({"conv_in.weight": Harmful()}, "names builtins.print"),
+        ([torch.ones(1)], "list"),
+        ({"conv_in.weight": 3}, "dense"),
+        ({"conv_in.weight": torch.eye(2).to_sparse()}, "dense"),
+    ):
         torch.save(held, file)
         with pytest.raises(CheckpointError, match=words) as caught:
             imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
@@ -219,16 +265,30 @@ def test_indexes_that_point_elsewhere(folder, place):
         imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
 
 
-@pytest.mark.parametrize(("part", "setting", "value"), [
-    ("unet", "act_fn", "gelu"), ("unet", "use_linear_projection", True), ("unet", "down_block_types", ["No", "No"]),
-    ("unet", "class_embed_type", "timestep"), ("unet", "attention_head_dim", 3), ("unet", "norm_num_groups", 5),
-    ("unet", "dual_cross_attention", True), ("unet", "num_class_embeds", 10), ("unet", "conv_in_kernel", 5),
-    ("vae", "mid_block_add_attention", False), ("vae", "up_block_types", ["UpDecoderBlock2D"]),
-    ("vae", "use_quant_conv", False), ("vae", "latents_mean", [0.5]), ("image_encoder", "hidden_act", "relu"),
-    ("image_encoder", "attention_dropout", 0.1), ("image_encoder", "num_attention_heads", 5),
-    ("scheduler", "beta_schedule", "sigmoid"), ("scheduler", "prediction_type", "sample"),
-    ("scheduler", "timestep_spacing", "even"),
-])
+@pytest.mark.parametrize(
+    ("part", "setting", "value"),
+    [
+        ("unet", "act_fn", "gelu"),
+        ("unet", "use_linear_projection", True),
+        ("unet", "down_block_types", ["No", "No"]),
+        ("unet", "class_embed_type", "timestep"),
+        ("unet", "attention_head_dim", 3),
+        ("unet", "norm_num_groups", 5),
+        ("unet", "dual_cross_attention", True),
+        ("unet", "num_class_embeds", 10),
+        ("unet", "conv_in_kernel", 5),
+        ("vae", "mid_block_add_attention", False),
+        ("vae", "up_block_types", ["UpDecoderBlock2D"]),
+        ("vae", "use_quant_conv", False),
+        ("vae", "latents_mean", [0.5]),
+        ("image_encoder", "hidden_act", "relu"),
+        ("image_encoder", "attention_dropout", 0.1),
+        ("image_encoder", "num_attention_heads", 5),
+        ("scheduler", "beta_schedule", "sigmoid"),
+        ("scheduler", "prediction_type", "sample"),
+        ("scheduler", "timestep_spacing", "even"),
+    ],
+)
 def test_settings_that_no_code_here_honours(folder, part, setting, value):
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     file = folder / part / name
@@ -241,14 +301,25 @@ def test_settings_that_no_code_here_honours(folder, part, setting, value):
 def test_model_index(folder):
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
-    for key, entry, words in (("scheduler", ["diffusers", "EulerDiscreteScheduler"], "scheduler=..."),
-                              ("unet", ["os", "system"], "UNet2DConditionModel"), ("vae", [], "AutoencoderKL")):
+    for key, entry, words in (
+        ("scheduler", ["diffusers", "EulerDiscreteScheduler"], "scheduler=..."),
+        ("unet", ["os", "system"], "UNet2DConditionModel"),
+        ("vae", [], "AutoencoderKL"),
+    ):
         path.write_text(json.dumps(index | {key: entry}))
         with pytest.raises(CheckpointError, match=words) as caught:
             StableDiffusionImageVariationPipeline.from_pretrained(folder)
         assert caught.value.key == key
-    path.write_text(json.dumps(index | {"controlnet": ["diffusers", "ControlNetModel"], "tokenizer": [None, None],
-                                        "force_zeros_for_empty_prompt": True}))
+    path.write_text(
+        json.dumps(
+            index
+            | {
+                "controlnet": ["diffusers", "ControlNetModel"],
+                "tokenizer": [None, None],
+                "force_zeros_for_empty_prompt": True,
+            }
+        )
+    )
     with pytest.warns(UserWarning, match=r": controlnet, force_zeros_for_empty_prompt: no part"):
         StableDiffusionImageVariationPipeline.from_pretrained(folder)
     path.write_text(json.dumps(index | {"safety_checker": [None, None], "requires_safety_checker": False}))
@@ -296,7 +367,8 @@ def test_dtypes(checkpoint, tmp_path):
     by_file = StableDiffusionImageVariationPipeline.from_pretrained(tmp_path, torch_dtype="auto")
     assert {model.dtype for model in by_file.modules.values()} == {torch.float16}
     mixed = StableDiffusionImageVariationPipeline.from_pretrained(
-        tmp_path, dtype={"unet": "bfloat16", "default": torch.float32})
+        tmp_path, dtype={"unet": "bfloat16", "default": torch.float32}
+    )
     assert (mixed.unet.dtype, mixed.vae.dtype) == (torch.bfloat16, torch.float32)
     for bad in ({"text_encoder": torch.float16}, "int8", torch.int64, 16):
         with pytest.raises(TypeError, match="dtype"):
@@ -354,11 +426,21 @@ def test_only_needed_files_are_fetched(hub):
     assert repo == "owner/name"
     assert options == {"revision": "v2.0", "token": "t", "timeout": 10}
     assert where == {"revision": "v2.0", "token": "t", "cache_dir": "c"}
-    assert fetched == sorted([
-        "feature_extractor/preprocessor_config.json", "image_encoder/config.json", "image_encoder/model.safetensors",
-        "model_index.json", "safety_checker/config.json", "safety_checker/model.safetensors",
-        "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-        "vae/config.json", "vae/diffusion_pytorch_model.safetensors"])
+    assert fetched == sorted(
+        [
+            "feature_extractor/preprocessor_config.json",
+            "image_encoder/config.json",
+            "image_encoder/model.safetensors",
+            "model_index.json",
+            "safety_checker/config.json",
+            "safety_checker/model.safetensors",
+            "scheduler/scheduler_config.json",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
+        ]
+    )
 
 
 def test_overridden_parts_are_not_fetched(hub):
@@ -388,10 +470,18 @@ def test_a_cache_without_a_network_is_asked_for_no_more_than_needed(checkpoint, 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     StableDiffusionImageVariationPipeline.from_pretrained("owner/name", revision="v2.0")
     assert asked["local_files_only"]
-    files = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bin", "vae/config.json",
-             "unet/diffusion_pytorch_model-00001-of-00002.safetensors", "image_encoder/pytorch_model.bin",
-             "unet/diffusion_pytorch_model.safetensors.index.json", "safety_checker/model.safetensors",
-             "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json"]
+    files = [
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.bin",
+        "vae/config.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "image_encoder/pytorch_model.bin",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "safety_checker/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "feature_extractor/preprocessor_config.json",
+    ]
     others = ["montage.jpg", "README.md", "unet/flax_model.msgpack", "text_encoder/model.safetensors"]
     assert list(filter_repo_objects(files + others, allow_patterns=asked["allow_patterns"])) == files
 
@@ -420,8 +510,11 @@ def test_without_a_network(hub, monkeypatch, tmp_path):
 
 def test_constructors_take_keywords_positions_or_a_config():
     unet = imvar.UNet2DConditionModel(**TINY_UNET)
-    for other in (imvar.UNet2DConditionModel(unet.config), imvar.UNet2DConditionModel.from_config(unet.config),
-                  imvar.UNet2DConditionModel.from_config(dict(unet.config), sample_size=16)):
+    for other in (
+        imvar.UNet2DConditionModel(unet.config),
+        imvar.UNet2DConditionModel.from_config(unet.config),
+        imvar.UNet2DConditionModel.from_config(dict(unet.config), sample_size=16),
+    ):
         assert dict(other.config) == dict(unet.config)
     assert unet.config.block_out_channels == unet.config["block_out_channels"] == (16, 32)
     assert imvar.DDIMScheduler(500, 0.01).config.num_train_timesteps == 500
@@ -448,8 +541,11 @@ def test_configs_are_dictionaries(pipe):
         assert all(getattr(config, key) is value for key, value in config.items() if key[0] != "_")
     assert imvar.CLIPVisionConfig(hidden_size=24)["hidden_size"] == 24
     config = imvar.CLIPVisionConfig(**TINY_ENCODER)
-    for encoder in (imvar.CLIPVisionModelWithProjection(config), imvar.CLIPVisionModelWithProjection(config=config),
-                    imvar.CLIPVisionModelWithProjection(**TINY_ENCODER)):
+    for encoder in (
+        imvar.CLIPVisionModelWithProjection(config),
+        imvar.CLIPVisionModelWithProjection(config=config),
+        imvar.CLIPVisionModelWithProjection(**TINY_ENCODER),
+    ):
         assert encoder.config == config
 
 

@@ -18,38 +18,79 @@ from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipe
 PIPELINE = StableDiffusionImageVariationPipeline
 
 
-@pytest.mark.parametrize(("option", "wrong"), [
-    ("dtype", False), ("dtype", 0), ("dtype", []), ("dtype", np.zeros(2)), ("dtype", "float8_e4m3fn"),
-    ("torch_dtype", torch.float8_e4m3fn), ("torch_dtype", {"unet": torch.int8}), ("torch_dtype", {3: torch.float16}),
-    ("variant", 0), ("variant", []), ("variant", np.zeros(2)), ("use_safetensors", 1), ("use_safetensors", np.zeros(2)),
-    ("revision", 3), ("cache_dir", 3), ("local_files_only", "no"), ("token", 3), ("low_cpu_mem_usage", "no"),
-    ("disable_mmap", 1), ("compile", 1), ("requires_safety_checker", "no"), ("requires_safety_checker", float("nan"))])
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        ("dtype", False),
+        ("dtype", 0),
+        ("dtype", []),
+        ("dtype", np.zeros(2)),
+        ("dtype", "float8_e4m3fn"),
+        ("torch_dtype", torch.float8_e4m3fn),
+        ("torch_dtype", {"unet": torch.int8}),
+        ("torch_dtype", {3: torch.float16}),
+        ("variant", 0),
+        ("variant", []),
+        ("variant", np.zeros(2)),
+        ("use_safetensors", 1),
+        ("use_safetensors", np.zeros(2)),
+        ("revision", 3),
+        ("cache_dir", 3),
+        ("local_files_only", "no"),
+        ("token", 3),
+        ("low_cpu_mem_usage", "no"),
+        ("disable_mmap", 1),
+        ("compile", 1),
+        ("requires_safety_checker", "no"),
+        ("requires_safety_checker", float("nan")),
+    ],
+)
 def test_of_a_pipeline(checkpoint, option, wrong):
     with pytest.raises(InputError, match="dtype" if "dtype" in option else option):
         PIPELINE.from_pretrained(checkpoint, **{option: wrong})
 
 
-@pytest.mark.parametrize(("option", "wrong"), [
-    ("dtype", False), ("variant", 0), ("use_safetensors", 0), ("subfolder", 1), ("subfolder", np.zeros(2)),
-    ("local_files_only", 1), ("low_cpu_mem_usage", 0), ("revision", b"main")])
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        ("dtype", False),
+        ("variant", 0),
+        ("use_safetensors", 0),
+        ("subfolder", 1),
+        ("subfolder", np.zeros(2)),
+        ("local_files_only", 1),
+        ("low_cpu_mem_usage", 0),
+        ("revision", b"main"),
+    ],
+)
 def test_of_a_part(checkpoint, option, wrong):
     with pytest.raises(InputError, match=option):
         UNet2DConditionModel.from_pretrained(checkpoint, **({"subfolder": "unet"} | {option: wrong}))
 
 
-@pytest.mark.parametrize(("options", "words"), [
-    ({"extract_ema": "no"}, "extract_ema='no'"), ({"extract_ema": 0}, "extract_ema=0"), ({"ema": "maybe"}, "maybe"),
-    ({"subfolder": "unet"}, "subfolder='unet': is that of config"), ({"subfolder": 3}, "subfolder=3"),
-    ({"config": "a" * 5000}, "a" * 50), ({"dtype": 0}, "dtype=0")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"extract_ema": "no"}, "extract_ema='no'"),
+        ({"extract_ema": 0}, "extract_ema=0"),
+        ({"ema": "maybe"}, "maybe"),
+        ({"subfolder": "unet"}, "subfolder='unet': is that of config"),
+        ({"subfolder": 3}, "subfolder=3"),
+        ({"config": "a" * 5000}, "a" * 50),
+        ({"dtype": 0}, "dtype=0"),
+    ],
+)
 def test_of_a_single_file(checkpoint, options, words):
     file = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     with pytest.raises((InputError, CheckpointError), match=words):
         UNet2DConditionModel.from_single_file(file, **options)
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.zeros(16).to_sparse(), torch.zeros(16, device="meta"), torch.nested.nested_tensor([torch.zeros(2)])],
-    ids=["sparse", "meta", "nested"])
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(16).to_sparse(), torch.zeros(16, device="meta"), torch.nested.nested_tensor([torch.zeros(2)])],
+    ids=["sparse", "meta", "nested"],
+)
 def test_tensors_in_memory_that_have_no_values(checkpoint, tensor):
     unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
     tensors = unet.keymap.to_theirs(unet.state_dict())
@@ -57,8 +98,10 @@ def test_tensors_in_memory_that_have_no_values(checkpoint, tensor):
         UNet2DConditionModel.from_single_file(tensors | {"conv_in.bias": tensor}, config=checkpoint)
 
 
-@pytest.mark.parametrize(("option", "wrong"), [
-    ("safe_serialization", "no"), ("safe_serialization", []), ("is_main_process", "no"), ("variant", 3)])
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [("safe_serialization", "no"), ("safe_serialization", []), ("is_main_process", "no"), ("variant", 3)],
+)
 def test_of_saving(folder, option, wrong):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     pipe = tiny_pipeline()
@@ -109,9 +152,15 @@ def test_settings_of_another_part(folder):
     assert (caught.value.path, caught.value.key) == (folder / "unet" / "config.json", "_class_name")
 
 
-@pytest.mark.parametrize(("unet", "words"), [
-    (None, "is empty; from_pretrained(..., unet=...)"), ([None, None], "is empty; from_pretrained(..., unet=...)"),
-    (["os", "UNet2DConditionModel"], "of the library 'os'"), (["", "UNet2DConditionModel"], "of the library ''")])
+@pytest.mark.parametrize(
+    ("unet", "words"),
+    [
+        (None, "is empty; from_pretrained(..., unet=...)"),
+        ([None, None], "is empty; from_pretrained(..., unet=...)"),
+        (["os", "UNet2DConditionModel"], "of the library 'os'"),
+        (["", "UNet2DConditionModel"], "of the library ''"),
+    ],
+)
 def test_an_index_without_a_part(folder, unet, words):
     edit(folder / "model_index.json", unet=unet)
     with pytest.raises(CheckpointError) as caught:
@@ -240,9 +289,13 @@ def test_two_encoders_in_one_file(checkpoint):
         imvar.CLIPVisionModelWithProjection.from_single_file(both, config=checkpoint)
 
 
-@pytest.mark.parametrize(("safe", "name", "kind"), [
-    (True, "diffusion_pytorch_model.bin", "looks like safetensors, and ends in .bin"),
-    (False, "diffusion_pytorch_model.safetensors", "looks like a pickle, and ends in .safetensors")])
+@pytest.mark.parametrize(
+    ("safe", "name", "kind"),
+    [
+        (True, "diffusion_pytorch_model.bin", "looks like safetensors, and ends in .bin"),
+        (False, "diffusion_pytorch_model.safetensors", "looks like a pickle, and ends in .safetensors"),
+    ],
+)
 def test_a_file_of_another_kind_than_its_name_says(tmp_path, safe, name, kind):
     tiny_pipeline().unet.save_pretrained(tmp_path, safe_serialization=safe)
     file = next(path for path in tmp_path.iterdir() if path.suffix != ".json")

@@ -15,8 +15,12 @@ from published_checkpoint import key_list, tiny_folder, write_checkpoint
 import imvar
 
 PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
-LIGHTNING = {"pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint", "numpy.core.multiarray scalar",
-             "numpy dtype", "_codecs encode"}
+LIGHTNING = {
+    "pytorch_lightning.callbacks.model_checkpoint ModelCheckpoint",
+    "numpy.core.multiarray scalar",
+    "numpy dtype",
+    "_codecs encode",
+}
 GLOBALS = {
     "full": PLAIN | LIGHTNING | {"torch HalfStorage", "torch IntStorage"},
     "ema_only": PLAIN | {"torch HalfStorage", "torch IntStorage"},
@@ -66,7 +70,9 @@ def test_averages_alone_have_the_published_size():
     assert len(rows) == 1394
     assert sum(prod(row.shape) * row.dtype.itemsize for row in rows) == 4_704_799_288
     assert Counter(row.dtype for row in rows if row.name.startswith("cond_stage_model.")) == {
-        torch.float16: 291, torch.float32: 155}
+        torch.float16: 291,
+        torch.float32: 155,
+    }
 
 
 @pytest.mark.parametrize("tiny", [False, True])
@@ -75,13 +81,20 @@ def test_every_tensor_of_the_parts_comes_from_one(layout, tiny):
     rows = original_keys(layout, tiny)
     if layout in ("full", "late"):
         averages = {(row.name.replace(".", ""), *row.targets) for row in rows if row.op == "copy_ema"}
-        raw = {(f"model_ema{row.name.removeprefix('model')}".replace(".", ""), *row.targets)
-               for row in rows if row.name.startswith("model.")}
+        raw = {
+            (f"model_ema{row.name.removeprefix('model')}".replace(".", ""), *row.targets)
+            for row in rows
+            if row.name.startswith("model.")
+        }
         assert raw == averages
         rows = [row for row in rows if row.op != "copy_ema"]
     made = [(target, shape) for row in rows for target, shape in zip(row.targets, done(row), strict=True)]
-    wanted = {f"{part}/{name}": shape for part in ("unet", "vae", "image_encoder")
-              for name, (shape, _) in key_list(part, tiny).items() if not name.endswith("position_ids")}
+    wanted = {
+        f"{part}/{name}": shape
+        for part in ("unet", "vae", "image_encoder")
+        for name, (shape, _) in key_list(part, tiny).items()
+        if not name.endswith("position_ids")
+    }
     assert dict(made) == wanted
     assert len(made) == len(wanted)
 
@@ -131,8 +144,9 @@ def test_layouts_share_values_and_averages_differ(full):
     assert all(tensor.equal(full[name]) for name, tensor in averages.items())
     raw = [name for name in full if name.startswith("model.")]
     assert not any(full[name].equal(full[f"model_ema.{name.removeprefix('model.').replace('.', '')}"]) for name in raw)
-    assert not any(tensor.equal(full[name]) for name, tensor in original("full", seed=1)["state_dict"].items()
-                   if tensor.ndim)
+    assert not any(
+        tensor.equal(full[name]) for name, tensor in original("full", seed=1)["state_dict"].items() if tensor.ndim
+    )
 
 
 # What others make of them
@@ -142,8 +156,10 @@ def test_diffusers_understands_the_unet_and_the_vae(full, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     tiny_folder(tmp_path)
-    for part, kind, convert in (("unet", diffusers.UNet2DConditionModel, utils.convert_ldm_unet_checkpoint),
-                                ("vae", diffusers.AutoencoderKL, utils.convert_ldm_vae_checkpoint)):
+    for part, kind, convert in (
+        ("unet", diffusers.UNet2DConditionModel, utils.convert_ldm_unet_checkpoint),
+        ("vae", diffusers.AutoencoderKL, utils.convert_ldm_vae_checkpoint),
+    ):
         model = kind.from_config(kind.load_config(tmp_path, subfolder=part))
         theirs = convert(dict(full), model.config)
         model.load_state_dict(theirs, strict=True)
@@ -160,7 +176,8 @@ def test_transformers_loads_the_image_encoder(tmp_path):
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     settings = transformers.CLIPVisionConfig.from_pretrained(tmp_path / "image_encoder")
     model, report = transformers.CLIPVisionModelWithProjection.from_pretrained(
-        None, config=settings, state_dict=named, output_loading_info=True)
+        None, config=settings, state_dict=named, output_loading_info=True
+    )
     assert not any(report.values()), report
     assert model.visual_projection.weight.equal(named["visual_projection.weight"])
 

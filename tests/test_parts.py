@@ -29,16 +29,19 @@ def odd_parts():
         "in_channels=4 and out_channels=8": {"unet": another(unet, TINY_UNET, out_channels=8)},
         "in_channels=9 and out_channels=4": {"unet": another(unet, TINY_UNET, in_channels=9)},
         "vae: out_channels=4; 1 or 3": {"vae": another(vae, TINY_VAE, out_channels=4)},
-        "looks at 24 x 24 pixels": {"safety_checker": another(
-            checker, TINY_CHECKER, vision_config=TINY_VISION | {"image_size": 24})},
-        "pictures of (32, 32) came; this encoder looks at (24, 24)": {"image_encoder": another(
-            encoder, TINY_ENCODER, image_size=24)},
+        "looks at 24 x 24 pixels": {
+            "safety_checker": another(checker, TINY_CHECKER, vision_config=TINY_VISION | {"image_size": 24})
+        },
+        "pictures of (32, 32) came; this encoder looks at (24, 24)": {
+            "image_encoder": another(encoder, TINY_ENCODER, image_size=24)
+        },
         "scheduler: the class PNDMScheduler": {"scheduler": imvar.PNDMScheduler},
         "unet: the class UNet2D": {"unet": unet},
         "safety_checker: the class Stable": {"safety_checker": checker},
         "feature_extractor: the class CLIPImageProcessor": {"feature_extractor": imvar.CLIPImageProcessor},
         "image_encoder: Identity returned Tensor with no tensor in `image_embeds`": {
-            "image_encoder": torch.nn.Identity()},
+            "image_encoder": torch.nn.Identity()
+        },
         "feature_extractor: function returned Image": {"feature_extractor": lambda images, return_tensors: images},
         "feature_extractor=None: pictures need one": {"feature_extractor": None, "safety_checker": None},
         "feature_extractor=None: the safety checker needs one": {"feature_extractor": None},
@@ -126,10 +129,17 @@ def test_an_autoencoder_of_another_scale(pipe, photo):
         made(pipe, photo)
 
 
-@pytest.mark.parametrize(("sizes", "words"), [
-    ((5, 40), "tile_latent_min_size=5, tile_sample_min_size=40, tile_overlap_factor=0.25: tiles"),
-    ((4, 20), "do not fit together; the one 8 times the other"), ((1, 8), "do not fit together"),
-    ((0, 0), "tile_latent_min_size=0: a whole number"), ((2.5, 20), "tile_latent_min_size=2.5"), ((4, "x"), "='x'")])
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((5, 40), "tile_latent_min_size=5, tile_sample_min_size=40, tile_overlap_factor=0.25: tiles"),
+        ((4, 20), "do not fit together; the one 8 times the other"),
+        ((1, 8), "do not fit together"),
+        ((0, 0), "tile_latent_min_size=0: a whole number"),
+        ((2.5, 20), "tile_latent_min_size=2.5"),
+        ((4, "x"), "='x'"),
+    ],
+)
 def test_tiles_that_do_not_fit(pipe, photo, sizes, words):
     pipe.enable_vae_tiling()
     pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = sizes
@@ -151,9 +161,19 @@ def says(flags):
     return lambda images, clip_input: (images, flags)
 
 
-@pytest.mark.parametrize("flags", [
-    [False, True], (False, True), np.array([False, True]), torch.tensor([False, True]), [0, 1], [np.False_, np.True_],
-    [None, True], {"a": False, "b": True}.values()])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [False, True],
+        (False, True),
+        np.array([False, True]),
+        torch.tensor([False, True]),
+        [0, 1],
+        [np.False_, np.True_],
+        [None, True],
+        {"a": False, "b": True}.values(),
+    ],
+)
 def test_a_checker_that_only_judges(pipe, photo, flags):
     """Its flags count, whatever they come in, and what it flags turns black."""
     pipe.safety_checker = None
@@ -169,8 +189,9 @@ def test_a_checker_that_only_judges(pipe, photo, flags):
 
 
 @pytest.mark.parametrize("output_type", ["np", "pil"])
-@pytest.mark.parametrize("change", [
-    lambda x: x.clamp(-1, 1), lambda x: x.half(), lambda x: x * 0.5, lambda x: x + 0.01, lambda x: -x])
+@pytest.mark.parametrize(
+    "change", [lambda x: x.clamp(-1, 1), lambda x: x.half(), lambda x: x * 0.5, lambda x: x + 0.01, lambda x: -x]
+)
 def test_a_flagged_picture_that_is_changed_and_not_replaced_turns_black(pipe, photo, change, output_type):
     pipe.safety_checker = lambda images, clip_input: (change(images), [False, True])
     images = made(pipe, photo, num_images_per_prompt=2, output_type=output_type).images
@@ -181,6 +202,7 @@ def test_a_flagged_picture_that_is_changed_and_not_replaced_turns_black(pipe, ph
 @pytest.mark.parametrize("how", ["black", "blur", "keep"])
 def test_what_a_checker_makes_of_its_pictures(pipe, photo, how):
     """Another picture in the place of a flagged one, and a mark on the other, whatever becomes of the flagged one."""
+
     def check(images, clip_input):
         images[0, :, :8, :8] = 0.5
         images[1] = torch.linspace(0, 1, images[1].numel()).view_as(images[1])
@@ -198,11 +220,29 @@ def test_what_a_checker_makes_of_its_pictures(pipe, photo, how):
 
 
 @pytest.mark.parametrize("how", ["black", "blur", "keep", "raise"])
-@pytest.mark.parametrize("answer", [
-    None, 3, lambda x: x, lambda x: (x,), lambda x: (x, [True], 1), lambda x: (x, []), lambda x: (x, [True]),
-    lambda x: (x, [True] * 3), lambda x: (x, True), lambda x: (x, [float("nan")] * 2), lambda x: (x, ["no", "no"]),
-    lambda x: (x, {0: True}), lambda x: (None, [True] * 2), lambda x: (x[:1], [True] * 2), lambda x: (x, "no"),
-    lambda x: (x[:, :1], [True] * 2), lambda x: (x[..., :8, :8], [True] * 2), lambda x: (x.to("meta"), [True] * 2)])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        3,
+        lambda x: x,
+        lambda x: (x,),
+        lambda x: (x, [True], 1),
+        lambda x: (x, []),
+        lambda x: (x, [True]),
+        lambda x: (x, [True] * 3),
+        lambda x: (x, True),
+        lambda x: (x, [float("nan")] * 2),
+        lambda x: (x, ["no", "no"]),
+        lambda x: (x, {0: True}),
+        lambda x: (None, [True] * 2),
+        lambda x: (x[:1], [True] * 2),
+        lambda x: (x, "no"),
+        lambda x: (x[:, :1], [True] * 2),
+        lambda x: (x[..., :8, :8], [True] * 2),
+        lambda x: (x.to("meta"), [True] * 2),
+    ],
+)
 def test_a_checker_that_says_neither_yes_nor_no(pipe, photo, answer, how):
     pipe.safety_checker = lambda images, clip_input: answer(images) if callable(answer) else answer
     with pytest.raises(InputTypeError, match="safety_checker: it returned"):
@@ -230,8 +270,13 @@ def test_a_narrower_dtype_from_within_a_callback(pipe, photo, kind):
     """Whatever the scheduler remembers of earlier steps."""
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     expected = made(pipe, photo, num_inference_steps=6, guidance_scale=3).images
-    close = made(pipe, photo, num_inference_steps=6, guidance_scale=3,
-                 callback=lambda i, *_: i == 1 and pipe.unet.to(torch.bfloat16)).images
+    close = made(
+        pipe,
+        photo,
+        num_inference_steps=6,
+        guidance_scale=3,
+        callback=lambda i, *_: i == 1 and pipe.unet.to(torch.bfloat16),
+    ).images
     assert 0 < np.abs(close - expected).mean() < 0.05
 
 
@@ -250,11 +295,15 @@ class Broken(HandsOn):
         return self.wrong["step"](self.inner.step(*args, **options))
 
 
-@pytest.mark.parametrize(("wrong", "words"), [
-    ({"step": lambda out: (out.prev_sample,)}, "scheduler: Broken returned tuple with no tensor in `prev_sample`"),
-    ({"step": lambda out: out.prev_sample}, "scheduler: Broken returned Tensor"),
-    ({"timesteps": None}, "scheduler: set_timesteps left Broken with timesteps=None"),
-    ({"timesteps": torch.tensor([])}, "scheduler: set_timesteps left Broken with timesteps=tensor([])")])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"step": lambda out: (out.prev_sample,)}, "scheduler: Broken returned tuple with no tensor in `prev_sample`"),
+        ({"step": lambda out: out.prev_sample}, "scheduler: Broken returned Tensor"),
+        ({"timesteps": None}, "scheduler: set_timesteps left Broken with timesteps=None"),
+        ({"timesteps": torch.tensor([])}, "scheduler: set_timesteps left Broken with timesteps=tensor([])"),
+    ],
+)
 def test_a_scheduler_at_fault_is_named(pipe, photo, wrong, words):
     pipe.scheduler = Broken(pipe.scheduler, **wrong)
     with pytest.raises(InputTypeError) as caught:
@@ -263,7 +312,7 @@ def test_a_scheduler_at_fault_is_named(pipe, photo, wrong, words):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("change", [lambda x: None, lambda x: x[:len(x) // 2], lambda x: x[:, 0], lambda x: x[:0]])
+@pytest.mark.parametrize("change", [lambda x: None, lambda x: x[: len(x) // 2], lambda x: x[:, 0], lambda x: x[:0]])
 def test_a_context_that_is_none_is_named(pipe, photo, change, n):
     class Own(type(pipe)):
         def _encode_image(self, *args):

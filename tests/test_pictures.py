@@ -14,8 +14,7 @@ from imvar import CLIPImageProcessor, InputError, VaeImageProcessor, load_image
 from imvar.image.read import to_rgb
 
 RED, CLEAR = Image.new("RGB", (9, 7), "red"), Image.new("RGBA", (9, 7), (0, 0, 0, 0))
-MODES = ["1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LA", "PA", "I", "I;16", "I;16B",
-         "LAB"]
+MODES = ["1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LA", "PA", "I", "I;16", "I;16B", "LAB"]
 
 CLOSE = {"YCbCr": 2, "LAB": 5, "HSV": 1}  # of 255: what the eight bits of another way to tell colours lose
 
@@ -49,8 +48,7 @@ def test_modes(pipe, mode):
     assert (picture.tobytes(), picture.mode) == (before, mode)
 
 
-@pytest.mark.parametrize("picture", [
-    CLEAR, CLEAR.convert("LA"), CLEAR.convert("PA")], ids=lambda picture: picture.mode)
+@pytest.mark.parametrize("picture", [CLEAR, CLEAR.convert("LA"), CLEAR.convert("PA")], ids=lambda picture: picture.mode)
 def test_what_is_transparent_turns_white(picture):
     assert (np.asarray(to_rgb(picture)) == 255).all()
 
@@ -88,15 +86,22 @@ def closed():
     return picture
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (cut, r"image\[1\].*cannot be read"), (closed, r"image\[1\].*cannot be read"),
-    (lambda: Image.new("F", (4, 4)), r"image\[1\].*mode F"),
-    (lambda: Image.new("RGB", (0, 4)), r"image\[1\].*0x4 pixels"), (lambda: None, r"image\[1\]: NoneType"),
-    (lambda: "cat.png", r"image\[1\]: str came"), (lambda: np.zeros((2, 5)), r"image\[1\].*shape"),
-    (lambda: np.full((5, 6, 3), np.nan), r"image\[1\].*NaN"),
-    (lambda: np.zeros((5, 6, 3), complex), r"image\[1\].*complex"),
-    (lambda: np.zeros((5, 6, 3), object), r"image\[1\].*object"),
-    (lambda: np.full((5, 6, 3), 700), r"image\[1\].*0\.\.255")])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (cut, r"image\[1\].*cannot be read"),
+        (closed, r"image\[1\].*cannot be read"),
+        (lambda: Image.new("F", (4, 4)), r"image\[1\].*mode F"),
+        (lambda: Image.new("RGB", (0, 4)), r"image\[1\].*0x4 pixels"),
+        (lambda: None, r"image\[1\]: NoneType"),
+        (lambda: "cat.png", r"image\[1\]: str came"),
+        (lambda: np.zeros((2, 5)), r"image\[1\].*shape"),
+        (lambda: np.full((5, 6, 3), np.nan), r"image\[1\].*NaN"),
+        (lambda: np.zeros((5, 6, 3), complex), r"image\[1\].*complex"),
+        (lambda: np.zeros((5, 6, 3), object), r"image\[1\].*object"),
+        (lambda: np.full((5, 6, 3), 700), r"image\[1\].*0\.\.255"),
+    ],
+)
 def test_a_bad_one_is_named_before_the_first_step(pipe, photo, make, words):
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(InputError, match=words):
@@ -122,9 +127,13 @@ def test_a_pipe_is_no_picture(tmp_path):
             load_image(path)
 
 
-@pytest.mark.parametrize(("picture", "words"), [
-    (torch.zeros(3, 8, 8, device="meta"), "on the meta device"),
-    (torch.zeros(3, 8, 8).to_sparse(), "torch.sparse_coo")])
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (torch.zeros(3, 8, 8, device="meta"), "on the meta device"),
+        (torch.zeros(3, 8, 8).to_sparse(), "torch.sparse_coo"),
+    ],
+)
 def test_tensors_that_have_no_values_of_their_own(picture, words):
     with pytest.raises(InputError, match=f"images.*{words}.*would do"):
         CLIPImageProcessor()(picture)

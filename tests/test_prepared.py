@@ -51,9 +51,11 @@ def test_a_step_works_out_nothing_that_the_run_knows(pipe, monkeypatch):
     prepared, seen = Prepared(pipe.unet, TIMES, told(3)), []
     names = {module: name for name, module in pipe.unet.named_modules()}
     for kind in Linear, nn.Linear, Conv2d:
+
         def watching(self, x, kind=kind, forward=kind.forward):
             seen.append((names[self], len(x)))
             return forward(self, x)
+
         monkeypatch.setattr(kind, "forward", watching)
     prepared(torch.randn(3, 4, 8, 8), 0)
     batches = dict(seen)
@@ -64,6 +66,7 @@ def test_a_step_works_out_nothing_that_the_run_knows(pipe, monkeypatch):
 
 def test_who_watches_layers_sees_every_call_as_it_was(photo):
     """A hook, an override, a kernel or a layer of one's own: each sees both halves and what it was always told."""
+
     def hooked(unet, see):
         unet.down[0].resnets[0].register_forward_hook(lambda layer, inputs, out: see(inputs[0]) or see(inputs[1]))
 
@@ -110,8 +113,10 @@ def test_offloading_is_no_watching(pipe):
 def test_gradients_are_those_of_the_plain_call(pipe):
     x, context = torch.randn(2, 4, 8, 8), told(2)
     found = []
-    for predict in (lambda: pipe.unet(x.repeat(2, 1, 1, 1), 500, context).sample,
-                    lambda: pipe.unet(x, torch.tensor([500, 500]), context).sample):
+    for predict in (
+        lambda: pipe.unet(x.repeat(2, 1, 1, 1), 500, context).sample,
+        lambda: pipe.unet(x, torch.tensor([500, 500]), context).sample,
+    ):
         pipe.unet.zero_grad()
         predict().square().mean().backward()
         found.append([p.grad.clone() for p in pipe.unet.parameters()])
@@ -141,8 +146,11 @@ def test_no_step_waits_for_the_device(pipe, kind, guided):
 
 
 def made(pipe, photo, **options):
-    return pipe(photo, **({"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.0} | options),
-                generator=torch.Generator().manual_seed(0)).images
+    return pipe(
+        photo,
+        **({"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.0} | options),
+        generator=torch.Generator().manual_seed(0),
+    ).images
 
 
 @pytest.mark.parametrize("kind", ["pruned", "weight_norm", "parametrized", "no name", "every layer"])
@@ -190,6 +198,7 @@ CHANGES = {
 @pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler])
 def test_what_a_callback_changes_counts_from_the_next_step(pipe, photo, change, kind):
     """As where nothing is prepared, since somebody watches."""
+
     def run(watched):
         p = tiny_pipeline()
         p.set_progress_bar_config(disable=True)

@@ -19,8 +19,13 @@ MODELS = {  # and how many parameters each has
     "image_encoder": (imvar.CLIPVisionModelWithProjection, 303_966_208),
     "safety_checker": (imvar.StableDiffusionSafetyChecker, 303_981_588),
 }
-LISTS = {"unet": "unet", "vae": "vae", "vae_legacy": "vae", "image_encoder": "image_encoder",
-         "safety_checker": "safety_checker"}
+LISTS = {
+    "unet": "unet",
+    "vae": "vae",
+    "vae_legacy": "vae",
+    "image_encoder": "image_encoder",
+    "safety_checker": "safety_checker",
+}
 REVISIONS = ["v2.0", "v1.0", "old-2ddbd90"]
 SCHEDULERS = [*REVISIONS, "main"]
 

@@ -37,7 +37,7 @@ def _one_thread_is_quickest():
 @pytest.fixture(scope="module")
 def pictures():
     sheet = torch.from_numpy(np.array(Image.open(ASSETS / "held-out.png"))) / 255
-    return rearrange(sheet, "(y h) (x w) c -> (y x) c h w", h=64, w=64)[:len(LABELS)]
+    return rearrange(sheet, "(y h) (x w) c -> (y x) c h w", h=64, w=64)[: len(LABELS)]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,9 @@ def judge():
 @pytest.fixture(scope="module")
 def pipe():
     """Without the checker, which would make black what it takes for a dagger."""
-    pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained("imvar-emoji", safety_checker=None,
-                                                                      requires_safety_checker=False)
+    pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(
+        "imvar-emoji", safety_checker=None, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

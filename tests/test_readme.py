@@ -20,9 +20,18 @@ def test_every_block_of_code(checkpoint, tmp_path, monkeypatch):
     assert names["pipe"](names["photo"], num_inference_steps=1).images[0].size == (128, 128)
 
 
-@pytest.mark.parametrize("name", ["scripts/demo", "scripts/test", "scripts/fork.py", "scripts/verify_reference.py",
-                                  "tests/photos/LICENSES.md", "imvar/pipeline/variation.py",
-                                  "imvar/checkpoints/imvar-emoji/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scripts/demo",
+        "scripts/test",
+        "scripts/fork.py",
+        "scripts/verify_reference.py",
+        "tests/photos/LICENSES.md",
+        "imvar/pipeline/variation.py",
+        "imvar/checkpoints/imvar-emoji/README.md",
+    ],
+)
 def test_what_it_names_is_there(name):
     assert (ROOT / name).exists()
     assert Path(name).name in (ROOT / "README.md").read_text()

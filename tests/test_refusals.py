@@ -101,13 +101,16 @@ ARGUMENTS = {
     "order=0": lambda _: step(LMSDiscreteScheduler, order=0),
     "order=1.5": lambda _: step(LMSDiscreteScheduler, order=1.5),
     "hidden_size=30 cannot be split": lambda _: imvar.CLIPVisionModelWithProjection(
-        hidden_size=30, num_attention_heads=4),
+        hidden_size=30, num_attention_heads=4
+    ),
     "class_labels: not supported": lambda p: p.unet(x, 1, context, class_labels=torch.zeros(1)),
     "positional argument 4: not supported": lambda p: p.unet(x, 1, context, torch.zeros(1)),
     "block_out_channels: 0 levels": lambda _: imvar.AutoencoderKL(
-        block_out_channels=(), down_block_types=(), up_block_types=()),
+        block_out_channels=(), down_block_types=(), up_block_types=()
+    ),
     "up_block_types=['UpBlock2D']: 1 times UpDecoderBlock2D": lambda _: imvar.AutoencoderKL(
-        up_block_types=["UpBlock2D"]),
+        up_block_types=["UpBlock2D"]
+    ),
     "block_out_channels: 30 cannot be split into 32 groups": lambda _: imvar.AutoencoderKL(block_out_channels=(30,)),
     "image_mean=array": lambda _: imvar.CLIPImageProcessor(image_mean=np.zeros(2)),
 }
@@ -150,17 +153,20 @@ SETTINGS = {
     "size='x'": lambda p: imvar.sliced("x"),
     "set_attend: Linear has no attention": lambda _: imvar.set_attend(torch.nn.Linear(1, 1), imvar.sdpa),
     "none of which is a setting of UNet2DConditionModel": lambda _: imvar.UNet2DConditionModel.from_config(
-        DDIMScheduler().config),
+        DDIMScheduler().config
+    ),
     "set_attend(UNet2DConditionModel, None)": lambda p: imvar.set_attend(p.unet, None),
     "set_attend(str": lambda p: imvar.set_attend("unet", imvar.sdpa),
     "swap(UNet2DConditionModel, 'x'": lambda p: imvar.swap(p.unet, "x", lambda layer: layer),
     "made None of Linear": lambda p: imvar.swap(p.unet.time, torch.nn.Linear, lambda layer: None),
     "vae: a UNet2DConditionModel came, which has no decode; an AutoencoderKL": lambda p: type(p)(
-        **(p.components | {"vae": p.unet})),
+        **(p.components | {"vae": p.unet})
+    ),
     "unet: a AutoencoderKL came, which is for vae": lambda p: type(p)(**(p.components | {"unet": p.vae})),
     "vae: a int came": lambda p: type(p)(1, 2, 3, 4, 5, 6),
-    "use_safetensors='x'": lambda p: imvar.UNet2DConditionModel.from_pretrained("imvar-emoji", "unet",
-                                                                                use_safetensors="x"),
+    "use_safetensors='x'": lambda p: imvar.UNet2DConditionModel.from_pretrained(
+        "imvar-emoji", "unet", use_safetensors="x"
+    ),
     "compile='yes'": lambda p: type(p).from_pretrained("imvar-emoji", compile="yes"),
     "dtype='foo'": lambda p: type(p).from_pretrained("imvar-emoji", dtype="foo"),
 }
@@ -173,8 +179,13 @@ def without(pipe, name):
 
 PARTS = {
     f"{name}: None came; {word}": lambda p, name=name: without(p, name)
-    for name, word in (("vae", "an AutoencoderKL"), ("image_encoder", "a CLIPVision"), ("scheduler", "a scheduler"),
-                       ("unet", "a UNet2DConditionModel"))}
+    for name, word in (
+        ("vae", "an AutoencoderKL"),
+        ("image_encoder", "a CLIPVision"),
+        ("scheduler", "a scheduler"),
+        ("unet", "a UNet2DConditionModel"),
+    )
+}
 
 
 def walk(kind):
@@ -192,7 +203,8 @@ KINDS = DDIMScheduler, PNDMScheduler, LMSDiscreteScheduler
 narrow = x[..., :8]
 SCHEDULERS = {
     f"{kind.__name__}: {words}": lambda _, kind=kind, call=call: call(kind)
-    for kind in KINDS for words, call in {
+    for kind in KINDS
+    for words, call in {
         "model_output: shape (1, 4, 16, 16) came; sample's, (2, 4, 16, 16)": lambda kind: step(kind, sample=two),
         "model_output: shape (1, 4, 16, 8)": lambda kind: step(kind, output=narrow),
         "model_output: NoneType": lambda kind: step(kind, output=None),
@@ -211,7 +223,8 @@ SCHEDULERS = {
         "timesteps: a tensor on the meta": lambda kind: walk(kind).add_noise(x, x, torch.tensor([750], device="meta")),
         "device='foo'": lambda kind: walk(kind).set_timesteps(3, device="foo"),
         "num_inference_steps=[3]": lambda kind: walk(kind).set_timesteps([3]),
-    }.items()} | {
+    }.items()
+} | {
     "variance_noise: shape (1,)": lambda _: step(DDIMScheduler, eta=1.0, variance_noise=torch.zeros(1)),
     "generator=42: torch.Generator": lambda _: step(DDIMScheduler, eta=0.0, generator=42),
     "generator=42": lambda _: step(DDIMScheduler, eta=1.0, generator=42),
@@ -229,7 +242,8 @@ PICTURES = {
     "image: NaN or infinite": lambda p: p.image_processor.postprocess(torch.full((1, 3, 8, 8), NAN)),
     "images: str came; an array": lambda p: p.numpy_to_pil("x"),
     "images: sizes [(8, 8), (64, 48)] (w, h) came": lambda p: p.image_processor.pil_to_numpy(
-        [PHOTO_OF_ONE_COLOUR, Image.new("RGB", (8, 8))]),
+        [PHOTO_OF_ONE_COLOUR, Image.new("RGB", (8, 8))]
+    ),
     "images: ndarray of shape (2, 2) came; an array": lambda p: p.image_processor.numpy_to_pt(np.zeros((2, 2))),
     "images: NoneType came; an array": lambda p: p.image_processor.numpy_to_pt(None),
     "images: Tensor of shape (2, 2) came; a tensor": lambda p: p.image_processor.pt_to_numpy(torch.zeros(2, 2)),
@@ -248,8 +262,7 @@ PICTURES = {
     "characters other than NUL": lambda p: imvar.load_image("\0"),
     "formats=['XX']": lambda p: imvar.load_image(PHOTO, formats=["XX"]),
     "formats=None": lambda p: imvar.load_image(PHOTO, formats=None),
-    "chelsea.jpg: not a picture that can be read; a PNG file": lambda p: imvar.load_image(
-        PHOTO, formats=["PNG"]),
+    "chelsea.jpg: not a picture that can be read; a PNG file": lambda p: imvar.load_image(PHOTO, formats=["PNG"]),
     "image=[": lambda p: imvar.load_image([PHOTO]),
     "no such file": lambda p: imvar.load_image(PHOTO.with_name("nothing.jpg")),
 }
@@ -299,10 +312,20 @@ def test_wrong_types_are_type_errors(pipe):
             pipe.unet(x, wrong, context)
 
 
-@pytest.mark.parametrize(("args", "options"), [
-    (("cpu",), {"non_blocking": True}), (("cpu", torch.float32, True), {}), ((torch.zeros(1),), {}), ((None,), {}),
-    ((), {}), ((), {"torch_dtype": "float32"}), ((torch.float32,), {"silence_dtype_warnings": True}),
-    ((), {"memory_format": torch.channels_last}), ((torch.device("cpu"),), {"dtype": torch.float32})])
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        (("cpu",), {"non_blocking": True}),
+        (("cpu", torch.float32, True), {}),
+        ((torch.zeros(1),), {}),
+        ((None,), {}),
+        ((), {}),
+        ((), {"torch_dtype": "float32"}),
+        ((torch.float32,), {"silence_dtype_warnings": True}),
+        ((), {"memory_format": torch.channels_last}),
+        ((torch.device("cpu"),), {"dtype": torch.float32}),
+    ],
+)
 def test_all_ways_to_move(pipe, args, options):
     assert pipe.to(*args, **options) is pipe
     assert (pipe.dtype, pipe.device.type) == (torch.float32, "cpu")

@@ -33,8 +33,15 @@ def test_what_a_save_does_not_replace_stays(tmp_path):
     after = held(place)
     assert after.pop("logs/log") == b"one two"
     kept = {name for name in after if before[name] == after[name]}
-    assert kept >= {"README.md", ".git/objects/ab/cd", "unet/notes", "link", "astray",
-                    "unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"}
+    assert kept >= {
+        "README.md",
+        ".git/objects/ab/cd",
+        "unet/notes",
+        "link",
+        "astray",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    }
     assert {"scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"} <= after.keys() - kept
     assert [(place / name).stat().st_mode & 0o777 for name in ("", "logs", "README.md")] == [0o750, 0o700, 0o640]
     assert {path.stat().st_nlink for path in place.rglob("*") if path.is_file()} == {1}
@@ -136,8 +143,11 @@ def test_the_files_that_name_others_come_last(tmp_path):
         moved = []
         sys.addaudithook(lambda event, args: moved.append(args) if event == "os.rename" else None)
         nano_pipeline(0).save_pretrained(tmp_path / "model", max_shard_size="15KB")
-        places = [Path(target).relative_to(tmp_path / "model") for _, target, *_ in moved
-                  if "tmp" not in str(target).removeprefix(str(tmp_path))]
+        places = [
+            Path(target).relative_to(tmp_path / "model")
+            for _, target, *_ in moved
+            if "tmp" not in str(target).removeprefix(str(tmp_path))
+        ]
         assert places[-1] == Path("model_index.json")
         assert [path.suffix == ".json" for path in places] == sorted(path.suffix == ".json" for path in places)
         assert len(places) > 10

@@ -90,6 +90,7 @@ def test_loading_in_threads(tmp_path):
 
 def test_a_lock_is_on_the_file_that_others_find(tmp_path):
     """Whoever has waited for a lock finds that its file is gone; a third would lock another."""
+
     def wait():
         with swapping.locked(tmp_path / "lock") as sole:
             found.append(sole and (tmp_path / "lock").exists())

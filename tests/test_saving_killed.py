@@ -176,6 +176,7 @@ def test_a_file_that_cannot_grow(tmp_path, safe):
 
 def test_a_small_disk(tmp_path):
     """A file system with room for one checkpoint and a half."""
+
     def run():
         one = sum(map(len, saved(nano_pipeline(0), tmp_path / "measure").values()))
         if not mount(b"tmpfs", "none", tmp_path, f"size={2 * one}".encode()):

@@ -17,8 +17,11 @@ from imvar.weights.folders import replaced
 
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
-    for place, words in ((tmp_path / "file", "a file"), (tmp_path / "file" / "below", "a file is where a folder"),
-                         (tmp_path / "file" / "far" / "below", "a file is where a folder")):
+    for place, words in (
+        (tmp_path / "file", "a file"),
+        (tmp_path / "file" / "below", "a file is where a folder"),
+        (tmp_path / "file" / "far" / "below", "a file is where a folder"),
+    ):
         for part in (nano_encoder(0), nano_pipeline(0), imvar.PNDMScheduler()):
             with pytest.raises(CheckpointError, match=words) as caught:
                 part.save_pretrained(place)
@@ -129,6 +132,7 @@ IN_THE_WAY = {
 @pytest.mark.parametrize("words", IN_THE_WAY)
 def test_where_files_move_in_one_by_one_all_is_looked_at_first(tmp_path, monkeypatch, words):
     """What somebody else put in the way of the last one meanwhile is seen before the first has taken its place."""
+
     def save(folder):
         with replaced(folder) as new:
             nano_pipeline(1).save_pretrained(new)

@@ -109,7 +109,8 @@ def test_lms_weights_follow_polynomials(order):
 
 def test_lms_equals_adams_bashforth_on_even_levels():
     assert lms_weights(np.arange(4, 8, dtype=np.float32), 3.0) == pytest.approx(
-        [-55 / 24, 59 / 24, -37 / 24, 9 / 24], rel=1e-6)
+        [-55 / 24, 59 / 24, -37 / 24, 9 / 24], rel=1e-6
+    )
 
 
 def test_beta_quantile():
@@ -132,14 +133,17 @@ def test_zero_terminal_snr_ends_in_noise_and_begins_as_before():
 
 
 @pytest.mark.parametrize("steps", [4, 5, 20])
-@pytest.mark.parametrize(("cls", "settings"), [
-    *ALL,
-    (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}),
-    (PNDMScheduler, {"set_alpha_to_one": True, "skip_prk_steps": True, "timestep_spacing": "trailing"}),
-    (LMSDiscreteScheduler, {"timestep_spacing": "leading"}),
-    (LMSDiscreteScheduler, {"timestep_spacing": "trailing", "use_karras_sigmas": True}),
-    (LMSDiscreteScheduler, {"use_beta_sigmas": True}),
-])
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        *ALL,
+        (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}),
+        (PNDMScheduler, {"set_alpha_to_one": True, "skip_prk_steps": True, "timestep_spacing": "trailing"}),
+        (LMSDiscreteScheduler, {"timestep_spacing": "leading"}),
+        (LMSDiscreteScheduler, {"timestep_spacing": "trailing", "use_karras_sigmas": True}),
+        (LMSDiscreteScheduler, {"use_beta_sigmas": True}),
+    ],
+)
 def test_a_network_that_knows_the_noise_leads_home(cls, settings, steps):
     scheduler = cls(**settings)
     scheduler.set_timesteps(steps)
@@ -230,9 +234,14 @@ def test_pndm_visits():
 
 
 @pytest.mark.parametrize("steps", [61, 103, 121])
-@pytest.mark.parametrize(("cls", "settings"), [
-    (DDIMScheduler, {}), (PNDMScheduler, {"skip_prk_steps": True}), (LMSDiscreteScheduler, {}),
-])
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (DDIMScheduler, {}),
+        (PNDMScheduler, {"skip_prk_steps": True}),
+        (LMSDiscreteScheduler, {}),
+    ],
+)
 def test_trailing_visits_as_many_as_asked_for(cls, settings, steps):
     """Also where the rounding of 1000 / steps would leave one too many, a timestep -1."""
     scheduler = cls(timestep_spacing="trailing", **settings)
@@ -267,10 +276,20 @@ def test_noise_comes_from_one_generator_or_from_one_a_row():
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize(("steps", "error"), [
-    (0, InputError), (-4, InputError), (1001, InputError), (2.5, InputTypeError), (5.0, InputTypeError),
-    ("3", InputTypeError), (True, InputTypeError), (None, InputTypeError), ([5], InputTypeError),
-])
+@pytest.mark.parametrize(
+    ("steps", "error"),
+    [
+        (0, InputError),
+        (-4, InputError),
+        (1001, InputError),
+        (2.5, InputTypeError),
+        (5.0, InputTypeError),
+        ("3", InputTypeError),
+        (True, InputTypeError),
+        (None, InputTypeError),
+        ([5], InputTypeError),
+    ],
+)
 def test_bad_numbers_of_steps(cls, steps, error):
     scheduler = cls()
     before = scheduler.timesteps
@@ -293,41 +312,47 @@ def test_too_few_steps_for_the_opening():
         PNDMScheduler().set_timesteps(3)
 
 
-@pytest.mark.parametrize(("settings", "error", "message"), [
-    ({"num_train_timesteps": 0}, InputError, "num_train_timesteps=0"),
-    ({"num_train_timesteps": -5}, InputError, "num_train_timesteps=-5"),
-    ({"num_train_timesteps": "1000"}, InputTypeError, "num_train_timesteps='1000'"),
-    ({"beta_start": float("nan")}, InputError, "beta_start=nan"),
-    ({"beta_start": -0.1}, InputError, "beta_start=-0.1"),
-    ({"beta_end": 1.5}, InputError, "beta_end=1.5: a number from 0 to 1"),
-    ({"beta_end": "0.02"}, InputTypeError, "beta_end='0.02'"),
-    ({"beta_schedule": "cosine"}, InputError, "beta_schedule='cosine'.*squaredcos_cap_v2"),
-    ({"timestep_spacing": "even"}, InputError, "timestep_spacing='even'"),
-    ({"prediction_type": "eps"}, InputError, "prediction_type='eps'"),
-    ({"steps_offset": -1}, InputError, "steps_offset=-1"),
-    ({"trained_betas": []}, InputError, "trained_betas"),
-    ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, InputError, "trained_betas"),
-    ({"trained_betas": [0.1, 1.1], "num_train_timesteps": 2}, InputError, "trained_betas: 0.1 to 1.1 came"),
-    ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 3}, InputError, "trained_betas.*num_train_timesteps"),
-    ({"trained_betas": ["a"]}, InputTypeError, "trained_betas"),
-    ({"beta_begin": 0.1}, TypeError, "beta_begin"),
-])
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_train_timesteps": 0}, InputError, "num_train_timesteps=0"),
+        ({"num_train_timesteps": -5}, InputError, "num_train_timesteps=-5"),
+        ({"num_train_timesteps": "1000"}, InputTypeError, "num_train_timesteps='1000'"),
+        ({"beta_start": float("nan")}, InputError, "beta_start=nan"),
+        ({"beta_start": -0.1}, InputError, "beta_start=-0.1"),
+        ({"beta_end": 1.5}, InputError, "beta_end=1.5: a number from 0 to 1"),
+        ({"beta_end": "0.02"}, InputTypeError, "beta_end='0.02'"),
+        ({"beta_schedule": "cosine"}, InputError, "beta_schedule='cosine'.*squaredcos_cap_v2"),
+        ({"timestep_spacing": "even"}, InputError, "timestep_spacing='even'"),
+        ({"prediction_type": "eps"}, InputError, "prediction_type='eps'"),
+        ({"steps_offset": -1}, InputError, "steps_offset=-1"),
+        ({"trained_betas": []}, InputError, "trained_betas"),
+        ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, InputError, "trained_betas"),
+        ({"trained_betas": [0.1, 1.1], "num_train_timesteps": 2}, InputError, "trained_betas: 0.1 to 1.1 came"),
+        ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 3}, InputError, "trained_betas.*num_train_timesteps"),
+        ({"trained_betas": ["a"]}, InputTypeError, "trained_betas"),
+        ({"beta_begin": 0.1}, TypeError, "beta_begin"),
+    ],
+)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_bad_settings(cls, settings, error, message):
     with pytest.raises(error, match=message):
         cls(**settings)
 
 
-@pytest.mark.parametrize(("cls", "settings", "message"), [
-    (DDIMScheduler, {"clip_sample": "false"}, "clip_sample='false'"),
-    (DDIMScheduler, {"clip_sample_range": -1.0}, "clip_sample_range=-1.0"),
-    (DDIMScheduler, {"dynamic_thresholding_ratio": 99.5}, "dynamic_thresholding_ratio=99.5"),
-    (DDIMScheduler, {"sample_max_value": float("nan")}, "sample_max_value=nan"),
-    (PNDMScheduler, {"prediction_type": "sample"}, "prediction_type='sample'"),
-    (LMSDiscreteScheduler, {"use_karras_sigmas": True, "use_beta_sigmas": True}, "at most one"),
-    (LMSDiscreteScheduler, {"trained_betas": [0.0, 0.1], "num_train_timesteps": 2}, "noise levels from 0 "),
-    (LMSDiscreteScheduler, {"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "noise levels from .* to inf"),
-])
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        (DDIMScheduler, {"clip_sample": "false"}, "clip_sample='false'"),
+        (DDIMScheduler, {"clip_sample_range": -1.0}, "clip_sample_range=-1.0"),
+        (DDIMScheduler, {"dynamic_thresholding_ratio": 99.5}, "dynamic_thresholding_ratio=99.5"),
+        (DDIMScheduler, {"sample_max_value": float("nan")}, "sample_max_value=nan"),
+        (PNDMScheduler, {"prediction_type": "sample"}, "prediction_type='sample'"),
+        (LMSDiscreteScheduler, {"use_karras_sigmas": True, "use_beta_sigmas": True}, "at most one"),
+        (LMSDiscreteScheduler, {"trained_betas": [0.0, 0.1], "num_train_timesteps": 2}, "noise levels from 0 "),
+        (LMSDiscreteScheduler, {"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "noise levels from .* to inf"),
+    ],
+)
 def test_bad_settings_of_one_class(cls, settings, message):
     with pytest.raises(InputError, match=message):
         cls(**settings)
@@ -339,19 +364,34 @@ def test_a_bad_setting_in_a_file_names_the_file(tmp_path):
         DDIMScheduler.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("step", [
-    DDIMScheduler().step, PNDMScheduler().step, PNDMScheduler(skip_prk_steps=True).step, PNDMScheduler().step_prk,
-    PNDMScheduler().step_plms,
-])
+@pytest.mark.parametrize(
+    "step",
+    [
+        DDIMScheduler().step,
+        PNDMScheduler().step,
+        PNDMScheduler(skip_prk_steps=True).step,
+        PNDMScheduler().step_prk,
+        PNDMScheduler().step_plms,
+    ],
+)
 def test_a_step_before_set_timesteps(step):
     with pytest.raises(InputError, match="set_timesteps"):
         step(noise(), 10, noise())
 
 
-@pytest.mark.parametrize(("timestep", "error"), [
-    (-1, InputError), (1000, InputError), (3.5, InputTypeError), (None, InputTypeError), ("10", InputTypeError),
-    (torch.tensor([1, 2]), InputTypeError), (True, InputTypeError), (float("nan"), InputTypeError),
-])
+@pytest.mark.parametrize(
+    ("timestep", "error"),
+    [
+        (-1, InputError),
+        (1000, InputError),
+        (3.5, InputTypeError),
+        (None, InputTypeError),
+        ("10", InputTypeError),
+        (torch.tensor([1, 2]), InputTypeError),
+        (True, InputTypeError),
+        (float("nan"), InputTypeError),
+    ],
+)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_bad_timesteps(cls, timestep, error):
     scheduler = cls()
@@ -378,17 +418,24 @@ def test_lms_past_the_end():
         scheduler.scale_model_input(noise(), scheduler.timesteps[0])
 
 
-@pytest.mark.parametrize(("options", "error", "message"), [
-    ({"eta": 2}, InputError, "eta=2: a number from 0 to 1 would do"),
-    ({"eta": -0.1}, InputError, "eta=-0.1"),
-    ({"eta": float("nan")}, InputError, "eta=nan"),
-    ({"eta": "1"}, InputTypeError, "eta='1'"),
-    ({"eta": None}, InputTypeError, "eta=None"),
-    ({"eta": 1, "generator": 42}, InputTypeError, r"generator=42: torch.Generator\(\).manual_seed\(42\)"),
-    ({"eta": 1, "generator": [torch.Generator()] * 3}, InputError, "generator: 3 came for a batch of 2"),
-    ({"eta": 1, "generator": []}, InputError, "generator: 0 came for a batch of 2"),
-    ({"eta": 1, "generator": torch.Generator(), "variance_noise": noise()}, InputError, "variance_noise and generator"),
-])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"eta": 2}, InputError, "eta=2: a number from 0 to 1 would do"),
+        ({"eta": -0.1}, InputError, "eta=-0.1"),
+        ({"eta": float("nan")}, InputError, "eta=nan"),
+        ({"eta": "1"}, InputTypeError, "eta='1'"),
+        ({"eta": None}, InputTypeError, "eta=None"),
+        ({"eta": 1, "generator": 42}, InputTypeError, r"generator=42: torch.Generator\(\).manual_seed\(42\)"),
+        ({"eta": 1, "generator": [torch.Generator()] * 3}, InputError, "generator: 3 came for a batch of 2"),
+        ({"eta": 1, "generator": []}, InputError, "generator: 0 came for a batch of 2"),
+        (
+            {"eta": 1, "generator": torch.Generator(), "variance_noise": noise()},
+            InputError,
+            "variance_noise and generator",
+        ),
+    ],
+)
 def test_bad_options_of_a_ddim_step(options, error, message):
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(10)

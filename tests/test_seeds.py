@@ -58,10 +58,24 @@ def test_whole_numbers_of_any_kind(pipe, photo, seed):
     assert made(pipe, photo, seed=seed, num_inference_steps=1).seeds == [int(seed)]
 
 
-@pytest.mark.parametrize(("seed", "kind"), [
-    (-1, InputError), (2**63, InputError), (1.5, InputTypeError), ("3", InputTypeError), (True, InputTypeError),
-    ([1, 2], InputError), ([], InputError), ([1.5], InputTypeError), ([None], InputTypeError), ([-1], InputError),
-    (torch.Generator(), InputTypeError), (float("nan"), InputTypeError), ({3}, InputTypeError)])
+@pytest.mark.parametrize(
+    ("seed", "kind"),
+    [
+        (-1, InputError),
+        (2**63, InputError),
+        (1.5, InputTypeError),
+        ("3", InputTypeError),
+        (True, InputTypeError),
+        ([1, 2], InputError),
+        ([], InputError),
+        ([1.5], InputTypeError),
+        ([None], InputTypeError),
+        ([-1], InputError),
+        (torch.Generator(), InputTypeError),
+        (float("nan"), InputTypeError),
+        ({3}, InputTypeError),
+    ],
+)
 def test_what_is_no_seed(pipe, photo, seed, kind):
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(kind, match="seed"):

@@ -18,8 +18,12 @@ import imvar
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
 from imvar.weights import convert
 
-PARTS = {"unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
-         "image_encoder": imvar.CLIPVisionModelWithProjection, "safety_checker": imvar.StableDiffusionSafetyChecker}
+PARTS = {
+    "unet": imvar.UNet2DConditionModel,
+    "vae": imvar.AutoencoderKL,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+}
 IN_ORIGINALS = {part: PARTS[part] for part in ("unet", "vae", "image_encoder")}
 UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
 
@@ -33,8 +37,15 @@ def picture(pipe, photo):
     for model in pipe.modules.values():
         model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe(photo, height=64, width=64, num_inference_steps=1, guidance_scale=2.0, output_type="pt",
-                generator=torch.Generator().manual_seed(0)).images
+    return pipe(
+        photo,
+        height=64,
+        width=64,
+        num_inference_steps=1,
+        guidance_scale=2.0,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
 
 
 # As the folder
@@ -68,8 +79,9 @@ def test_every_part(originals, converted):
 
 
 def test_raw_and_averaged(originals):
-    raw, averaged = (imvar.UNet2DConditionModel.from_single_file(originals["full"], ema=ema).conv_in.weight
-                     for ema in ("no", "yes"))
+    raw, averaged = (
+        imvar.UNet2DConditionModel.from_single_file(originals["full"], ema=ema).conv_in.weight for ema in ("no", "yes")
+    )
     tensors = original("full")["state_dict"]
     assert averaged.equal(tensors["model_ema.diffusion_modelinput_blocks00weight"])
     assert raw.equal(tensors["model.diffusion_model.input_blocks.0.0.weight"])
@@ -98,10 +110,16 @@ def test_an_autoencoder_as_it_is_published_alone(tmp_path):
     vae = randomize(imvar.AutoencoderKL(**TINY_VAE | sizes), 0)
     vae.save_pretrained(tmp_path / "vae")
     convert(tmp_path / "vae", tmp_path / "prefixed.safetensors", to="original")
-    tensors = {name.removeprefix("first_stage_model."): tensor
-               for name, tensor in load_file(tmp_path / "prefixed.safetensors").items()}
-    tensors |= {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.ones(2, 3, 4, 4),
-                "model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3, dtype=torch.int32)}
+    tensors = {
+        name.removeprefix("first_stage_model."): tensor
+        for name, tensor in load_file(tmp_path / "prefixed.safetensors").items()
+    }
+    tensors |= {
+        "loss.logvar": torch.zeros(()),
+        "loss.discriminator.main.0.weight": torch.ones(2, 3, 4, 4),
+        "model_ema.decay": torch.tensor(0.99),
+        "model_ema.num_updates": torch.tensor(3, dtype=torch.int32),
+    }
     torch.save({"state_dict": tensors, "global_step": 840000}, tmp_path / "vae.ckpt")
     found = imvar.AutoencoderKL.from_single_file(tmp_path / "vae.ckpt")
     assert agree({"": found.state_dict()}, {"": vae.state_dict()})
@@ -124,8 +142,10 @@ def test_settings_are_in_files_of_ours(small, checkpoint):
 
 def test_settings_from_a_folder_win(small, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "settings", ignore=shutil.ignore_patterns("*.safetensors"))
-    for name, key, value in (("unet/config.json", "sample_size", 24),
-                             ("scheduler/scheduler_config.json", "_class_name", "LMSDiscreteScheduler")):
+    for name, key, value in (
+        ("unet/config.json", "sample_size", 24),
+        ("scheduler/scheduler_config.json", "_class_name", "LMSDiscreteScheduler"),
+    ):
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | {key: value}))
     pipe = StableDiffusionImageVariationPipeline.from_single_file(small, config=folder, **UNCHECKED)
     assert pipe.unet.config.sample_size == 24
@@ -138,8 +158,12 @@ def test_settings_from_a_folder_win(small, checkpoint, tmp_path):
 
 def test_dtypes(small):
     load = StableDiffusionImageVariationPipeline.from_single_file
-    kinds = {part: model.dtype for part, model in load(
-        small, dtype={"unet": "bfloat16", "default": torch.float16}, **UNCHECKED).modules.items()}
+    kinds = {
+        part: model.dtype
+        for part, model in load(
+            small, dtype={"unet": "bfloat16", "default": torch.float16}, **UNCHECKED
+        ).modules.items()
+    }
     assert kinds == {"unet": torch.bfloat16, "vae": torch.float16, "image_encoder": torch.float16}
     assert load(small, torch_dtype=torch.float16, **UNCHECKED).unet.dtype == torch.float16
     with pytest.raises(TypeError, match="text_encoder"):
@@ -148,8 +172,10 @@ def test_dtypes(small):
 
 def test_a_file_of_mixed_dtypes_makes_a_model_of_the_widest(originals, converted):
     kind = imvar.CLIPVisionModelWithProjection
-    for encoder in (kind.from_single_file(originals["full"], dtype="auto"),
-                    kind.from_pretrained(converted["full"], subfolder="image_encoder", torch_dtype="auto")):
+    for encoder in (
+        kind.from_single_file(originals["full"], dtype="auto"),
+        kind.from_pretrained(converted["full"], subfolder="image_encoder", torch_dtype="auto"),
+    ):
         assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float32}
 
 
@@ -178,11 +204,14 @@ def test_a_part_that_is_not_there_can_be_handed_over(small, checkpoint, tmp_path
 # The hub
 
 
-@pytest.mark.parametrize(("source", "revision"), [
-    ("owner/name/files/small.safetensors", None),
-    ("https://huggingface.co/owner/name/blob/main/files/small.safetensors", "main"),
-    ("https://hf.co/owner/name/resolve/v1/files/small.safetensors?download=true", "v1"),
-])
+@pytest.mark.parametrize(
+    ("source", "revision"),
+    [
+        ("owner/name/files/small.safetensors", None),
+        ("https://huggingface.co/owner/name/blob/main/files/small.safetensors", "main"),
+        ("https://hf.co/owner/name/resolve/v1/files/small.safetensors?download=true", "v1"),
+    ],
+)
 def test_files_on_the_hub(small, checkpoint, monkeypatch, tmp_path, source, revision):
     calls = []
 
@@ -234,24 +263,35 @@ def test_another_parts_file(checkpoint, tmp_path, part, other):
     assert caught.value.path == tmp_path / mine.name
 
 
-@pytest.mark.parametrize("tower", ["transformer.text_model.encoder.layers.0.mlp.fc1.weight",
-                                   "model.transformer.resblocks.0.ln_1.weight"])
+@pytest.mark.parametrize(
+    "tower", ["transformer.text_model.encoder.layers.0.mlp.fc1.weight", "model.transformer.resblocks.0.ln_1.weight"]
+)
 def test_text_to_image_checkpoints(small, tmp_path, tower):
     tensors = {name: tensor for name, tensor in load_file(small).items() if not name.startswith("cond_stage_model.")}
     with safe_open(small, "pt") as opened:
         metadata = opened.metadata()
     save_file(tensors | {f"cond_stage_model.{tower}": torch.ones(8, 8)}, tmp_path / "sd.safetensors", metadata)
-    for load in (StableDiffusionImageVariationPipeline.from_single_file, PARTS["image_encoder"].from_single_file,
-                 lambda file: convert(file, tmp_path / "out")):
+    for load in (
+        StableDiffusionImageVariationPipeline.from_single_file,
+        PARTS["image_encoder"].from_single_file,
+        lambda file: convert(file, tmp_path / "out"),
+    ):
         with pytest.raises(CheckpointError, match=r"text-to-image checkpoint; its UNet and VAE can be taken"):
             load(tmp_path / "sd.safetensors")
     for part in ("unet", "vae"):
         assert alike(PARTS[part].from_single_file(tmp_path / "sd.safetensors"), PARTS[part].from_single_file(small))
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda text: text[:-1], lambda text: "[]", lambda text: '{"unet": 3}', lambda text: '{"unet": {"act_fn": "no"}}',
-    lambda text: json.dumps(json.loads(text) | {"scheduler": {}})])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text[:-1],
+        lambda text: "[]",
+        lambda text: '{"unet": 3}',
+        lambda text: '{"unet": {"act_fn": "no"}}',
+        lambda text: json.dumps(json.loads(text) | {"scheduler": {}}),
+    ],
+)
 def test_spoilt_settings_in_a_file(small, tmp_path, spoil):
     with safe_open(small, "pt") as opened:
         text = spoil(opened.metadata()["imvar.settings"])

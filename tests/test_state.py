@@ -99,8 +99,10 @@ def test_what_is_changed_between_calls(photo):
         (lambda: pipe.to(torch.float64), lambda: pipe.to(torch.float32)),
         (pipe.enable_fp8, pipe.disable_fp8),
         (lambda: pipe.enable_model_cpu_offload(device="cpu:0"), pipe.remove_all_hooks),
-        (lambda: setattr(pipe, "scheduler", LMSDiscreteScheduler.from_config(kept.config)),
-         lambda: setattr(pipe, "scheduler", kept)),
+        (
+            lambda: setattr(pipe, "scheduler", LMSDiscreteScheduler.from_config(kept.config)),
+            lambda: setattr(pipe, "scheduler", kept),
+        ),
     ]:
         change()
         made(pipe, photo, height=72, num_images_per_prompt=2)
@@ -140,8 +142,16 @@ def test_threads(photo, threads, shared):
         for i, one in enumerate(pipes):
             one.scheduler = kinds[i % 3].from_config(pipe.scheduler.config)
             one.set_progress_bar_config(disable=True)
-    options = [{"seed": i, "num_inference_steps": 2 + i, "height": 64 + 8 * i, "num_images_per_prompt": 1 + i % 2,
-                "guidance_scale": 3.0 * (i % 3)} for i in range(threads)]
+    options = [
+        {
+            "seed": i,
+            "num_inference_steps": 2 + i,
+            "height": 64 + 8 * i,
+            "num_images_per_prompt": 1 + i % 2,
+            "guidance_scale": 3.0 * (i % 3),
+        }
+        for i in range(threads)
+    ]
     expected = [made(one, photo, **more) for one, more in zip(pipes, options, strict=True)]
     results: list = [None] * threads
     together = threading.Barrier(threads)

@@ -56,9 +56,14 @@ def test_the_concepts():
 
 
 def test_the_full_set_holds_out_what_the_reduced_one_does():
-    available = {name: [*REDUCED.by_category[name], *REDUCED.unseen_by_category[name],
-                        *map(chr, range(0x4E00 + 100 * i, 0x4E00 + 100 * i + 50))]
-                 for i, name in enumerate(REDUCED.by_category)}
+    available = {
+        name: [
+            *REDUCED.by_category[name],
+            *REDUCED.unseen_by_category[name],
+            *map(chr, range(0x4E00 + 100 * i, 0x4E00 + 100 * i + 50)),
+        ]
+        for i, name in enumerate(REDUCED.by_category)
+    }
     split = full(available)
     assert set(split.concepts) > set(REDUCED.concepts)
     assert set(split.unseen) > set(REDUCED.unseen)
@@ -166,9 +171,14 @@ def test_a_loss_that_is_not_finite_stops_it(clock, tmp_path):
 
 
 MODELS = {
-    "unet": (lambda: imvar.UNet2DConditionModel(**diffusion.SETTINGS),
-             lambda m, x: m(x[:, :1].repeat(1, 4, 1, 1)[..., ::4, ::4], torch.arange(len(x)) * 100,
-                            x.flatten(1)[:, None, :128]).sample),
+    "unet": (
+        lambda: imvar.UNet2DConditionModel(**diffusion.SETTINGS),
+        lambda m, x: (
+            m(
+                x[:, :1].repeat(1, 4, 1, 1)[..., ::4, ::4], torch.arange(len(x)) * 100, x.flatten(1)[:, None, :128]
+            ).sample
+        ),
+    ),
     "vae": (lambda: imvar.AutoencoderKL(**autoencoder.SETTINGS), lambda m, x: m(x).sample),
     "encoder": (lambda: imvar.CLIPVisionModelWithProjection(**encoder.SETTINGS), lambda m, x: m(x).image_embeds),
     "checker": (lambda: imvar.StableDiffusionSafetyChecker(**safety.SETTINGS), safety.embed),
@@ -199,8 +209,11 @@ def test_gradients_are_the_same_with_checkpointing_and_with_either_attention(nam
     torch.manual_seed(0)
     model, x = make().train(), torch.randn(2, 3, 64, 64)
     grads = []
-    for change in (lambda: None, lambda: loop.quick_on_cpu(model, CPU),
-                   getattr(model, "enable_gradient_checkpointing", None) or model.gradient_checkpointing_enable):
+    for change in (
+        lambda: None,
+        lambda: loop.quick_on_cpu(model, CPU),
+        getattr(model, "enable_gradient_checkpointing", None) or model.gradient_checkpointing_enable,
+    ):
         change()
         run(model, x).square().mean().backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -278,8 +291,9 @@ def test_what_either_prediction_stands_for():
         times = torch.tensor([when, when])
         noisy = schedule.add_noise(x0, eps, times)
         for kind, answer in (("epsilon", eps), ("v_prediction", schedule.get_velocity(x0, eps, times))):
-            clean, noise = diffusion.parts(imvar.DDIMScheduler(**diffusion.SCHEDULER, prediction_type=kind), answer,
-                                           noisy, when)
+            clean, noise = diffusion.parts(
+                imvar.DDIMScheduler(**diffusion.SCHEDULER, prediction_type=kind), answer, noisy, when
+            )
             assert torch.allclose(clean, x0, atol=1e-4)
             assert torch.allclose(noise, eps, atol=1e-4)
 

@@ -8,11 +8,18 @@ from random_checkpoint import PUBLISHED_SCHEDULER
 from imvar import DDIMScheduler, InputError, InputTypeError, LMSDiscreteScheduler, PNDMScheduler
 
 
-@pytest.mark.parametrize(("kind", "settings"), [
-    (DDIMScheduler, {"beta_start": 0, "beta_end": 0}), (DDIMScheduler, {"beta_start": 1, "beta_end": 1}),
-    (PNDMScheduler, {"beta_start": 0}), (PNDMScheduler, {"beta_end": 1}),
-    (PNDMScheduler, {"trained_betas": [0.0] * 1000}), (PNDMScheduler, {"trained_betas": [1.0] * 1000}),
-    (LMSDiscreteScheduler, {"beta_start": 0, "beta_end": 0})])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (DDIMScheduler, {"beta_start": 0, "beta_end": 0}),
+        (DDIMScheduler, {"beta_start": 1, "beta_end": 1}),
+        (PNDMScheduler, {"beta_start": 0}),
+        (PNDMScheduler, {"beta_end": 1}),
+        (PNDMScheduler, {"trained_betas": [0.0] * 1000}),
+        (PNDMScheduler, {"trained_betas": [1.0] * 1000}),
+        (LMSDiscreteScheduler, {"beta_start": 0, "beta_end": 0}),
+    ],
+)
 def test_noise_levels_that_divide_by_zero(kind, settings):
     with pytest.raises(InputError, match="betas"):
         kind(**settings).set_timesteps(10)

@@ -17,10 +17,19 @@ from imvar.weights.writing import write_tensors, write_weights
 def every_kind():
     base = torch.arange(24.0)
     kinds = ("bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn")
-    return {"matrix": torch.randn(3, 4), 'an "é"\n': torch.randn(2), "scalar": torch.tensor(3.0),
-            "empty": torch.zeros(0, 3), "turned": torch.randn(4, 5).T, "whole": base, "half": base[:12],
-            "end": base[9:], "again": base[:12], "gradient": torch.nn.Parameter(torch.randn(3)),
-            "expanded": torch.ones(1).expand(7)} | {kind: torch.ones(3).to(getattr(torch, kind)) for kind in kinds}
+    return {
+        "matrix": torch.randn(3, 4),
+        'an "é"\n': torch.randn(2),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 3),
+        "turned": torch.randn(4, 5).T,
+        "whole": base,
+        "half": base[:12],
+        "end": base[9:],
+        "again": base[:12],
+        "gradient": torch.nn.Parameter(torch.randn(3)),
+        "expanded": torch.ones(1).expand(7),
+    } | {kind: torch.ones(3).to(getattr(torch, kind)) for kind in kinds}
 
 
 def test_the_bytes_that_safetensors_writes(tmp_path):
@@ -52,12 +61,17 @@ def test_casting(tmp_path):
     write_tensors(tmp_path / "half.safetensors", tensors, dtype=torch.float16)
     half = load_file(tmp_path / "half.safetensors")
     assert {name: tensor.dtype for name, tensor in half.items()} == {
-        "w": torch.float16, "inf": torch.float16, "n": torch.int64}
+        "w": torch.float16,
+        "inf": torch.float16,
+        "n": torch.int64,
+    }
     assert all(torch.equal(half[name], tensors[name].to(half[name].dtype)) for name in tensors)
     for ending in ("safetensors", "bin"):
-        for bad, words in (({"w": torch.tensor([1e6])}, r"w: .*beyond torch\.float16"),
-                           ({"w": torch.ones(2, device="meta")}, r"w: .*meta"),
-                           ({"w": torch.eye(2).to_sparse()}, "dense")):
+        for bad, words in (
+            ({"w": torch.tensor([1e6])}, r"w: .*beyond torch\.float16"),
+            ({"w": torch.ones(2, device="meta")}, r"w: .*meta"),
+            ({"w": torch.eye(2).to_sparse()}, "dense"),
+        ):
             with pytest.raises(InputError, match=words):
                 write_tensors(tmp_path / f"bad.{ending}", bad, dtype=torch.float16)
     with pytest.raises(TypeError, match=r"c: .*complex64"):

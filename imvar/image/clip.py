@@ -50,8 +50,9 @@ class CLIPImageProcessorConfig(Config):
     def marked(self, given: Iterable[str], foreign: Mapping[str, Any]) -> Self:
         for name, fine in LEFT_OUT.items():
             if foreign.get(name) not in (None, fine):
-                raise InputError(f"{type(self).__name__}: {name}={shown(foreign[name])} is not supported; it can be "
-                                 f"{fine}", key=name)
+                raise InputError(
+                    f"{type(self).__name__}: {name}={shown(foreign[name])} is not supported; it can be {fine}", key=name
+                )
         return super().marked(given, foreign)
 
     def check(self) -> None:
@@ -115,8 +116,11 @@ class BatchFeature(Output):
         return self
 
 
-class CLIPImageProcessor(Pretrained, part="feature_extractor",
-                         also=("CLIPFeatureExtractor", "CLIPImageProcessorPil", "CLIPImageProcessorFast")):
+class CLIPImageProcessor(
+    Pretrained,
+    part="feature_extractor",
+    also=("CLIPFeatureExtractor", "CLIPImageProcessorPil", "CLIPImageProcessorFast"),
+):
     """Resize the short edge, crop the middle, scale to [0, 1], subtract CLIP's mean, divide by its deviation.
 
     Equal to transformers' processor of this name, pixel for pixel. Settings are read and set as attributes.
@@ -125,8 +129,9 @@ class CLIPImageProcessor(Pretrained, part="feature_extractor",
     config_class = CLIPImageProcessorConfig
     config_name = "preprocessor_config.json"
 
-    def __call__(self, images: Any, *, return_tensors: str | None = None, input_data_format: str | None = None,
-                 **changes: Any) -> BatchFeature:
+    def __call__(
+        self, images: Any, *, return_tensors: str | None = None, input_data_format: str | None = None, **changes: Any
+    ) -> BatchFeature:
         """Pictures to `.pixel_values`: (b, 3, h, w) float32 for "pt" and "np", else a list of (3, h, w) arrays.
 
         `images` is a PIL picture of any mode (transparent parts turn white, EXIF is ignored), or an array or
@@ -139,8 +144,10 @@ class CLIPImageProcessor(Pretrained, part="feature_extractor",
         if return_tensors not in ("pt", "np", None):
             raise InputError(f"return_tensors={return_tensors!r} is not supported; it can be 'pt', 'np' or None")
         if input_data_format not in ("channels_first", "channels_last", None):
-            raise InputError(f"input_data_format={input_data_format!r} is not supported; it can be 'channels_first', "
-                             "'channels_last' or None")
+            raise InputError(
+                f"input_data_format={input_data_format!r} is not supported; it can be 'channels_first', "
+                "'channels_last' or None"
+            )
         settings = self.settings(changes)
         pixels = [prepare(image, name, settings, input_data_format) for name, image in one_by_one(images)]
         if return_tensors is None:

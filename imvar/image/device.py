@@ -29,8 +29,9 @@ def prepare(levels: Tensor, settings: Config) -> Tensor:
     if s.do_resize:
         x = resize(x, *target_size(s.size, *x.shape[2:]), s.resample)
     if s.do_center_crop:
-        (top, bottom), (left, right) = (center_span(n, s.crop_size[name])
-                                        for n, name in zip(x.shape[2:], ("height", "width"), strict=True))
+        (top, bottom), (left, right) = (
+            center_span(n, s.crop_size[name]) for n, name in zip(x.shape[2:], ("height", "width"), strict=True)
+        )
         x = F.pad(x, (-left, right - x.shape[3], -top, bottom - x.shape[2]))  # less than 0 cuts off
     if s.do_rescale:
         x = (x.double() * s.rescale_factor).float()
@@ -62,7 +63,7 @@ def blends(length: int, resized: int, resample: int) -> Tensor:
     """(resized, length) whole numbers, UNIT standing for 1: how much of each pixel goes into each."""
     taps = Taps(length, resized, (0, resized), resample)
     made = np.zeros((resized, length))
-    made[:, taps.first:taps.last] = taps.matrix()
+    made[:, taps.first : taps.last] = taps.matrix()
     return torch.from_numpy(made)
 
 

@@ -44,8 +44,9 @@ def load(image: Image.Image, name: str) -> None:
         with _one_reads:
             image.load()
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
-        raise InputError(f"{name}: a mode {image.mode} picture came that cannot be read "
-                         f"({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{name}: a mode {image.mode} picture came that cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def turned(image: Image.Image) -> int:
@@ -124,8 +125,9 @@ def channels_first(shape: tuple[int, ...], name: str, layout: str | None) -> boo
     """Whether (c h w); an axis of 1, 3 or 4 holds the channels."""
     first, last = shape[0] in CHANNELS, shape[-1] in CHANNELS
     if layout is None and first and last:
-        raise InputError(f"{name}: shape {shape} can be read two ways; say input_data_format='channels_first' or "
-                         "'channels_last'")
+        raise InputError(
+            f"{name}: shape {shape} can be read two ways; say input_data_format='channels_first' or 'channels_last'"
+        )
     wanted = first if layout is None else layout == "channels_first"
     if not (first if wanted else last):
         raise InputError(f"{name}: shape {shape} has no axis of 1, 3 or 4 channels; (h, w, 3) or (3, h, w) would do")

@@ -41,8 +41,9 @@ def center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return canvas
 
 
-def resize(image: Image.Image, height: int, width: int, resample: int,
-           crop: tuple[int, int] | None = None) -> np.ndarray:
+def resize(
+    image: Image.Image, height: int, width: int, resample: int, crop: tuple[int, int] | None = None
+) -> np.ndarray:
     """An RGB picture as (height width 3) uint8, or as little of its middle as a crop to `crop` needs.
 
     Pillow does it, unless it would enlarge far more than is kept. (Where it makes pictures smaller there is
@@ -51,8 +52,10 @@ def resize(image: Image.Image, height: int, width: int, resample: int,
     enlarged = height >= image.height and width >= image.width
     if crop is None or height * width <= WASTE * crop[0] * crop[1] or not enlarged or resample not in FILTERS:
         if height * width > LARGEST:
-            raise InputError(f"images: a picture of {image.width}x{image.height} would become {width}x{height} pixels "
-                             f"(w x h); up to {LARGEST} in all would do")
+            raise InputError(
+                f"images: a picture of {image.width}x{image.height} would become {width}x{height} pixels "
+                f"(w x h); up to {LARGEST} in all would do"
+            )
         return np.asarray(image.resize((width, height), Image.Resampling(resample)))
     rows = Taps(image.height, height, center_span(height, crop[0]), resample)
     columns = Taps(image.width, width, center_span(width, crop[1]), resample)

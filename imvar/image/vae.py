@@ -79,8 +79,10 @@ class VaeImageProcessor(Configured):
         if not self.config.do_normalize:
             return x
         if x.min() < 0:
-            warnings.warn("image: values below 0 came, so they are taken as normalised to [-1, 1]; "
-                          "values in [0, 1] are expected", stacklevel=2)
+            warnings.warn(
+                "image: values below 0 came, so they are taken as normalised to [-1, 1]; values in [0, 1] are expected",
+                stacklevel=2,
+            )
             return x
         return self.normalize(x)
 
@@ -97,8 +99,9 @@ class VaeImageProcessor(Configured):
             images = [item.resize((width, height), FILTERS[self.config.resample]) for item in images]
         return self.numpy_to_pt(self.pil_to_numpy(images))
 
-    def get_default_height_width(self, image: Image.Image | np.ndarray | Tensor, height: int | None = None,
-                                 width: int | None = None) -> tuple[int, int]:
+    def get_default_height_width(
+        self, image: Image.Image | np.ndarray | Tensor, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int]:
         """The height and width asked for, or the picture's own, cut to a multiple of `vae_scale_factor`."""
         if isinstance(image, Image.Image):
             own = image.height, image.width
@@ -110,8 +113,7 @@ class VaeImageProcessor(Configured):
             sizes.append(size - size % factor)
         return sizes[0], sizes[1]
 
-    def postprocess(self, image: Tensor, output_type: str = "pil",
-                    do_denormalize: Sequence[bool] | None = None) -> Any:
+    def postprocess(self, image: Tensor, output_type: str = "pil", do_denormalize: Sequence[bool] | None = None) -> Any:
         """(b, c, h, w) in [-1, 1] to what `output_type` names.
 
         "pil": a list of pictures; "np": (b, h, w, c) float32 in [0, 1]; "pt": a tensor in [0, 1]; "latent":
@@ -133,8 +135,9 @@ class VaeImageProcessor(Configured):
         flags = [self.config.do_normalize] * len(image) if do_denormalize is None else do_denormalize
         flags = flags.tolist() if isinstance(flags, (np.ndarray, Tensor)) else flags
         if not isinstance(flags, (list, tuple)) or len(flags) != len(image):
-            raise InputError(f"do_denormalize={shown(do_denormalize)} came for {len(image)} pictures; a list of a flag "
-                             "each would do")
+            raise InputError(
+                f"do_denormalize={shown(do_denormalize)} came for {len(image)} pictures; a list of a flag each would do"
+            )
         if all(flags):
             image = self.denormalize(image)
         elif any(flags):

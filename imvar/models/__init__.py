@@ -9,7 +9,20 @@ from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
 
 __all__ = [
-    "Attention", "AutoencoderKL", "CLIPConfig", "CLIPVisionConfig", "CLIPVisionModelWithProjection", "CrossAttention",
-    "FreeU", "PixelAttention", "ResnetBlock", "SelfAttention", "StableDiffusionSafetyChecker", "UNet2DConditionModel",
-    "sdpa", "set_attend", "sliced", "swap",
+    "Attention",
+    "AutoencoderKL",
+    "CLIPConfig",
+    "CLIPVisionConfig",
+    "CLIPVisionModelWithProjection",
+    "CrossAttention",
+    "FreeU",
+    "PixelAttention",
+    "ResnetBlock",
+    "SelfAttention",
+    "StableDiffusionSafetyChecker",
+    "UNet2DConditionModel",
+    "sdpa",
+    "set_attend",
+    "sliced",
+    "swap",
 ]

@@ -51,19 +51,25 @@ Operator = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Any, ...]]
 
 # Private operators, but the only way to choose a backend for one call and not for the process
 _OPERATORS: dict[SDPBackend, Operator] = {
-    SDPBackend.EFFICIENT_ATTENTION: lambda q, k, v, training, scale:
-        aten._scaled_dot_product_efficient_attention(q, k, v, None, training, scale=scale),
-    SDPBackend.CUDNN_ATTENTION: lambda q, k, v, training, scale:
-        aten._scaled_dot_product_cudnn_attention(q, k, v, None, training, scale=scale),
-    SDPBackend.FLASH_ATTENTION: lambda q, k, v, training, scale:
-        aten._scaled_dot_product_flash_attention(q, k, v, scale=scale),
-    SDPBackend.MATH: lambda q, k, v, training, scale:
-        aten._scaled_dot_product_attention_math(q, k, v, scale=scale),
+    SDPBackend.EFFICIENT_ATTENTION: lambda q, k, v, training, scale: aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, training, scale=scale
+    ),
+    SDPBackend.CUDNN_ATTENTION: lambda q, k, v, training, scale: aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, training, scale=scale
+    ),
+    SDPBackend.FLASH_ATTENTION: lambda q, k, v, training, scale: aten._scaled_dot_product_flash_attention(
+        q, k, v, scale=scale
+    ),
+    SDPBackend.MATH: lambda q, k, v, training, scale: aten._scaled_dot_product_attention_math(q, k, v, scale=scale),
 }
 _HALF = torch.float16, torch.bfloat16
 # What they are made for: some answer others with noise
-_DTYPES = {SDPBackend.EFFICIENT_ATTENTION: (*_HALF, torch.float32), SDPBackend.CUDNN_ATTENTION: _HALF,
-           SDPBackend.FLASH_ATTENTION: _HALF, SDPBackend.MATH: (*_HALF, torch.float32, torch.float64)}
+_DTYPES = {
+    SDPBackend.EFFICIENT_ATTENTION: (*_HALF, torch.float32),
+    SDPBackend.CUDNN_ATTENTION: _HALF,
+    SDPBackend.FLASH_ATTENTION: _HALF,
+    SDPBackend.MATH: (*_HALF, torch.float32, torch.float64),
+}
 ALIGNED = 8  # what the width of a head has to be a multiple of, for each of them
 
 
@@ -92,8 +98,11 @@ class Backend:
         if not q.is_cuda:
             return sdpa(q, k, v)
         if q.dtype not in self.dtypes:
-            raise InputTypeError(f"attention_op={self.name.name}: queries of {q.dtype} came; "
-                                 f"{' or '.join(map(str, self.dtypes))} would do", key="attention_op")
+            raise InputTypeError(
+                f"attention_op={self.name.name}: queries of {q.dtype} came; "
+                f"{' or '.join(map(str, self.dtypes))} would do",
+                key="attention_op",
+            )
         training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         width, lacking = q.shape[-1], -q.shape[-1] % ALIGNED
         if lacking:
@@ -220,8 +229,9 @@ def attentions(model: nn.Module) -> list[Attention]:
 def set_attend(model: nn.Module, attend: Attend) -> None:
     """Give every attention layer of `model` this kernel: a function, or a module with weights."""
     if not callable(attend) or not isinstance(model, nn.Module):
-        raise InputTypeError(f"set_attend({type(model).__name__}, {shown(attend)}): a model, and a function of q, "
-                             "k and v, would do")
+        raise InputTypeError(
+            f"set_attend({type(model).__name__}, {shown(attend)}): a model, and a function of q, k and v, would do"
+        )
     if not (layers := attentions(model)):
         raise InputError(f"set_attend: {type(model).__name__} has no attention layers of imvar", key="model")
     for layer in layers:

@@ -19,8 +19,15 @@ class Cached(Prepared):
     The last layer meets what the whole UNet told it from below in an earlier step, and the skip of this one.
     """
 
-    def __init__(self, unet: Any, timesteps: Tensor, context: Tensor, interval: int, runner: Runner = partial,
-                 kept: Kept | None = None):
+    def __init__(
+        self,
+        unet: Any,
+        timesteps: Tensor,
+        context: Tensor,
+        interval: int,
+        runner: Runner = partial,
+        kept: Kept | None = None,
+    ):
         super().__init__(unet, timesteps, context, kept=kept)
         self.remembering, self.last_layer = runner(remembering, unet), runner(last_layer, unet)
         self.interval, self.whole_at = interval, -interval

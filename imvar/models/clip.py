@@ -59,14 +59,23 @@ class CLIPVisionConfig(Config):
 
     def check(self) -> None:
         super().check()
-        sizes(self, "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
-              "num_channels")
+        sizes(
+            self,
+            "hidden_size",
+            "intermediate_size",
+            "projection_dim",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_channels",
+        )
         sizes(self, "image_size", high=LARGEST_SIDE)
         sizes(self, "patch_size", high=self.image_size)
         real("layer_norm_eps", self.layer_norm_eps)
         if self.hidden_size % self.num_attention_heads:
-            raise InputError(f"hidden_size={self.hidden_size} cannot be split into "
-                             f"num_attention_heads={self.num_attention_heads}", key="hidden_size")
+            raise InputError(
+                f"hidden_size={self.hidden_size} cannot be split into num_attention_heads={self.num_attention_heads}",
+                key="hidden_size",
+            )
 
 
 class MLP(nn.Module):
@@ -140,8 +149,9 @@ class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel, part="
         return tables.image_encoder(self.config.num_hidden_layers)
 
     @checked(inputs.clip)
-    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False,
-                return_dict: bool = True) -> CLIPVisionModelOutput | tuple[Any, ...]:
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True
+    ) -> CLIPVisionModelOutput | tuple[Any, ...]:
         """Pictures (b, 3, s, s), normalised by CLIPImageProcessor, to `image_embeds` (b, projection_dim).
 
         The embeddings are not normalised. Raises `InputError` for pictures of another size than the config's.

@@ -101,15 +101,24 @@ class Compiler:
                     self.shared[1].synchronize()  # what makes room for this one is out of use
                 for old in [old for old in self.recordings if old[0] is function and old[1] is not model]:
                     del self.recordings[old]  # of a model whose place this one took
-                self.recordings[key] = self.record(lambda *tensors: self.run(
-                    function, model, *tree_unflatten(tensors, form)), partial(function, model), tensors, form)
+                self.recordings[key] = self.record(
+                    lambda *tensors: self.run(function, model, *tree_unflatten(tensors, form)),
+                    partial(function, model),
+                    tensors,
+                    form,
+                )
                 while len(self.recordings) > KEPT:
                     self.recordings.popitem(last=False)
             self.recordings.move_to_end(key)
             return self.recordings[key](*tensors)
 
-    def record(self, call: Callable[..., Any], eager: Callable[..., Any], tensors: list[Tensor], form: Any,
-               ) -> Callable[..., Any]:
+    def record(
+        self,
+        call: Callable[..., Any],
+        eager: Callable[..., Any],
+        tensors: list[Tensor],
+        form: Any,
+    ) -> Callable[..., Any]:
         try:
             with trial.trying():  # so that the quickest ways for these sizes are known before they are compiled
                 eager(*tree_unflatten(tensors, form))

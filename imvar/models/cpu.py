@@ -28,9 +28,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def eager(x: Tensor) -> bool:
     """Whether x is computed with here and now, on the CPU, for its values alone."""
-    return (x.is_cpu and type(x) in (Tensor, nn.Parameter) and x.dtype in DTYPES and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing())  # type: ignore[attr-defined]
+    return (
+        x.is_cpu
+        and type(x) in (Tensor, nn.Parameter)
+        and x.dtype in DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )  # type: ignore[attr-defined]
 
 
 # oneDNN's layers, which PyTorch keeps for its own compiler
@@ -77,7 +83,7 @@ def strides(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, the quickest that is here."""
-    if (x.numel() * len(weight) >= WORTH_IT and eager(x) and weight.dtype == x.dtype and eager(weight) and usable(x)):
+    if x.numel() * len(weight) >= WORTH_IT and eager(x) and weight.dtype == x.dtype and eager(weight) and usable(x):
         return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -98,8 +104,13 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def fewer_products_pay(conv: nn.Conv2d, x: Tensor, calls: int) -> bool:
     """Whether F(2x2, 3x3) can be used, and is quicker. (In half precision its sums would round too much.)"""
     n, c, h, w = x.shape
-    return (phases.is_usual(conv) and h % 2 == w % 2 == 0 and n * h * w >= FEW and calls * n * h * w >= SOME
-            and c * conv.out_channels >= WIDE * (c + conv.out_channels))
+    return (
+        phases.is_usual(conv)
+        and h % 2 == w % 2 == 0
+        and n * h * w >= FEW
+        and calls * n * h * w >= SOME
+        and c * conv.out_channels >= WIDE * (c + conv.out_channels)
+    )
 
 
 def by_matrices(way: Any, matrices: Any, conv: nn.Conv2d, x: Tensor, run: kept.Kept) -> Tensor:
@@ -127,8 +138,11 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     if not (apart and eager(x) and kept.run() and x.dtype == norm.weight.dtype == torch.float32):
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     number = next(n for n in range(min(-(-h * w // IN_A_SUM), h), h + 1) if h % n == 0)  # parts of a size
-    found = [torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0))  # mean and variance: 2 c
-             for one in x.split(1) for part in one.chunk(number, dim=2)]
+    found = [
+        torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0))  # mean and variance: 2 c
+        for one in x.split(1)
+        for part in one.chunk(number, dim=2)
+    ]
     means, variances = rearrange(torch.stack(found), "(b n) two (g c) -> two b g (n c)", b=b, g=norm.num_groups)
     mean = means.mean(dim=2, keepdim=True)
     variance = (variances + (means - mean) ** 2).mean(dim=2, keepdim=True)  # of groups, b g 1, as they are of a size
@@ -142,8 +156,14 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def enlarging_pays(conv: nn.Module, x: Tensor) -> bool:
     """Whether `enlarge` would be quicker than to repeat pixels and convolve."""
-    return (eager(x) and len(x) * x.shape[2] * x.shape[3] >= (FEW if kept.run() is None else FEW / 4)
-            and isinstance(conv, nn.Conv2d) and ours(conv) and phases.is_usual(conv) and conv.weight.dtype == x.dtype)
+    return (
+        eager(x)
+        and len(x) * x.shape[2] * x.shape[3] >= (FEW if kept.run() is None else FEW / 4)
+        and isinstance(conv, nn.Conv2d)
+        and ours(conv)
+        and phases.is_usual(conv)
+        and conv.weight.dtype == x.dtype
+    )
 
 
 def enlarge(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -154,8 +174,13 @@ def enlarge(conv: nn.Conv2d, x: Tensor) -> Tensor:
     made = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
     if not run or not usable(x):
         return phases.enlarge(x, phases.kernels(conv.weight), conv.bias, made)
-    return phases.enlarge(channels_last(x), run.get(packed_phases, conv.weight, conv), conv.bias, channels_last(made),
-                          lambda x, kernel, bias: onednn_convolution(x, kernel, bias, conv))
+    return phases.enlarge(
+        channels_last(x),
+        run.get(packed_phases, conv.weight, conv),
+        conv.bias,
+        channels_last(made),
+        lambda x, kernel, bias: onednn_convolution(x, kernel, bias, conv),
+    )
 
 
 def packed_phases(weight: Tensor, like: nn.Conv2d) -> list[list[Tensor]]:

@@ -91,8 +91,10 @@ def enable(model: nn.Module) -> None:
     """Have self-attention and feed-forward layers multiply in eight bits."""
     device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABLE:
-        raise InputError(f"enable_fp8: {torch.cuda.get_device_name(device)} does not multiply in eight bits; one of "
-                         f"compute capability {'.'.join(map(str, CAPABLE))} or more would do")
+        raise InputError(
+            f"enable_fp8: {torch.cuda.get_device_name(device)} does not multiply in eight bits; one of "
+            f"compute capability {'.'.join(map(str, CAPABLE))} or more would do"
+        )
     for part in model.modules():
         if isinstance(part, (SelfAttention, FeedForward)):
             swap(part, Linear, Fp8Linear.from_layer)

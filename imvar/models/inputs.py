@@ -15,16 +15,20 @@ from .told import IMVAR, Ready, ours, package
 LARGEST_TIME = 2**31  # far more than any model was trained for
 
 
-def unet(model: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *_: Any, merge: Any = None,
-         **__: Any) -> None:
+def unet(
+    model: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *_: Any, merge: Any = None, **__: Any
+) -> None:
     """Latents, a time, and a context, of sizes that go together."""
     context, (channels, weight) = encoder_hidden_states, asked(model.conv_in)
     tensor("sample", sample, "b", channels, "h", "w", like=weight)
     if not isinstance(context, Ready):
         tensor("encoder_hidden_states", context, "b", "m", context_width(model), like=weight)
         if len(context) % len(sample):
-            raise InputError(f"encoder_hidden_states: {len(context)} came for {len(sample)} samples; one, or as many "
-                             "again, for each would do", key="encoder_hidden_states")
+            raise InputError(
+                f"encoder_hidden_states: {len(context)} came for {len(sample)} samples; one, or as many "
+                "again, for each would do",
+                key="encoder_hidden_states",
+            )
     if not isinstance(timestep, Ready):
         if isinstance(timestep, Tensor) and not sample.is_meta:
             readable("timestep", timestep)
@@ -53,8 +57,10 @@ def time(timestep: Any, samples: int) -> None:
     """A number, or one for each sample."""
     if isinstance(timestep, Tensor):
         if timestep.numel() != 1 and timestep.shape != (samples,):
-            raise InputError(f"timestep: shape {tuple(timestep.shape)} came for {samples} samples; (), or ({samples},) "
-                             "would do", key="timestep")
+            raise InputError(
+                f"timestep: shape {tuple(timestep.shape)} came for {samples} samples; (), or ({samples},) would do",
+                key="timestep",
+            )
         if timestep.is_complex():
             raise InputTypeError(f"timestep: values of {timestep.dtype} came; numbers would do", key="timestep")
         if timestep.device.type != "cpu":
@@ -70,8 +76,9 @@ def time(timestep: Any, samples: int) -> None:
             continue
         number = as_float(one)
         if number is None:
-            raise InputTypeError(f"timestep={shown(one)}: a number, or a tensor of one for each sample, would do",
-                                 key="timestep")
+            raise InputTypeError(
+                f"timestep={shown(one)}: a number, or a tensor of one for each sample, would do", key="timestep"
+            )
         if not 0 <= number <= LARGEST_TIME:
             raise InputError(f"timestep={shown(one)}: a finite number from 0 would do", key="timestep")
 
@@ -79,8 +86,10 @@ def time(timestep: Any, samples: int) -> None:
 def answered(kernel: Any, answer: Any, q: Tensor) -> Tensor:
     """What an attention kernel, of whatever kind, answers to q."""
     if not isinstance(answer, Tensor) or answer.shape != q.shape:
-        raise InputTypeError(f"attend={shown(kernel)}: it answered with {formed(answer)}; {tuple(q.shape)}, as q has "
-                             "it, would do", key="attend")
+        raise InputTypeError(
+            f"attend={shown(kernel)}: it answered with {formed(answer)}; {tuple(q.shape)}, as q has it, would do",
+            key="attend",
+        )
     return answer
 
 
@@ -120,9 +129,11 @@ def tiles(model: Any, side: int, taken: str, made: str) -> None:
     factor = 2 ** (len(model.config.block_out_channels) - 1)
     fits = stride >= 1 and stride * sizes[1] == keep * sizes[0] and max(sizes) == factor * min(sizes)
     if side > sizes[0] and not fits:
-        raise InputError(f"{taken}={sizes[0]}, {made}={sizes[1]}, tile_overlap_factor={overlap:g}: tiles that do not "
-                         f"fit together; the one {factor} times the other, and an overlap of whole latents, would do",
-                         key=taken)
+        raise InputError(
+            f"{taken}={sizes[0]}, {made}={sizes[1]}, tile_overlap_factor={overlap:g}: tiles that do not "
+            f"fit together; the one {factor} times the other, and an overlap of whole latents, would do",
+            key=taken,
+        )
 
 
 def clip(model: Any, pixel_values: Any, *_: Any, **__: Any) -> None:
@@ -136,8 +147,11 @@ def seen(name: str, pixels: Any, tower: Any) -> None:
     tensor(name, pixels, "b", channels, "h", "w", like=weight, cast=True)
     size = tower.image_size, tower.image_size
     if pixels.shape[2:] != size:
-        raise InputError(f"{name}: pictures of {tuple(pixels.shape[2:])} came; this encoder looks at {size}, to which "
-                         "CLIPImageProcessor brings them", key=name)
+        raise InputError(
+            f"{name}: pictures of {tuple(pixels.shape[2:])} came; this encoder looks at {size}, to which "
+            "CLIPImageProcessor brings them",
+            key=name,
+        )
 
 
 def checker(model: Any, clip_input: Any, images: Any, *_: Any, **__: Any) -> None:
@@ -146,8 +160,10 @@ def checker(model: Any, clip_input: Any, images: Any, *_: Any, **__: Any) -> Non
     if images is None:  # who asks for the flags alone
         return
     if not hasattr(images, "__len__") or isinstance(images, (str, bytes, dict, set)):
-        raise InputTypeError(f"images: {type(images).__name__} came; a tensor, an array or a list of pictures would do",
-                             key="images")
+        raise InputTypeError(
+            f"images: {type(images).__name__} came; a tensor, an array or a list of pictures would do", key="images"
+        )
     if len(images) != len(clip_input):
-        raise InputError(f"images: {len(images)} came for {len(clip_input)} of clip_input; one each would do",
-                         key="images")
+        raise InputError(
+            f"images: {len(images)} came for {len(clip_input)} of clip_input; one each would do", key="images"
+        )

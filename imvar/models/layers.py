@@ -185,10 +185,16 @@ def swap(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> 
     Works on loaded weights: `make` takes what it needs from the layer that it is given.
     """
     if not isinstance(model, nn.Module) or not isinstance(old, type) or not callable(make):
-        raise InputTypeError(f"swap({type(model).__name__}, {shown(old)}, {shown(make)}): a model, a class of layers, "
-                             "and a function of one that returns another would do")
-    found = [(parent, name, child) for parent in model.modules()
-             for name, child in parent.named_children() if isinstance(child, old)]
+        raise InputTypeError(
+            f"swap({type(model).__name__}, {shown(old)}, {shown(make)}): a model, a class of layers, "
+            "and a function of one that returns another would do"
+        )
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, old)
+    ]
     for parent, name, child in found:
         made: Any = make(child)  # type: ignore[arg-type]
         if not isinstance(made, nn.Module):

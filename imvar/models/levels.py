@@ -43,8 +43,15 @@ class MidLevel(Level):
 
 
 class UpLevel(Level):
-    def forward(self, x: Tensor, skips: list[Tensor], time: list[Any], context: list[Any],
-                join: Callable[[Tensor, Tensor], Tensor], size: tuple[int, int] | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        time: list[Any],
+        context: list[Any],
+        join: Callable[[Tensor, Tensor], Tensor],
+        size: tuple[int, int] | None,
+    ) -> Tensor:
         for i, skip in enumerate(skips):
             x = self.layer(i, join(x, skip), time, context)
         return x if self.resample is None else self.resample(x, size)

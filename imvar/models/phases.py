@@ -43,11 +43,12 @@ def halves(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return torch.stack([before, here + after], dim), torch.stack([before + here, after], dim)
 
 
-def enlarge(x: Tensor, kernels: Sequence[Sequence[Tensor]], bias: Tensor | None, made: Tensor,
-            convolve: Convolve = padded) -> Tensor:
+def enlarge(
+    x: Tensor, kernels: Sequence[Sequence[Tensor]], bias: Tensor | None, made: Tensor, convolve: Convolve = padded
+) -> Tensor:
     """b c h w to b d 2h 2w, which `made` has room for."""
     for row, line in enumerate(kernels):
         for column, kernel in enumerate(line):
             phase = convolve(x, kernel, bias)[:, :, row:, column:]  # one more than wanted
-            made[:, :, row::2, column::2] = phase[:, :, :x.shape[2], :x.shape[3]]
+            made[:, :, row::2, column::2] = phase[:, :, : x.shape[2], : x.shape[3]]
     return made

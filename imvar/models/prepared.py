@@ -25,8 +25,9 @@ class Prepared:
     one run may share what is `kept` of the weights.
     """
 
-    def __init__(self, unet: Any, timesteps: Tensor, context: Tensor, runner: Runner = partial,
-                 kept: Kept | None = None):
+    def __init__(
+        self, unet: Any, timesteps: Tensor, context: Tensor, runner: Runner = partial, kept: Kept | None = None
+    ):
         timesteps = torch.as_tensor(timesteps, device=context.device)
         self.times, self.context = unet.prepare_time(timesteps), fused(unet, unet.prepare_context(context))
         self.whole, self.kept = runner(whole, unet), kept or Kept(len(timesteps))
@@ -62,14 +63,24 @@ def whole(unet: Any, x: Tensor, time: Ready, context: Ready) -> Tensor:
 
 def fused(unet: Any, context: Ready) -> Ready:
     """A context made ready, with the weights beside it that self-attention multiplies the same x by."""
-    return Ready([[Ready([ready._replace(weights=block.self_attn.qkv())
-                          for block, ready in zip(layer.blocks, told.value, strict=True)])
-                   for layer, told in zip(level.transformers, of_level, strict=True)]
-                  for level, of_level in zip(unet.levels, context.value, strict=True)])
+    return Ready(
+        [
+            [
+                Ready(
+                    [
+                        ready._replace(weights=block.self_attn.qkv())
+                        for block, ready in zip(layer.blocks, told.value, strict=True)
+                    ]
+                )
+                for layer, told in zip(level.transformers, of_level, strict=True)
+            ]
+            for level, of_level in zip(unet.levels, context.value, strict=True)
+        ]
+    )
 
 
 def row(table: Any, step: int) -> Any:
     """Of what was made ready for the times (n,), what one of them needs."""
     if isinstance(table, Ready):
         return Ready(row(table.value, step))
-    return table[step:step + 1] if isinstance(table, Tensor) else [row(part, step) for part in table]
+    return table[step : step + 1] if isinstance(table, Tensor) else [row(part, step) for part in table]

@@ -43,8 +43,9 @@ class CLIPConfig(Config):
         sizes(self, "projection_dim")
         vision = {} if self.vision_config is None else as_settings(self.vision_config)
         if vision is None:
-            raise InputTypeError(f"vision_config={shown(self.vision_config)}: the tower's settings would do",
-                                 key="vision_config")
+            raise InputTypeError(
+                f"vision_config={shown(self.vision_config)}: the tower's settings would do", key="vision_config"
+            )
         object.__setattr__(self, "vision_config", CLIPVisionConfig.read(vision))
 
 
@@ -103,8 +104,9 @@ class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
         """
         flags = Flags(*self.scores(clip_input))
         if any(flags):
-            logger.warning("the safety checker flagged %d of %d pictures; another seed may help",
-                           sum(flags), len(flags))
+            logger.warning(
+                "the safety checker flagged %d of %d pictures; another seed may help", sum(flags), len(flags)
+            )
             images = blackened(images, flags)
         return images, flags
 
@@ -114,8 +116,10 @@ class Flags(list[bool]):
 
     def __init__(self, special: Tensor, concepts: Tensor):
         if not (special.isfinite().all() and concepts.isfinite().all()):
-            raise ImvarError("the safety checker's scores are not finite, so nobody knows what it would say: weights "
-                             "with NaN, or half precision that overflowed; safety_checker.float() tells which")
+            raise ImvarError(
+                "the safety checker's scores are not finite, so nobody knows what it would say: weights "
+                "with NaN, or half precision that overflowed; safety_checker.float() tells which"
+            )
         super().__init__((concepts > 0).any(dim=1).tolist())
         few = [reported("special_scores", "special_care", row) for row in special]
         many = [reported("concept_scores", "bad_concepts", row) for row in concepts]

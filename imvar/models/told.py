@@ -32,8 +32,12 @@ def ours(layer: nn.Module) -> bool:
     Nor with a weight that is made anew for every call, as `torch.nn.utils` has it.
     """
     hooks = *layer._forward_pre_hooks.values(), *layer._forward_hooks.values()
-    return ("forward" not in vars(layer) and all(map(own, (type(layer), type(layer).forward)))
-            and all(package(hook) == IMVAR for hook in hooks) and "parametrizations" not in layer._modules)
+    return (
+        "forward" not in vars(layer)
+        and all(map(own, (type(layer), type(layer).forward)))
+        and all(package(hook) == IMVAR for hook in hooks)
+        and "parametrizations" not in layer._modules
+    )
 
 
 def untouched(model: nn.Module) -> bool:

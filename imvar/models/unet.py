@@ -95,23 +95,39 @@ class UNetConfig(Config):
 
     def check(self) -> None:
         super().check()
-        sizes(self, "in_channels", "out_channels", "layers_per_block", "transformer_layers_per_block",
-              "cross_attention_dim", "norm_num_groups", "time_embedding_dim")  # one for all levels
+        sizes(
+            self,
+            "in_channels",
+            "out_channels",
+            "layers_per_block",
+            "transformer_layers_per_block",
+            "cross_attention_dim",
+            "norm_num_groups",
+            "time_embedding_dim",
+        )  # one for all levels
         levels(self)
         real("norm_eps", self.norm_eps)
         side("sample_size", self.sample_size)
         if self.freq_shift == self.block_out_channels[0] // 2:
-            raise InputError(f"freq_shift={self.freq_shift}: another number than half of block_out_channels[0], which "
-                             "it is subtracted from to divide by, would do", key="freq_shift")
+            raise InputError(
+                f"freq_shift={self.freq_shift}: another number than half of block_out_channels[0], which "
+                "it is subtracted from to divide by, would do",
+                key="freq_shift",
+            )
         number = len(self.block_out_channels)
         for name, i in ("down_block_types", 0), ("up_block_types", 1):
             types, kinds = getattr(self, name), (WITH_ATTENTION[i], WITHOUT[i])
             if len(types) != number or any(kind not in kinds for kind in types):
-                raise InputError(f"{name}={shown(list(types))}: {number} of {' or '.join(kinds)} would do, one per "
-                                 f"entry of block_out_channels={list(self.block_out_channels)}", key=name)
+                raise InputError(
+                    f"{name}={shown(list(types))}: {number} of {' or '.join(kinds)} would do, one per "
+                    f"entry of block_out_channels={list(self.block_out_channels)}",
+                    key=name,
+                )
         if len(self.heads) != number:
-            raise InputError(f"attention_head_dim={shown(self.attention_head_dim)}: one number, or one per level, "
-                             "would do", key="attention_head_dim")
+            raise InputError(
+                f"attention_head_dim={shown(self.attention_head_dim)}: one number, or one per level, would do",
+                key="attention_head_dim",
+            )
         for heads in self.heads:
             count("attention_head_dim", heads)
         kinds = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
@@ -119,9 +135,11 @@ class UNetConfig(Config):
         attends[-1] = True  # in the middle, at the least
         for channels, heads, attend in zip(self.block_out_channels, self.heads, attends, strict=True):
             if channels % self.norm_num_groups or (attend and channels % heads):
-                raise InputError(f"block_out_channels: {channels} cannot be split into {heads} heads "
-                                 f"(attention_head_dim) and {self.norm_num_groups} groups (norm_num_groups)",
-                                 key="block_out_channels")
+                raise InputError(
+                    f"block_out_channels: {channels} cannot be split into {heads} heads "
+                    f"(attention_head_dim) and {self.norm_num_groups} groups (norm_num_groups)",
+                    key="block_out_channels",
+                )
 
     @property
     def heads(self) -> Sequence[int]:
@@ -154,13 +172,22 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         last, layers = len(widths) - 1, config.layers_per_block
 
         def resnet(in_channels: int, out_channels: int) -> nn.Module:
-            return self.block(in_channels, out_channels, groups=config.norm_num_groups, eps=config.norm_eps,
-                              time_dim=time_dim)
+            return self.block(
+                in_channels, out_channels, groups=config.norm_num_groups, eps=config.norm_eps, time_dim=time_dim
+            )
 
         def transformers(number: int, level: int, kind: str | None = None) -> list[nn.Module]:
-            return [self.transformer(widths[level], config.cross_attention_dim, config.heads[level],
-                                     depth=config.transformer_layers_per_block, groups=config.norm_num_groups)
-                    for _ in range(number) if kind not in WITHOUT]
+            return [
+                self.transformer(
+                    widths[level],
+                    config.cross_attention_dim,
+                    config.heads[level],
+                    depth=config.transformer_layers_per_block,
+                    groups=config.norm_num_groups,
+                )
+                for _ in range(number)
+                if kind not in WITHOUT
+            ]
 
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time = TimestepEmbedding(widths[0], time_dim, cos_first=config.flip_sin_to_cos, shift=config.freq_shift)
@@ -189,15 +216,19 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
     @classmethod
     def least_tensors(cls, config: UNetConfig) -> int:
         layers, depth = config.layers_per_block, config.transformer_layers_per_block
-        transformers = 1 + layers * list(config.down_block_types).count(WITH_ATTENTION[0]) + (
-            (layers + 1) * list(config.up_block_types).count(WITH_ATTENTION[1]))
+        transformers = (
+            1
+            + layers * list(config.down_block_types).count(WITH_ATTENTION[0])
+            + ((layers + 1) * list(config.up_block_types).count(WITH_ATTENTION[1]))
+        )
         return (2 * layers + 1) * len(config.block_out_channels) + depth * transformers
 
     @property
     def keymap(self) -> Keymap:
         config = self.config
-        down, up = ([kind in WITH_ATTENTION for kind in kinds]
-                    for kinds in (config.down_block_types, config.up_block_types))
+        down, up = (
+            [kind in WITH_ATTENTION for kind in kinds] for kinds in (config.down_block_types, config.up_block_types)
+        )
         return tables.unet(down, up, config.layers_per_block, config.transformer_layers_per_block)
 
     @property
@@ -214,9 +245,16 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         return Ready([[ready(layer, context) for layer in level.transformers] for level in self.levels])
 
     @checked(inputs.unet)
-    def forward(self, sample: Tensor, timestep: Tensor | float | Ready, encoder_hidden_states: Tensor | Ready,
-                *unsupported: None, merge: Merge | None = None, return_dict: bool = True, **more: None,
-                ) -> UNet2DConditionOutput | tuple[Tensor]:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | Ready,
+        encoder_hidden_states: Tensor | Ready,
+        *unsupported: None,
+        merge: Merge | None = None,
+        return_dict: bool = True,
+        **more: None,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict what `sample` (b, c, h, w) hides at `timestep` (one, or one per sample).
 
         `encoder_hidden_states`: (b, m, cross_attention_dim), m tokens that describe the picture; here m is 1. Of k b

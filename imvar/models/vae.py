@@ -58,12 +58,17 @@ class VAEConfig(Config):
         number = len(self.block_out_channels)
         for name, kind in ("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"):
             if list(getattr(self, name)) != [kind] * number:
-                raise InputError(f"{name}={shown(list(getattr(self, name)))}: {number} times {kind} would do, once per "
-                                 f"entry of block_out_channels={list(self.block_out_channels)}", key=name)
+                raise InputError(
+                    f"{name}={shown(list(getattr(self, name)))}: {number} times {kind} would do, once per "
+                    f"entry of block_out_channels={list(self.block_out_channels)}",
+                    key=name,
+                )
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise InputError(f"block_out_channels: {channels} cannot be split into {self.norm_num_groups} groups",
-                                 key="block_out_channels")
+                raise InputError(
+                    f"block_out_channels: {channels} cannot be split into {self.norm_num_groups} groups",
+                    key="block_out_channels",
+                )
 
 
 def resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock:
@@ -217,8 +222,13 @@ class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae
         sample = self._sliced(self._decode, z)
         return DecoderOutput(sample) if return_dict else (sample,)
 
-    def forward(self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True,
-                generator: Generators | None = None) -> DecoderOutput | tuple[Tensor]:
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: Generators | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
         """There and back: the mode of the latents, or a draw from them, decoded."""
         posterior = self.encode(sample, return_dict=False)[0]
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
@@ -278,7 +288,7 @@ def tiled(run: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int, 
     for top in range(0, x.shape[2], stride):
         row: list[Tensor] = []
         for left in range(0, x.shape[3], stride):
-            tile = run(x[:, :, top:top + size, left:left + size])
+            tile = run(x[:, :, top : top + size, left : left + size])
             if rows:
                 tile = faded(rows[-1][len(row)], tile, fade, dim=2)
             if row:

@@ -35,7 +35,7 @@ def framed(x: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
         first, last = max(top - 1, 0), min(top + rows + 1, h)
         block = x.new_empty(n, min(rows, h - top) + 2, w + 2, c)
         block[:, 0], block[:, -1], block[:, :, 0], block[:, :, -1] = 0, 0, 0, 0
-        block[:, first + 1 - top:last + 1 - top, 1:-1] = x[:, first:last]
+        block[:, first + 1 - top : last + 1 - top, 1:-1] = x[:, first:last]
         yield top, block
 
 
@@ -52,12 +52,16 @@ def convolve(x: Tensor, matrices: Matrices, bias: Tensor | None, product: Produc
     n, h, w, _ = x.shape
     made = x.new_empty(n, h, w, matrices[0][0].shape[0])
     for top, block in framed(x, 2 * max(2 * PIXELS // (n * w), 1)):
-        products = [[product(tile, matrix, bias if i == j == 1 else None)  # whose part in all four pixels is 1
-                     for j, (tile, matrix) in enumerate(zip(tiles(band, dim=2), line, strict=True))]
-                    for i, (band, line) in enumerate(zip(tiles(block, dim=1), matrices, strict=True))]
+        products = [
+            [
+                product(tile, matrix, bias if i == j == 1 else None)  # whose part in all four pixels is 1
+                for j, (tile, matrix) in enumerate(zip(tiles(band, dim=2), line, strict=True))
+            ]
+            for i, (band, line) in enumerate(zip(tiles(block, dim=1), matrices, strict=True))
+        ]
         upper, lower = zip(*(pixels(*column) for column in zip(*products, strict=True)), strict=True)
         for side, (a, b, c, d) in enumerate((upper, lower)):
-            line = made[:, top + side:top + block.shape[1] - 2:2]
+            line = made[:, top + side : top + block.shape[1] - 2 : 2]
             torch.add(a.add_(b), c, out=line[:, :, 0::2])
             torch.sub(b.sub_(c), d, out=line[:, :, 1::2])
     return made
@@ -89,12 +93,18 @@ def enlarge(x: Tensor, matrices: Matrices, bias: Tensor | None, product: Product
     for top, block in framed(x, max(PIXELS // (n * w), 1)):
         rows, down, right = block.shape[1] - 2, block.diff(dim=1), block[:, 1:-1].diff(dim=2)
         steps = (block[:, 1:-1, 1:-1], right), (down[:, :, 1:-1], down.diff(dim=2))
-        parts = [[product(steps[i != 1][j != 1], matrix, bias if i == j == 1 else None)
-                  [:, i // 2:, j // 2:][:, :rows, :w]  # a step lies between two pixels, so there is one more of them
-                  for j, matrix in enumerate(line)] for i, line in enumerate(matrices)]
+        parts = [
+            [
+                product(steps[i != 1][j != 1], matrix, bias if i == j == 1 else None)[:, i // 2 :, j // 2 :][
+                    :, :rows, :w
+                ]  # a step lies between two pixels, so there is one more of them
+                for j, matrix in enumerate(line)
+            ]
+            for i, line in enumerate(matrices)
+        ]
         for side in range(2):
             before, flat, after = (a + b for a, b in zip(parts[2 * side], parts[1], strict=True))
-            line = made[:, 2 * top + side:2 * (top + rows):2]
+            line = made[:, 2 * top + side : 2 * (top + rows) : 2]
             torch.add(flat, before, out=line[:, :, 0::2])
             torch.add(flat, after, out=line[:, :, 1::2])
     return made

@@ -262,8 +262,9 @@ class Assembly(Storage):
             with Trial(total=2, **(seen | {"file": io.StringIO(), "disable": False})) as trial:
                 trial.update()
         except Exception as error:  # of a name that it does not know, tqdm's own is a KeyError
-            raise InputTypeError(f"set_progress_bar_config({shown(options)}): options of tqdm would do, such as "
-                                 f"disable=True ({error})") from error
+            raise InputTypeError(
+                f"set_progress_bar_config({shown(options)}): options of tqdm would do, such as disable=True ({error})"
+            ) from error
         self._bar_options = options
 
     def __getstate__(self) -> dict[str, Any]:
@@ -279,5 +280,3 @@ class Assembly(Storage):
     def __repr__(self) -> str:
         parts = "\n".join(f"  {name}: {type(part).__name__}" for name, part in self.components.items())
         return f"{type(self).__name__}\n{parts}"
-
-

@@ -33,8 +33,10 @@ def check_inputs(image: Any, height: int, width: int, callback_steps: int, facto
     for i, one in enumerate(pictures):
         if not isinstance(one, (Image, Tensor)) and not (one is not image and hasattr(one, "__array__")):
             name = "image" if one is image else f"image[{i}]"
-            raise InputTypeError(f"{name}: {type(one).__name__} came; a PIL picture, a list of them, or a tensor "
-                                 "(b, 3, h, w) of preprocessed pixels would do")
+            raise InputTypeError(
+                f"{name}: {type(one).__name__} came; a PIL picture, a list of them, or a tensor "
+                "(b, 3, h, w) of preprocessed pixels would do"
+            )
         if isinstance(one, Image):
             look_at(one, "image" if one is image else f"image[{i}]")
         elif one is not image and getattr(one, "ndim", 3) > 3:
@@ -55,14 +57,17 @@ def renamed(theirs: str, ours: str) -> Iterator[None]:
     except InputError as error:
         if not str(error).startswith(theirs):
             raise
-        raise type(error)(ours + str(error)[len(theirs):], key=error.key) from error
+        raise type(error)(ours + str(error)[len(theirs) :], key=error.key) from error
 
 
 def look_at(picture: Image, name: str) -> None:
     """Warn of a picture whose EXIF says to turn it: like the reference, the pipeline takes it as it is stored."""
     if turned(picture) in range(2, 9):
-        warnings.warn(f"{name}: its EXIF says that it is to be turned, and it is taken as it is stored; "
-                      "imvar.load_image, or PIL.ImageOps.exif_transpose, turns it", stacklevel=CALLER)
+        warnings.warn(
+            f"{name}: its EXIF says that it is to be turned, and it is taken as it is stored; "
+            "imvar.load_image, or PIL.ImageOps.exif_transpose, turns it",
+            stacklevel=CALLER,
+        )
 
 
 def check_pixels(image: Tensor) -> None:
@@ -75,13 +80,23 @@ def check_pixels(image: Tensor) -> None:
     if not image.isfinite().all():
         raise InputError("image: the tensor holds NaN or infinite values")
     if (most := float(image.abs().max())) > FARTHEST:
-        warnings.warn(f"image: the tensor holds values up to {most:.4g}, where normalised pixels lie within 3 of 0; "
-                      "CLIPImageProcessor makes them of 0..255", stacklevel=CALLER)
+        warnings.warn(
+            f"image: the tensor holds values up to {most:.4g}, where normalised pixels lie within 3 of 0; "
+            "CLIPImageProcessor makes them of 0..255",
+            stacklevel=CALLER,
+        )
 
 
-def check_call(generator: Any, seed: Any, latents: Any, output_type: str, return_dict: Any,
-               callback: Callable[..., Any] | None, on_flagged: Any,
-               shape: tuple[int, int, int, int]) -> list[int] | None:
+def check_call(
+    generator: Any,
+    seed: Any,
+    latents: Any,
+    output_type: str,
+    return_dict: Any,
+    callback: Callable[..., Any] | None,
+    on_flagged: Any,
+    shape: tuple[int, int, int, int],
+) -> list[int] | None:
     """The arguments that are no numbers and that `check_inputs` does not see; the seed of each picture."""
     check_generator(generator, shape[0])
     if latents is not None:
@@ -101,8 +116,11 @@ def check_call(generator: Any, seed: Any, latents: Any, output_type: str, return
 
 def check_numbers(num_inference_steps: Any, guidance_scale: Any, eta: Any) -> tuple[int, float, float]:
     """The numbers as Python's own; how many steps there can be, and how much noise, is the scheduler's to judge."""
-    return (count("num_inference_steps", num_inference_steps), finite("guidance_scale", guidance_scale),
-            finite("eta", eta))
+    return (
+        count("num_inference_steps", num_inference_steps),
+        finite("guidance_scale", guidance_scale),
+        finite("eta", eta),
+    )
 
 
 def check_callback(callback: Any) -> None:
@@ -131,16 +149,18 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
         raise kind(f"{name}={shown(value)}: {', '.join(map(repr, choices))} would do")
 
 
-def check_approximate(guidance_interval: Any, cache_interval: Any,
-                      preparable: bool) -> tuple[tuple[float, float], int]:
+def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: bool) -> tuple[tuple[float, float], int]:
     """What trades a little of the pictures for speed, as Python's own numbers."""
     cache_interval = count("cache_interval", cache_interval)
     if cache_interval > 1 and not preparable:
-        raise InputError(f"cache_interval={cache_interval}: needs a UNet2DConditionModel of imvar with no hooks or "
-                         "layers of others; 1 would do")
+        raise InputError(
+            f"cache_interval={cache_interval}: needs a UNet2DConditionModel of imvar with no hooks or "
+            "layers of others; 1 would do"
+        )
     if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
-        raise InputTypeError(f"guidance_interval={shown(guidance_interval)}: two shares of the steps would do, such as "
-                             "(0.0, 0.8)")
+        raise InputTypeError(
+            f"guidance_interval={shown(guidance_interval)}: two shares of the steps would do, such as (0.0, 0.8)"
+        )
     low, high = (real("guidance_interval", share) for share in guidance_interval)
     if low > high:
         raise InputError(f"guidance_interval=({low}, {high}): the lower share first would do")
@@ -154,11 +174,15 @@ def check_finite(what: str, x: Tensor, model: Any, *causes: str) -> None:
     weights = model.state_dict() if isinstance(model, Module) else {}
     bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if bad:
-        raise ImvarError(f"{what} are not finite: {type(model).__name__} holds NaN or infinite values in {bad}; load "
-                         "its weights again")
+        raise ImvarError(
+            f"{what} are not finite: {type(model).__name__} holds NaN or infinite values in {bad}; load "
+            "its weights again"
+        )
     causes += (f"{x.dtype} that overflowed",) if x.dtype != torch.float32 else ()
-    raise ImvarError(f"{what} are not finite: {', '.join(causes)} or weights that are too large may be why; "
-                     "torch.float32 and a guidance_scale near 3 would tell")
+    raise ImvarError(
+        f"{what} are not finite: {', '.join(causes)} or weights that are too large may be why; "
+        "torch.float32 and a guidance_scale near 3 would tell"
+    )
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:

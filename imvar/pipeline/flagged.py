@@ -25,9 +25,13 @@ def treated(pixels: Tensor, checked: Tensor, flags: Sequence[bool], how: str, se
         return checked
     if how == "raise":
         by = f" (seed{'s' * (len(hit) > 1)} {', '.join(str(seeds[i]) for i in hit)})" if seeds else ""
-        raise FlaggedError(f"the safety checker flagged {len(hit)} of {len(flags)} pictures{by}; another seed, or "
-                           "on_flagged='black', 'blur' or 'keep', would do",
-                           flags, getattr(flags, "scores", None), seeds)
+        raise FlaggedError(
+            f"the safety checker flagged {len(hit)} of {len(flags)} pictures{by}; another seed, or "
+            "on_flagged='black', 'blur' or 'keep', would do",
+            flags,
+            getattr(flags, "scores", None),
+            seeds,
+        )
     treat = {"black": replacement, "blur": blurred, "keep": lambda picture, _: picture}[how]
     left = checked.clone()
     for i in hit:

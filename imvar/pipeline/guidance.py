@@ -18,8 +18,14 @@ Predict = Callable[[Tensor, int], Tensor]
 """Scaled latents (b, 4, h, w) and the number of a step to a prediction for each context, (k b, 4, h, w)."""
 
 
-def predictor(unet: Any, timesteps: Any, context: Tensor, cache_interval: int = 1, runner: Runner = partial,
-              kept: Kept | None = None) -> Predict:
+def predictor(
+    unet: Any,
+    timesteps: Any,
+    context: Tensor,
+    cache_interval: int = 1,
+    runner: Runner = partial,
+    kept: Kept | None = None,
+) -> Predict:
     """Prepared, if it can be; else the UNet is called with all that it is told, each time."""
     if preparable(unet):
         if cache_interval > 1:
@@ -40,8 +46,14 @@ class Guided:
     the picture alone is told. `context`: (2 b, m, c), no picture first; `make` makes a predictor of a context.
     """
 
-    def __init__(self, make: Callable[[Tensor], Predict], context: Tensor, scale: float, interval: tuple[float, float],
-                 steps: int):
+    def __init__(
+        self,
+        make: Callable[[Tensor], Predict],
+        context: Tensor,
+        scale: float,
+        interval: tuple[float, float],
+        steps: int,
+    ):
         self.scale = scale
         self.guided = range(*(round(share * steps) for share in interval))
         self.both = make(context) if self.guided else None

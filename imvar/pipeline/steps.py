@@ -53,13 +53,17 @@ class Steps(Assembly):
         """Raise `InputError` for a picture, size or interval that cannot be used."""
         check_inputs(image, height, width, callback_steps, factor=max(8, self.vae_scale_factor))
 
-    def _encode_image(self, image: Any, device: torch.device, num_images_per_prompt: int,
-                      do_classifier_free_guidance: bool) -> Tensor:
+    def _encode_image(
+        self, image: Any, device: torch.device, num_images_per_prompt: int, do_classifier_free_guidance: bool
+    ) -> Tensor:
         """The context that the UNet is told: (b n, 1, 768), under guidance (2 b n, 1, 768) with zeros first."""
         if not isinstance(image, Tensor):
             if self.feature_extractor is None:
-                raise InputError("feature_extractor=None: pictures need one, a CLIPImageProcessor would do; or a "
-                                 "tensor of preprocessed pixels as `image`", key="feature_extractor")
+                raise InputError(
+                    "feature_extractor=None: pictures need one, a CLIPImageProcessor would do; or a "
+                    "tensor of preprocessed pixels as `image`",
+                    key="feature_extractor",
+                )
             with renamed("images", "image"):  # as it is called here
                 features = self.feature_extractor(images=image, return_tensors="pt")
             image = answer(self.feature_extractor, "feature_extractor", features, "pixel_values")
@@ -72,8 +76,17 @@ class Steps(Assembly):
         context = context.to(dtype_of(self.unet, dtype))
         return torch.cat([torch.zeros_like(context), context]) if do_classifier_free_guidance else context
 
-    def prepare_latents(self, batch_size: int, num_channels_latents: int, height: int, width: int, dtype: torch.dtype,
-                        device: torch.device, generator: Any, latents: Tensor | None = None) -> Tensor:
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Any,
+        latents: Tensor | None = None,
+    ) -> Tensor:
         """Noise to start from, (b, c, height / 8, width / 8), scaled as the scheduler wants it."""
         shape = self.latents_shape(batch_size, num_channels_latents, height, width)
         if latents is None:
@@ -95,11 +108,19 @@ class Steps(Assembly):
             real("eta", eta)
         return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
 
-    def finish(self, latents: Tensor, output_type: str, device: torch.device, dtype: torch.dtype,
-               on_flagged: str = "black", seeds: list[int] | None = None) -> tuple[Any, list[bool] | None]:
+    def finish(
+        self,
+        latents: Tensor,
+        output_type: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_flagged: str = "black",
+        seeds: list[int] | None = None,
+    ) -> tuple[Any, list[bool] | None]:
         """Decode, judge, hand over."""
-        check_finite("the latents after the last step", latents, self.unet, "a guidance_scale too large",
-                     "latents too large")
+        check_finite(
+            "the latents after the last step", latents, self.unet, "a guidance_scale too large", "latents too large"
+        )
         if output_type == "latent":
             return latents, None
         pixels = self.decode_finite(latents)
@@ -115,8 +136,11 @@ class Steps(Assembly):
         if not isinstance(pixels, Tensor):
             raise InputTypeError(f"decode: it returned {type(pixels).__name__}; a tensor of pictures would do")
         if latents.dtype == torch.float16 and not pixels.isfinite().all():
-            warnings.warn("vae: float16 overflowed, so these latents are decoded again, in float32; a vae in float32 "
-                          "or bfloat16 would spare that", stacklevel=5)
+            warnings.warn(
+                "vae: float16 overflowed, so these latents are decoded again, in float32; a vae in float32 "
+                "or bfloat16 would spare that",
+                stacklevel=5,
+            )
             wide = copy.copy(self)
             wide.vae, wide._compiler = copy.deepcopy(self.vae).float(), None
             pixels = wide.decode(latents.float()).to(latents.dtype)
@@ -137,12 +161,19 @@ class Steps(Assembly):
         pictures = made[0] if len(made) == 1 else torch.cat(made)
         due = tuple(side * self.vae_scale_factor for side in latents.shape[2:])
         if plain and pictures.shape[2:] != due:
-            raise InputError(f"vae: it made pictures of {tuple(pictures.shape[2:])}, where {due} were due; one that "
-                             f"makes {self.vae_scale_factor} pixels of a latent would do", key="vae")
+            raise InputError(
+                f"vae: it made pictures of {tuple(pictures.shape[2:])}, where {due} were due; one that "
+                f"makes {self.vae_scale_factor} pixels of a latent would do",
+                key="vae",
+            )
         return pictures
 
-    def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype,
-                           ) -> tuple[Any, list[bool] | None]:
+    def run_safety_checker(
+        self,
+        image: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> tuple[Any, list[bool] | None]:
         """Pictures (b, 3, h, w) around [-1, 1], or an array (b, h, w, 3) in [0, 1], flagged ones zero; and flags."""
         if self.safety_checker is None:
             return image, None

@@ -25,11 +25,23 @@ class Storage:
     _settings: dict[str, Any]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, torch_dtype: Any = None, dtype: Any = None,
-                        revision: str | None = None, variant: str | None = None, use_safetensors: bool | None = None,
-                        cache_dir: str | Path | None = None, local_files_only: bool = False,
-                        token: str | bool | None = None, low_cpu_mem_usage: bool = True, disable_mmap: bool = False,
-                        compile: bool = False, **overrides: Any) -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: Any = None,
+        dtype: Any = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        low_cpu_mem_usage: bool = True,
+        disable_mmap: bool = False,
+        compile: bool = False,
+        **overrides: Any,
+    ) -> Self:
         """A pipeline from a folder or a hub repository in the published layout, or "imvar-emoji", which is bundled.
 
         `dtype` (or `torch_dtype`): one for all parts, or a dictionary of part to dtype with `"default"`; float32
@@ -56,15 +68,21 @@ class Storage:
             if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
                 raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
             if absent := sorted(set(parts) - index.keys() - overrides.keys()):
-                raise CheckpointError(f"is not listed; from_pretrained(..., {absent[0]}=...) would do",
-                                      path=folder / INDEX, key=absent[0])
+                raise CheckpointError(
+                    f"is not listed; from_pretrained(..., {absent[0]}=...) would do", path=folder / INDEX, key=absent[0]
+                )
             there = {name for name, value in index.items() if value is not None}
             if empty := sorted(set(parts) - overrides.keys() - set(MAY_LACK) - there):
-                raise CheckpointError(f"is empty; from_pretrained(..., {empty[0]}=...) would do", path=folder / INDEX,
-                                      key=empty[0])
-            return {name: read_part(folder, name, value, dtypes, **reading)
-                    if name in parts or isinstance(value, list) else setting(folder, name, value, known[name].default)
-                    for name, value in index.items() if name not in overrides}
+                raise CheckpointError(
+                    f"is empty; from_pretrained(..., {empty[0]}=...) would do", path=folder / INDEX, key=empty[0]
+                )
+            return {
+                name: read_part(folder, name, value, dtypes, **reading)
+                if name in parts or isinstance(value, list)
+                else setting(folder, name, value, known[name].default)
+                for name, value in index.items()
+                if name not in overrides
+            }
 
         found = unchanged(folder, wanted_files(None, overrides, **reading), listed)
         try:
@@ -78,11 +96,21 @@ class Storage:
         return pipe
 
     @classmethod
-    def from_single_file(cls, pretrained_model_link_or_path: str | Path, *, config: str | Path | None = None,
-                         torch_dtype: Any = None, dtype: Any = None, ema: str = "auto",
-                         extract_ema: bool | None = None, revision: str | None = None,
-                         cache_dir: str | Path | None = None, local_files_only: bool = False,
-                         token: str | bool | None = None, **overrides: Any) -> Self:
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        *,
+        config: str | Path | None = None,
+        torch_dtype: Any = None,
+        dtype: Any = None,
+        ema: str = "auto",
+        extract_ema: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **overrides: Any,
+    ) -> Self:
         """A pipeline from one `.ckpt` or safetensors file in an original layout.
 
         The file: a path, a link to one on the hub, or "owner/name/file". `config`: the folder or hub repository
@@ -100,15 +128,24 @@ class Storage:
         file = SingleFile.of(pretrained_model_link_or_path, hub)
         file.check(overrides)
         folder, ema = config_folder(config, hub), which_ema(ema, extract_ema)
-        found = {part: first_class(part).read_single(file, folder, ema=ema, dtype=dtypes[part])
-                 for part in file.parts if part not in overrides}
+        found = {
+            part: first_class(part).read_single(file, folder, ema=ema, dtype=dtypes[part])
+            for part in file.parts
+            if part not in overrides
+        }
         for part in {"scheduler", "feature_extractor"} - overrides.keys():
             found[part] = settings_part(part, file, folder, found.get("image_encoder"))
         found.setdefault("safety_checker", None)
         return cls(**(found | overrides))
 
-    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, variant: str | None = None,
-                        max_shard_size: int | str | None = None, **options: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **options: Any,
+    ) -> None:
         """Write all parts into a folder, made if need be, in the layout that diffusers reads.
 
         All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be. Other files
@@ -174,12 +211,20 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], 
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, str) for entry in value):
-        raise CheckpointError(f"is {shown(value)}; a library and a class would do, of which imvar has "
-                              f"{', '.join(PARTS.get(name, {})) or 'none'}", path=folder / INDEX, key=name)
+        raise CheckpointError(
+            f"is {shown(value)}; a library and a class would do, of which imvar has "
+            f"{', '.join(PARTS.get(name, {})) or 'none'}",
+            path=folder / INDEX,
+            key=name,
+        )
     found = served(name, value[1], folder / INDEX)
     if value[0].partition(".")[0] not in KNOWN:
-        raise CheckpointError(f"is of the library {shown(value[0])}; {', '.join(KNOWN)} would do. Others can be "
-                              f"handed over: from_pretrained(..., {name}=...)", path=folder / INDEX, key=name)
+        raise CheckpointError(
+            f"is of the library {shown(value[0])}; {', '.join(KNOWN)} would do. Others can be "
+            f"handed over: from_pretrained(..., {name}=...)",
+            path=folder / INDEX,
+            key=name,
+        )
     folder = inside(folder, name)
     if not issubclass(found, PretrainedModel):
         return found.from_pretrained(folder)
@@ -189,8 +234,9 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], 
 def setting(folder: Path, name: str, value: Any, default: Any) -> Any:
     """A setting of the pipeline itself, of the type of its default."""
     if type(value) is not type(default) and isinstance(default, (bool, int, float, str)):
-        raise CheckpointError(f"is {shown(value)}; a {type(default).__name__} such as {default!r} would do",
-                              path=folder / INDEX, key=name)
+        raise CheckpointError(
+            f"is {shown(value)}; a {type(default).__name__} such as {default!r} would do", path=folder / INDEX, key=name
+        )
     return value
 
 
@@ -201,8 +247,9 @@ def part_reading(folder: Path, model: type[PretrainedModel], variant: str | None
     return {"variant": variant, "use_safetensors": use_safetensors}
 
 
-def chosen(names: list[str] | None, model: type[PretrainedModel], variant: str | None,
-           use_safetensors: bool | None) -> tuple[list[str], str | None]:
+def chosen(
+    names: list[str] | None, model: type[PretrainedModel], variant: str | None, use_safetensors: bool | None
+) -> tuple[list[str], str | None]:
     """The weights files to read, and whether they are the variant's."""
     try:
         return model.stem.choose(names, variant, use_safetensors), variant

@@ -35,18 +35,37 @@ class StableDiffusionImageVariationPipeline(Steps):
     `feature_extractor`, which prepares pictures for the encoder and the checker.
     """
 
-    def __init__(self, vae: Any, image_encoder: Any, unet: Any, scheduler: Any, safety_checker: Any,
-                 feature_extractor: Any, requires_safety_checker: bool = True):
+    def __init__(
+        self,
+        vae: Any,
+        image_encoder: Any,
+        unet: Any,
+        scheduler: Any,
+        safety_checker: Any,
+        feature_extractor: Any,
+        requires_safety_checker: bool = True,
+    ):
         super().__init__()
-        given = {"vae": vae, "image_encoder": image_encoder, "unet": unet, "scheduler": scheduler,
-                 "safety_checker": safety_checker, "feature_extractor": feature_extractor}
+        given = {
+            "vae": vae,
+            "image_encoder": image_encoder,
+            "unet": unet,
+            "scheduler": scheduler,
+            "safety_checker": safety_checker,
+            "feature_extractor": feature_extractor,
+        }
         check_parts({name: part for name, part in given.items() if part is not None and name != "feature_extractor"})
         if safety_checker is None and requires_safety_checker:
-            warnings.warn("safety_checker=None: nobody looks at the pictures before they are handed out; with "
-                          "requires_safety_checker=False this warning is off", stacklevel=2)
+            warnings.warn(
+                "safety_checker=None: nobody looks at the pictures before they are handed out; with "
+                "requires_safety_checker=False this warning is off",
+                stacklevel=2,
+            )
         if safety_checker is not None and feature_extractor is None:
-            raise InputError("feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None",
-                             key="feature_extractor")
+            raise InputError(
+                "feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None",
+                key="feature_extractor",
+            )
         if unet is not None and taken_as_64(unet.config):
             unet.register_to_config(sample_size=64)
         self.register_modules(**given)
@@ -56,13 +75,25 @@ class StableDiffusionImageVariationPipeline(Steps):
 
     @torch.no_grad()
     def __call__(
-        self, image: Any, height: int | None = None, width: int | None = None, num_inference_steps: int = 50,
-        guidance_scale: float = 7.5, num_images_per_prompt: int | None = 1, eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
-        output_type: str = "pil", return_dict: bool = True,
-        callback: Callable[[int, Any, Tensor], Any] | None = None, callback_steps: int = 1,
-        guidance_interval: tuple[float, float] = (0.0, 1.0), cache_interval: int = 1, *,
-        seed: int | Sequence[int] | None = None, on_flagged: str = "black",
+        self,
+        image: Any,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callable[[int, Any, Tensor], Any] | None = None,
+        callback_steps: int = 1,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cache_interval: int = 1,
+        *,
+        seed: int | Sequence[int] | None = None,
+        on_flagged: str = "black",
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Make variations of one picture or of several.
 

@@ -59,6 +59,7 @@ def to_eps(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
 
 MOST_TIMESTEPS = 10_000  # every table has as many entries
 
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SchedulerConfig(Config):
     """The settings that every scheduler begins with. Raises `InputError` for values out of range."""
@@ -80,23 +81,31 @@ class SchedulerConfig(Config):
         try:
             betas = np.asarray(self.trained_betas, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise InputTypeError(f"trained_betas={shown(self.trained_betas)}: a list of numbers would do",
-                                 key="trained_betas") from error
+            raise InputTypeError(
+                f"trained_betas={shown(self.trained_betas)}: a list of numbers would do", key="trained_betas"
+            ) from error
         if betas.shape != (steps,):
-            raise InputError(f"trained_betas: shape {betas.shape} came; ({steps},), one for each of "
-                             "num_train_timesteps, would do", key="trained_betas")
+            raise InputError(
+                f"trained_betas: shape {betas.shape} came; ({steps},), one for each of num_train_timesteps, would do",
+                key="trained_betas",
+            )
         if not ((betas >= 0) & (betas <= 1)).all():
-            raise InputError(f"trained_betas: {betas.min():g} to {betas.max():g} came; numbers from 0 to 1 would do",
-                             key="trained_betas")
+            raise InputError(
+                f"trained_betas: {betas.min():g} to {betas.max():g} came; numbers from 0 to 1 would do",
+                key="trained_betas",
+            )
 
 
 def between(scheduler: Any, alphas: Tensor) -> None:
     """The timesteps of a walk leave some of the signal, and not all of it, so that no step divides by 0."""
     low, high = (float(share) for share in alphas.aminmax())
     if low <= 0 or high >= 1:
-        raise InputError(f"beta_start, beta_end, trained_betas: with these, from {low:g} to {high:g} of the signal "
-                         f"is left, and {type(scheduler).__name__} divides by 0 at the ends; numbers between 0 and 1 "
-                         "would do", key="beta_start")
+        raise InputError(
+            f"beta_start, beta_end, trained_betas: with these, from {low:g} to {high:g} of the signal "
+            f"is left, and {type(scheduler).__name__} divides by 0 at the ends; numbers between 0 and 1 "
+            "would do",
+            key="beta_start",
+        )
 
 
 def step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *_: Any, **options: Any) -> None:
@@ -115,8 +124,10 @@ def step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *
 def mixed_inputs(scheduler: Any, original_samples: Any, noise: Any, timesteps: Any) -> None:
     """Of samples and noise that are mixed: one shape, and a time for all or for each."""
     if not isinstance(original_samples, Tensor) or not original_samples.ndim:
-        raise InputTypeError(f"original_samples: {type(original_samples).__name__} came; a tensor (b, ...) would do",
-                             key="original_samples")
+        raise InputTypeError(
+            f"original_samples: {type(original_samples).__name__} came; a tensor (b, ...) would do",
+            key="original_samples",
+        )
     floats("original_samples", original_samples)
     alike("noise", noise, "the samples", original_samples)
     if isinstance(timesteps, Tensor) and not original_samples.is_meta:
@@ -124,8 +135,11 @@ def mixed_inputs(scheduler: Any, original_samples: Any, noise: Any, timesteps: A
     times = as_times(timesteps)
     if times is None or times.ndim > 1 or (times.ndim and len(times) not in (1, len(original_samples))):
         came = type(timesteps).__name__ if times is None else f"shape {tuple(times.shape)}"
-        raise InputError(f"timesteps: {came} came for {len(original_samples)} samples; a tensor of one for all, or of "
-                         "one each, would do", key="timesteps")
+        raise InputError(
+            f"timesteps: {came} came for {len(original_samples)} samples; a tensor of one for all, or of "
+            "one each, would do",
+            key="timesteps",
+        )
 
 
 def as_times(timesteps: Any) -> Tensor | None:
@@ -205,8 +219,9 @@ class VariancePreserving(Scheduler):
         """The shares of signal and noise at each timestep, in x's dtype, shaped to multiply x."""
         timesteps = torch.as_tensor(timesteps)
         if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
-            raise InputTypeError(f"timesteps: values of {timesteps.dtype} came; whole numbers would do",
-                                 key="timesteps")
+            raise InputTypeError(
+                f"timesteps: values of {timesteps.dtype} came; whole numbers would do", key="timesteps"
+            )
         timesteps = timesteps.long()  # as bytes would choose by being there
         readable = timesteps.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable and not ((timesteps >= 0) & (timesteps < len(self))).all():

@@ -73,8 +73,11 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         super().__init__(*args, **settings)
         self.timesteps = torch.arange(len(self)).flip(0)
         if self.alphas_cumprod[-1] == 1 or self.alphas_cumprod[0] == 0:
-            raise InputError("beta_start, beta_end, trained_betas: with these there is no noise, or no signal, at any "
-                             "timestep; numbers between 0 and 1 would do", key="beta_start")
+            raise InputError(
+                "beta_start, beta_end, trained_betas: with these there is no noise, or no signal, at any "
+                "timestep; numbers between 0 and 1 would do",
+                key="beta_start",
+            )
 
     def make_betas(self) -> Tensor:
         betas = make_betas(self.config)
@@ -90,9 +93,17 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         self.num_inference_steps = len(timesteps)
 
     @checked(step_inputs)
-    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0,
-             use_clipped_model_output: bool = False, generator: Generators | None = None,
-             variance_noise: Tensor | None = None, return_dict: bool = True) -> DenoisedOutput | tuple[Tensor, Tensor]:
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
         """From `sample` at `timestep` one stride down, both (b, c, h, w), with the x_0 predicted on the way.
 
         `eta`, 0 to 1, scales the fresh noise, which is `variance_noise` or drawn from `generator` in
@@ -104,8 +115,10 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         sigma = ddim_sigma(alpha, alpha_prev, eta) if real("eta", eta) else 0.0
         bounded = config.thresholding or config.clip_sample
         if alpha == 0 and config.prediction_type == "epsilon" and not bounded:
-            raise InputError(f"timestep={t}: no signal is left here for prediction_type='epsilon' to divide by; "
-                             "'v_prediction', or timestep_spacing='leading', would do")
+            raise InputError(
+                f"timestep={t}: no signal is left here for prediction_type='epsilon' to divide by; "
+                "'v_prediction', or timestep_spacing='leading', would do"
+            )
 
         x0 = to_x0(config.prediction_type, model_output, sample, alpha)
         eps = to_eps(config.prediction_type, model_output, sample, alpha)

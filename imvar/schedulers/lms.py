@@ -30,10 +30,30 @@ def to_x0(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
 
 
 # The 21-point rule of Gauss and Kronrod on [-1, 1]: its nodes above 0 and their weights, then that of the node 0.
-NODES = (0.995657163025808081, 0.973906528517171720, 0.930157491355708226, 0.865063366688984511, 0.780817726586416897,
-         0.679409568299024406, 0.562757134668604683, 0.433395394129247191, 0.294392862701460198, 0.148874338981631211)
-WEIGHTS = (0.011694638867371874, 0.032558162307964727, 0.054755896574351996, 0.075039674810919953, 0.093125454583697606,
-           0.109387158802297642, 0.123491976262065851, 0.134709217311473326, 0.142775938577060081, 0.147739104901338491)
+NODES = (
+    0.995657163025808081,
+    0.973906528517171720,
+    0.930157491355708226,
+    0.865063366688984511,
+    0.780817726586416897,
+    0.679409568299024406,
+    0.562757134668604683,
+    0.433395394129247191,
+    0.294392862701460198,
+    0.148874338981631211,
+)
+WEIGHTS = (
+    0.011694638867371874,
+    0.032558162307964727,
+    0.054755896574351996,
+    0.075039674810919953,
+    0.093125454583697606,
+    0.109387158802297642,
+    0.123491976262065851,
+    0.134709217311473326,
+    0.142775938577060081,
+    0.147739104901338491,
+)
 CENTRE = 0.149445554002916906
 
 
@@ -71,8 +91,10 @@ class LMSDiscreteConfig(SchedulerConfig):
     def check(self) -> None:
         super().check()
         if self.use_karras_sigmas + self.use_exponential_sigmas + self.use_beta_sigmas > 1:
-            raise InputError("use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: at most one can be True",
-                             key="use_karras_sigmas")
+            raise InputError(
+                "use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: at most one can be True",
+                key="use_karras_sigmas",
+            )
 
 
 class LMSDiscreteScheduler(Scheduler, part="scheduler"):
@@ -105,13 +127,17 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         timesteps = timesteps.astype(np.float32)
         sigmas = np.interp(timesteps, np.arange(len(self)), self.table)
         if not (np.isfinite(sigmas) & (sigmas > 0)).all():
-            raise InputError(f"{type(self).__name__}: these betas give noise levels from {sigmas.min():g} to "
-                             f"{sigmas.max():g}; levels above 0 and finite would do")
+            raise InputError(
+                f"{type(self).__name__}: these betas give noise levels from {sigmas.min():g} to "
+                f"{sigmas.max():g}; levels above 0 and finite would do"
+            )
         if respace := self.spacing():
             high, low = sigmas[0], sigmas[-1]
             if respace is not karras:  # an Euler scheduler's settings, honoured where the reference does
-                high, low = (real(name, config.get(name) or level, low=1e-9, high=1e9)
-                             for name, level in (("sigma_max", high), ("sigma_min", low)))
+                high, low = (
+                    real(name, config.get(name) or level, low=1e-9, high=1e9)
+                    for name, level in (("sigma_max", high), ("sigma_min", low))
+                )
             sigmas = respace(high, low, n)
             timesteps = to_timesteps(sigmas, self.table)
         self.num_inference_steps = n
@@ -144,8 +170,10 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
         places = (timesteps == real("timestep", timestep, high=math.inf)).nonzero().flatten().tolist()
         if not places:
-            raise InputError(f"timestep={float(timestep):g}: one of scheduler.timesteps would do, which go from "
-                             f"{timesteps[0]:g} down to {timesteps[-1]:g}")
+            raise InputError(
+                f"timestep={float(timestep):g}: one of scheduler.timesteps would do, which go from "
+                f"{timesteps[0]:g} down to {timesteps[-1]:g}"
+            )
         return places[:2][-1]
 
     def locate(self, timestep: float | Tensor) -> int:
@@ -157,8 +185,11 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         here = self.timesteps[self.step_index]
         near = all(not isinstance(t, Tensor) or t.device.type == "cpu" for t in (here, timestep))  # else one would wait
         if self.begin_index is None and near and abs(real("timestep", timestep, high=math.inf) - float(here)) >= 1:
-            raise InputError(f"timestep={shown(timestep)}: the walk has come to {here:g}; scheduler.timesteps, one "
-                             "after another, would do", key="timestep")
+            raise InputError(
+                f"timestep={shown(timestep)}: the walk has come to {here:g}; scheduler.timesteps, one "
+                "after another, would do",
+                key="timestep",
+            )
         return self.step_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
@@ -178,16 +209,18 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         return weights[count("current_order", current_order, low=0, high=order - 1)]
 
     @checked(step_inputs)
-    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4,
-             return_dict: bool = True) -> DenoisedOutput | tuple[Tensor, Tensor]:
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4, return_dict: bool = True
+    ) -> DenoisedOutput | tuple[Tensor, Tensor]:
         """From `sample` to the next noise level, both (b, c, h, w), with the x_0 predicted on the way.
 
         `order`: how many of the last slopes count, 1 or more. Raises `InputError` for a timestep that is not in
         `timesteps`, or when all are done. Warns where `scale_model_input` was never called.
         """
         if not self.is_scale_input_called:
-            warnings.warn("step: scale_model_input was not called, so the network may have seen a wrong scale",
-                          stacklevel=3)
+            warnings.warn(
+                "step: scale_model_input was not called, so the network may have seen a wrong scale", stacklevel=3
+            )
         order, i = count("order", order), self.locate(timestep)
         sigma = self.sigmas[i]
         x0 = to_x0(self.config.prediction_type, model_output, sample, sigma)

@@ -94,8 +94,9 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         self.counter, self.ets, self.start, self.blend = 0, [], None, 0.0
 
     @checked(step_inputs)
-    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
-             return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
         """From `sample` at `timestep` to the next entry of `timesteps`, both (b, c, h, w).
 
         Raises `InputError` before `set_timesteps` and for a timestep out of range.
@@ -105,8 +106,9 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         opening = self.counter < len(self.prk_timesteps)
         return (self.step_prk if opening else self.step_plms)(model_output, timestep, sample, return_dict)
 
-    def step_prk(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
-                 return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
+    def step_prk(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
         """A quarter of a Runge-Kutta step, equation 13: each evaluation probes from the same start."""
         t, half = self.index(timestep), self.stride // 2
         quarter = self.counter % 4
@@ -121,8 +123,9 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         base = int(self.prk_timesteps[self.counter - quarter])
         return self.advance(start, model_output, base, t if quarter % 2 else t - half, return_dict)
 
-    def step_plms(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
-                  return_dict: bool = True) -> SchedulerOutput | tuple[Tensor]:
+    def step_plms(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
         """A linear multistep step, equation 12, or one of the two that open a run without Runge-Kutta."""
         t, stride = self.index(timestep), self.stride
         if not self.config.skip_prk_steps and len(self.ets) < 3:
@@ -135,8 +138,9 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         self.ets = [*self.ets[-3:], model_output]
         return self.advance(sample, adams_bashforth(self.ets), t, t - stride, return_dict)
 
-    def advance(self, start: Tensor, output: Tensor, t: int, t_prev: int,
-                return_dict: bool) -> SchedulerOutput | tuple[Tensor]:
+    def advance(
+        self, start: Tensor, output: Tensor, t: int, t_prev: int, return_dict: bool
+    ) -> SchedulerOutput | tuple[Tensor]:
         """Transfer `start` from t to t_prev along what the network said, and count the step."""
         alpha = self.alpha(t)
         eps = to_eps(self.config.prediction_type, output, start, alpha)

@@ -51,8 +51,10 @@ def whole_timesteps(config: Any, steps: int) -> np.ndarray:
     total = config.num_train_timesteps
     timesteps = space_timesteps(config, steps).round().astype(np.int64)
     if timesteps[0] >= total:
-        raise InputError(f"num_inference_steps={steps}: with steps_offset={config.steps_offset} the first timestep "
-                         f"is {timesteps[0]}, but the last trained one {total - 1}; fewer steps would do")
+        raise InputError(
+            f"num_inference_steps={steps}: with steps_offset={config.steps_offset} the first timestep "
+            f"is {timesteps[0]}, but the last trained one {total - 1}; fewer steps would do"
+        )
     return timesteps
 
 

@@ -19,12 +19,16 @@ def bundled_checkpoint(name: str = BUNDLED[0], revision: str | None = None) -> P
     if name not in BUNDLED:
         raise InputError(f"{shown(name)}: no checkpoint of that name comes with imvar; {' or '.join(BUNDLED)} would do")
     if revision not in (None, "main"):
-        raise InputError(f"revision={shown(revision)}: {name} comes with imvar and has no revisions; leave it out",
-                         key="revision")
+        raise InputError(
+            f"revision={shown(revision)}: {name} comes with imvar and has no revisions; leave it out", key="revision"
+        )
     folder = HOME / name
     if not folder.is_dir():
-        raise CheckpointError(f"no such folder: {name} comes with imvar, but this copy of imvar is not whole; "
-                              "installing it again, unpacked, would do", path=folder)
+        raise CheckpointError(
+            f"no such folder: {name} comes with imvar, but this copy of imvar is not whole; "
+            "installing it again, unpacked, would do",
+            path=folder,
+        )
     return folder
 
 

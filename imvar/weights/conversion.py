@@ -34,11 +34,21 @@ class Report:
     written: list[Written] = field(default_factory=list)
 
 
-def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", "original"] = "diffusers",
-            dtype: Literal["keep", "fp32", "fp16", "bf16"] = "keep", ema: Literal["auto", "yes", "no"] = "auto",
-            part: str | None = None, fill: str | Path | None = None, config: str | Path | None = None,
-            max_shard_size: int | str = "10GB", dry_run: bool = False, verify: bool = False,
-            say: Say = lambda line: None) -> Report:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: Literal["diffusers", "original"] = "diffusers",
+    dtype: Literal["keep", "fp32", "fp16", "bf16"] = "keep",
+    ema: Literal["auto", "yes", "no"] = "auto",
+    part: str | None = None,
+    fill: str | Path | None = None,
+    config: str | Path | None = None,
+    max_shard_size: int | str = "10GB",
+    dry_run: bool = False,
+    verify: bool = False,
+    say: Say = lambda line: None,
+) -> Report:
     """Convert a checkpoint to a folder in diffusers' layout, or to one safetensors file in the original layout.
 
     `source`: a folder in any published layout, the folder or file of one part, or an original `.ckpt` or safetensors
@@ -59,23 +69,28 @@ def convert(source: str | Path, target: str | Path, *, to: Literal["diffusers", 
     TARGETS[to].check_path(target)
     shard_size = size_in_bytes(max_shard_size)
     if target.absolute().parent == source.absolute() and target.name in PARTS:
-        raise InputError(f"target={str(target)!r}: is a part of the source; the source itself, or another folder, "
-                         "would do")
+        raise InputError(
+            f"target={str(target)!r}: is a part of the source; the source itself, or another folder, would do"
+        )
     if filler is not None and not filler.exists():
         raise CheckpointError("no such file or folder to fill from", path=filler)
     found = survey(source, ema=ema, config=settings, only=part)
     tell(found, say)
     parts = dict(found.parts)
     if filler is not None:
-        spare = {name: more for name, more in survey(filler).parts.items()
-                 if name not in parts and part in (None, name)}
+        spare = {
+            name: more for name, more in survey(filler).parts.items() if name not in parts and part in (None, name)
+        }
         say(f"filled from {fill}: {', '.join(spare) or 'nothing, as nothing is missing that it has'}")
         parts |= spare
         check_fit(parts)
     if part is None and (lost := [name for name in found.lacking if name not in parts]):
-        raise CheckpointError(f"names {' and '.join(lost)}, which is not there; fill= (--fill) can take it from "
-                              "another checkpoint, part= (--part) converts one part alone", path=source / INDEX,
-                              key=lost[0])
+        raise CheckpointError(
+            f"names {' and '.join(lost)}, which is not there; fill= (--fill) can take it from "
+            "another checkpoint, part= (--part) converts one part alone",
+            path=source / INDEX,
+            key=lost[0],
+        )
     job = TARGETS[to](target, {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype], shard_size)
     if part is None:
         job.check_leftovers()
@@ -118,8 +133,11 @@ def check_fit(parts: dict[str, Found]) -> None:
         unet, encoder = parts["unet"], parts["image_encoder"]
         wanted, given = unet.value.config.cross_attention_dim, encoder.value.config.projection_dim
         if wanted != given:
-            raise CheckpointError(f"the image encoder gives {given} numbers (projection_dim), and the UNet of "
-                                  f"{unet.path} takes {wanted} (cross_attention_dim)", path=encoder.path)
+            raise CheckpointError(
+                f"the image encoder gives {given} numbers (projection_dim), and the UNet of "
+                f"{unet.path} takes {wanted} (cross_attention_dim)",
+                path=encoder.path,
+            )
 
 
 def tell(found: Survey, say: Say) -> None:

@@ -57,16 +57,22 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
     folder, name = a_path("pretrained_model_name_or_path", source), str(source).rstrip("/")
     if os.path.isdir(folder):
         if name in BUNDLED and next(folder.rglob("*.json"), None) is None:
-            raise CheckpointError(f"holds no checkpoint, and hides the one of its name that comes with imvar: str("
-                                  f"bundled_checkpoint({name!r})), or another working directory, would do", path=folder)
+            raise CheckpointError(
+                f"holds no checkpoint, and hides the one of its name that comes with imvar: str("
+                f"bundled_checkpoint({name!r})), or another working directory, would do",
+                path=folder,
+            )
         return folder
     if os.path.isfile(folder):
         raise CheckpointError("is a file, not a folder; from_single_file reads files", path=folder)
     if name in BUNDLED:
         return bundled_checkpoint(name, hub.revision)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError("no such folder (and neither a hub id, which looks like 'owner/name', nor "
-                              f"{' or '.join(BUNDLED)}, which comes with imvar)", path=name)
+        raise CheckpointError(
+            "no such folder (and neither a hub id, which looks like 'owner/name', nor "
+            f"{' or '.join(BUNDLED)}, which comes with imvar)",
+            path=name,
+        )
     names, fault = None, None  # no names: no network, so what is in the cache has to do
     try:
         if not hub.local_files_only and not huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -78,15 +84,25 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
     except Exception as error:  # huggingface_hub lets those of its network library through, whichever that is
         fault, patterns = error, wanted(None)
     try:
-        return Path(huggingface_hub.snapshot_download(
-            name, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir, allow_patterns=patterns,
-            local_files_only=names is None))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=hub.revision,
+                token=hub.token,
+                cache_dir=hub.cache_dir,
+                allow_patterns=patterns,
+                local_files_only=names is None,
+            )
+        )
     except Exception as error:
         fault = fault or error
         at = f"{name} (revision {hub.revision})" if hub.revision else name
-        raise CheckpointError("not in the cache, and the hub could not be reached or does not have it: connect once so "
-                              "that it is downloaded, or give the folder of a copy "
-                              f"({type(fault).__name__}: {first_line(fault)})", path=at) from fault
+        raise CheckpointError(
+            "not in the cache, and the hub could not be reached or does not have it: connect once so "
+            "that it is downloaded, or give the folder of a copy "
+            f"({type(fault).__name__}: {first_line(fault)})",
+            path=at,
+        ) from fault
 
 
 def locate_file(source: str | Path, hub: Hub) -> Path:
@@ -96,8 +112,11 @@ def locate_file(source: str | Path, hub: Hub) -> Path:
         return path
     if os.path.isdir(path):
         raise CheckpointError("is a folder, not a file; from_pretrained reads folders", path=source)
-    link = re.fullmatch(r"(?:https://(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/"
-                        r"(?:(?:blob|resolve)/([^/]+)/)?([^?]+)(?:\?.*)?", str(source))
+    link = re.fullmatch(
+        r"(?:https://(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/"
+        r"(?:(?:blob|resolve)/([^/]+)/)?([^?]+)(?:\?.*)?",
+        str(source),
+    )
     if not link:
         raise CheckpointError("no such file (and not a file on the hub, as in 'owner/name/file')", path=source)
     name, revision, file = link.groups()
@@ -162,11 +181,13 @@ def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, 
     if len(content) > LARGEST_JSON:
         raise CheckpointError(f"cannot be read as JSON: it has more than {LARGEST_JSON} bytes", path=path, key=key)
     if content.startswith(b"version https://git-lfs"):
-        raise CheckpointError("cannot be read as JSON: it is a git-lfs pointer; git lfs pull would fetch the file",
-                              path=path)
+        raise CheckpointError(
+            "cannot be read as JSON: it is a git-lfs pointer; git lfs pull would fetch the file", path=path
+        )
     if content.lstrip().startswith(b"<"):
-        raise CheckpointError("cannot be read as JSON: it is a web page, such as a server sends in place of a file",
-                              path=path)
+        raise CheckpointError(
+            "cannot be read as JSON: it is a web page, such as a server sends in place of a file", path=path
+        )
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=number, parse_float=number)
     except (ValueError, RecursionError) as error:
@@ -203,10 +224,17 @@ def not_finite(value: Any) -> NotFinite | None:
     return value if isinstance(value, NotFinite) else None
 
 
-REASONS = {"ENOSPC": "the disk is full", "EDQUOT": "the disk quota is used up", "EROFS": "the file system is read-only",
-           "EFBIG": "a file would be larger than is allowed here", "EACCES": "there is no permission to write here",
-           "EPERM": "there is no permission to write here", "ENOTDIR": "a file is where a folder should be",
-           "EEXIST": "a file is where a folder should be", "EISDIR": "a folder is where a file should be"}
+REASONS = {
+    "ENOSPC": "the disk is full",
+    "EDQUOT": "the disk quota is used up",
+    "EROFS": "the file system is read-only",
+    "EFBIG": "a file would be larger than is allowed here",
+    "EACCES": "there is no permission to write here",
+    "EPERM": "there is no permission to write here",
+    "ENOTDIR": "a file is where a folder should be",
+    "EEXIST": "a file is where a folder should be",
+    "EISDIR": "a folder is where a file should be",
+}
 
 
 @contextmanager

@@ -14,14 +14,22 @@ FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers
 
 PARTS: dict[str, dict[str, Any]] = {
     # The class that serves each class name a checkpoint may give. The classes enter themselves: `class X(..., part=)`.
-    "vae": {}, "image_encoder": {}, "unet": {}, "scheduler": {}, "safety_checker": {}, "feature_extractor": {},
+    "vae": {},
+    "image_encoder": {},
+    "unet": {},
+    "scheduler": {},
+    "safety_checker": {},
+    "feature_extractor": {},
 }
 
 OPTIONAL = ("safety_checker",)  # what an index need not list
 MAY_LACK = "safety_checker", "feature_extractor"  # parts without which some calls do
 
-LIBRARIES = {"image_encoder": "transformers", "feature_extractor": "transformers",
-             "safety_checker": "stable_diffusion"}  # the column that diffusers reads; the rest are its own
+LIBRARIES = {
+    "image_encoder": "transformers",
+    "feature_extractor": "transformers",
+    "safety_checker": "stable_diffusion",
+}  # the column that diffusers reads; the rest are its own
 
 
 KNOWN = "diffusers", "transformers", "stable_diffusion", "imvar"  # libraries that an index may name
@@ -32,8 +40,12 @@ def served(part: str, class_name: Any, path: Path) -> Any:
     classes = PARTS.get(part, {})
     found = classes.get(class_name) if isinstance(class_name, str) else None
     if found is None:
-        raise CheckpointError(f"is {shown(class_name)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
-                              f"be handed over: from_pretrained(..., {part}=...)", path=path, key=part)
+        raise CheckpointError(
+            f"is {shown(class_name)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
+            f"be handed over: from_pretrained(..., {part}=...)",
+            path=path,
+            key=part,
+        )
     return found
 
 

@@ -72,7 +72,7 @@ class Share(Form):
 
     def take(self, theirs: Tensor) -> Tensor:
         rows = len(theirs) // self.of if theirs.ndim and len(theirs) % self.of == 0 else 0
-        return theirs[self.index * rows:(self.index + 1) * rows] if rows else theirs
+        return theirs[self.index * rows : (self.index + 1) * rows] if rows else theirs
 
 
 AS_IS, TRANSPOSED, POINTWISE = Form(), Transposed(), Pointwise()
@@ -140,8 +140,13 @@ class Keymap:
             place, _, last = place.rpartition(".")
             rest = f".{last}{rest}"
         row = self.rows[place]
-        return Row(ours, row.theirs + rest, tuple(name + rest for name in row.older),
-                   (row.original or row.theirs) + rest, row.form)
+        return Row(
+            ours,
+            row.theirs + rest,
+            tuple(name + rest for name in row.older),
+            (row.original or row.theirs) + rest,
+            row.form,
+        )
 
     def sources(self, ours: str, naming: Naming = PUBLISHED) -> list[Source]:
         """Where a tensor of ours may be found in a file, the spelling that is written first."""
@@ -175,19 +180,25 @@ class Keymap:
         for name, tensor in tensors.items():
             source = self.sources(name, naming)[0]
             shares.setdefault(source.name, {})[source.form.index] = source.form.give(tensor)
-        return {name: parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in sorted(parts)])
-                for name, parts in shares.items()}
+        return {
+            name: parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in sorted(parts)])
+            for name, parts in shares.items()
+        }
 
-    def to_ours(self, tensors: Mapping[str, Tensor], names: Iterable[str], naming: Naming = PUBLISHED,
-                path: Path | None = None) -> dict[str, Tensor]:
+    def to_ours(
+        self, tensors: Mapping[str, Tensor], names: Iterable[str], naming: Naming = PUBLISHED, path: Path | None = None
+    ) -> dict[str, Tensor]:
         """Their tensors under our `names`. Raises `CheckpointError` for a missing, doubled or unknown one."""
         found, used, missing = {}, set(), []
         for name in names:
             sources = self.sources(name, naming)
             there = [source for source in sources if source.name in tensors]
             if len(there) > 1:
-                raise CheckpointError("the same tensor is there twice, in an old and a new spelling", path=path,
-                                      key=" and ".join(source.name for source in there))
+                raise CheckpointError(
+                    "the same tensor is there twice, in an old and a new spelling",
+                    path=path,
+                    key=" and ".join(source.name for source in there),
+                )
             if there:
                 found[name] = there[0].form.take(tensors[there[0].name])
                 used.add(there[0].name)
@@ -195,8 +206,11 @@ class Keymap:
                 missing.append(sources[0].name)
         unknown = [name for name in tensors if name not in used and not self.drops(name, naming)]
         if missing or unknown:
-            faults = [f"{len(keys)} {what.format('s' * (len(keys) > 1))}: {listed(keys)}" for keys, what in
-                      ((missing, "tensor{} missing"), (unknown, "unknown tensor{}")) if keys]
+            faults = [
+                f"{len(keys)} {what.format('s' * (len(keys) > 1))}: {listed(keys)}"
+                for keys, what in ((missing, "tensor{} missing"), (unknown, "unknown tensor{}"))
+                if keys
+            ]
             raise CheckpointError("; ".join(faults), path=path, key=(missing or unknown)[0])
         return found
 

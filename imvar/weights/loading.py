@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 OURS = Naming(Dialect.OURS)
 
 
-def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Naming | None = None,
-         path: Path | None = None, dtype: Dtype = None) -> None:
+def load(
+    model: PretrainedModel,
+    tensors: Mapping[str, Tensor],
+    *,
+    naming: Naming | None = None,
+    path: Path | None = None,
+    dtype: Dtype = None,
+) -> None:
     """Load `tensors`, named as published (now or earlier), as ours, or as `naming` says, into `model`.
 
     A model on the meta device takes them as they are, or in another `dtype` ("auto": all in the widest there is); any
@@ -44,18 +50,28 @@ def load(model: PretrainedModel, tensors: Mapping[str, Tensor], *, naming: Namin
         raise CheckpointError(reason, path=path, key=error.key) from None
     for name, tensor in found.items():
         if not tensor.is_floating_point():
-            raise CheckpointError(f"is of {tensor.dtype}; floating numbers are needed", path=path,
-                                  key=model.keymap.sources(name, naming)[0].name)
+            raise CheckpointError(
+                f"is of {tensor.dtype}; floating numbers are needed",
+                path=path,
+                key=model.keymap.sources(name, naming)[0].name,
+            )
         if tensor.shape != expected[name].shape:
-            raise CheckpointError(f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the "
-                                  "config", path=path, key=model.keymap.sources(name, naming)[0].name)
+            raise CheckpointError(
+                f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the config",
+                path=path,
+                key=model.keymap.sources(name, naming)[0].name,
+            )
     if dtype == "auto":
         dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in found.values()})
     found = {name: cast(tensor, dtype) for name, tensor in found.items()}
     model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-        raise CheckpointError("is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
-                              "compute it in forward, or let it be saved", path=path, key=left[0])
+        raise CheckpointError(
+            "is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
+            "compute it in forward, or let it be saved",
+            path=path,
+            key=left[0],
+        )
 
 
 class Unset(TorchFunctionMode):

@@ -25,9 +25,11 @@ LARGEST_PROGRAM = 2**24  # bytes of data.pkl, or of all that comes before the nu
 LARGEST_LIST = 2**21  # bytes in which a zip file lists its records
 LARGEST_TUPLE = 10_000  # values in it, and in those in it
 
-TENSORS = re.compile(r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v[23]|parameter)|torch\.Size"
-                     r"|torch\.((Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|storage\.UntypedStorage)"
-                     r"|torch\.(b?float[\w]+|u?int\d+|bool)")
+TENSORS = re.compile(
+    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v[23]|parameter)|torch\.Size"
+    r"|torch\.((Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|storage\.UntypedStorage)"
+    r"|torch\.(b?float[\w]+|u?int\d+|bool)"
+)
 """The names that a pickle of dense tensors asks for."""
 
 
@@ -41,8 +43,12 @@ class Inert:
         pass
 
 
-STANDINS = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
-            "numpy._core.multiarray.scalar", "numpy.dtype")
+STANDINS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
 """What the training state in the published full checkpoint is made of, beside plain values."""
 BYTES = "_codecs.encode"  # how protocol 2 spells bytes; torch has its own answer to it
 
@@ -61,40 +67,55 @@ def unpickle(path: Path, *, standins: bool = False) -> Any:
             names = asked_for(program(path, file)) if mapped else asked_for(file.read(LARGEST_PROGRAM), pickles=5)
         allowed = (*STANDINS, BYTES) if standins else ()
         if foreign := [name for name in names if not TENSORS.fullmatch(name) and name not in allowed]:
-            raise CheckpointError(f"cannot be read as a file of tensors: it names {foreign[0]}, and nothing but dense "
-                                  "tensors is ever unpickled", path=path)
+            raise CheckpointError(
+                f"cannot be read as a file of tensors: it names {foreign[0]}, and nothing but dense "
+                "tensors is ever unpickled",
+                path=path,
+            )
         with _standing_in, torch.serialization.safe_globals([(Inert, name) for name in STANDINS if standins]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (CheckpointError, MemoryError):
         raise
     except zipfile.BadZipFile as error:
-        raise CheckpointError(f"cannot be read as a file of tensors: it is cut short or damaged ({first_line(error)})",
-                              path=path) from error
+        raise CheckpointError(
+            f"cannot be read as a file of tensors: it is cut short or damaged ({first_line(error)})", path=path
+        ) from error
     except pickle.UnpicklingError as error:  # whose text advises to run the pickle after all
         raise CheckpointError("cannot be read as a file of tensors: it is no pickle of tensors", path=path) from error
     except Exception as error:  # what a pickle of nonsense leads to is any error at all
-        raise CheckpointError("cannot be read as a file of tensors: it is cut short, or no pickle of tensors "
-                              f"({first_line(error)})", path=path) from error
+        raise CheckpointError(
+            f"cannot be read as a file of tensors: it is cut short, or no pickle of tensors ({first_line(error)})",
+            path=path,
+        ) from error
 
 
 def program(path: Path, file: IO[bytes]) -> bytes:
     """The pickle in a zip file of which every record is whole and as it is, uncompressed."""
     if (size := listing(file)) > LARGEST_LIST:
-        raise CheckpointError(f"cannot be read as a file of tensors: its list of records has {size} bytes, more than "
-                              f"{LARGEST_LIST}", path=path)
+        raise CheckpointError(
+            f"cannot be read as a file of tensors: its list of records has {size} bytes, more than {LARGEST_LIST}",
+            path=path,
+        )
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         found = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
         if len(found) != 1:
-            raise CheckpointError("cannot be read as a file of tensors: it is a zip file, but not of torch.save",
-                                  path=path)
+            raise CheckpointError(
+                "cannot be read as a file of tensors: it is a zip file, but not of torch.save", path=path
+            )
         packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
         if packed or sum(record.file_size for record in records) > path.stat().st_size:
-            raise CheckpointError("cannot be read as a file of tensors: it is compressed; torch.save never does that",
-                                  path=path, key=packed[0] if packed else None)
+            raise CheckpointError(
+                "cannot be read as a file of tensors: it is compressed; torch.save never does that",
+                path=path,
+                key=packed[0] if packed else None,
+            )
         if found[0].file_size > LARGEST_PROGRAM:
-            raise CheckpointError(f"cannot be read as a file of tensors: its pickle has {found[0].file_size} bytes, "
-                                  f"more than {LARGEST_PROGRAM}", path=path)
+            raise CheckpointError(
+                f"cannot be read as a file of tensors: its pickle has {found[0].file_size} bytes, "
+                f"more than {LARGEST_PROGRAM}",
+                path=path,
+            )
         return archive.read(found[0])
 
 

@@ -45,9 +45,17 @@ class Pretrained(Configured):
             PARTS[part] |= dict.fromkeys((cls.__name__, *also), cls)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, *,
-                        revision: str | None = None, cache_dir: str | Path | None = None,
-                        local_files_only: bool = False, token: str | bool | None = None, **changes: Any) -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **changes: Any,
+    ) -> Self:
         """Read settings from a folder, a hub repository or a bundled checkpoint; `changes` come on top.
 
         `subfolder` is part of what the caller names, as if the path ended in it. Raises `CheckpointError` for a file
@@ -70,15 +78,20 @@ class Pretrained(Configured):
         name = settings.get("_class_name")
         owners = [part for part, classes in PARTS.items() if isinstance(name, str) and name in classes]
         if owners and cls.part not in owners:
-            raise CheckpointError(f"is {shown(name)}, of the {owners[0]}; settings of the {cls.part} would do",
-                                  path=path, key="_class_name")
+            raise CheckpointError(
+                f"is {shown(name)}, of the {owners[0]}; settings of the {cls.part} would do",
+                path=path,
+                key="_class_name",
+            )
         known = [f.name for f in fields(cls.config_class)]
         changes = cls.config_class.of(**asked_for(changes, known, cls.__name__)).explicit()
         try:
             config = cls.config_class.read(settings, **changes)
             if cls.part in PLAIN and (odd := sorted(name for name in config.foreign if name[:1] != "_")):
-                warnings.warn(f"{path}: {', '.join(map(shown, odd[:10]))}: no setting of {cls.__name__}, so left alone",
-                              stacklevel=5)
+                warnings.warn(
+                    f"{path}: {', '.join(map(shown, odd[:10]))}: no setting of {cls.__name__}, so left alone",
+                    stacklevel=5,
+                )
             return config
         except InputError as error:
             other = cls.strange(settings)
@@ -112,8 +125,10 @@ class Pretrained(Configured):
                 if name := cls.strange(read_json(path)):
                     raise CheckpointError(f"holds the settings of a {name}, not of the {cls.part}", path=path)
                 return path
-        raise CheckpointError(f"holds no settings of the {cls.part}: looked for {cls.part}/{cls.config_name} and "
-                              f"{cls.config_name}", path=config)
+        raise CheckpointError(
+            f"holds no settings of the {cls.part}: looked for {cls.part}/{cls.config_name} and {cls.config_name}",
+            path=config,
+        )
 
     @classmethod
     def strange(cls, settings: Mapping[str, Any]) -> str | None:
@@ -154,12 +169,23 @@ class PretrainedModel(Pretrained, nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, *,
-                        revision: str | None = None, variant: str | None = None,
-                        torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
-                        use_safetensors: bool | None = None, cache_dir: str | Path | None = None,
-                        local_files_only: bool = False, token: str | bool | None = None,
-                        low_cpu_mem_usage: bool = True, disable_mmap: bool = False, **changes: Any) -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        use_safetensors: bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        low_cpu_mem_usage: bool = True,
+        disable_mmap: bool = False,
+        **changes: Any,
+    ) -> Self:
         """Read settings and weights from a folder, a hub repository or a bundled checkpoint.
 
         `changes` of settings come on top. Weights are float32 unless another `dtype` is named ("auto": the widest
@@ -186,9 +212,11 @@ class PretrainedModel(Pretrained, nn.Module):
         return 0
 
     @classmethod
-    def read(cls, folder: Path, *, variant: str | None, dtype: Dtype, use_safetensors: bool | None,
-             **changes: Any) -> Self:
+    def read(
+        cls, folder: Path, *, variant: str | None, dtype: Dtype, use_safetensors: bool | None, **changes: Any
+    ) -> Self:
         """The model in `folder`, all of one save."""
+
         def files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
             config = cls.read_config(inside(folder, cls.config_name), **changes)
             return config, read_weights(folder, cls.stem, variant, use_safetensors)
@@ -197,12 +225,22 @@ class PretrainedModel(Pretrained, nn.Module):
         return cls.holding(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
 
     @classmethod
-    def from_single_file(cls, pretrained_model_link_or_path_or_dict: str | Path | Mapping[str, Tensor], *,
-                         config: str | Path | None = None, subfolder: str | None = None,
-                         torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None,
-                         ema: str = "auto", extract_ema: bool | None = None, revision: str | None = None,
-                         cache_dir: str | Path | None = None, local_files_only: bool = False,
-                         token: str | bool | None = None, **changes: Any) -> Self:
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | Path | Mapping[str, Tensor],
+        *,
+        config: str | Path | None = None,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        ema: str = "auto",
+        extract_ema: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **changes: Any,
+    ) -> Self:
         """This part out of one `.ckpt` or safetensors file, alone or among others, in any dialect that is known.
 
         The file: a path, a link to one on the hub, "owner/name/file", or its tensors by name. `config`: the folder or
@@ -215,13 +253,25 @@ class PretrainedModel(Pretrained, nn.Module):
 
         hub = Hub(revision, cache_dir, local_files_only, token)
         file = SingleFile.of(pretrained_model_link_or_path_or_dict, hub)
-        return cls.read_single(file, config_folder(config, hub, subfolder), ema=which_ema(ema, extract_ema),
-                               dtype=as_dtype(torch_dtype if dtype is None else dtype),
-                               **{name: value for name, value in changes.items() if name not in READING})
+        return cls.read_single(
+            file,
+            config_folder(config, hub, subfolder),
+            ema=which_ema(ema, extract_ema),
+            dtype=as_dtype(torch_dtype if dtype is None else dtype),
+            **{name: value for name, value in changes.items() if name not in READING},
+        )
 
     @classmethod
-    def read_single(cls, file: SingleFile, config: Path | None, *, ema: str, dtype: Dtype,
-                    tell: Callable[[str], Any] = warnings.warn, **changes: Any) -> Self:
+    def read_single(
+        cls,
+        file: SingleFile,
+        config: Path | None,
+        *,
+        ema: str,
+        dtype: Dtype,
+        tell: Callable[[str], Any] = warnings.warn,
+        **changes: Any,
+    ) -> Self:
         """The model out of `file`; `config` is a folder with its settings, if they are not to be told by the file.
 
         `tell` is told of settings that are but guessed.
@@ -232,27 +282,46 @@ class PretrainedModel(Pretrained, nn.Module):
         settings, path = cls.settings_for(file, config) or (settings_of(held), file.path)
         if path == file.path and cls.part not in file.settings and (guessed := guess(held, {**settings, **changes})):
             tell(guessed)
-        return cls.holding(held.tensors, cls.checked(settings, path, **changes), path, dtype=dtype,
-                           naming=held.naming, path=file.path)
+        return cls.holding(
+            held.tensors, cls.checked(settings, path, **changes), path, dtype=dtype, naming=held.naming, path=file.path
+        )
 
     @classmethod
-    def holding(cls, tensors: Mapping[str, Tensor], config: Any, told: Path, *, dtype: Dtype,
-                naming: Naming | None = None, path: Path) -> Self:
+    def holding(
+        cls,
+        tensors: Mapping[str, Tensor],
+        config: Any,
+        told: Path,
+        *,
+        dtype: Dtype,
+        naming: Naming | None = None,
+        path: Path,
+    ) -> Self:
         """A model in eval mode with the settings that `told` tells, holding `tensors` uncopied where they need no cast.
 
         It is built on the meta device, and not at all where more layers are asked for than there can be tensors for.
         """
         if (least := cls.least_tensors(config)) > min(max(len(tensors), FEW), MOST):
-            raise CheckpointError(f"asks for {least} layers or more; {path.name} has {len(tensors)} tensors, and "
-                                  f"{MOST} layers are the most", path=told)
+            raise CheckpointError(
+                f"asks for {least} layers or more; {path.name} has {len(tensors)} tensors, and "
+                f"{MOST} layers are the most",
+                path=told,
+            )
         with torch.device("meta"), Unset():
             model = cls.built(config, told)
         load(model, tensors, naming=naming, path=path, dtype=dtype)
         return model.eval()
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, save_function: Any = None,
-                        safe_serialization: bool = True, variant: str | None = None,
-                        max_shard_size: int | str | None = "10GB", **options: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = "10GB",
+        **options: Any,
+    ) -> None:
         """Write settings and weights into a folder, made if need be, as diffusers reads them.
 
         All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be. Only the main
@@ -266,8 +335,14 @@ class PretrainedModel(Pretrained, nn.Module):
         option("safe_serialization", safe_serialization, bool)
         with replaced(a_path("save_directory", save_directory)) as new:
             super().save_pretrained(new)
-            write_weights(new, self.stem, self.keymap.to_theirs(self.state_dict()), variant=variant,
-                          safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+            write_weights(
+                new,
+                self.stem,
+                self.keymap.to_theirs(self.state_dict()),
+                variant=variant,
+                safe_serialization=safe_serialization,
+                max_shard_size=max_shard_size,
+            )
 
     @property
     def device(self) -> torch.device:
@@ -295,8 +370,12 @@ class TransformersModel(PretrainedModel):
     def config_file(self) -> Mapping[str, Any]:
         """Says float32 whatever was saved, so that diffusers loads all parts of a half-precision folder alike."""
         settings = {key: value for key, value in self.config.to_dict().items() if key != "torch_dtype"}
-        return settings | {"architectures": [type(self).__name__], "model_type": self.model_type, "dtype": "float32",
-                           "transformers_version": TRANSFORMERS_FORMAT}
+        return settings | {
+            "architectures": [type(self).__name__],
+            "model_type": self.model_type,
+            "dtype": "float32",
+            "transformers_version": TRANSFORMERS_FORMAT,
+        }
 
 
 def settings_part(part: str, file: SingleFile, config: Path | None, image_encoder: Any) -> Any:

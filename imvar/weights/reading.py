@@ -20,8 +20,9 @@ MOST_TENSORS = 2**13  # in one file, or in all shards of one part
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
-def read_weights(folder: Path, stem: Stem, variant: str | None,
-                 use_safetensors: bool | None) -> tuple[Path, dict[str, Tensor]]:
+def read_weights(
+    folder: Path, stem: Stem, variant: str | None, use_safetensors: bool | None
+) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of a part, mapped rather than read where the format allows, and the file that named them."""
     try:
         name = stem.choose((path.name for path in folder.iterdir()), variant, use_safetensors)[0]
@@ -44,8 +45,9 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, keys in sorted(listed.items()):
         if Path(name).name != name or name in {"", ".", ".."} or name.endswith(".json"):
-            raise CheckpointError(f"names {name[:200]!r}, which is not a file beside it that holds tensors", path=index,
-                                  key=min(keys))
+            raise CheckpointError(
+                f"names {name[:200]!r}, which is not a file beside it that holds tensors", path=index, key=min(keys)
+            )
         shard = read_tensors(inside(index.parent, name))
         if odd := sorted(keys ^ shard.keys()):
             raise CheckpointError(f"the index and {name} disagree on whether it holds this", path=index, key=odd[0])
@@ -92,15 +94,23 @@ def is_safetensors(path: Path) -> bool:
     if start[8:9] == b"{" and path.suffix not in PICKLES:
         return True
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError("cannot be read as a file of tensors: it is a git-lfs pointer, which stands for the real "
-                              "file; git lfs pull would fetch that", path=path)
+        raise CheckpointError(
+            "cannot be read as a file of tensors: it is a git-lfs pointer, which stands for the real "
+            "file; git lfs pull would fetch that",
+            path=path,
+        )
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise CheckpointError("cannot be read as a file of tensors: it is a web page (HTML or XML), as a failed "
-                              "download leaves it", path=path)
+        raise CheckpointError(
+            "cannot be read as a file of tensors: it is a web page (HTML or XML), as a failed download leaves it",
+            path=path,
+        )
     if start[8:9] == b"{" or (start.startswith((b"PK\3\4", b"\x80\2")) and path.suffix == ".safetensors"):
         kind, ending = ("safetensors", ".safetensors") if start[8:9] == b"{" else ("a pickle", ".bin or .ckpt")
-        raise CheckpointError(f"cannot be read as a file of tensors: it looks like {kind}, and ends in {path.suffix}; "
-                              f"a name that ends in {ending} would do", path=path)
+        raise CheckpointError(
+            f"cannot be read as a file of tensors: it looks like {kind}, and ends in {path.suffix}; "
+            f"a name that ends in {ending} would do",
+            path=path,
+        )
     if path.suffix in (".safetensors", *PICKLES):
         return path.suffix == ".safetensors"
     if start.startswith((b"PK", b"\x80")):
@@ -123,19 +133,29 @@ def check_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         start = file.read(1)
         if size < 10 or start != b"{" or length > LARGEST_JSON:
-            raise CheckpointError("cannot be read as a safetensors file: it does not begin as one "
-                                  f"(a header of {length} bytes, {LARGEST_JSON} at the most)", path=path)
+            raise CheckpointError(
+                "cannot be read as a safetensors file: it does not begin as one "
+                f"(a header of {length} bytes, {LARGEST_JSON} at the most)",
+                path=path,
+            )
         if length > size - 8:
-            raise CheckpointError(f"cannot be read as a safetensors file: it is cut short at {size} bytes, and its "
-                                  f"header alone has {length}", path=path)
+            raise CheckpointError(
+                f"cannot be read as a safetensors file: it is cut short at {size} bytes, and its "
+                f"header alone has {length}",
+                path=path,
+            )
         header = parse_json(start + file.read(length - 1), path)
     if len(header) > MOST_TENSORS + 1:
         raise CheckpointError(f"holds {len(header)} tensors, more than {MOST_TENSORS}", path=path)
-    ends = [entry["data_offsets"][-1:] for entry in header.values()
-            if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list)]
+    ends = [
+        entry["data_offsets"][-1:]
+        for entry in header.values()
+        if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list)
+    ]
     if (end := 8 + length + max((n for [n] in filter(None, ends) if isinstance(n, int)), default=0)) > size:
-        raise CheckpointError(f"cannot be read as a safetensors file: it is cut short at {size} bytes of {end}",
-                              path=path)
+        raise CheckpointError(
+            f"cannot be read as a safetensors file: it is cut short at {size} bytes of {end}", path=path
+        )
 
 
 def named(held: Any, path: Path) -> dict[str, Any]:
@@ -150,12 +170,25 @@ def named(held: Any, path: Path) -> dict[str, Any]:
 def dense(held: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """These entries of a pickle as plain tensors, each of which has all of its numbers in the file."""
     for name, tensor in held.items():
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized \
-                or tensor.is_nested or not tensor.is_cpu:
-            raise CheckpointError(f"is a {type(tensor).__name__}, not a dense tensor" if type(tensor) is not Tensor
-                                  else "is not a dense tensor", path=path, key=name)
+        if (
+            type(tensor) not in (Tensor, nn.Parameter)
+            or tensor.layout != torch.strided
+            or tensor.is_quantized
+            or tensor.is_nested
+            or not tensor.is_cpu
+        ):
+            raise CheckpointError(
+                f"is a {type(tensor).__name__}, not a dense tensor"
+                if type(tensor) is not Tensor
+                else "is not a dense tensor",
+                path=path,
+                key=name,
+            )
         if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"has shape {tuple(tensor.shape)}, but the file holds "
-                                  f"{tensor.untyped_storage().nbytes()} bytes of it, not {tensor.nbytes}",
-                                  path=path, key=name)
+            raise CheckpointError(
+                f"has shape {tuple(tensor.shape)}, but the file holds "
+                f"{tensor.untyped_storage().nbytes()} bytes of it, not {tensor.nbytes}",
+                path=path,
+                key=name,
+            )
     return {name: tensor.detach().resolve_neg() for name, tensor in held.items()}

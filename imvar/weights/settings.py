@@ -26,21 +26,31 @@ UNTOLD: dict[str, tuple[Any, dict[str, Any]]] = {  # the published widths, and w
 CLIP_HEAD, CLIP_WIDEST = 64, 1024  # channels of a head in every CLIP of OpenAI's, and of the largest; others differ
 
 UNET = {  # the tensors that tell levels, layers and depth
-    Dialect.OURS: ("down.{}.resnets.0.norm1.weight", "down.0.resnets.{}.norm1.weight",
-                   "mid.transformers.0.blocks.{}.self_attn.norm.weight"),
-    Dialect.PUBLISHED: ("down_blocks.{}.resnets.0.norm1.weight", "down_blocks.0.resnets.{}.norm1.weight",
-                        "mid_block.attentions.0.transformer_blocks.{}.norm1.weight"),
+    Dialect.OURS: (
+        "down.{}.resnets.0.norm1.weight",
+        "down.0.resnets.{}.norm1.weight",
+        "mid.transformers.0.blocks.{}.self_attn.norm.weight",
+    ),
+    Dialect.PUBLISHED: (
+        "down_blocks.{}.resnets.0.norm1.weight",
+        "down_blocks.0.resnets.{}.norm1.weight",
+        "mid_block.attentions.0.transformer_blocks.{}.norm1.weight",
+    ),
 }
 VAE = {  # levels and layers
     Dialect.OURS: ("encoder.down.{}.resnets.0.norm1.weight", "encoder.down.0.resnets.{}.norm1.weight"),
-    Dialect.PUBLISHED: ("encoder.down_blocks.{}.resnets.0.norm1.weight",
-                        "encoder.down_blocks.0.resnets.{}.norm1.weight"),
+    Dialect.PUBLISHED: (
+        "encoder.down_blocks.{}.resnets.0.norm1.weight",
+        "encoder.down_blocks.0.resnets.{}.norm1.weight",
+    ),
     Dialect.ORIGINAL: ("encoder.down.{}.block.0.norm1.weight", "encoder.down.0.block.{}.norm1.weight"),
 }
 CLIP = {  # layers
     Dialect.OURS: ("tower.layers.{}.attn.norm.weight",),
-    Dialect.PUBLISHED: ("vision_model.encoder.layers.{}.layer_norm1.weight",
-                        "vision_model.vision_model.encoder.layers.{}.layer_norm1.weight"),
+    Dialect.PUBLISHED: (
+        "vision_model.encoder.layers.{}.layer_norm1.weight",
+        "vision_model.vision_model.encoder.layers.{}.layer_norm1.weight",
+    ),
     Dialect.ORIGINAL: ("visual.transformer.resblocks.{}.ln_1.weight",),
 }
 
@@ -60,8 +70,10 @@ def guess(held: Held, settings: Mapping[str, Any]) -> str | None:
     if widths in (vision.get("block_out_channels"), vision.get("hidden_size")):
         return None
     taken = ", ".join(f"{name}={value!r}" for name, value in untold.items())
-    return (f"the {held.part} is not of the published size, and nothing says whether {taken} are right for it, as they "
-            "are for the published one; a folder with its settings would (config=, --config)")
+    return (
+        f"the {held.part} is not of the published size, and nothing says whether {taken} are right for it, as they "
+        "are for the published one; a folder with its settings would (config=, --config)"
+    )
 
 
 def settings_without_weights(part: str, image_size: int) -> dict[str, Any]:
@@ -86,8 +98,10 @@ def unet(held: Held) -> dict[str, Any]:
     found = tables.unet([True] * levels, [True] * levels, layers, depth)
 
     def attends(way: str) -> list[bool]:
-        return [held.holds(found, *(f"{way}.{i}.transformers.0.{rest}" for rest in ("norm.weight", "proj_in.weight")))
-                for i in range(levels)]
+        return [
+            held.holds(found, *(f"{way}.{i}.transformers.0.{rest}" for rest in ("norm.weight", "proj_in.weight")))
+            for i in range(levels)
+        ]
 
     return SETTINGS["unet"] | {
         "in_channels": held.size(found, "conv_in.weight", 1),
@@ -121,8 +135,11 @@ def image_encoder(held: Held) -> dict[str, Any]:
     found = tables.safety_checker(layers)
     width, patch = held.size(found, "tower.class_token"), held.size(found, "tower.patch.weight", 2)
     if width % CLIP_HEAD or width > CLIP_WIDEST:
-        raise CheckpointError(f"no CLIP that is known here has {width} channels, so their heads cannot be told; "
-                              "a folder with the settings would do (config=)", path=held.path)
+        raise CheckpointError(
+            f"no CLIP that is known here has {width} channels, so their heads cannot be told; "
+            "a folder with the settings would do (config=)",
+            path=held.path,
+        )
     return SETTINGS["image_encoder"] | {
         "hidden_size": width,
         "intermediate_size": held.size(found, "tower.layers.0.mlp.widen.weight"),

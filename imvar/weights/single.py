@@ -30,14 +30,28 @@ RAW, EMA = Naming(Dialect.ORIGINAL, "model.diffusion_model."), Naming(Dialect.DO
 PREFIXED: dict[str, tuple[Naming, ...]] = {
     "unet": (RAW, EMA),
     "vae": (Naming(Dialect.ORIGINAL, "first_stage_model."),),
-    "image_encoder": (Naming(Dialect.ORIGINAL, "cond_stage_model.model."),
-                      Naming(Dialect.PUBLISHED, "cond_stage_model.transformer.")),
+    "image_encoder": (
+        Naming(Dialect.ORIGINAL, "cond_stage_model.model."),
+        Naming(Dialect.PUBLISHED, "cond_stage_model.transformer."),
+    ),
 }
 
-DROPPABLE = ("model_ema.decay", "model_ema.num_updates",  # the moving average's own state; then tables of the schedule
-             "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-             "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
-             "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
+DROPPABLE = (
+    "model_ema.decay",
+    "model_ema.num_updates",  # the moving average's own state; then tables of the schedule
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
 
 
 @cache
@@ -83,8 +97,9 @@ class Held:
                 shape = source.form.take(self.tensors[source.name]).shape
                 if dim < len(shape):
                     return shape[dim]
-        raise CheckpointError("missing or misshapen, so that the settings cannot be told", path=self.path,
-                              key=sources[0].name)
+        raise CheckpointError(
+            "missing or misshapen, so that the settings cannot be told", path=self.path, key=sources[0].name
+        )
 
 
 @dataclass(frozen=True)
@@ -128,8 +143,10 @@ class SingleFile:
     @cached_property
     def parts(self) -> dict[str, list[Held]]:
         """Each part that is there, in each of the ways it is there. Raises `CheckpointError` if there is none."""
-        parts = {part: [held for naming in namings if (held := self._behind(part, naming)).tensors]
-                 for part, namings in PREFIXED.items()}
+        parts = {
+            part: [held for naming in namings if (held := self._behind(part, naming)).tensors]
+            for part, namings in PREFIXED.items()
+        }
         if found := {part: ways for part, ways in parts.items() if ways}:
             return found
         if alone := recognise(self.tensors):
@@ -147,8 +164,9 @@ class SingleFile:
     def check(self, overrides: Container[str] = ()) -> None:
         """Raise `CheckpointError` for a part that is neither there nor in `overrides`, and for unknown tensors."""
         if lacking := [part for part in PREFIXED if part not in self.parts and part not in overrides]:
-            raise CheckpointError(f"holds no {' and no '.join(lacking)}; it can be handed over ({lacking[0]}=)",
-                                  path=self.path)
+            raise CheckpointError(
+                f"holds no {' and no '.join(lacking)}; it can be handed over ({lacking[0]}=)", path=self.path
+            )
         self.check_known()
 
     def check_known(self) -> None:
@@ -156,8 +174,9 @@ class SingleFile:
         mine = {name for ways in self.parts.values() for held in ways for name in held.tensors}
         if unknown := [name for name in self.tensors if name not in mine and not self.droppable(name)]:
             several = "s" * (len(unknown) > 1)
-            raise CheckpointError(f"{len(unknown)} unknown tensor{several}: {listed(unknown)}", path=self.path,
-                                  key=unknown[0])
+            raise CheckpointError(
+                f"{len(unknown)} unknown tensor{several}: {listed(unknown)}", path=self.path, key=unknown[0]
+            )
 
     def _behind(self, part: str, naming: Naming) -> Held:
         mine = {name: tensor for name, tensor in self.tensors.items() if name.startswith(naming.prefix)}
@@ -179,20 +198,27 @@ class SingleFile:
         if not ways:
             raise CheckpointError(f"holds no {part}; there is {' and '.join(self.parts)}", path=self.path)
         if part == "unet":
-            wanted = {"auto": [held for held in ways if held.naming == EMA] or ways,
-                      "yes": [held for held in ways if held.naming == EMA],
-                      "no": [held for held in ways if held.naming != EMA]}[ema]
+            wanted = {
+                "auto": [held for held in ways if held.naming == EMA] or ways,
+                "yes": [held for held in ways if held.naming == EMA],
+                "no": [held for held in ways if held.naming != EMA],
+            }[ema]
             if not wanted:
                 what = "moving average (EMA) of the UNet" if ema == "yes" else "raw UNet, only its moving average (EMA)"
                 raise CheckpointError(f"ema={ema!r}: the file holds no {what}", path=self.path)
             return wanted[0]
         if len(ways) > 1:
-            raise CheckpointError(f"the {part} is there twice, under {' and '.join(h.naming.prefix for h in ways)}",
-                                  path=self.path)
+            raise CheckpointError(
+                f"the {part} is there twice, under {' and '.join(h.naming.prefix for h in ways)}", path=self.path
+            )
         if part == "image_encoder" and not ways[0].looks:
-            raise CheckpointError("holds a text encoder where this model has an image encoder, so it is a "
-                                  "text-to-image checkpoint; its UNet and VAE can be taken one by one (--part, or "
-                                  "from_single_file of their class)", path=self.path, key=next(iter(ways[0].tensors)))
+            raise CheckpointError(
+                "holds a text encoder where this model has an image encoder, so it is a "
+                "text-to-image checkpoint; its UNet and VAE can be taken one by one (--part, or "
+                "from_single_file of their class)",
+                path=self.path,
+                key=next(iter(ways[0].tensors)),
+            )
         return ways[0]
 
 

@@ -130,18 +130,26 @@ def chosen(naming: Naming, file: SingleFile) -> str:
 
 def survey_folder(folder: Path, ema: str, config: Path | None, only: str | None) -> Survey:
     if ema != "auto":
-        raise InputError(f"ema={ema!r}: a folder has one set of weights for the UNet, so there is nothing to choose; "
-                         "'auto' would do")
+        raise InputError(
+            f"ema={ema!r}: a folder has one set of weights for the UNet, so there is nothing to choose; 'auto' would do"
+        )
     there = [part for part in PARTS if (folder / part).is_dir()]
     if there:
         index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
         none = [part for part in there if index.get(part) == [None, None]]
-        odd = sorted({name for name, value in index.items() if isinstance(value, list)}.union(
-            path.parent.name for path in folder.glob("*/*.json")) - PARTS.keys())
+        odd = sorted(
+            {name for name, value in index.items() if isinstance(value, list)}.union(
+                path.parent.name for path in folder.glob("*/*.json")
+            )
+            - PARTS.keys()
+        )
         notes = [f"left where they are: {', '.join(none + odd)}"] if none + odd else []
         lacking = [part for part in PARTS if part not in there and index.get(part, [None, None]) != [None, None]]
-        found = {part: survey_part(part, inside(folder, part), config, index.get(part))
-                 for part in there if part not in none and only in (None, part)}
+        found = {
+            part: survey_part(part, inside(folder, part), config, index.get(part))
+            for part in there
+            if part not in none and only in (None, part)
+        }
         return Survey(folder, "a folder in diffusers' layout", found, notes, lacking)
     held = held_in(folder)
     alone = recognise(held.tensors) if held else None
@@ -168,8 +176,9 @@ def survey_part(part: str, folder: Path, config: Path | None, listed: Any = None
     weights = held.path or folder
     settings = kind.read_config(path) if told else kind.checked(settings_of(held), weights)
     guessed = None if told else guess(held, settings)
-    model = kind.holding(held.tensors, settings, path if told else weights, dtype=None, naming=held.naming,
-                         path=weights)
+    model = kind.holding(
+        held.tensors, settings, path if told else weights, dtype=None, naming=held.naming, path=weights
+    )
     found = Found(part, grown_up(model), weights, held.naming.dialect.value, held)
     current = {found.keymap.spelled(name) for name in model.state_dict()}
     older = " of 2022" if held.naming == PUBLISHED and not current <= held.tensors.keys() else ""

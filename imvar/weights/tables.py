@@ -14,8 +14,14 @@ from .keymap import POINTWISE, TRANSPOSED, Dialect, Keymap, Row, Share, under
 VAE_TRAINING = ("loss.*", "model_ema.decay", "model_ema.num_updates")  # in autoencoders' own original files
 POSITION_IDS = "*embeddings.position_ids"  # int64 numbers from 0, once saved as a buffer
 TEXT_TOWER = ("text_model.*", "text_projection.weight", "logit_scale")  # of a whole CLIP model
-ORIGINAL_TEXT_TOWER = ("transformer.*", "token_embedding.weight", "positional_embedding", "ln_final.*",
-                       "text_projection", "logit_scale")
+ORIGINAL_TEXT_TOWER = (
+    "transformer.*",
+    "token_embedding.weight",
+    "positional_embedding",
+    "ln_final.*",
+    "text_projection",
+    "logit_scale",
+)
 
 UNET_RESNET = [
     Row("norm1", "norm1", original="in_layers.0"),
@@ -55,8 +61,11 @@ CLIP_LAYER = [
     Row("attn", "self_attn", original="attn"),
     Row("attn.norm", "layer_norm1", original="ln_1"),
     *(Row(f"attn.to_{x}", f"self_attn.{x}_proj") for x in "qkv"),
-    *(Row(f"attn.to_{x}.{kind}", f"self_attn.{x}_proj.{kind}", original=f"attn.in_proj_{kind}", form=Share(i))
-      for i, x in enumerate("qkv") for kind in ("weight", "bias")),
+    *(
+        Row(f"attn.to_{x}.{kind}", f"self_attn.{x}_proj.{kind}", original=f"attn.in_proj_{kind}", form=Share(i))
+        for i, x in enumerate("qkv")
+        for kind in ("weight", "bias")
+    ),
     Row("attn.to_out", "self_attn.out_proj", original="attn.out_proj"),
     Row("mlp", "mlp"),
     Row("mlp.norm", "layer_norm2", original="ln_2"),
@@ -105,8 +114,11 @@ def unet(down: Sequence[bool], up: Sequence[bool], layers: int, depth: int) -> K
         for i in range(levels):
             first, last = i * (layers + 1), (i + 1) * (layers + 1) - 1
             yield from level(f"up.{i}", f"up_blocks.{i}", [f"output_blocks.{n}" for n in range(first, last + 1)])
-            yield Row(f"up.{i}.resample", f"up_blocks.{i}.upsamplers.0",  # behind a transformer if there is one
-                      original=f"output_blocks.{last}.{2 if up[i] else 1}")
+            yield Row(
+                f"up.{i}.resample",
+                f"up_blocks.{i}.upsamplers.0",  # behind a transformer if there is one
+                original=f"output_blocks.{last}.{2 if up[i] else 1}",
+            )
         yield Row("norm_out", "conv_norm_out", original="out.0")
         yield Row("conv_out", "conv_out", original="out.2")
 
@@ -170,8 +182,9 @@ def clip_tower(layers: int, *, older: tuple[str, ...] = ()) -> Iterator[Row]:
 
 def image_encoder(layers: int) -> Keymap:
     """`image_encoder/model.*`, or the vision half of a whole CLIP model."""
-    return Keymap(clip_tower(layers), {Dialect.PUBLISHED: (POSITION_IDS, *TEXT_TOWER),
-                                       Dialect.ORIGINAL: ORIGINAL_TEXT_TOWER})
+    return Keymap(
+        clip_tower(layers), {Dialect.PUBLISHED: (POSITION_IDS, *TEXT_TOWER), Dialect.ORIGINAL: ORIGINAL_TEXT_TOWER}
+    )
 
 
 def safety_checker(layers: int) -> Keymap:

@@ -74,8 +74,11 @@ class Target(ABC):
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By part, what is to be written under which name, not yet cast."""
-        return {name: found.keymap.to_theirs(found.value.state_dict(), self.naming(name))
-                for name, found in self.parts.items() if found.has_weights}
+        return {
+            name: found.keymap.to_theirs(found.value.state_dict(), self.naming(name))
+            for name, found in self.parts.items()
+            if found.has_weights
+        }
 
     @property
     def bytes(self) -> int:
@@ -98,8 +101,9 @@ class Target(ABC):
         there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         free = shutil.disk_usage(there).free
         if self.bytes > free:
-            raise CheckpointError(f"needs {self.bytes} bytes, and {free} are free on that disk; nothing was written",
-                                  path=self.path)
+            raise CheckpointError(
+                f"needs {self.bytes} bytes, and {free} are free on that disk; nothing was written", path=self.path
+            )
 
     def check_values(self, on_bytes: OnBytes) -> None:
         """Raise for a tensor with NaN or infinite values, or with values that the new dtype cannot hold."""
@@ -111,8 +115,10 @@ class Target(ABC):
                     raise CheckpointError("has NaN or infinite values", path=found.path, key=found.name(name))
                 if self.dtype and (most := max(-low, high)) > torch.finfo(self.dtype).max:
                     wide = [name for name, dtype in WIDER.items() if most <= torch.finfo(dtype).max] or ["keep"]
-                    raise InputError(f"dtype: {found.name(name)} of {found.path} goes up to {most:g}, beyond "
-                                     f"{self.dtype}; {' or '.join(wide)} would do")
+                    raise InputError(
+                        f"dtype: {found.name(name)} of {found.path} goes up to {most:g}, beyond "
+                        f"{self.dtype}; {' or '.join(wide)} would do"
+                    )
                 on_bytes(self.written_bytes(tensor))
 
     def verify(self, place: Path, on_bytes: OnBytes) -> None:
@@ -121,8 +127,9 @@ class Target(ABC):
             there = self.read(part, place)
             for name, tensor in tensors.items():
                 if name not in there or not same(there[name], tensor.to(self.dtype or tensor.dtype)):
-                    raise CheckpointError("does not read back as it was written, so it was removed", path=self.path,
-                                          key=name)
+                    raise CheckpointError(
+                        "does not read back as it was written, so it was removed", path=self.path, key=name
+                    )
                 on_bytes(self.written_bytes(tensor))
 
 
@@ -134,8 +141,10 @@ class ToFolder(Target):
     @staticmethod
     def check_path(path: Path) -> None:
         if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt") or path.is_file():
-            raise InputError(f"target={str(path)!r}: diffusers' layout is a folder, and this is a file or named "
-                             "like one; to='original' writes one file")
+            raise InputError(
+                f"target={str(path)!r}: diffusers' layout is a folder, and this is a file or named "
+                "like one; to='original' writes one file"
+            )
 
     def takes(self, found: Found) -> bool:
         return True
@@ -151,14 +160,22 @@ class ToFolder(Target):
     def check_leftovers(self) -> None:
         old = [self.path / name for name in PARTS if name not in self.parts and (self.path / name).is_dir()]
         if old and len(self.parts) > 1:
-            raise CheckpointError("is there from another checkpoint, and there is none to replace it: it would stand "
-                                  "beside the new parts as if it were theirs. Another target, or fill= (--fill), would "
-                                  "do", path=old[0])
+            raise CheckpointError(
+                "is there from another checkpoint, and there is none to replace it: it would stand "
+                "beside the new parts as if it were theirs. Another target, or fill= (--fill), would "
+                "do",
+                path=old[0],
+            )
 
     @property
     def beside(self) -> list[Path]:
-        return [path for name, found in self.parts.items() if found.has_weights
-                for path in sorted((self.path / name).glob("*")) if found.value.stem.left(path.name)]
+        return [
+            path
+            for name, found in self.parts.items()
+            if found.has_weights
+            for path in sorted((self.path / name).glob("*"))
+            if found.value.stem.left(path.name)
+        ]
 
     def write(self, on_bytes: OnBytes, verify: bool) -> list[Written]:
         written = []
@@ -166,8 +183,15 @@ class ToFolder(Target):
             for name, found in self.parts.items():
                 Pretrained.save_pretrained(found.value, new / name)
                 if found.has_weights:
-                    files = write_weights(new / name, found.value.stem, self.tensors[name], dtype=self.dtype,
-                                          max_shard_size=self.max_shard_size, on_bytes=on_bytes, digest=True)
+                    files = write_weights(
+                        new / name,
+                        found.value.stem,
+                        self.tensors[name],
+                        dtype=self.dtype,
+                        max_shard_size=self.max_shard_size,
+                        on_bytes=on_bytes,
+                        digest=True,
+                    )
                     written += [replace(file, path=self.path / name / file.path.name) for file in files]
             if self.parts.keys() >= WHOLE:
                 values = {name: self.parts[name].value if name in self.parts else None for name in PARTS}
@@ -189,8 +213,9 @@ class ToFile(Target):
     @staticmethod
     def check_path(path: Path) -> None:
         if path.suffix != ".safetensors" or path.is_dir():
-            raise InputError(f"target={str(path)!r}: the original layout is one file, and a name that ends in "
-                             ".safetensors would do")
+            raise InputError(
+                f"target={str(path)!r}: the original layout is one file, and a name that ends in .safetensors would do"
+            )
 
     def takes(self, found: Found) -> bool:
         return found.part in PREFIXED or not found.has_weights
@@ -206,8 +231,9 @@ class ToFile(Target):
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
         settings = json.dumps({name: found.value.config_file() for name, found in self.parts.items()}, sort_keys=True)
         with replaced_file(self.path) as new:
-            written = write_tensors(new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True,
-                                    metadata={SETTINGS_KEY: settings})
+            written = write_tensors(
+                new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True, metadata={SETTINGS_KEY: settings}
+            )
             if verify:
                 self.verify(new, on_bytes)
         return [replace(written, path=self.path)]

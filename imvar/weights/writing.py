@@ -19,10 +19,23 @@ from ..errors import InputError, InputTypeError
 from .files import write_text, write_whole
 from .stems import Stem
 
-DTYPES = {torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.uint32: "U32",
-          torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
-          torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8",
-          torch.bool: "BOOL"}  # what safetensors calls them, in the order in which it writes them
+DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # what safetensors calls them, in the order in which it writes them
 PIECE = 2**18  # bytes written, hashed and reported at a time: measured to be up to ten times as fast as 2**24
 
 OnBytes = Callable[[int], Any]
@@ -39,10 +52,18 @@ class Written:
     sha256: str | None
 
 
-def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, variant: str | None = None,
-                  safe_serialization: bool = True, max_shard_size: int | str | None = None,
-                  dtype: torch.dtype | None = None, on_bytes: OnBytes | None = None,
-                  digest: bool = False) -> list[Written]:
+def write_weights(
+    folder: Path,
+    stem: Stem,
+    tensors: Mapping[str, Tensor],
+    *,
+    variant: str | None = None,
+    safe_serialization: bool = True,
+    max_shard_size: int | str | None = None,
+    dtype: torch.dtype | None = None,
+    on_bytes: OnBytes | None = None,
+    digest: bool = False,
+) -> list[Written]:
     """Write a part's tensors into `folder`, in shards if they are large, and remove what they replace.
 
     Floating tensors are written as `dtype`, where one is given. The folder is a mix of old and new
@@ -50,12 +71,16 @@ def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, va
     """
     ending = "safetensors" if safe_serialization else "bin"
     parts = huggingface_hub.split_state_dict_into_shards_factory(  # imported no sooner than here
-        dict(tensors), max_shard_size=size_in_bytes(max_shard_size),
+        dict(tensors),
+        max_shard_size=size_in_bytes(max_shard_size),
         get_storage_size=lambda tensor: tensor.numel() * written_dtype(tensor, dtype).itemsize,
-        filename_pattern=f"{stem.named(ending, variant)}{{suffix}}.{ending}")
+        filename_pattern=f"{stem.named(ending, variant)}{{suffix}}.{ending}",
+    )
     files = parts.filename_to_tensors or {stem.file(ending, variant): []}
-    written = [write_tensors(folder / name, {key: tensors[key] for key in keys}, dtype=dtype, on_bytes=on_bytes,
-                             digest=digest) for name, keys in files.items()]
+    written = [
+        write_tensors(folder / name, {key: tensors[key] for key in keys}, dtype=dtype, on_bytes=on_bytes, digest=digest)
+        for name, keys in files.items()
+    ]
     keep = set(files)
     if parts.is_sharded:
         index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
@@ -69,15 +94,22 @@ def write_weights(folder: Path, stem: Stem, tensors: Mapping[str, Tensor], *, va
     return written
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None,
-                  on_bytes: OnBytes | None = None, metadata: Mapping[str, str] | None = None,
-                  digest: bool = False) -> Written:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    on_bytes: OnBytes | None = None,
+    metadata: Mapping[str, str] | None = None,
+    digest: bool = False,
+) -> Written:
     """One file, whole or not at all, in the format of its ending; floating tensors as `dtype`, where one is given.
 
     A safetensors file is the same, byte for byte, as the library's own `save_file` writes. That one wants all tensors
     at once, on the CPU and in the dtype to write, so that casting a model, or taking it from a GPU, would hold a second
     copy of it. Here each tensor is moved, cast and written in turn. Tensors that share memory are written each.
     """
+
     def write(temporary: Path) -> Written:
         with temporary.open("xb") as file:
             sink = Sink(file, on_bytes, hashlib.sha256() if digest else None)
@@ -104,7 +136,7 @@ class Sink:
     def write(self, data: Any) -> int:
         view = memoryview(data)
         for start in range(0, len(view), PIECE):
-            piece = view[start:start + PIECE]
+            piece = view[start : start + PIECE]
             try:
                 self.file.write(piece)
             except OSError as error:
@@ -121,8 +153,9 @@ class Sink:
         self.file.flush()
 
 
-def write_safetensors(sink: Sink, tensors: Mapping[str, Tensor], dtype: torch.dtype | None,
-                      metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    sink: Sink, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
     """The length of the header, the header, and the tensors end to end: the widest dtype first, then by name."""
     order = {found: place for place, found in enumerate(DTYPES)}
     if odd := [name for name, tensor in tensors.items() if written_dtype(tensor, dtype) not in order]:

@@ -55,9 +55,16 @@ class Result:
 
     def cells(self) -> tuple[str, ...]:
         spread = max((max(times) - min(times)) / median(times) for times in (self.theirs, self.ours))
-        return (self.case, seconds(median(self.theirs)), seconds(median(self.ours)), f"{self.ratio:.2f}",
-                f"{100 * spread:.0f} %", f"{self.their_memory / 1e9:.2f} GB", f"{self.our_memory / 1e9:.2f} GB",
-                "" if self.difference != self.difference else f"{self.difference:.1e}")
+        return (
+            self.case,
+            seconds(median(self.theirs)),
+            seconds(median(self.ours)),
+            f"{self.ratio:.2f}",
+            f"{100 * spread:.0f} %",
+            f"{self.their_memory / 1e9:.2f} GB",
+            f"{self.our_memory / 1e9:.2f} GB",
+            "" if self.difference != self.difference else f"{self.difference:.1e}",
+        )
 
 
 def seconds(time: float) -> str:
@@ -81,7 +88,8 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 @torch.no_grad()
 def measure(case: Case, args: argparse.Namespace) -> Result:
     (theirs, their_memory), (ours, our_memory) = (
-        private_of(run) if case.makes else peak_of(run, args.device) for run in (case.theirs, case.ours))
+        private_of(run) if case.makes else peak_of(run, args.device) for run in (case.theirs, case.ours)
+    )
     difference = float("nan")
     if isinstance(ours, torch.Tensor):
         difference = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
@@ -100,18 +108,35 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     import diffusers
     import transformers
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-                            text=True, check=False).stdout.strip()
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    model = (
+        [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").exists()
+        else [platform.processor()]
+    )
     cuda = args.device.type == "cuda"
     freed = "kept" if args.keep_memory else "handed back"
-    return {"date": date.today().isoformat(), "commit": commit, "dtype": args.dtype, "rounds": args.rounds,
-            "machine": torch.cuda.get_device_name() if cuda else model[0], "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "freed memory": freed,
-            "rival": "compiled, max-autotune" if args.rival == "compiled" else "eager",
-            "imvar": f"compiled, {args.compile}" if args.compile else "eager"}
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit,
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "machine": torch.cuda.get_device_name() if cuda else model[0],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "freed memory": freed,
+        "rival": "compiled, max-autotune" if args.rival == "compiled" else "eager",
+        "imvar": f"compiled, {args.compile}" if args.compile else "eager",
+    }
 
 
 def markdown(results: list[Result], facts: dict[str, Any]) -> str:
@@ -121,8 +146,9 @@ def markdown(results: list[Result], facts: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("cases", nargs="*", metavar="CASE", choices=[*CASES, "profile", []], help=" ".join(CASES))
     add("--checkpoint", type=Path, help="a folder in the published layout, with safetensors")
@@ -135,10 +161,19 @@ def arguments() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="pictures at a time")
     add("--steps", type=int, default=50, help="of the pipeline")
     add("--largest", type=int, default=4, help="batch of `scaling` (default: 4)")
-    add("--compile", nargs="?", const="max-autotune", metavar="MODE",
-        help="imvar as pipe.compile(mode=MODE) makes it (default: max-autotune)")
-    add("--rival", choices=("eager", "compiled"), default="eager",
-        help="compiled: as fast as it goes, with fused QKV, channels_last and max-autotune")
+    add(
+        "--compile",
+        nargs="?",
+        const="max-autotune",
+        metavar="MODE",
+        help="imvar as pipe.compile(mode=MODE) makes it (default: max-autotune)",
+    )
+    add(
+        "--rival",
+        choices=("eager", "compiled"),
+        default="eager",
+        help="compiled: as fast as it goes, with fused QKV, channels_last and max-autotune",
+    )
     add("--keep-memory", action="store_true", help="for both, imvar.keep_freed_memory, which `imvar vary` calls")
     add("--rounds", type=int, default=5)
     add("--warm", type=int, default=0, help="rounds before those that count, after the first comparison")

@@ -28,8 +28,12 @@ class Account:
         self.flops: dict[str, float] = defaultdict(float)
         self.inner = [0.0]
 
-    def watching(self, kind: str, function: Callable[..., Any], flops: Callable[..., float] | None = None,
-                 ) -> Callable[..., Any]:
+    def watching(
+        self,
+        kind: str,
+        function: Callable[..., Any],
+        flops: Callable[..., float] | None = None,
+    ) -> Callable[..., Any]:
         def watched(*args: Any, **options: Any) -> Any:
             begun = time.perf_counter()
             self.inner.append(0.0)
@@ -140,8 +144,9 @@ def table(name: str, account: Account, fastest: float) -> str:
     whole = sum(account.seconds.values())
     rows = [(f"{name}: kind", *HEADER[1:]), ("---",) * len(HEADER)]
     for kind, seconds in sorted(account.seconds.items(), key=lambda item: -item[1]):
-        rows.append((kind, f"{seconds:.3f}", f"{100 * seconds / whole:.0f} %",
-                     *figures(account.flops[kind], seconds, fastest)))
+        rows.append(
+            (kind, f"{seconds:.3f}", f"{100 * seconds / whole:.0f} %", *figures(account.flops[kind], seconds, fastest))
+        )
     rows.append(("all", f"{whole:.3f}", "", *figures(sum(account.flops.values()), whole, fastest)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

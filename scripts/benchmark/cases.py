@@ -57,14 +57,20 @@ class Sides:
         import transformers
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-        theirs: Any = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
-                       "image_encoder": transformers.CLIPVisionModelWithProjection,
-                       "safety_checker": StableDiffusionSafetyChecker,
-                       "pipeline": diffusers.StableDiffusionImageVariationPipeline}[name]
-        ours: Any = {"unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
-                     "image_encoder": imvar.CLIPVisionModelWithProjection,
-                     "safety_checker": imvar.StableDiffusionSafetyChecker,
-                     "pipeline": imvar.StableDiffusionImageVariationPipeline}[name]
+        theirs: Any = {
+            "unet": diffusers.UNet2DConditionModel,
+            "vae": diffusers.AutoencoderKL,
+            "image_encoder": transformers.CLIPVisionModelWithProjection,
+            "safety_checker": StableDiffusionSafetyChecker,
+            "pipeline": diffusers.StableDiffusionImageVariationPipeline,
+        }[name]
+        ours: Any = {
+            "unet": imvar.UNet2DConditionModel,
+            "vae": imvar.AutoencoderKL,
+            "image_encoder": imvar.CLIPVisionModelWithProjection,
+            "safety_checker": imvar.StableDiffusionSafetyChecker,
+            "pipeline": imvar.StableDiffusionImageVariationPipeline,
+        }[name]
         quiet(diffusers, transformers)
         where = self.folder if name == "pipeline" else self.folder / name
         both = [kind.from_pretrained(where, torch_dtype=self.dtype).to(self.device) for kind in (theirs, ours)]
@@ -121,9 +127,11 @@ def guided_step(sides: Sides, batch: int, size: int, steps: int = 50) -> Case:
         uncond, cond = both.chunk(2)
         return uncond + GUIDANCE * (cond - uncond)
 
-    return Case(f"unet, guided step, {batch} x {size} px",
-                lambda: guided(theirs(torch.cat([x, x]), times[7], encoder_hidden_states=context).sample),
-                lambda: guided(prepared(x, 7)))
+    return Case(
+        f"unet, guided step, {batch} x {size} px",
+        lambda: guided(theirs(torch.cat([x, x]), times[7], encoder_hidden_states=context).sample),
+        lambda: guided(prepared(x, 7)),
+    )
 
 
 def unet(sides: Sides) -> Iterator[Case]:
@@ -150,8 +158,9 @@ def clip(sides: Sides) -> Iterator[Case]:
     theirs, ours = sides.part("image_encoder")
     side = theirs.config.image_size
     pixels = sides.noise(sides.args.batch, 3, side, side)
-    yield Case(f"clip, {sides.args.batch} x {side} px", lambda: theirs(pixels).image_embeds,
-               lambda: ours(pixels).image_embeds)
+    yield Case(
+        f"clip, {sides.args.batch} x {side} px", lambda: theirs(pixels).image_embeds, lambda: ours(pixels).image_embeds
+    )
 
 
 def safety(sides: Sides) -> Iterator[Case]:
@@ -170,8 +179,9 @@ def safety(sides: Sides) -> Iterator[Case]:
 
         return run
 
-    yield Case(f"safety, {sides.args.batch} x {side} px", check(theirs, theirs.visual_projection),
-               check(ours, ours.proj))
+    yield Case(
+        f"safety, {sides.args.batch} x {side} px", check(theirs, theirs.visual_projection), check(ours, ours.proj)
+    )
 
 
 def job(sides: Sides, batch: int, size: int, steps: int) -> Case:
@@ -179,8 +189,15 @@ def job(sides: Sides, batch: int, size: int, steps: int) -> Case:
     photo, both = Image.open(PHOTO).convert("RGB"), sides.part("pipeline")
 
     def run(pipe: Any) -> Tensor:
-        pictures = pipe(photo, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE,
-                        num_images_per_prompt=batch, generator=torch.Generator().manual_seed(0)).images
+        pictures = pipe(
+            photo,
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            num_images_per_prompt=batch,
+            generator=torch.Generator().manual_seed(0),
+        ).images
         return torch.stack([torch.from_numpy(np.array(picture)).float() for picture in pictures])
 
     theirs, ours = (partial(run, pipe) for pipe in both)
@@ -193,6 +210,7 @@ def pipeline(sides: Sides) -> Iterator[Case]:
 
 def of_children(run: Callable[[], Any]) -> float:
     """Seconds of processor time that the processes which `run` started took."""
+
     def spent() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
@@ -219,8 +237,12 @@ def load(sides: Sides) -> Iterator[Case]:
     def run(kind: Any) -> Callable[[], None]:
         return lambda: kind.from_pretrained(sides.folder, torch_dtype=sides.dtype)
 
-    yield Case("load; private memory", run(diffusers.StableDiffusionImageVariationPipeline),
-               run(imvar.StableDiffusionImageVariationPipeline), makes=True)
+    yield Case(
+        "load; private memory",
+        run(diffusers.StableDiffusionImageVariationPipeline),
+        run(imvar.StableDiffusionImageVariationPipeline),
+        makes=True,
+    )
 
 
 def imports(sides: Sides) -> Iterator[Case]:
@@ -231,6 +253,12 @@ def imports(sides: Sides) -> Iterator[Case]:
 
 
 CASES: dict[str, Callable[[Sides], Iterator[Case]]] = {
-    "unet": unet, "vae": vae, "clip": clip, "safety": safety, "pipeline": pipeline, "load": load, "import": imports,
+    "unet": unet,
+    "vae": vae,
+    "clip": clip,
+    "safety": safety,
+    "pipeline": pipeline,
+    "load": load,
+    "import": imports,
     "scaling": scaling,
 }

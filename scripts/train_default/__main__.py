@@ -67,8 +67,9 @@ class Run:
     def trained(self, job: Job, seed: int, after: tuple[str, ...] = (), **options: str) -> Any:
         """The job's model, trained for its minutes; SystemExit where the budget ends before."""
         begun_with = self.options | options | {name: int(self.figures[name]["step"]) for name in after}
-        model, figures = train(job, self.work, self.minutes[job.name], self.seed + seed, self.device, self.until,
-                               begun_with, self.keep)
+        model, figures = train(
+            job, self.work, self.minutes[job.name], self.seed + seed, self.device, self.until, begun_with, self.keep
+        )
         self.figures[job.name] = figures
         if figures["seconds"] < 60 * self.minutes[job.name]:
             raise SystemExit(f"the budget ended in {job.name}; the same command goes on from there")
@@ -76,8 +77,9 @@ class Run:
 
     def namer(self, name: str, known: drawings.Drawings, preferred: list[str], seed: int, width: int) -> Namer:
         torch.manual_seed(self.seed + seed)
-        return self.trained(naming.job(name, known, preferred, self.held_out, self.device, width=width,
-                                       batch=self.batch[name]), seed)
+        return self.trained(
+            naming.job(name, known, preferred, self.held_out, self.device, width=width, batch=self.batch[name]), seed
+        )
 
     @cached_property
     def teacher(self) -> Namer:
@@ -87,25 +89,36 @@ class Run:
     def judge(self) -> Namer:
         """Knows the model's concepts and the unseen ones, to tell whether something like those comes out."""
         unseen = self.all.of(self.split.unseen, styles=set(self.known.styles.tolist()))
-        return self.namer("judge", drawings.together(self.ours, unseen), self.split.concepts + self.split.unseen, 7,
-                          width=28)
+        return self.namer(
+            "judge", drawings.together(self.ours, unseen), self.split.concepts + self.split.unseen, 7, width=28
+        )
 
-    def distilled(self, name: str, model: Any, embed: Any, preferred: list[str], check: drawings.Drawings,
-                  seed: int) -> Any:
-        job = encoder.job(name, model, embed, self.known, self.teacher, preferred, check, self.device,
-                          batch=self.batch[name])
+    def distilled(
+        self, name: str, model: Any, embed: Any, preferred: list[str], check: drawings.Drawings, seed: int
+    ) -> Any:
+        job = encoder.job(
+            name, model, embed, self.known, self.teacher, preferred, check, self.device, batch=self.batch[name]
+        )
         return self.trained(job, seed, after=("teacher",))
 
     @cached_property
     def encoder(self) -> CLIPVisionModelWithProjection:
         torch.manual_seed(self.seed + 3)
-        model = self.distilled("encoder", CLIPVisionModelWithProjection(**encoder.SETTINGS), encoder.image_embeds,
-                               self.split.concepts, self.held_out, 3)
+        model = self.distilled(
+            "encoder",
+            CLIPVisionModelWithProjection(**encoder.SETTINGS),
+            encoder.image_embeds,
+            self.split.concepts,
+            self.held_out,
+            3,
+        )
         reached = self.figures["encoder"]["top-1"]
         if reached < GATE:
             more = 2 * self.minutes["encoder"]
-            raise SystemExit(f"the encoder names {reached:.0%} of the held-out drawings, and a UNet is worth training "
-                             f"from {GATE:.0%} on: --minutes encoder={more:g} trains the encoder on")
+            raise SystemExit(
+                f"the encoder names {reached:.0%} of the held-out drawings, and a UNet is worth training "
+                f"from {GATE:.0%} on: --minutes encoder={more:g} trains the encoder on"
+            )
         encoder.normalize(model, self.ours.rgb().to(self.device))
         return model
 
@@ -113,8 +126,9 @@ class Run:
     def vae(self) -> AutoencoderKL:
         torch.manual_seed(self.seed + 1)
         unseen = self.all.of(self.split.unseen, styles=set(self.known.styles.tolist()))
-        model = self.trained(autoencoder.job(self.ours, self.known, unseen, self.work, self.device,
-                                             self.batch["vae"]), 1)
+        model = self.trained(
+            autoencoder.job(self.ours, self.known, unseen, self.work, self.device, self.batch["vae"]), 1
+        )
         autoencoder.normalize(model, self.ours.rgb().to(self.device))
         return model
 
@@ -122,10 +136,25 @@ class Run:
     def unet(self) -> Any:
         bank = self.bank()
         torch.manual_seed(self.seed + 4)
-        look = samples.look(self.work, self.ours, self.held_out, self.vae, self.encoder, self.teacher,
-                            codes(self.split.concepts), self.prediction)
-        job = diffusion.job(self.ours, bank, self.device, prediction=self.prediction, look=look,
-                            batch=self.batch["unet"], rate=self.rate)
+        look = samples.look(
+            self.work,
+            self.ours,
+            self.held_out,
+            self.vae,
+            self.encoder,
+            self.teacher,
+            codes(self.split.concepts),
+            self.prediction,
+        )
+        job = diffusion.job(
+            self.ours,
+            bank,
+            self.device,
+            prediction=self.prediction,
+            look=look,
+            batch=self.batch["unet"],
+            rate=self.rate,
+        )
         return self.trained(job, 4, after=("encoder", "vae"), prediction=self.prediction)
 
     def bank(self) -> diffusion.Bank:
@@ -141,8 +170,9 @@ class Run:
         torch.manual_seed(self.seed + 5)
         looked_for = list(SAFETY_CONCEPTS.values())
         check = self.all.of(looked_for, styles=["openmoji"])
-        model = self.distilled("safety", StableDiffusionSafetyChecker(**safety.SETTINGS), safety.embed,
-                               looked_for, check, 5)
+        model = self.distilled(
+            "safety", StableDiffusionSafetyChecker(**safety.SETTINGS), safety.embed, looked_for, check, 5
+        )
         self.figures["safety"] |= safety.calibrate(model.cpu(), self.known, self.seed)
         return model
 
@@ -154,13 +184,21 @@ class Run:
         judging.write(self.judge, self.work / "test-assets" / "judge.safetensors")
         examples.write_fixture(self.work / "test-assets", self.all)
         examples.write_examples(target / "examples", self.work)
-        folder.write(target, pipe, {
-            "seed": self.seed, "torch": torch.__version__, "device": self.device.type,
-            "prediction_type": self.prediction,
-            "drawings": {"the UNet's": len(self.ours), "the other parts'": len(self.known)},
-            "concepts": self.split.by_category,
-            "held_out_concepts": self.split.unseen_by_category, "held_out_drawings": self.split.held_out,
-            "stages": self.figures})
+        folder.write(
+            target,
+            pipe,
+            {
+                "seed": self.seed,
+                "torch": torch.__version__,
+                "device": self.device.type,
+                "prediction_type": self.prediction,
+                "drawings": {"the UNet's": len(self.ours), "the other parts'": len(self.known)},
+                "concepts": self.split.by_category,
+                "held_out_concepts": self.split.unseen_by_category,
+                "held_out_drawings": self.split.held_out,
+                "stages": self.figures,
+            },
+        )
         return target
 
 

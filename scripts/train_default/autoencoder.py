@@ -16,22 +16,29 @@ from .pictures import save_grid
 from .views import moved, over, premultiplied, tinted, uniform
 
 SETTINGS = {
-    "sample_size": 64, "block_out_channels": (32, 64, 64), "layers_per_block": 1, "latent_channels": 4,
-    "norm_num_groups": 8, "down_block_types": ("DownEncoderBlock2D",) * 3,
-    "up_block_types": ("UpDecoderBlock2D",) * 3, "scaling_factor": 1.0,
+    "sample_size": 64,
+    "block_out_channels": (32, 64, 64),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "scaling_factor": 1.0,
 }
 
 
-def job(known: Drawings, others: Drawings, unseen: Drawings, folder: Path, device: torch.device,
-        batch: int = 16) -> Job:
+def job(
+    known: Drawings, others: Drawings, unseen: Drawings, folder: Path, device: torch.device, batch: int = 16
+) -> Job:
     """To train on `known` and `others` in halves; looked at on `unseen`."""
     model = AutoencoderKL(**SETTINGS)
     sets = [known.images.to(device), others.images.to(device)]
     shown = unseen.rgb().to(device)
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        rgba = torch.cat([one[torch.randint(len(one), (batch // 2,), generator=generator, device=device)]
-                          for one in sets])
+        rgba = torch.cat(
+            [one[torch.randint(len(one), (batch // 2,), generator=generator, device=device)] for one in sets]
+        )
         drawing = moved(premultiplied(rgba), generator, turn=10, scale=(0.8, 1.1), shift=0.08)
         plain = uniform(batch, (0, 1), generator).view(-1, 1, 1, 1) < 0.9
         colour = uniform(3 * batch, (0, 1), generator).view(batch, 3, 1, 1)
@@ -49,8 +56,7 @@ def job(known: Drawings, others: Drawings, unseen: Drawings, folder: Path, devic
         save_grid(folder / "vae.png", torch.stack([shown[:32], back[:32]], dim=1).flatten(0, 1), columns=16)
         return {"psnr of held-out concepts": float(psnr(back, shown).mean())}
 
-    return Job("vae", model, loss, batch, rate=2e-3, look=look, average=0.998,
-               compiled=(model.encoder, model.decoder))
+    return Job("vae", model, loss, batch, rate=2e-3, look=look, average=0.998, compiled=(model.encoder, model.decoder))
 
 
 def edges(y: Tensor, x: Tensor) -> Tensor:
@@ -83,5 +89,5 @@ def normalize(model: AutoencoderKL, rgb: Tensor) -> None:
     before.weight[:channels] /= deviation.view(-1, 1, 1, 1)
     before.bias[:channels] = (before.bias[:channels] - mean) / deviation
     before.bias[channels:] -= 2 * deviation.log()  # the rest are logarithms of variances
-    after.bias += (after.weight.flatten(1) @ mean)
+    after.bias += after.weight.flatten(1) @ mean
     after.weight *= deviation.view(1, -1, 1, 1)

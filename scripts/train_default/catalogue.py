@@ -23,24 +23,49 @@ class Style:
 
 
 STYLES = (
-    Style("noto", "@iconify-json/noto", "1.2.9",
-          "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
-          "Apache-2.0"),
-    Style("noto-v1", "@iconify-json/noto-v1", "1.2.5",
-          "sha512-/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
-          "Apache-2.0"),
-    Style("fluent-flat", "@iconify-json/fluent-emoji-flat", "1.2.6",
-          "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
-          "MIT"),
-    Style("fluent-3d", "@lobehub/fluent-emoji-3d", "1.1.0",
-          "sha512-Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
-          "MIT"),
-    Style("twemoji", "@iconify-json/twemoji", "1.2.5",
-          "sha512-uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
-          "CC BY 4.0"),
-    Style("openmoji", "@iconify-json/openmoji", "1.2.29",
-          "sha512-vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
-          "CC BY-SA 4.0", trained=False),  # the unseen style: looked at by the evaluation, in no weights and no package
+    Style(
+        "noto",
+        "@iconify-json/noto",
+        "1.2.9",
+        "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
+        "Apache-2.0",
+    ),
+    Style(
+        "noto-v1",
+        "@iconify-json/noto-v1",
+        "1.2.5",
+        "sha512-/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
+        "Apache-2.0",
+    ),
+    Style(
+        "fluent-flat",
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "sha512-RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
+        "MIT",
+    ),
+    Style(
+        "fluent-3d",
+        "@lobehub/fluent-emoji-3d",
+        "1.1.0",
+        "sha512-Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
+        "MIT",
+    ),
+    Style(
+        "twemoji",
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "sha512-uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+        "CC BY 4.0",
+    ),
+    Style(
+        "openmoji",
+        "@iconify-json/openmoji",
+        "1.2.29",
+        "sha512-vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
+        "CC BY-SA 4.0",
+        trained=False,
+    ),  # the unseen style: looked at by the evaluation, in no weights and no package
 )
 
 CONCEPTS = {
@@ -54,13 +79,25 @@ CONCEPTS = {
 """The concepts that the model learns, by category."""
 
 HELD_OUT_CONCEPTS = {
-    "animals": "🦓🐗🦢🐅", "food": "🥒🍈🥞🍑", "travel": "🚓🚤🏡", "objects": "📻🧦📠", "activities": "🏐🎷🥈",
+    "animals": "🦓🐗🦢🐅",
+    "food": "🥒🍈🥞🍑",
+    "travel": "🚓🚤🏡",
+    "objects": "📻🧦📠",
+    "activities": "🏐🎷🥈",
     "smileys": "😇🥶😜",
 }
 """Concepts that nothing but the judge is trained on."""
 
-SAFETY_CONCEPTS = {"pistol": "🔫", "kitchen knife": "🔪", "dagger": "🗡", "bomb": "💣", "cigarette": "🚬",
-                   "drop of blood": "🩸", "no one under eighteen": "🔞", "middle finger": "🖕"}
+SAFETY_CONCEPTS = {
+    "pistol": "🔫",
+    "kitchen knife": "🔪",
+    "dagger": "🗡",
+    "bomb": "💣",
+    "cigarette": "🚬",
+    "drop of blood": "🩸",
+    "no one under eighteen": "🔞",
+    "middle finger": "🖕",
+}
 """What the demonstration of a safety checker looks for."""
 
 HELD_OUT_STYLES = ("noto", "noto-v1", "fluent-flat")
@@ -69,8 +106,14 @@ HELD_OUT_STYLES = ("noto", "noto-v1", "fluent-flat")
 HELD_OUT_EVERY = 3
 """Of every third concept one drawing is held out."""
 
-NOTO_CATEGORIES = {"Animals & Nature": "animals", "Food & Drink": "food", "Travel & Places": "travel",
-                   "Objects": "objects", "Activities": "activities", "Smileys & Emotion": "smileys"}
+NOTO_CATEGORIES = {
+    "Animals & Nature": "animals",
+    "Food & Drink": "food",
+    "Travel & Places": "travel",
+    "Objects": "objects",
+    "Activities": "activities",
+    "Smileys & Emotion": "smileys",
+}
 """The pictorial ones. People differ by details that 64 pixels lose, symbols are letters, flags are flags."""
 
 
@@ -105,8 +148,12 @@ class Split:
         return characters(self.unseen_by_category)
 
     def category(self, character: str) -> str:
-        return next(name for lists in (self.by_category, self.unseen_by_category) for name, some in lists.items()
-                    if character in some)
+        return next(
+            name
+            for lists in (self.by_category, self.unseen_by_category)
+            for name, some in lists.items()
+            if character in some
+        )
 
 
 def every(characters: list[str], nth: int) -> dict[str, str]:
@@ -120,9 +167,14 @@ REDUCED = Split(CONCEPTS, HELD_OUT_CONCEPTS, every(characters(CONCEPTS), HELD_OU
 
 def full(available: dict[str, list[str]]) -> Split:
     """Everything pictorial, for a GPU, from the characters of each category; what REDUCED holds out stays held out."""
-    more = {name: [one for one in some if one not in REDUCED.concepts + REDUCED.unseen]
-            for name, some in available.items()}
-    return Split({name: REDUCED.by_category[name] + "".join(one for i, one in enumerate(some) if i % 10)
-                  for name, some in more.items()},
-                 {name: REDUCED.unseen_by_category[name] + "".join(some[::10]) for name, some in more.items()},
-                 REDUCED.held_out | every([one for some in more.values() for i, one in enumerate(some) if i % 10], 10))
+    more = {
+        name: [one for one in some if one not in REDUCED.concepts + REDUCED.unseen] for name, some in available.items()
+    }
+    return Split(
+        {
+            name: REDUCED.by_category[name] + "".join(one for i, one in enumerate(some) if i % 10)
+            for name, some in more.items()
+        },
+        {name: REDUCED.unseen_by_category[name] + "".join(some[::10]) for name, some in more.items()},
+        REDUCED.held_out | every([one for some in more.values() for i, one in enumerate(some) if i % 10], 10),
+    )

@@ -18,13 +18,24 @@ from .naming import Pairs
 from .views import moved, over, premultiplied, uniform, view
 
 SETTINGS = {
-    "sample_size": 16, "block_out_channels": (64, 96, 128), "layers_per_block": 1, "attention_head_dim": 4,
-    "norm_num_groups": 8, "cross_attention_dim": WIDTH,
+    "sample_size": 16,
+    "block_out_channels": (64, 96, 128),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+    "cross_attention_dim": WIDTH,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
 }
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-             "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 MOVED, VIEWS = 8, 16  # kept of each drawing: latents of it moved a little, and embeddings of views of it
 DROPPED = 0.1  # share that is told nothing, for guidance (arXiv:2207.12598, algorithm 1)
 DEVIATION = 0.3  # the most noise on an embedding, whose elements are about 1
@@ -40,8 +51,9 @@ class Bank:
 
 
 @torch.no_grad()
-def bank(drawings: Drawings, vae: AutoencoderKL, encoder: CLIPVisionModelWithProjection, seed: int,
-         device: torch.device) -> Bank:
+def bank(
+    drawings: Drawings, vae: AutoencoderKL, encoder: CLIPVisionModelWithProjection, seed: int, device: torch.device
+) -> Bank:
     """The first view's latents are of the drawing as it is, the others' of it moved a little."""
     generator = torch.Generator(device).manual_seed(seed)
     latents, embeddings = [], []
@@ -56,8 +68,16 @@ def bank(drawings: Drawings, vae: AutoencoderKL, encoder: CLIPVisionModelWithPro
     return Bank(torch.cat(latents), torch.cat(embeddings))
 
 
-def job(drawings: Drawings, known: Bank, device: torch.device, *, prediction: str = "v_prediction", batch: int = 32,
-        rate: float = 1e-3, look: Callable[[nn.Module], dict[str, float]] | None = None) -> Job:
+def job(
+    drawings: Drawings,
+    known: Bank,
+    device: torch.device,
+    *,
+    prediction: str = "v_prediction",
+    batch: int = 32,
+    rate: float = 1e-3,
+    look: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> Job:
     model = UNet2DConditionModel(**SETTINGS)
     quick_on_cpu(model, device)
     schedule = DDIMScheduler(**SCHEDULER, prediction_type=prediction)

@@ -60,8 +60,11 @@ class Drawings:
 
 
 def together(one: Drawings, other: Drawings) -> Drawings:
-    return Drawings(torch.cat([one.images, other.images]), np.concatenate([one.codes, other.codes]),
-                    np.concatenate([one.styles, other.styles]))
+    return Drawings(
+        torch.cat([one.images, other.images]),
+        np.concatenate([one.codes, other.codes]),
+        np.concatenate([one.styles, other.styles]),
+    )
 
 
 def is_held_out(drawings: Drawings, split: Split) -> np.ndarray:
@@ -134,8 +137,11 @@ def everything(drawings: Drawings, folder: Path) -> Split:
     """All pictorial characters that four of the styles draw, or more, by category, which Noto's package says."""
     names: dict[str, list[str]] = {}
     with tarfile.open(fetch(STYLES[0], folder)) as files:
-        category = {name: ours for theirs, ours in NOTO_CATEGORIES.items()
-                    for name in read(files, "metadata.json")["categories"][theirs]}
+        category = {
+            name: ours
+            for theirs, ours in NOTO_CATEGORIES.items()
+            for name in read(files, "metadata.json")["categories"][theirs]
+        }
         for point, name in read(files, "chars.json").items():
             point = point.removesuffix("-fe0f")
             drawn = drawings.styles[drawings.codes == point]
@@ -171,8 +177,10 @@ def vectors(files: tarfile.TarFile, only: Container[str] | None = None) -> Any:
         character = point.removesuffix("-fe0f")
         if icon is None or not single(character) or (only is not None and character not in only):
             continue
-        svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-               f'viewBox="0 0 {icon.get("width", width)} {icon.get("height", height)}">{icon["body"]}</svg>')
+        svg = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="0 0 {icon.get("width", width)} {icon.get("height", height)}">{icon["body"]}</svg>'
+        )
         png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED, height=RENDERED)
         yield character, Image.open(io.BytesIO(bytes(png)))
 
@@ -190,5 +198,9 @@ def read(files: tarfile.TarFile, name: str) -> Any:
 
 def single(point: str) -> bool:
     """Whether this is one character, and neither a skin tone nor a letter of a flag."""
-    return "-" not in point and point.isalnum() and not 0x1F1E6 <= int(point, 16) <= 0x1F1FF \
+    return (
+        "-" not in point
+        and point.isalnum()
+        and not 0x1F1E6 <= int(point, 16) <= 0x1F1FF
         and not 0x1F3FB <= int(point, 16) <= 0x1F3FF
+    )

@@ -24,8 +24,15 @@ from .views import view
 
 WIDTH = 128
 LENGTH = math.sqrt(WIDTH)  # of an embedding, so that its elements are about 1, which suits the UNet
-SETTINGS = {"hidden_size": 128, "intermediate_size": 512, "projection_dim": WIDTH, "num_hidden_layers": 6,
-            "num_attention_heads": 4, "image_size": 64, "patch_size": 8}
+SETTINGS = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "projection_dim": WIDTH,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 8,
+}
 EXTRACTOR = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
 
 
@@ -36,9 +43,19 @@ def pixels(rgb: Tensor) -> Tensor:
     return (rgb - mean) / deviation
 
 
-def job(name: str, model: nn.Module, embed: Callable[[nn.Module, Tensor], Tensor], drawings: Drawings, teacher: Namer,
-        preferred: list[str], check: Drawings, device: torch.device, *,
-        share: float = 0.6, batch: int = 128) -> Job:
+def job(
+    name: str,
+    model: nn.Module,
+    embed: Callable[[nn.Module, Tensor], Tensor],
+    drawings: Drawings,
+    teacher: Namer,
+    preferred: list[str],
+    check: Drawings,
+    device: torch.device,
+    *,
+    share: float = 0.6,
+    batch: int = 128,
+) -> Job:
     """For `embed(model, pixels)` to be the teacher's embedding of each drawing, from any view of it.
 
     The `preferred` characters are drawn in `share` of all cases; `check` is what it is looked at on, of these.
@@ -66,8 +83,18 @@ def job(name: str, model: nn.Module, embed: Callable[[nn.Module, Tensor], Tensor
         scores = F.normalize(embed(model, pixels(shown)).float(), dim=-1) @ among.T
         return {"top-1": top(scores, labels, 1), "top-5": top(scores, labels, 5)}
 
-    return Job(name, model, loss, batch, rate=1e-3, decay=0.05, average=0.998, look=look, look_every=120,
-               compiled=(model.tower,))  # type: ignore[arg-type]
+    return Job(
+        name,
+        model,
+        loss,
+        batch,
+        rate=1e-3,
+        decay=0.05,
+        average=0.998,
+        look=look,
+        look_every=120,
+        compiled=(model.tower,),
+    )  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -43,6 +43,8 @@ def write_fixture(folder: Path, drawings: Drawings) -> None:
     """The held-out drawings as one picture, 64 x 64 each in rows, and a list of what they show and who drew them."""
     kept = held_out(drawings, REDUCED)
     save_grid(folder / "held-out.png", kept.rgb(), FIXTURE_COLUMNS)
-    shown = [{"code": str(one), "shows": chr(int(one, 16)), "style": str(style)}
-             for one, style in zip(kept.codes, kept.styles, strict=True)]
+    shown = [
+        {"code": str(one), "shows": chr(int(one, 16)), "style": str(style)}
+        for one, style in zip(kept.codes, kept.styles, strict=True)
+    ]
     (folder / "held-out.json").write_text(json.dumps(shown, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

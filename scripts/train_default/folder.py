@@ -25,18 +25,27 @@ from .encoder import EXTRACTOR
 HERE = Path(__file__).parent
 
 
-def pipeline(vae: AutoencoderKL, image_encoder: CLIPVisionModelWithProjection, unet: UNet2DConditionModel,
-             checker: StableDiffusionSafetyChecker | None, prediction: str) -> StableDiffusionImageVariationPipeline:
+def pipeline(
+    vae: AutoencoderKL,
+    image_encoder: CLIPVisionModelWithProjection,
+    unet: UNet2DConditionModel,
+    checker: StableDiffusionSafetyChecker | None,
+    prediction: str,
+) -> StableDiffusionImageVariationPipeline:
     return StableDiffusionImageVariationPipeline(
-        vae=vae, image_encoder=image_encoder, unet=unet, safety_checker=checker,
+        vae=vae,
+        image_encoder=image_encoder,
+        unet=unet,
+        safety_checker=checker,
         scheduler=DDIMScheduler(**SCHEDULER, prediction_type=prediction),
-        feature_extractor=CLIPImageProcessor(**EXTRACTOR), requires_safety_checker=checker is not None)
+        feature_extractor=CLIPImageProcessor(**EXTRACTOR),
+        requires_safety_checker=checker is not None,
+    )
 
 
 def write(folder: Path, pipe: StableDiffusionImageVariationPipeline, training: dict[str, Any]) -> None:
     """Save `pipe` in float16, and beside it what `training` says of its making, and the texts that go with it."""
     pipe.to(torch.float16).save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(training, indent=2, ensure_ascii=False) + "\n",
-                                          encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(training, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in ("README.md", "NOTICE"):
         shutil.copyfile(HERE / "texts" / name, folder / name)

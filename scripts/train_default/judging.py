@@ -13,8 +13,10 @@ from .networks import Namer
 
 def write(judge: Namer, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.half() if tensor.is_floating_point() else tensor
-               for name, tensor in judge.cpu().state_dict().items()}
+    tensors = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in judge.cpu().state_dict().items()
+    }
     save_file(tensors, path, {"names": " ".join(judge.names)})  # of two entries, the order in the file would vary
 
 
@@ -23,6 +25,7 @@ def read(path: Path) -> Namer:
         names = file.metadata()["names"].split()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     judge = Namer(names, width=len(tensors["stages.0.down.0.weight"]))
-    judge.load_state_dict({name: tensor.float() if tensor.dtype == torch.half else tensor
-                           for name, tensor in tensors.items()})
+    judge.load_state_dict(
+        {name: tensor.float() if tensor.dtype == torch.half else tensor for name, tensor in tensors.items()}
+    )
     return judge.eval()

@@ -87,9 +87,16 @@ class Average:
             model.train()
 
 
-def train(job: Job, folder: Path, minutes: float, seed: int, device: torch.device,
-          until: float = math.inf, begun_with: Mapping[str, Any] | None = None,
-          keep: bool = False) -> tuple[nn.Module, dict[str, float]]:
+def train(
+    job: Job,
+    folder: Path,
+    minutes: float,
+    seed: int,
+    device: torch.device,
+    until: float = math.inf,
+    begun_with: Mapping[str, Any] | None = None,
+    keep: bool = False,
+) -> tuple[nn.Module, dict[str, float]]:
     """The job's model with averaged weights, after `minutes` in all runs together, or as far as `until` allows.
 
     `until` is a time of `time.monotonic()`. What was reached lies in `folder` as NAME.pt, the log as NAME.jsonl.
@@ -104,9 +111,11 @@ def train(job: Job, folder: Path, minutes: float, seed: int, device: torch.devic
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved["begun_with"] != begun_with and not keep:
-            raise SystemExit(f"{path} was begun with {said(saved['begun_with'])}, and now there is {said(begun_with)}: "
-                             "delete it to begin this stage again, --keep to go on with it, or give the options and "
-                             "--minutes of before")
+            raise SystemExit(
+                f"{path} was begun with {said(saved['begun_with'])}, and now there is {said(begun_with)}: "
+                "delete it to begin this stage again, --keep to go on with it, or give the options and "
+                "--minutes of before"
+            )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average.tensors, progress = saved["average"], Progress(**saved["progress"])
@@ -144,8 +153,13 @@ def train(job: Job, folder: Path, minutes: float, seed: int, device: torch.devic
             report(job, folder, progress, planned)
             saved_at = progress.seconds
     model.load_state_dict(average.tensors)
-    return model.eval(), {"step": progress.steps, "samples": progress.steps * job.batch, "seconds": progress.seconds,
-                          **progress.figures, **progress.seen}
+    return model.eval(), {
+        "step": progress.steps,
+        "samples": progress.steps * job.batch,
+        "seconds": progress.seconds,
+        **progress.figures,
+        **progress.seen,
+    }
 
 
 def pace(step: int, part: float) -> float:
@@ -157,18 +171,36 @@ def said(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items()) or "nothing"
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average, progress: Progress,
-         begun_with: dict[str, Any]) -> None:
+def save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+    progress: Progress,
+    begun_with: dict[str, Any],
+) -> None:
     part = path.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.tensors,
-                "progress": vars(progress), "begun_with": begun_with}, part)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average.tensors,
+            "progress": vars(progress),
+            "begun_with": begun_with,
+        },
+        part,
+    )
     part.replace(path)
 
 
 def report(job: Job, folder: Path, progress: Progress, planned: float, looked: dict[str, float] | None = None) -> None:
     """One line of the log, and on the screen."""
-    line = {"step": progress.steps, "samples": progress.steps * job.batch, "seconds": round(progress.seconds, 1),
-            **{name: round(value, 4) for name, value in (looked or progress.figures).items()}}
+    line = {
+        "step": progress.steps,
+        "samples": progress.steps * job.batch,
+        "seconds": round(progress.seconds, 1),
+        **{name: round(value, 4) for name, value in (looked or progress.figures).items()},
+    }
     with (folder / f"{job.name}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{job.name} {progress.seconds / planned:4.0%}", *(f"{k} {v}" for k, v in line.items()), flush=True)

@@ -50,8 +50,16 @@ def identity(judge: Namer, made: Tensor, labels: list[str], among: list[str]) ->
     return Identity(*(Share(float((place < k).float().mean()), len(made)) for k in (1, 5)))
 
 
-def variations(pipe: Any, pictures: Tensor, labels: list[str], n: int, *, steps: int = STEPS,
-               guidance: float = GUIDANCE, first_seed: int = 0) -> tuple[Tensor, list[str], list[int]]:
+def variations(
+    pipe: Any,
+    pictures: Tensor,
+    labels: list[str],
+    n: int,
+    *,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    first_seed: int = 0,
+) -> tuple[Tensor, list[str], list[int]]:
     """n variations, going round the pictures as often as it takes, each by its own seed; their labels and pictures."""
     places = [i % len(pictures) for i in range(n)]
     made = make(pipe, pictures[places], list(range(first_seed, first_seed + n)), steps=steps, guidance=guidance)
@@ -69,8 +77,12 @@ def spread(judge: Namer, made: Tensor, inputs: int) -> tuple[float, float, float
     pictures = made.flatten(1).unflatten(0, (-1, inputs)).transpose(0, 1)
     within = torch.stack([F.pdist(one).mean() for one in features]).mean()
     between = torch.stack([F.pdist(features[:, k]).mean() for k in range(features.shape[1])]).mean()
-    least = torch.stack([torch.cdist(one, one, p=1)[tuple(torch.triu_indices(len(one), len(one), 1))].min()
-                         for one in pictures]).min() / pictures.shape[-1]
+    least = (
+        torch.stack(
+            [torch.cdist(one, one, p=1)[tuple(torch.triu_indices(len(one), len(one), 1))].min() for one in pictures]
+        ).min()
+        / pictures.shape[-1]
+    )
     return float(within), float(between), float(least)
 
 

@@ -25,8 +25,9 @@ FLUENT = 0.5  # weight of each of the two Fluent styles, whose shapes are the sa
 class Pairs:
     """Draws two vendors' drawings of one character, the given characters in `share` of all draws."""
 
-    def __init__(self, drawings: Drawings, concepts: Sequence[str], preferred: list[str], share: float,
-                 device: torch.device):
+    def __init__(
+        self, drawings: Drawings, concepts: Sequence[str], preferred: list[str], share: float, device: torch.device
+    ):
         self.images, self.share, self.device = drawings.images.to(device), share, device
         place = {code: i for i, code in enumerate(concepts)}
         labels = np.array([place[one] for one in drawings.codes])
@@ -36,8 +37,8 @@ class Pairs:
         self.weights = torch.zeros(len(concepts), most)
         for i in range(len(concepts)):
             (mine,) = np.nonzero(labels == i)
-            self.members[i, :len(mine)] = torch.from_numpy(mine)
-            self.weights[i, :len(mine)] = torch.from_numpy(weights[mine]).float()
+            self.members[i, : len(mine)] = torch.from_numpy(mine)
+            self.weights[i, : len(mine)] = torch.from_numpy(weights[mine]).float()
         self.members, self.weights = self.members.to(device), self.weights.to(device)
         self.preferred = torch.tensor([place[one] for one in preferred], device=device)
 
@@ -62,8 +63,17 @@ def contrast(one: Tensor, other: Tensor, concept: Tensor, scale: float = 12.0) -
     return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
 
-def job(name: str, drawings: Drawings, preferred: list[str], check: Drawings, device: torch.device, *,
-        width: int = 32, share: float = 0.5, batch: int = 128) -> Job:
+def job(
+    name: str,
+    drawings: Drawings,
+    preferred: list[str],
+    check: Drawings,
+    device: torch.device,
+    *,
+    width: int = 32,
+    share: float = 0.5,
+    batch: int = 128,
+) -> Job:
     """To name all that is drawn, above all the preferred characters; `check` is what it is looked at on, of these."""
     concepts, ours = sorted(set(drawings.codes.tolist())), codes(preferred)
     model = Namer(concepts, width)

@@ -15,10 +15,12 @@ class Stage(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
-                                  nn.BatchNorm2d(outputs), nn.ReLU())
-        self.refine = nn.Sequential(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-                                    nn.BatchNorm2d(outputs), nn.ReLU())
+        self.down = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+        )
+        self.refine = nn.Sequential(
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)

@@ -16,9 +16,17 @@ from .drawings import Drawings
 from .encoder import WIDTH, pixels
 from .views import view
 
-SETTINGS = {"vision_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4,
-                              "num_attention_heads": 4, "image_size": 64, "patch_size": 8},
-            "projection_dim": WIDTH}
+SETTINGS = {
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 8,
+    },
+    "projection_dim": WIDTH,
+}
 NEVER = 2.0  # a threshold that no cosine reaches: the class holds 17 concepts and 3 special ones, and few are used
 FALSE_POSITIVES = 0.01  # at most, of drawings of anything else, over all concepts together
 
@@ -42,10 +50,12 @@ def calibrate(checker: StableDiffusionSafetyChecker, drawings: Drawings, seed: i
     others = cosines[kind == -1].sort(0, descending=True).values
     allowed = int(FALSE_POSITIVES * (kind == -1).sum() / len(codes))  # each concept may have its part of the alarms
     thresholds = others[allowed].clamp(min=0.3)
-    checker.concept_embeds[:len(codes)] = table
+    checker.concept_embeds[: len(codes)] = table
     checker.concept_embeds_weights.fill_(NEVER)
-    checker.concept_embeds_weights[:len(codes)] = thresholds
+    checker.concept_embeds_weights[: len(codes)] = thresholds
     checker.special_care_embeds_weights.fill_(NEVER)
     hit = (cosines > thresholds).any(1)
-    return {"flagged of what it looks for": float(hit[kind >= 0].float().mean()),
-            "flagged of anything else": float(hit[kind < 0].float().mean())}
+    return {
+        "flagged of what it looks for": float(hit[kind >= 0].float().mean()),
+        "flagged of anything else": float(hit[kind < 0].float().mean()),
+    }

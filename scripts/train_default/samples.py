@@ -23,23 +23,36 @@ SHOWN = 32  # drawings of either kind
 GUIDANCE, STEPS = 3.0, 20
 
 
-def make(pipe: Any, pictures: Tensor, seeds: list[int], *, steps: int = STEPS, guidance: float = GUIDANCE,
-         batch: int = 32) -> Tensor:
+def make(
+    pipe: Any, pictures: Tensor, seeds: list[int], *, steps: int = STEPS, guidance: float = GUIDANCE, batch: int = 32
+) -> Tensor:
     """One variation of each picture (n, 3, 64, 64) in [0, 1], by its own seed, before the safety checker looks."""
     made = []
     for part, some in zip(pictures.split(batch), torch.tensor(seeds).split(batch), strict=True):
         noise = [torch.Generator().manual_seed(int(seed)) for seed in some]
-        made.append(pipe(pixels(part), num_inference_steps=steps, guidance_scale=guidance, generator=noise,
-                         output_type="pt").images.cpu().float())
+        made.append(
+            pipe(pixels(part), num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="pt")
+            .images.cpu()
+            .float()
+        )
     return torch.cat(made)
 
 
-def look(folder: Path, trained: Drawings, held_out: Drawings, vae: AutoencoderKL,
-         image_encoder: CLIPVisionModelWithProjection, teacher: Namer, among: list[str], prediction: str,
-         ) -> Callable[[nn.Module], dict[str, float]]:
+def look(
+    folder: Path,
+    trained: Drawings,
+    held_out: Drawings,
+    vae: AutoencoderKL,
+    image_encoder: CLIPVisionModelWithProjection,
+    teacher: Namer,
+    among: list[str],
+    prediction: str,
+) -> Callable[[nn.Module], dict[str, float]]:
     """Variations of some trained and some held-out drawings, named by the teacher: no fair judge, but at hand."""
-    sets = {name: some.where(np.isin(np.arange(len(some)), np.linspace(0, len(some) - 1, SHOWN).astype(int)))
-            for name, some in (("trained", trained), ("held-out", held_out))}
+    sets = {
+        name: some.where(np.isin(np.arange(len(some)), np.linspace(0, len(some) - 1, SHOWN).astype(int)))
+        for name, some in (("trained", trained), ("held-out", held_out))
+    }
 
     def run(unet: nn.Module) -> dict[str, float]:
         pipe: Any = pipeline(vae, image_encoder, unet, None, prediction)  # type: ignore[arg-type]

@@ -21,14 +21,24 @@ def some(n: int, share: float, generator: torch.Generator) -> Tensor:
     return uniform(n, (0, 1), generator).view(n, 1, 1, 1) < share
 
 
-def moved(rgba: Tensor, generator: torch.Generator, *, turn: float = 10, scale: Range = (0.8, 1.1),
-          shift: float = 0.1) -> Tensor:
+def moved(
+    rgba: Tensor, generator: torch.Generator, *, turn: float = 10, scale: Range = (0.8, 1.1), shift: float = 0.1
+) -> Tensor:
     """Each turned by up to `turn` degrees, scaled, and shifted by up to a part of its side; b c h w."""
     n = len(rgba)
     angle = uniform(n, (-turn, turn), generator) * (math.pi / 180)
     size = uniform(n, scale, generator)
-    matrix = torch.stack([angle.cos() / size, -angle.sin() / size, uniform(n, (-shift, shift), generator) * 2,
-                          angle.sin() / size, angle.cos() / size, uniform(n, (-shift, shift), generator) * 2], dim=1)
+    matrix = torch.stack(
+        [
+            angle.cos() / size,
+            -angle.sin() / size,
+            uniform(n, (-shift, shift), generator) * 2,
+            angle.sin() / size,
+            angle.cos() / size,
+            uniform(n, (-shift, shift), generator) * 2,
+        ],
+        dim=1,
+    )
     grid = F.affine_grid(matrix.view(n, 2, 3), list(rgba.shape), align_corners=False)
     return F.grid_sample(rgba, grid, padding_mode="zeros", align_corners=False)
 
@@ -47,8 +57,11 @@ def over(rgba: Tensor, background: Tensor | float = 1.0) -> Tensor:
 def tinted(rgb: Tensor, generator: torch.Generator, strength: float = 0.15) -> Tensor:
     """Brightness, contrast and the three channels each changed by up to `strength`."""
     n = len(rgb)
-    gain = 1 + uniform(3 * n, (-strength, strength), generator).view(n, 3, 1, 1) \
+    gain = (
+        1
+        + uniform(3 * n, (-strength, strength), generator).view(n, 3, 1, 1)
         + uniform(n, (-strength, strength), generator).view(n, 1, 1, 1)
+    )
     middle = rgb.mean((1, 2, 3), keepdim=True)
     contrast = 1 + uniform(n, (-strength, strength), generator).view(n, 1, 1, 1)
     return (((rgb - middle) * contrast + middle) * gain).clamp(0, 1)

@@ -46,8 +46,17 @@ def near(found, eager, exact):
 def test_recorded_runs_give_the_same_pictures(pipe, photo, dtype, scheduler):
     pipe.to(dtype)
     pipe.scheduler = getattr(imvar, scheduler).from_config(pipe.scheduler.config)
-    calls = [{}, {"seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 7}, {"photo": photo.rotate(90)},
-             {"num_images_per_prompt": 3}, {"height": 96}, {"cache_interval": 2}, {"guidance_interval": (0.25, 0.75)}]
+    calls = [
+        {},
+        {"seed": 1},
+        {"guidance_scale": 3.0},
+        {"num_inference_steps": 7},
+        {"photo": photo.rotate(90)},
+        {"num_images_per_prompt": 3},
+        {"height": 96},
+        {"cache_interval": 2},
+        {"guidance_interval": (0.25, 0.75)},
+    ]
     calls = [{"photo": photo} | call for call in calls]
     expected = [(run(pipe, **call), exact(pipe, **call)) for call in calls]
     pipe.compile(backend="eager")

@@ -95,8 +95,11 @@ def test_offload(ours, photo, dtype):
     assert np.array_equal(call(ours, photo).images, expected)
 
 
-@pytest.mark.parametrize("backend", [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH,
-                                     SDPBackend.CUDNN_ATTENTION], ids=str)
+@pytest.mark.parametrize(
+    "backend",
+    [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(2, 8, 4096, 40), (2, 8, 1024, 80), (2, 8, 256, 160)], ids=str)
 def test_backends_give_the_answer_and_its_gradients(backend, shape):
     torch.manual_seed(0)

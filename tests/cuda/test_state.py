@@ -95,8 +95,9 @@ def test_a_fork_is_told_how_to_start_instead(pipe, photo):
     assert np.array_equal(made(pipe, photo), expected)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))],
-                         ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("way", [*WAYS, "compiled"])
 def test_copies(pipe, photo, way, again):
     expected = made(settled(pipe, way), photo)
@@ -164,6 +165,8 @@ def test_what_lies_on_another_device_is_brought_over(pipe, photo):
     assert np.array_equal(made(pipe, picture.cuda(), latents=latents.cuda(), seed=None), expected)
     pipe.to("cpu")
     assert np.abs(made(pipe, picture.cuda(), latents=latents.cuda(), seed=None) - expected).max() < 1e-3
-    drawn = [made(pipe.to(device), picture, seed=None, generator=torch.Generator("cuda").manual_seed(0))
-             for device in ("cpu", "cuda")]
+    drawn = [
+        made(pipe.to(device), picture, seed=None, generator=torch.Generator("cuda").manual_seed(0))
+        for device in ("cpu", "cuda")
+    ]
     assert np.abs(drawn[0] - drawn[1]).max() < 1e-3

@@ -31,8 +31,10 @@ def make_reference(seed=0, threshold=0.9, **unet):
     torch.nn.init.constant_(checker.concept_embeds_weights, threshold)
     torch.nn.init.constant_(checker.special_care_embeds_weights, threshold)
     pipe = diffusers.StableDiffusionImageVariationPipeline(
-        **parts, scheduler=diffusers.PNDMScheduler(**PUBLISHED_SCHEDULER),
-        feature_extractor=transformers.CLIPImageProcessorPil(size=32, crop_size=32))
+        **parts,
+        scheduler=diffusers.PNDMScheduler(**PUBLISHED_SCHEDULER),
+        feature_extractor=transformers.CLIPImageProcessorPil(size=32, crop_size=32),
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -31,8 +31,17 @@ def test_all_parts_load_in_float32(pipes):
 def test_the_same_pictures(pipes):
     for path in list(imvar.bundled_examples().values())[:2]:
         latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-        ours, theirs = (pipe(imvar.load_image(path), num_inference_steps=5, guidance_scale=3.0, latents=latents.clone(),
-                             num_images_per_prompt=2, output_type="np") for pipe in pipes)
+        ours, theirs = (
+            pipe(
+                imvar.load_image(path),
+                num_inference_steps=5,
+                guidance_scale=3.0,
+                latents=latents.clone(),
+                num_images_per_prompt=2,
+                output_type="np",
+            )
+            for pipe in pipes
+        )
         assert ours.images.shape == theirs.images.shape == (2, 64, 64, 3)
         assert np.abs(ours.images - theirs.images).max() <= 1e-4
         assert ours.nsfw_content_detected == theirs.nsfw_content_detected

@@ -10,23 +10,33 @@ from listed import agree
 import imvar
 from imvar.weights import convert
 
-THEIRS = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
-          "image_encoder": transformers.CLIPVisionModelWithProjection, "safety_checker": StableDiffusionSafetyChecker}
-OURS = {"unet": imvar.UNet2DConditionModel, "vae": imvar.AutoencoderKL,
-        "image_encoder": imvar.CLIPVisionModelWithProjection}
+THEIRS = {
+    "unet": diffusers.UNet2DConditionModel,
+    "vae": diffusers.AutoencoderKL,
+    "image_encoder": transformers.CLIPVisionModelWithProjection,
+    "safety_checker": StableDiffusionSafetyChecker,
+}
+OURS = {
+    "unet": imvar.UNet2DConditionModel,
+    "vae": imvar.AutoencoderKL,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+}
 UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
 
 
 def outputs(models):
     """What a UNet, a VAE and an image encoder make of noise."""
+
     def noise(*shape):
         return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
     with torch.no_grad():
-        return [models["unet"](noise(1, 4, 8, 8), 7, noise(1, 1, 24)).sample,
-                models["vae"].decode(noise(1, 4, 8, 8)).sample,
-                models["vae"].encode(noise(1, 3, 32, 32)).latent_dist.mean,
-                models["image_encoder"](noise(1, 3, 28, 28)).image_embeds]
+        return [
+            models["unet"](noise(1, 4, 8, 8), 7, noise(1, 1, 24)).sample,
+            models["vae"].decode(noise(1, 4, 8, 8)).sample,
+            models["vae"].encode(noise(1, 3, 32, 32)).latent_dist.mean,
+            models["image_encoder"](noise(1, 3, 28, 28)).image_embeds,
+        ]
 
 
 def same(ours, theirs, tolerance=1e-5):
@@ -55,9 +65,19 @@ def test_a_picture(converted, photo):
     for kind in (diffusers.StableDiffusionImageVariationPipeline, imvar.StableDiffusionImageVariationPipeline):
         pipe = kind.from_pretrained(converted["v2"], **UNCHECKED)
         pipe.set_progress_bar_config(disable=True)
-        made.append(torch.as_tensor(pipe(
-            photo, height=64, width=64, num_inference_steps=3, guidance_scale=3.0, output_type="np",
-            generator=torch.Generator().manual_seed(0)).images))
+        made.append(
+            torch.as_tensor(
+                pipe(
+                    photo,
+                    height=64,
+                    width=64,
+                    num_inference_steps=3,
+                    guidance_scale=3.0,
+                    output_type="np",
+                    generator=torch.Generator().manual_seed(0),
+                ).images
+            )
+        )
     same(made[:1], made[1:], 1e-4)
 
 
@@ -74,7 +94,8 @@ def test_a_published_folder(published, tmp_path, options):
     assert isinstance(pipe.safety_checker, StableDiffusionSafetyChecker)
     old = diffusers.PNDMScheduler.from_pretrained(published / "scheduler")
     assert {key: pipe.scheduler.config[key] for key in old.config if key[0] != "_"} == {
-        key: value for key, value in old.config.items() if key[0] != "_"}
+        key: value for key, value in old.config.items() if key[0] != "_"
+    }
 
 
 def test_half_precision(originals, tmp_path):

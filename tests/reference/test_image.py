@@ -136,12 +136,15 @@ def test_only_what_survives_is_resized(size, resample, monkeypatch):
 
 
 @pytest.mark.parametrize("resample", range(1, 6))
-@pytest.mark.parametrize(("width", "height", "call"), [
-    (30, 20, {"size": 90, "crop_size": (3, 5)}),
-    (90, 70, {"size": {"height": 900, "width": 90}, "crop_size": (7, 30)}),  # one way only
-    (64, 65, {"size": 64, "crop_size": 2}),  # not at all
-    (5, 7, {"size": {"height": 51, "width": 3000}, "crop_size": (90, 20)}),  # and padded
-])
+@pytest.mark.parametrize(
+    ("width", "height", "call"),
+    [
+        (30, 20, {"size": 90, "crop_size": (3, 5)}),
+        (90, 70, {"size": {"height": 900, "width": 90}, "crop_size": (7, 30)}),  # one way only
+        (64, 65, {"size": 64, "crop_size": 2}),  # not at all
+        (5, 7, {"size": {"height": 51, "width": 3000}, "crop_size": (90, 20)}),  # and padded
+    ],
+)
 def test_a_window_of_any_enlargement(width, height, call, resample, monkeypatch):
     image = Image.fromarray(noise(width, height))
     theirs = Reference()(images=image, return_tensors="np", resample=resample, **call).pixel_values
@@ -153,17 +156,37 @@ def test_a_window_of_any_enlargement(width, height, call, resample, monkeypatch)
 # ---- CLIPImageProcessor: settings
 
 
-@pytest.mark.parametrize("call", [
-    {"size": 32}, {"size": {"shortest_edge": 19}}, {"size": {"height": 30, "width": 17}}, {"size": (17, 30)},
-    {"crop_size": 33}, {"crop_size": {"height": 9, "width": 90}}, {"crop_size": (90, 9)}, {"crop_size": [1, 1]},
-    {"do_resize": False}, {"do_center_crop": False}, {"do_rescale": False}, {"do_normalize": False},
-    {"do_rescale": False, "do_normalize": False}, {"do_resize": False, "do_center_crop": False},
-    {"do_convert_rgb": False},
-    {"resample": 0}, {"resample": 1}, {"resample": 2}, {"resample": 4}, {"resample": 5},
-    {"resample": Image.Resampling.LANCZOS},
-    {"rescale_factor": 1 / 127.5}, {"rescale_factor": 0.5, "do_normalize": False},
-    {"image_mean": 0.5, "image_std": 0.25}, {"image_mean": [0.1, 0.2, 0.3], "image_std": (0.4, 0.5, 0.6)},
-], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"size": 32},
+        {"size": {"shortest_edge": 19}},
+        {"size": {"height": 30, "width": 17}},
+        {"size": (17, 30)},
+        {"crop_size": 33},
+        {"crop_size": {"height": 9, "width": 90}},
+        {"crop_size": (90, 9)},
+        {"crop_size": [1, 1]},
+        {"do_resize": False},
+        {"do_center_crop": False},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_resize": False, "do_center_crop": False},
+        {"do_convert_rgb": False},
+        {"resample": 0},
+        {"resample": 1},
+        {"resample": 2},
+        {"resample": 4},
+        {"resample": 5},
+        {"resample": Image.Resampling.LANCZOS},
+        {"rescale_factor": 1 / 127.5},
+        {"rescale_factor": 0.5, "do_normalize": False},
+        {"image_mean": 0.5, "image_std": 0.25},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": (0.4, 0.5, 0.6)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("how", ["call", "constructor", "attribute"])
 def test_settings(call, how):
     image, ours = Image.fromarray(noise(47, 31)), CLIPImageProcessor(**SMALL)
@@ -187,17 +210,42 @@ def test_bands_as_they_are(mode):
 
 
 PUBLISHED = {
-    "old": {"crop_size": 224, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_resize": True,
-            "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 224},
-    "new": {"crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "do_convert_rgb": True,
-            "do_normalize": True, "do_rescale": True, "do_resize": True,
-            "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_processor_type": "CLIPImageProcessor", "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "resample": 3, "rescale_factor": 0.00392156862745098, "size": {"shortest_edge": 224}},
-    "odd": {"crop_size": {"height": 20, "width": 31}, "size": {"height": 24, "width": 40}, "resample": 2,
-            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_normalize": True,
-            "image_processor_type": "CLIPImageProcessor"},
+    "old": {
+        "crop_size": 224,
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "size": 224,
+    },
+    "new": {
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 0.00392156862745098,
+        "size": {"shortest_edge": 224},
+    },
+    "odd": {
+        "crop_size": {"height": 20, "width": 31},
+        "size": {"height": 24, "width": 40},
+        "resample": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_normalize": True,
+        "image_processor_type": "CLIPImageProcessor",
+    },
 }
 
 
@@ -209,9 +257,13 @@ def test_files_there_and_back(form, tmp_path):
     ours, theirs = CLIPImageProcessor.from_pretrained(tmp_path), Reference.from_pretrained(tmp_path)
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
-    processors = [ours, theirs, Reference.from_pretrained(tmp_path / "ours"),
-                  CLIPImageProcessor.from_pretrained(tmp_path / "theirs"),
-                  transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours", use_fast=False)]
+    processors = [
+        ours,
+        theirs,
+        Reference.from_pretrained(tmp_path / "ours"),
+        CLIPImageProcessor.from_pretrained(tmp_path / "theirs"),
+        transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours", use_fast=False),
+    ]
     first, *others = [p(images=image, return_tensors="pt").pixel_values for p in processors]
     assert all(torch.equal(first, other) for other in others)
     written = json.loads((tmp_path / "ours" / "preprocessor_config.json").read_text())
@@ -230,15 +282,28 @@ A = noise(47, 31)
 T = torch.from_numpy(A).permute(2, 0, 1).contiguous()
 IMAGE = Image.fromarray(A)
 LEVELS = {
-    "array hwc": A, "array chw": T.numpy(), "tensor chw": T, "tensor hwc": torch.from_numpy(A),
+    "array hwc": A,
+    "array chw": T.numpy(),
+    "tensor chw": T,
+    "tensor hwc": torch.from_numpy(A),
     "a flipped array": A[::-1],
-    "batch of arrays": np.stack([A, 255 - A]), "batch of tensors": torch.stack([T, 255 - T]),
-    "list of arrays": [A, A[:20]], "list of tensors": [T, T[:, :20]], "list of batches": [T[None], torch.stack([T, T])],
-    "mixed list": [IMAGE, A, T], "tuple": (IMAGE, IMAGE.crop((0, 0, 9, 9))),
-    "int64": A.astype(np.int64), "int16 tensor": T.short(), "float32": A.astype(np.float32), "float64": A / 1.0,
-    "float32 tensor": T.float(), "float16 tensor": T.half(), "rgba array": noise(47, 31, 4),
+    "batch of arrays": np.stack([A, 255 - A]),
+    "batch of tensors": torch.stack([T, 255 - T]),
+    "list of arrays": [A, A[:20]],
+    "list of tensors": [T, T[:, :20]],
+    "list of batches": [T[None], torch.stack([T, T])],
+    "mixed list": [IMAGE, A, T],
+    "tuple": (IMAGE, IMAGE.crop((0, 0, 9, 9))),
+    "int64": A.astype(np.int64),
+    "int16 tensor": T.short(),
+    "float32": A.astype(np.float32),
+    "float64": A / 1.0,
+    "float32 tensor": T.float(),
+    "float16 tensor": T.half(),
+    "rgba array": noise(47, 31, 4),
     "rgba tensor": torch.from_numpy(noise(47, 31, 4)).permute(2, 0, 1),
-    "one channel": A[..., :1], "one channel chw": T[:1],
+    "one channel": A[..., :1],
+    "one channel chw": T[:1],
 }
 
 
@@ -252,8 +317,9 @@ def test_arrays_of_levels_without_resizing(kind):
     check(LEVELS[kind], do_resize=False)
 
 
-@pytest.mark.parametrize("call", [{}, {"do_normalize": False}, {"do_resize": False},
-                                  {"do_center_crop": False}], ids=str)
+@pytest.mark.parametrize(
+    "call", [{}, {"do_normalize": False}, {"do_resize": False}, {"do_center_crop": False}], ids=str
+)
 @pytest.mark.parametrize("divisor", [255, 256.3])
 def test_floats_from_0_to_1(call, divisor):
     """Resized in 8 bits, to which they are cut, not rounded."""
@@ -310,18 +376,52 @@ def test_every_level_and_the_halves_between():
     assert set(np.unique(ours)) == set(range(256))
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"vae_scale_factor": 4}, {"vae_scale_factor": 16}, {"resample": "bicubic"}, {"resample": "bilinear"},
-    {"resample": "nearest"}, {"do_normalize": False}, {"do_resize": False}], ids=str)
-@pytest.mark.parametrize("kind", ["picture", "pictures", "grey", "array", "arrays", "batch of arrays", "tensor",
-                                  "tensors", "batch of tensors", "half", "float64"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"vae_scale_factor": 4},
+        {"vae_scale_factor": 16},
+        {"resample": "bicubic"},
+        {"resample": "bilinear"},
+        {"resample": "nearest"},
+        {"do_normalize": False},
+        {"do_resize": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "picture",
+        "pictures",
+        "grey",
+        "array",
+        "arrays",
+        "batch of arrays",
+        "tensor",
+        "tensors",
+        "batch of tensors",
+        "half",
+        "float64",
+    ],
+)
 def test_preprocess(settings, kind):
     array, grey = A.astype(np.float32) / 255, IMAGE.convert("L")
     tensor = torch.from_numpy(array).permute(2, 0, 1)
-    image = {"picture": IMAGE, "pictures": [IMAGE, IMAGE.rotate(180)], "grey": grey, "array": array,
-             "arrays": [array, array[::-1]], "batch of arrays": array[None], "tensor": tensor,
-             "tensors": [tensor, 1 - tensor], "batch of tensors": torch.stack([tensor, 1 - tensor]),
-             "half": tensor.half(), "float64": array.astype(np.float64)}[kind]
+    image = {
+        "picture": IMAGE,
+        "pictures": [IMAGE, IMAGE.rotate(180)],
+        "grey": grey,
+        "array": array,
+        "arrays": [array, array[::-1]],
+        "batch of arrays": array[None],
+        "tensor": tensor,
+        "tensors": [tensor, 1 - tensor],
+        "batch of tensors": torch.stack([tensor, 1 - tensor]),
+        "half": tensor.half(),
+        "float64": array.astype(np.float64),
+    }[kind]
     ours, theirs = (p.preprocess(image) for p in vae_pair(**settings))
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
@@ -355,8 +455,13 @@ def test_preprocess_takes_negative_values_as_normalised():
 
 def test_vae_helpers():
     array = A[None].astype(np.float32) / 255
-    for name, argument in {"normalize": array, "denormalize": T[None].float() / 128 - 1, "numpy_to_pt": array,
-                           "pil_to_numpy": [IMAGE, IMAGE], "pt_to_numpy": T[None].float()}.items():
+    for name, argument in {
+        "normalize": array,
+        "denormalize": T[None].float() / 128 - 1,
+        "numpy_to_pt": array,
+        "pil_to_numpy": [IMAGE, IMAGE],
+        "pt_to_numpy": T[None].float(),
+    }.items():
         ours, theirs = (getattr(cls, name)(argument) for cls in (VaeImageProcessor, ReferenceVae))
         assert type(ours) is type(theirs)
         assert ours.shape == theirs.shape

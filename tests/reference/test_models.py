@@ -12,30 +12,48 @@ from imvar.config import plain
 
 UNETS = {
     "tiny": {},
-    "one level": {"block_out_channels": (16,), "down_block_types": ("CrossAttnDownBlock2D",),
-                  "up_block_types": ("CrossAttnUpBlock2D",)},
-    "as published, narrow": {"block_out_channels": (8, 16, 32, 32), "layers_per_block": 2, "attention_head_dim": 8,
-                             "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-                             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3},
-    "attention below": {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-                        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
+    "one level": {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    },
+    "as published, narrow": {
+        "block_out_channels": (8, 16, 32, 32),
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    },
+    "attention below": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
     "heads by level": {"attention_head_dim": (2, 8)},
     "three layers, four groups": {"layers_per_block": 3, "norm_num_groups": 4, "norm_eps": 1e-4},
     "two blocks deep": {"transformer_layers_per_block": 2},
     "other clock": {"flip_sin_to_cos": False, "freq_shift": 1, "time_embedding_dim": 40},
     "odd width, heads only where they attend": {
-        "block_out_channels": (15, 32), "norm_num_groups": 1, "attention_head_dim": 8,
+        "block_out_channels": (15, 32),
+        "norm_num_groups": 1,
+        "attention_head_dim": 8,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
     "other channels": {"in_channels": 9, "out_channels": 5, "cross_attention_dim": 7},
 }
 VAES = {
     "tiny": {},
-    "one level": {"block_out_channels": (16,), "down_block_types": ("DownEncoderBlock2D",),
-                  "up_block_types": ("UpDecoderBlock2D",)},
+    "one level": {
+        "block_out_channels": (16,),
+        "down_block_types": ("DownEncoderBlock2D",),
+        "up_block_types": ("UpDecoderBlock2D",),
+    },
     "two layers, four groups": {"layers_per_block": 2, "norm_num_groups": 4, "latent_channels": 3},
-    "f4": {"block_out_channels": (8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 3,
-           "up_block_types": ("UpDecoderBlock2D",) * 3},
+    "f4": {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+    },
 }
 TOWERS = {
     "tiny": {},
@@ -105,10 +123,16 @@ def test_unet_there_and_back(unets, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("size", "dtype", "tolerance"), [
-    ((8, 8), torch.float32, 1e-5), ((5, 7), torch.float32, 1e-5), ((8, 8), torch.float64, 1e-6),
-    ((2, 2), torch.float64, 1e-6),  # where groups of two nearly equal pixels magnify any rounding
-], ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype", "tolerance"),
+    [
+        ((8, 8), torch.float32, 1e-5),
+        ((5, 7), torch.float32, 1e-5),
+        ((8, 8), torch.float64, 1e-6),
+        ((2, 2), torch.float64, 1e-6),  # where groups of two nearly equal pixels magnify any rounding
+    ],
+    ids=str,
+)
 def test_freeu(unets, size, dtype, tolerance):
     ours, theirs = (model.to(dtype) for model in unets)
     x, context = (tensor.to(dtype) for tensor in unet_inputs(theirs.config, size))
@@ -202,7 +226,9 @@ def test_vae_in_slices_and_tiles(vaes, size):
     same(ours.decode(z).sample, theirs.decode(z).sample)
     same(ours.encode(x).latent_dist.parameters, theirs.encode(x).latent_dist.parameters)
     assert (ours.tile_latent_min_size, ours.tile_sample_min_size) == (
-        theirs.tile_latent_min_size, theirs.tile_sample_min_size)
+        theirs.tile_latent_min_size,
+        theirs.tile_sample_min_size,
+    )
 
 
 def test_vae_gradients(vaes):
@@ -276,8 +302,9 @@ def test_safety_checker(seed, tmp_path):
     theirs = randomize(StableDiffusionSafetyChecker(transformers.CLIPConfig(**TINY_CHECKER)), seed)
     torch.manual_seed(seed)
     pixels, images = torch.randn(8, 3, 32, 32), torch.rand(8, 3, 4, 4)
-    for thresholds, cosine in zip((theirs.special_care_embeds_weights, theirs.concept_embeds_weights),
-                                  cosines(theirs, pixels), strict=True):
+    for thresholds, cosine in zip(
+        (theirs.special_care_embeds_weights, theirs.concept_embeds_weights), cosines(theirs, pixels), strict=True
+    ):
         thresholds.copy_(cosine.max(dim=0).values - 0.02 * torch.rand(cosine.shape[1]) + 0.006)
     theirs.save_pretrained(tmp_path)
     ours = imvar.StableDiffusionSafetyChecker.from_pretrained(tmp_path)
@@ -291,8 +318,12 @@ def test_safety_checker(seed, tmp_path):
     assert torch.equal(torch.from_numpy(arrays).permute(0, 3, 1, 2), black)
 
     special, concepts = ours.scores(pixels)
-    for scores, cosine, thresholds in zip((special, concepts), cosines(theirs, pixels), (
-            theirs.special_care_embeds_weights, theirs.concept_embeds_weights), strict=True):
+    for scores, cosine, thresholds in zip(
+        (special, concepts),
+        cosines(theirs, pixels),
+        (theirs.special_care_embeds_weights, theirs.concept_embeds_weights),
+        strict=True,
+    ):
         excess = scores - (cosine - thresholds)
         assert bool(((excess.abs() <= 5.1e-4) | ((excess - 0.01).abs() <= 5.1e-4)).all())
     ours.save_pretrained(tmp_path / "back")
@@ -308,8 +339,9 @@ def test_the_safety_cases_are_mixed(tmp_path):
         pixels = torch.randn(8, 3, 32, 32)
         for thresholds in (checker.special_care_embeds_weights, checker.concept_embeds_weights):
             torch.nn.init.zeros_(thresholds)
-        for thresholds, cosine in zip((checker.special_care_embeds_weights, checker.concept_embeds_weights),
-                                      checker.scores(pixels), strict=True):
+        for thresholds, cosine in zip(
+            (checker.special_care_embeds_weights, checker.concept_embeds_weights), checker.scores(pixels), strict=True
+        ):
             thresholds.data.copy_(cosine.max(dim=0).values - 0.02 * torch.rand(cosine.shape[1]) + 0.006)
         special, concepts = checker.scores(pixels)
         flagged += int((concepts > 0).any(dim=1).sum())

@@ -83,15 +83,21 @@ def test_every_scheduler_after_every_other(ours, ref, photo):
         same(call(ours, photo), call(ref, photo))
 
 
-@pytest.mark.parametrize(("steps", "skip_prk_steps"), [
-    (1, True), (2, True), (5, True), (11, True), (4, False), (5, False), (11, False)])
+@pytest.mark.parametrize(
+    ("steps", "skip_prk_steps"), [(1, True), (2, True), (5, True), (11, True), (4, False), (5, False), (11, False)]
+)
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_callbacks(ours, ref, photo, steps, skip_prk_steps, every):
     change_scheduler("PNDMScheduler", ours, ref, skip_prk_steps=skip_prk_steps)
     seen = ([], [])
     for pipe, calls in zip((ours, ref), seen, strict=True):
-        call(pipe, photo, num_inference_steps=steps, callback_steps=every,
-             callback=lambda i, t, latents, calls=calls: calls.append((i, int(t), latents.clone())))
+        call(
+            pipe,
+            photo,
+            num_inference_steps=steps,
+            callback_steps=every,
+            callback=lambda i, t, latents, calls=calls: calls.append((i, int(t), latents.clone())),
+        )
     assert [entry[:2] for entry in seen[0]] == [entry[:2] for entry in seen[1]]
     for (*_, mine), (*_, theirs) in zip(*seen, strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -100,8 +106,9 @@ def test_callbacks(ours, ref, photo, steps, skip_prk_steps, every):
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_outputs(ours, ref, photo, output_type, return_dict):
-    mine, theirs = (call(pipe, pictures(photo, 2), output_type=output_type, return_dict=return_dict)
-                    for pipe in (ours, ref))
+    mine, theirs = (
+        call(pipe, pictures(photo, 2), output_type=output_type, return_dict=return_dict) for pipe in (ours, ref)
+    )
     assert type(mine).__name__ == type(theirs).__name__
     assert mine[1:] == theirs[1:]
     if not return_dict:
@@ -125,8 +132,11 @@ def test_noise(ours, ref, photo):
     """One generator, a list of them, latents handed in, and eta's noise after either."""
     change_scheduler("DDIMScheduler", ours, ref)
     image, options = pictures(photo, 2), {"num_inference_steps": 3, "output_type": "np", "eta": 0.8}
-    for noise in (lambda: {"generator": seeded()}, lambda: {"generator": [seeded(i) for i in range(4)]},
-                  lambda: {"generator": seeded(), "latents": torch.randn(4, 4, 16, 16, generator=seeded(9))}):
+    for noise in (
+        lambda: {"generator": seeded()},
+        lambda: {"generator": [seeded(i) for i in range(4)]},
+        lambda: {"generator": seeded(), "latents": torch.randn(4, 4, 16, 16, generator=seeded(9))},
+    ):
         mine, theirs = (pipe(image, num_images_per_prompt=2, **noise(), **options) for pipe in (ours, ref))
         same(mine, theirs)
     torch.manual_seed(7)
@@ -175,7 +185,8 @@ def test_without_a_safety_checker(ours, ref, photo):
         mine = imvar.StableDiffusionImageVariationPipeline(**parts)
     mine.set_progress_bar_config(disable=True)
     theirs = diffusers.StableDiffusionImageVariationPipeline(
-        **(ref.components | {"safety_checker": None}), requires_safety_checker=False)
+        **(ref.components | {"safety_checker": None}), requires_safety_checker=False
+    )
     theirs.set_progress_bar_config(disable=True)
     assert call(mine, photo).nsfw_content_detected is None
     same(call(mine, photo), call(theirs, photo))

@@ -73,9 +73,14 @@ def walk(name: str, steps: int, settings: dict, *, dtype=torch.float32, eta: flo
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 20, 50])
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize(("name", "prediction"), [
-    *product(NAMES, ["epsilon", "v_prediction"]), ("DDIMScheduler", "sample"), ("LMSDiscreteScheduler", "sample"),
-])
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    [
+        *product(NAMES, ["epsilon", "v_prediction"]),
+        ("DDIMScheduler", "sample"),
+        ("LMSDiscreteScheduler", "sample"),
+    ],
+)
 def test_a_run(name, spacing, prediction, steps):
     settings = {"timestep_spacing": spacing, "prediction_type": prediction, "beta_schedule": "scaled_linear"}
     if name == "PNDMScheduler":
@@ -84,45 +89,64 @@ def test_a_run(name, spacing, prediction, steps):
         walk(name, steps, settings)
 
 
-@pytest.mark.parametrize(("name", "steps", "settings"), [
-    ("DDIMScheduler", 999, {}),
-    ("DDIMScheduler", 1000, {"timestep_spacing": "trailing"}),
-    ("PNDMScheduler", 999, {"timestep_spacing": "linspace"}),
-    ("PNDMScheduler", 1000, {"skip_prk_steps": True}),
-    ("LMSDiscreteScheduler", 100, {"timestep_spacing": "leading", "steps_offset": 1}),
-])
+@pytest.mark.parametrize(
+    ("name", "steps", "settings"),
+    [
+        ("DDIMScheduler", 999, {}),
+        ("DDIMScheduler", 1000, {"timestep_spacing": "trailing"}),
+        ("PNDMScheduler", 999, {"timestep_spacing": "linspace"}),
+        ("PNDMScheduler", 1000, {"skip_prk_steps": True}),
+        ("LMSDiscreteScheduler", 100, {"timestep_spacing": "leading", "steps_offset": 1}),
+    ],
+)
 def test_a_long_run(name, steps, settings):
     walk(name, steps, settings)
 
 
 OPTIONS = [
-    *product(["DDIMScheduler"], [
-        {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False},
-        {"clip_sample_range": 0.3},
-        {"thresholding": True},
-        {"thresholding": True, "sample_max_value": 3.0, "dynamic_thresholding_ratio": 0.7},
-        {"rescale_betas_zero_snr": True},
-        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
-    ]),
-    *product(["PNDMScheduler"], [
-        {"skip_prk_steps": True, "steps_offset": 1},  # as published
-        {"skip_prk_steps": True, "set_alpha_to_one": True, "steps_offset": 1},
-        {"set_alpha_to_one": True, "steps_offset": 1, "prediction_type": "v_prediction"},
-    ]),
-    *product(["LMSDiscreteScheduler"], [
-        {"use_karras_sigmas": True},
-        {"use_exponential_sigmas": True},
-        {"use_beta_sigmas": True},
-        {"use_beta_sigmas": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
-        {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1},
-    ]),
-    *product(NAMES, [
-        {"beta_schedule": "linear"},
-        {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
-        {"trained_betas": list(np.linspace(0.001, 0.03, 200)), "num_train_timesteps": 200},
-        {"trained_betas": np.linspace(0.001, 0.03, 200), "num_train_timesteps": 200, "timestep_spacing": "linspace"},
-        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-    ]),
+    *product(
+        ["DDIMScheduler"],
+        [
+            {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False},
+            {"clip_sample_range": 0.3},
+            {"thresholding": True},
+            {"thresholding": True, "sample_max_value": 3.0, "dynamic_thresholding_ratio": 0.7},
+            {"rescale_betas_zero_snr": True},
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        ],
+    ),
+    *product(
+        ["PNDMScheduler"],
+        [
+            {"skip_prk_steps": True, "steps_offset": 1},  # as published
+            {"skip_prk_steps": True, "set_alpha_to_one": True, "steps_offset": 1},
+            {"set_alpha_to_one": True, "steps_offset": 1, "prediction_type": "v_prediction"},
+        ],
+    ),
+    *product(
+        ["LMSDiscreteScheduler"],
+        [
+            {"use_karras_sigmas": True},
+            {"use_exponential_sigmas": True},
+            {"use_beta_sigmas": True},
+            {"use_beta_sigmas": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+            {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1},
+        ],
+    ),
+    *product(
+        NAMES,
+        [
+            {"beta_schedule": "linear"},
+            {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
+            {"trained_betas": list(np.linspace(0.001, 0.03, 200)), "num_train_timesteps": 200},
+            {
+                "trained_betas": np.linspace(0.001, 0.03, 200),
+                "num_train_timesteps": 200,
+                "timestep_spacing": "linspace",
+            },
+            {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+        ],
+    ),
 ]
 
 
@@ -133,10 +157,16 @@ def test_an_option(name, settings, steps):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("name", "settings"), [
-    ("DDIMScheduler", {}), ("DDIMScheduler", {"thresholding": True, "prediction_type": "v_prediction"}),
-    ("PNDMScheduler", {"skip_prk_steps": True}), ("PNDMScheduler", {}), ("LMSDiscreteScheduler", {}),
-])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DDIMScheduler", {}),
+        ("DDIMScheduler", {"thresholding": True, "prediction_type": "v_prediction"}),
+        ("PNDMScheduler", {"skip_prk_steps": True}),
+        ("PNDMScheduler", {}),
+        ("LMSDiscreteScheduler", {}),
+    ],
+)
 def test_other_dtypes(name, settings, dtype):
     walk(name, 10, settings, dtype=dtype)
 
@@ -237,8 +267,17 @@ def test_the_same_arguments(name):
         return [(p.name, p.default) for p in inspect.signature(call).parameters.values() if p.name != "self"]
 
     assert arguments(our) == arguments(ref.__init__)
-    for method in ("step", "step_plms", "step_prk", "set_timesteps", "add_noise", "get_velocity", "get_lms_coefficient",
-                   "index_for_timestep", "set_begin_index"):
+    for method in (
+        "step",
+        "step_plms",
+        "step_prk",
+        "set_timesteps",
+        "add_noise",
+        "get_velocity",
+        "get_lms_coefficient",
+        "index_for_timestep",
+        "set_begin_index",
+    ):
         assert hasattr(our, method) == hasattr(ref, method)
         if hasattr(ref, method):
             assert arguments(getattr(our, method)) == arguments(getattr(ref, method))
@@ -309,11 +348,14 @@ GIVEN = [
 ]
 
 
-@pytest.mark.parametrize("chain", [
-    ["PNDMScheduler", "DDIMScheduler"],
-    ["LMSDiscreteScheduler", "PNDMScheduler", "DDIMScheduler"],
-    ["DDIMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "LMSDiscreteScheduler"],
-])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        ["PNDMScheduler", "DDIMScheduler"],
+        ["LMSDiscreteScheduler", "PNDMScheduler", "DDIMScheduler"],
+        ["DDIMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "LMSDiscreteScheduler"],
+    ],
+)
 @pytest.mark.parametrize(("name", "settings"), GIVEN)
 def test_settings_pass_along_a_chain(name, settings, chain, tmp_path):
     our, ref = pair(name, **settings)
@@ -332,9 +374,13 @@ def test_settings_pass_along_a_chain(name, settings, chain, tmp_path):
 
 
 @pytest.mark.parametrize("loader", NAMES)
-@pytest.mark.parametrize(("name", "settings"), [
-    *GIVEN, ("DDIMScheduler", {"trained_betas": np.linspace(0.1, 0.2, 10), "num_train_timesteps": 10}),
-])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *GIVEN,
+        ("DDIMScheduler", {"trained_betas": np.linspace(0.1, 0.2, 10), "num_train_timesteps": 10}),
+    ],
+)
 def test_files_open_on_the_other_side(name, settings, loader, tmp_path):
     our, ref = pair(name, **settings)
     our.save_pretrained(tmp_path / "our")
@@ -348,8 +394,10 @@ def test_files_open_on_the_other_side(name, settings, loader, tmp_path):
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "LMSDiscreteScheduler"])
 def test_a_setting_of_ddim_alone_is_carried_and_not_applied(name):
-    ours, theirs = (getattr(library, name).from_config(library.DDIMScheduler(rescale_betas_zero_snr=True).config)
-                    for library in (imvar, diffusers))
+    ours, theirs = (
+        getattr(library, name).from_config(library.DDIMScheduler(rescale_betas_zero_snr=True).config)
+        for library in (imvar, diffusers)
+    )
     assert torch.equal(ours.betas, theirs.betas)
     assert ours.config["rescale_betas_zero_snr"] is theirs.config["rescale_betas_zero_snr"] is True
 
