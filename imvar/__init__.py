@@ -14,7 +14,7 @@ try:
         OutOfMemoryError,
     )
     from .image import CLIPImageProcessor, VaeImageProcessor
-    from .memory import keep_freed_memory
+    from .image.load_image import load_image
     from .models import (
         AutoencoderKL,
         CLIPConfig,
@@ -27,8 +27,8 @@ try:
         sliced,
         swap,
     )
+    from .oom import keep_freed_memory
     from .outputs import StableDiffusionPipelineOutput
-    from .photos import load_image
     from .pipeline import StableDiffusionImageVariationPipeline
     from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
     from .weights.bundled import bundled_checkpoint, bundled_examples

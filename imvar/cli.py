@@ -17,13 +17,13 @@ from PIL.Image import Image
 from . import __version__
 from .contact_sheet import Row, contact_sheet
 from .errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, shown
-from .memory import keep_freed_memory, naming_what_needs_less
+from .image.load_image import distinct, load_image, spare
 from .noise import LARGEST_SEED
-from .photos import distinct, load_image, spare
+from .oom import keep_freed_memory, naming_what_needs_less
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .weights.bundled import bundled_examples
-from .weights.files import write_whole
+from .weights.hub import write_whole
 
 CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
 EMOJI = "imvar-emoji"

@@ -54,7 +54,7 @@ def contact_sheet(rows: Sequence[Row], footer: str) -> Image.Image:
 
 
 def size_on_sheet(picture: Image.Image) -> tuple[int, int]:
-    """Width and height to show it at: made smaller to fit `SIDE`, or larger by a whole factor, so that dots stay even."""
+    """Width and height on the sheet: reduced to fit `SIDE`, or enlarged by a whole factor to keep pixels square."""
     if factor := SIDE // max(picture.size):
         return picture.width * factor, picture.height * factor
     return ImageOps.contain(picture, (SIDE, SIDE)).size

@@ -23,10 +23,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from random_checkpoint import tiny_pipeline
 
 import imvar
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.support.random_checkpoint import tiny_pipeline
 
 PHOTO = Path(__file__).resolve().parents[1] / "tests" / "photos" / "chelsea.jpg"
 GROWTH_MB = 4

@@ -33,12 +33,15 @@ import numpy as np
 import torch
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from published_checkpoint import FILES, Checkpoint, write_checkpoint
-from questions import PHOTOS, Answers, embed, judge, noise, photograph, predict, see, there_and_back, vary, walk
-from random_checkpoint import tiny_pipeline
+from reference_probes import PHOTOS, Answers, embed, judge, noise, photograph, predict, see, there_and_back, vary, walk
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import imvar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.support.published_checkpoint import FILES, Checkpoint, write_checkpoint
+from tests.support.random_checkpoint import tiny_pipeline
 
 SIDES = {  # of each part: the reference's class, and ours
     "feature_extractor": (CLIPImageProcessorPil, imvar.CLIPImageProcessor),

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from original_checkpoint import LAYOUTS, original, write
 from PIL import Image
-from published_checkpoint import write_checkpoint
-from random_checkpoint import tiny_pipeline
 
 from imvar import StableDiffusionImageVariationPipeline
 from imvar.weights import convert
+from tests.support.original_checkpoint import LAYOUTS, original, write
+from tests.support.published_checkpoint import write_checkpoint
+from tests.support.random_checkpoint import tiny_pipeline
 
-pytest.register_assert_rewrite("hostile", "listed", "saving")
+pytest.register_assert_rewrite("tests.support.refusals", "tests.support.expected_tensors", "tests.support.crashes")
 PHOTOS = Path(__file__).parent / "photos"
 
 

@@ -15,8 +15,8 @@ from ..config import UNFIT, Config, number, one_of
 from ..errors import InputError, InputTypeError, shown
 from ..outputs import Output
 from ..weights.pretrained import Pretrained
-from .device import can_prepare
-from .device import prepare as prepare_levels
+from .clip_tensor import can_prepare
+from .clip_tensor import prepare as prepare_levels
 from .read import load, one_by_one, to_pixels, to_rgb
 from .resize import center_crop, resize, target_size
 

@@ -20,11 +20,11 @@ from torch.nn.attention import SDPBackend
 
 from ..checks import count
 from ..errors import InputError, InputTypeError, shown
-from .cpu import linear
-from .inputs import answered
+from ..kernels.autotune import quickest
+from ..kernels.cpu_kernels import linear
 from .layers import GroupNorm, Linear, Seams
-from .told import Ready, repeated
-from .trial import quickest
+from .stock import Ready, repeated
+from .validation import answered
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q: b h n d; k, v: b h m d; answer: b h n d, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, equation 1)."""

@@ -15,10 +15,10 @@ from ..checks import LARGEST_SIDE, checked, real, sizes
 from ..config import Config, one_of, only
 from ..errors import InputError
 from ..outputs import CLIPVisionModelOutput
-from ..weights import tables
+from ..weights import key_tables as tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import TransformersModel
-from . import inputs
+from . import validation as inputs
 from .attention import AttentionSettings, SelfAttention
 from .layers import Checkpointing, Linear
 

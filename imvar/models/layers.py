@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputTypeError, shown
-from . import cpu, phases
-from .told import Ready, ours, repeated
-from .trial import quickest
+from ..kernels import cpu_kernels as cpu
+from ..kernels import polyphase as phases
+from ..kernels.autotune import quickest
+from .stock import Ready, ours, repeated
 
 Old = TypeVar("Old", bound=nn.Module)
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..checks import checked, sizes
 from ..config import Config, as_settings
 from ..errors import ImvarError, InputTypeError, shown
-from ..weights import tables
+from ..weights import key_tables as tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import TransformersModel
-from . import inputs
+from . import validation as inputs
 from .clip import CLIPVisionConfig, VisionTower
 
 CONCEPTS, SPECIAL = 17, 3

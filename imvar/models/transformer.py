@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attention import CrossAttention, SelfAttention
 from .layers import Conv2d, FeedForward, GroupNorm
-from .told import Ready, ready, repeated
+from .stock import Ready, ready, repeated
 
 
 class TransformerBlock(nn.Module):

@@ -13,10 +13,10 @@ from ..checks import checked, count, levels, real, side, sizes
 from ..config import Config, one_of, only
 from ..errors import InputError, shown
 from ..outputs import UNet2DConditionOutput
-from ..weights import tables
+from ..weights import key_tables as tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
-from . import inputs
+from . import validation as inputs
 from .attention import AttentionSettings
 from .freeu import FreeU
 from .layers import (
@@ -30,9 +30,9 @@ from .layers import (
     Upsample,
     normed_silu,
 )
-from .levels import DownLevel, MidLevel, UpLevel
-from .told import Ready, ready, repeated
+from .stock import Ready, ready, repeated
 from .transformer import Transformer
+from .unet_blocks import DownLevel, MidLevel, UpLevel
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """h: b c h w, skip: b d h w, the level counted from the coarsest; answer: b c+d h w."""

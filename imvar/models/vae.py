@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ..checks import checked, levels, option, real, side, sizes
 from ..config import Config, one_of, only
 from ..errors import InputError, shown
+from ..kernels.packed_weights import running
 from ..noise import Generators, randn
 from ..outputs import AutoencoderKLOutput, DecoderOutput
-from ..weights import tables
+from ..weights import key_tables as tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
-from . import inputs
+from . import validation as inputs
 from .attention import AttentionSettings, PixelAttention
-from .kept import running
 from .layers import Checkpointing, Conv2d, Downsample, GroupNorm, ResnetBlock, Upsample, normed_silu
 
 EPS = 1e-6  # of every norm in here

@@ -1,5 +1,5 @@
 """The pipeline: its job, and what it is beside its job."""
 
-from .variation import StableDiffusionImageVariationPipeline
+from .image_variation import StableDiffusionImageVariationPipeline
 
 __all__ = ["StableDiffusionImageVariationPipeline"]

@@ -14,14 +14,14 @@ from torch import Tensor
 from ..checks import real
 from ..errors import InputError, InputTypeError
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_levels
-from ..models.kept import Kept
-from ..models.told import untouched
+from ..kernels.packed_weights import Kept
+from ..models.stock import untouched
 from ..noise import randn
-from .assembly import Assembly
-from .checks import check_finite, check_inputs, check_latents, renamed
-from .flagged import treated, verdict
-from .guidance import Predict, predictor
-from .parts import answer
+from ..runtime.guidance import Predict, predictor
+from .arguments import check_finite, check_inputs, check_latents, renamed
+from .base import Assembly
+from .components import answer
+from .safety_policy import treated, verdict
 
 AT_A_TIME = 2**18  # pixels that are decoded at a time: those of 512 x 512
 

@@ -21,7 +21,7 @@ from ..errors import InputError, InputTypeError, shown
 from ..noise import check_generator
 from ..outputs import SchedulerOutput
 from ..weights.pretrained import Pretrained
-from .tables import make_betas
+from .timesteps import make_betas
 
 
 class Sampler(Protocol):

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..noise import Generators, randn
 from ..outputs import DenoisedOutput
 from .common import SchedulerConfig, VariancePreserving, mixed_inputs, step_inputs, to_eps, to_x0
-from .tables import make_betas, whole_timesteps, zero_terminal_snr
+from .timesteps import make_betas, whole_timesteps, zero_terminal_snr
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma: Tensor | float = 0.0) -> Tensor:

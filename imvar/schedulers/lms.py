@@ -17,7 +17,7 @@ from ..config import one_of
 from ..errors import InputError, shown
 from ..outputs import DenoisedOutput
 from .common import Scheduler, SchedulerConfig, mixed_inputs, step_inputs
-from .tables import beta, exponential, karras, space_timesteps, to_timesteps
+from .timesteps import beta, exponential, karras, space_timesteps, to_timesteps
 
 
 def to_x0(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:

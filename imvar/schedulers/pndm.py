@@ -16,7 +16,7 @@ from ..config import one_of
 from ..errors import InputError
 from ..outputs import SchedulerOutput
 from .common import SchedulerConfig, VariancePreserving, between, step_inputs, to_eps
-from .tables import whole_timesteps
+from .timesteps import whole_timesteps
 
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 

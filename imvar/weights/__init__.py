@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .loading import load
 
 if TYPE_CHECKING:
-    from .conversion import convert
+    from ..conversion.convert import convert
 
 __all__ = ["convert", "load"]
 
@@ -17,7 +17,7 @@ __all__ = ["convert", "load"]
 def __getattr__(name: str) -> Any:
     """`convert`, with what only conversion needs, is imported when somebody asks for it."""
     if name == "convert":
-        from .conversion import convert
+        from ..conversion.convert import convert
 
         return convert
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,7 +41,7 @@ def load(
     try:
         found = model.keymap.to_ours(tensors, expected, naming, path)
     except CheckpointError as error:
-        from .single import recognise  # see weights/__init__.py
+        from .single_file import recognise  # see weights/__init__.py
 
         other = recognise(tensors)
         if other is None or other[0] == model.part:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checks import a_path, option
 from ..errors import InputError, InputTypeError, shown
-from .files import Hub, locate
+from .hub import Hub, locate
 
 SAVING = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
 READING = {"use_safetensors", "disable_mmap", "low_cpu_mem_usage"}  # how to read a file, which the file decides here

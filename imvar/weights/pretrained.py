@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..atomic.folder import replaced, unchanged
 from ..checks import Dtype, a_path, as_dtype, option
 from ..config import Configured, json_text
 from ..errors import CheckpointError, InputError, shown
-from .files import Hub, inside, locate, read_json, within, write_text
-from .folders import replaced, unchanged
-from .index import FORMAT, PARTS, first_class, served
+from .filenames import DIFFUSERS, TRANSFORMERS, Stem
+from .hub import Hub, inside, locate, read_json, within, write_text
 from .keymap import Keymap, Naming
 from .loading import Unset, load, take_published_names
+from .model_index import FORMAT, PARTS, first_class, served
 from .options import READING, SAVING, asked_for, config_folder, which_ema, writes
 from .reading import read_weights
-from .stems import DIFFUSERS, TRANSFORMERS, Stem
 
 if TYPE_CHECKING:
-    from .single import SingleFile
+    from .single_file import SingleFile
 
 TRANSFORMERS_FORMAT = "5.23.0"
 PLAIN = "unet", "vae"  # whose files hold their own settings and nothing else
@@ -249,7 +249,7 @@ class PretrainedModel(Pretrained, nn.Module):
         fit. `ema`: "yes" for the moving average of a UNet's weights, "no" for the weights as last trained, "auto" for
         the first if it is there; `extract_ema` says yes or no as well. The rest is as in `from_pretrained`.
         """
-        from .single import SingleFile  # see weights/__init__.py
+        from .single_file import SingleFile  # see weights/__init__.py
 
         hub = Hub(revision, cache_dir, local_files_only, token)
         file = SingleFile.of(pretrained_model_link_or_path_or_dict, hub)
@@ -276,7 +276,7 @@ class PretrainedModel(Pretrained, nn.Module):
 
         `tell` is told of settings that are but guessed.
         """
-        from .settings import guess, settings_of
+        from .infer_config import guess, settings_of
 
         held = file.part(cls.part, ema)
         settings, path = cls.settings_for(file, config) or (settings_of(held), file.path)
@@ -324,7 +324,7 @@ class PretrainedModel(Pretrained, nn.Module):
     ) -> None:
         """Write settings and weights into a folder, made if need be, as diffusers reads them.
 
-        All of it or nothing, even if killed; `weights/folders.py` says how, and where that cannot be. Only the main
+        All of it or nothing, even if killed; `atomic/folder.py` says how, and where that cannot be. Only the main
         process of a distributed run writes. `save_function` is for code written against diffusers, and not called.
         """
         from .writing import write_weights
@@ -380,7 +380,7 @@ class TransformersModel(PretrainedModel):
 
 def settings_part(part: str, file: SingleFile, config: Path | None, image_encoder: Any) -> Any:
     """A part without weights to go with those in `file`, by the settings that are found, else by the published ones."""
-    from .settings import settings_without_weights
+    from .infer_config import settings_without_weights
 
     size = image_encoder.config.image_size if image_encoder is not None else 224
     settings, path = first_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .files import LARGEST_JSON, beginning, first_line, inside, parse_json, read_json
-from .stems import Stem
+from .filenames import Stem
+from .hub import LARGEST_JSON, beginning, first_line, inside, parse_json, read_json
 
 MOST_TENSORS = 2**13  # in one file, or in all shards of one part
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

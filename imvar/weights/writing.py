@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from .files import write_text, write_whole
-from .stems import Stem
+from .filenames import Stem
+from .hub import write_text, write_whole
 
 DTYPES = {
     torch.uint64: "U64",

@@ -29,13 +29,12 @@ import torch
 
 import imvar
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 
-from published_checkpoint import write_checkpoint
-
-from benchmark.account import profile
 from benchmark.cases import CASES, DTYPES, Case, Sides
 from benchmark.memory import peak_of, private_of
+from benchmark.profiling import profile
+from tests.support.published_checkpoint import write_checkpoint
 
 HEADER = ("case", "diffusers", "imvar", "ratio", "spread", "memory, diffusers", "memory, imvar", "difference")
 

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 import imvar
-from imvar.models.compiled import Compiler
-from imvar.models.prepared import Prepared, Runner
 from imvar.pipeline.steps import decode
+from imvar.runtime.compiled import Compiler
+from imvar.runtime.precompute import Prepared, Runner
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHOTO = Path(__file__).resolve().parents[2] / "tests" / "photos" / "chelsea.jpg"

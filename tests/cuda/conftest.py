@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from reference.conftest import ours, ref, ref_folder
+
+from tests.reference.conftest import ours, ref, ref_folder
 
 __all__ = ["ours", "ref", "ref_folder"]
 

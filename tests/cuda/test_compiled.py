@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
-from random_checkpoint import tiny_pipeline
 
 import imvar
-from imvar.image import device
-from imvar.models import compiled, trial
+from imvar.image import clip_tensor as device
+from imvar.kernels import autotune as trial
+from imvar.runtime import compiled
+from tests.support.random_checkpoint import tiny_pipeline
 
 DTYPES = [torch.float32, torch.float16]
 

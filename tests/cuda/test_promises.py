@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from random_checkpoint import tiny_pipeline
 
 import imvar
+from tests.support.random_checkpoint import tiny_pipeline
 
 
 def made(pipe, photo, **options):

@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 import torch
-from random_checkpoint import tiny_pipeline
-from test_state import Stop
 
 import imvar
+from tests.promises.test_state import Stop
+from tests.support.random_checkpoint import tiny_pipeline
 
 WAYS = ["plain", "offload", "slicing"]
 

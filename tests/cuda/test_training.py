@@ -1,12 +1,12 @@
-"""Training on CUDA: compiled, in bfloat16, and with gradient checkpointing, as `scripts/train_default` does it."""
+"""Training on CUDA: compiled, in bfloat16, and with gradient checkpointing, as `scripts/train_emoji` does it."""
 
 import numpy as np
 import pytest
 import torch
-from train_default import autoencoder, diffusion, encoder, loop, naming
-from train_default.catalogue import codes
-from train_default.drawings import Drawings
-from train_default.networks import Namer
+from train_emoji import autoencoder, diffusion, encoder, loop, naming
+from train_emoji.catalogue import codes
+from train_emoji.drawings import Drawings
+from train_emoji.networks import Namer
 
 import imvar
 

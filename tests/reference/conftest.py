@@ -7,9 +7,16 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from random_checkpoint import PUBLISHED_SCHEDULER, TINY_CHECKER, TINY_ENCODER, TINY_UNET, TINY_VAE, randomize
 
 import imvar
+from tests.support.random_checkpoint import (
+    PUBLISHED_SCHEDULER,
+    TINY_CHECKER,
+    TINY_ENCODER,
+    TINY_UNET,
+    TINY_VAE,
+    randomize,
+)
 
 diffusers.utils.logging.set_verbosity(logging.CRITICAL)
 diffusers.utils.logging.disable_progress_bar()

@@ -5,10 +5,10 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from listed import agree
 
 import imvar
 from imvar.weights import convert
+from tests.support.expected_tensors import agree
 
 THEIRS = {
     "unet": diffusers.UNet2DConditionModel,

@@ -5,10 +5,10 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from random_checkpoint import TINY_CHECKER, TINY_ENCODER, TINY_UNET, TINY_VAE, randomize
 
 import imvar
 from imvar.config import plain
+from tests.support.random_checkpoint import TINY_CHECKER, TINY_ENCODER, TINY_UNET, TINY_VAE, randomize
 
 UNETS = {
     "tiny": {},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import imvar.schedulers
-from imvar.schedulers.tables import beta_quantile
+from imvar.schedulers.timesteps import beta_quantile
 
 NAMES = ["DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"]
 SPACINGS = ["leading", "linspace", "trailing"]

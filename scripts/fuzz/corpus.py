@@ -1,0 +1,127 @@
+"""Tiny checkpoints in every layout, to be spoilt: the same bytes every time, so that a case is the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import imvar
+from imvar import StableDiffusionImageVariationPipeline
+from imvar.weights import convert
+from imvar.weights.single_file import EMA, PREFIXED, RAW
+from tests.support.original_checkpoint import lightning, write
+from tests.support.random_checkpoint import randomize, tiny_pipeline
+
+LOADERS: dict[str, Any] = {
+    "unet": imvar.UNet2DConditionModel,
+    "vae": imvar.AutoencoderKL,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+    "scheduler": imvar.PNDMScheduler,
+    "feature_extractor": imvar.CLIPImageProcessor,
+}
+SMALL_VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+SMALLER = {
+    "unet": {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "norm_num_groups": 4,
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "layers_per_block": 1,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 2,
+        "sample_size": 8,
+    },
+    "vae": {"block_out_channels": (4,), "norm_num_groups": 2, "sample_size": 8, "layers_per_block": 1},
+    "image_encoder": SMALL_VISION | {"projection_dim": 8},
+    "safety_checker": {"vision_config": SMALL_VISION, "projection_dim": 8},
+}
+TELLING = {  # as small as parts can be whose tensors tell their settings: with the published groups and heads
+    "unet": {
+        "block_out_channels": (32,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "layers_per_block": 1,
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "cross_attention_dim": 8,
+    },
+    "vae": {"block_out_channels": (32,), "layers_per_block": 1},
+    "image_encoder": {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+        "patch_size": 4,
+        "projection_dim": 8,
+    },
+}
+
+
+def make(folder: Path) -> None:
+    """The parts in every layout, `folder/layout/part`, a pipeline, and original files, `folder/single/layout`."""
+    torch.manual_seed(0)
+    pipe = tiny_pipeline()
+    parts = dict(pipe.components) | {name: LOADERS[name](**settings) for name, settings in SMALLER.items()}
+    for layout, options in {
+        "safetensors": {},
+        "bin": {"safe_serialization": False},
+        "sharded": {"max_shard_size": "6KB"},
+    }.items():
+        for name, part in parts.items():
+            if layout == "safetensors" or isinstance(part, nn.Module):
+                part.save_pretrained(folder / layout / name, **options)
+    old = folder / "old" / "unet"
+    shutil.copytree(folder / "bin" / "unet", old)
+    weights = torch.load(old / "diffusion_pytorch_model.bin", weights_only=True)
+    torch.save(weights, old / "diffusion_pytorch_model.bin", _use_new_zipfile_serialization=False)
+    StableDiffusionImageVariationPipeline(**parts).save_pretrained(folder / "pipeline")
+    (folder / "original").mkdir()
+    held = {"epoch": 3, "state_dict": weights, "optimizer_states": [{"state": {0: torch.ones(3)}}], "hparams": None}
+    torch.save(held, folder / "original" / "nested.ckpt")
+    torch.save(weights, folder / "original" / "flat.pt")
+    save_file(weights, folder / "original" / "model.safetensors")
+    for name, content in originals().items():
+        (folder / "single" / name).mkdir(parents=True)
+        write(folder / "single" / name / "model.ckpt", content)
+    save_file(originals()["v2"]["state_dict"], folder / "single" / "v2" / "model.safetensors")
+    convert(folder / "pipeline", folder / "single" / "ours" / "model.safetensors", to="original")
+
+
+def originals() -> dict[str, dict[str, Any]]:
+    """What is in a file of each original layout."""
+    models = {name: randomize(LOADERS[name](**settings), 0).half() for name, settings in TELLING.items()}
+    named = {
+        naming: models[part].keymap.to_theirs(models[part].state_dict(), naming)
+        for part, namings in PREFIXED.items()
+        for naming in namings
+    }
+    (autoencoder,), (clip, hugging_face) = PREFIXED["vae"], PREFIXED["image_encoder"]
+    average = named[EMA] | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(9)}
+
+    def together(*several: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
+        return OrderedDict(item for tensors in several for item in tensors.items())
+
+    return {
+        "full": lightning(together(named[RAW], average, named[autoencoder], named[clip]), {}),
+        "ema_only": together(average, named[autoencoder], named[clip], {"betas": torch.ones(3)}),
+        "v2": {"state_dict": dict(together(named[RAW], named[autoencoder], named[hugging_face]))},
+        "vae": {
+            "state_dict": {
+                name.removeprefix(autoencoder.prefix): tensor for name, tensor in named[autoencoder].items()
+            },
+            "global_step": 3,
+        },
+    }

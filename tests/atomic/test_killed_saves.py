@@ -1,0 +1,200 @@
+"""A save is whole or not at all: killed, out of disk, out of luck."""
+
+import errno
+import itertools
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from imvar import CheckpointError
+from imvar.atomic import filesystem as swapping
+from imvar.weights import convert
+from tests.support.crashes import (
+    forked,
+    held,
+    killed_at_each_step,
+    mount,
+    nano_encoder,
+    nano_pipeline,
+    saved,
+    temporaries,
+)
+
+
+@pytest.fixture
+def in_two_steps(monkeypatch):
+    """A system that cannot exchange two folders."""
+    monkeypatch.setattr(swapping, "rename_exchange", lambda a, b: False)
+
+
+# Killed
+
+
+@pytest.mark.usefixtures("no_fsync")
+@pytest.mark.parametrize("kind", ["part", "pipeline"])
+def test_killed_anywhere(tmp_path, kind):
+    make = nano_encoder if kind == "part" else nano_pipeline
+    place, new = tmp_path / "place" / "model", make(1)
+    saved(make(0), tmp_path / "old", max_shard_size="1KB" if kind == "part" else "15KB")
+    (tmp_path / "old" / "README.md").write_text("mine")
+    before = held(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", place)
+    after = saved(new, place)
+    assert after["README.md"] == b"mine"
+    assert before.keys() - after.keys()
+    steps, seen = 0, set()
+    for killed in killed_at_each_step(lambda: new.save_pretrained(place), every=1 if kind == "part" else 10):
+        found = held(place)
+        assert found in (before, after)
+        steps += 1
+        seen.add(found == after)
+        if killed:
+            assert saved(new, place) == after
+            assert not temporaries(place.parent)
+            shutil.rmtree(place)
+            shutil.copytree(tmp_path / "old", place)
+    assert steps > 30
+    assert seen == {True, False}
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_killed_anywhere_before_there_is_a_folder(tmp_path):
+    place, new = tmp_path / "place" / "model", nano_encoder(1)
+    after = saved(new, place)
+    shutil.rmtree(place.parent)
+    for _ in killed_at_each_step(lambda: new.save_pretrained(place)):
+        assert not place.exists() or held(place) == after
+        shutil.rmtree(place.parent, ignore_errors=True)
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_killed_anywhere_among_files_of_others(tmp_path):
+    """Nothing is replaced, so the folder stays, and has no checkpoint before it has a whole one."""
+    place, new = tmp_path / "home", nano_encoder(1)
+    place.mkdir()
+    (place / "diary").write_text("mine")
+    inode = place.stat().st_ino
+    after = saved(new, tmp_path / "other") | {"diary": b"mine"}
+    whole = set()
+    for _ in killed_at_each_step(lambda: new.save_pretrained(place)):
+        whole.add("config.json" in (found := held(place)))
+        assert found == (after if "config.json" in found else {k: after[k] for k in found.keys() | {"diary"}})
+        for name in ("config.json", "model.safetensors"):
+            (place / name).unlink(missing_ok=True)
+    assert whole == {True, False}
+    assert place.stat().st_ino == inode
+    assert saved(new, place) == after
+    assert not temporaries(tmp_path)
+
+
+@pytest.mark.usefixtures("no_fsync", "in_two_steps")
+def test_killed_anywhere_without_an_exchange(tmp_path):
+    """For a moment there is no folder; the next save finds the old one."""
+    place, new = tmp_path / "place" / "model", nano_encoder(1)
+    before = saved(nano_encoder(0), tmp_path / "old") | {"README.md": b"mine"}
+    (tmp_path / "old" / "README.md").write_text("mine")
+    shutil.copytree(tmp_path / "old", place)
+    after, absent = saved(new, place), 0
+    for _ in killed_at_each_step(lambda: new.save_pretrained(place)):
+        absent += not place.exists()
+        assert not place.exists() or held(place) in (before, after)
+        assert saved(new, place) == after
+        assert not temporaries(place.parent)
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "old", place)
+    assert absent == 1
+
+
+@pytest.mark.usefixtures("in_two_steps")
+def test_an_old_folder_is_put_back(tmp_path, monkeypatch):
+    before = saved(nano_encoder(0), tmp_path / "model")
+    rename = os.rename
+
+    def refuse(source, target):
+        if Path(target).name == "model" and not source.name.endswith("0" * 16):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        nano_encoder(1).save_pretrained(tmp_path / "model")
+    assert held(tmp_path / "model") == before
+    assert not temporaries(tmp_path)
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_a_single_file_killed_anywhere(tmp_path):
+    """It is the old or the new one, and what is left goes with the next write of it."""
+    place = tmp_path / "place"
+    for seed in (0, 1):
+        nano_pipeline(seed).save_pretrained(tmp_path / str(seed))
+
+    def write(seed):
+        convert(tmp_path / str(seed), place / "model.safetensors", to="original")
+        return held(place)
+
+    after, before, seen = write(1), write(0), set()
+    for killed in killed_at_each_step(lambda: write(1), every=4):
+        found = {"model.safetensors": (place / "model.safetensors").read_bytes()}
+        assert found in (before, after)
+        seen.add(found == after)
+        if killed:
+            assert write(0) == before
+            assert [path.name for path in place.iterdir()] == ["model.safetensors"]
+    assert seen == {True, False}
+
+
+# Out of disk
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_disk_that_is_full(tmp_path, monkeypatch, safe):
+    before = saved(nano_pipeline(0), tmp_path / "model", safe_serialization=safe)
+
+    def full(handle):
+        if next(calls) >= allowed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for good in range(0, 20, 3):
+        calls, allowed = itertools.count(), good
+        with pytest.raises(CheckpointError, match=r"the disk is full; nothing was changed") as caught:
+            nano_pipeline(1).save_pretrained(tmp_path / "model", safe_serialization=safe)
+        assert caught.value.path.is_relative_to(tmp_path / "model")
+        assert held(tmp_path / "model") == before
+        assert not temporaries(tmp_path)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_file_that_cannot_grow(tmp_path, safe):
+    """The kernel ends a file in the middle of a tensor, in whichever of the formats."""
+    before = saved(nano_pipeline(0), tmp_path / "model", safe_serialization=safe)
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        with pytest.raises(CheckpointError, match=r"larger than is allowed here; nothing was changed") as caught:
+            nano_pipeline(1).save_pretrained(tmp_path / "model", safe_serialization=safe)
+        assert caught.value.path.parent.parent == tmp_path / "model"
+
+    assert forked(run) == 0
+    assert held(tmp_path / "model") == before
+    assert not temporaries(tmp_path)
+
+
+def test_a_small_disk(tmp_path):
+    """A file system with room for one checkpoint and a half."""
+
+    def run():
+        one = sum(map(len, saved(nano_pipeline(0), tmp_path / "measure").values()))
+        if not mount(b"tmpfs", "none", tmp_path, f"size={2 * one}".encode()):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        before = saved(nano_pipeline(0), tmp_path / "model")
+        with pytest.raises(CheckpointError, match=r"the disk is full|larger than is allowed"):
+            nano_pipeline(1).save_pretrained(tmp_path / "model")
+        assert held(tmp_path / "model") == before
+        assert not temporaries(tmp_path)
+
+    assert forked(run) == 0

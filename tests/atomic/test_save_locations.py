@@ -1,0 +1,176 @@
+"""Where a checkpoint can be saved, and how: links, mount points, folders of others, the current one."""
+
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import imvar
+from imvar import CheckpointError
+from imvar.atomic import filesystem as swapping
+from imvar.atomic import folder as folders
+from imvar.atomic.folder import replaced
+from tests.support.crashes import ROOT, equal, forked, held, mount, nano_encoder, nano_pipeline, saved, temporaries
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place, words in (
+        (tmp_path / "file", "a file"),
+        (tmp_path / "file" / "below", "a file is where a folder"),
+        (tmp_path / "file" / "far" / "below", "a file is where a folder"),
+    ):
+        for part in (nano_encoder(0), nano_pipeline(0), imvar.PNDMScheduler()):
+            with pytest.raises(CheckpointError, match=words) as caught:
+                part.save_pretrained(place)
+            assert caught.value.path.is_relative_to(tmp_path / "file")
+    assert held(tmp_path) == {"file": b"mine"}
+
+
+def test_permissions(tmp_path):
+    """Where only the folder itself may be written to, it is filled file by file; where not even that, it is refused."""
+    place, closed = tmp_path / "above" / "model", tmp_path / "open" / "closed"
+    for folder in (place, closed):
+        saved(nano_encoder(0), folder, max_shard_size="1KB")
+    after, before = saved(nano_encoder(1), tmp_path / "new"), held(closed)
+    for path in (*tmp_path.parents, tmp_path):
+        if ROOT and path.is_relative_to("/tmp") and path != Path("/tmp"):
+            path.chmod(0o755)
+    for path in tmp_path.rglob("*"):
+        if ROOT:
+            os.chown(path, 65534, 65534)
+    closed.chmod(0o555)
+    place.parent.chmod(0o555)
+
+    def run():
+        if ROOT:
+            os.setgid(65534)
+            os.setuid(65534)
+        inode = place.stat().st_ino
+        nano_encoder(1).save_pretrained(place)
+        assert place.stat().st_ino == inode
+        for folder in (closed, place.parent / "other"):
+            with pytest.raises(CheckpointError, match=r"no permission to write here; nothing was changed"):
+                nano_encoder(1).save_pretrained(folder)
+
+    try:
+        assert forked(run) == 0
+        assert held(place) == after
+        assert held(closed) == before
+        assert not temporaries(tmp_path)
+    finally:
+        place.parent.chmod(0o755)
+        closed.chmod(0o755)
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    before = saved(nano_encoder(0), tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "fresh").symlink_to("made")
+    for link in ("link", "fresh"):
+        nano_encoder(1).save_pretrained(tmp_path / link)
+        assert (tmp_path / link).is_symlink()
+        assert equal(nano_encoder(1).from_pretrained(tmp_path / link), nano_encoder(1))
+    assert held(tmp_path / "real") != before
+
+
+def test_links_to_files_are_replaced_not_followed(tmp_path):
+    """The hub's cache is made of such links; what they lead to may be part of other checkpoints."""
+    before = saved(nano_encoder(0), tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for name in before:
+        (tmp_path / "snapshot" / name).symlink_to(f"../blobs/{name}")
+    nano_encoder(1).save_pretrained(tmp_path / "snapshot")
+    assert held(tmp_path / "blobs") == before
+    assert equal(nano_encoder(1).from_pretrained(tmp_path / "snapshot"), nano_encoder(1))
+
+
+def in_place(folder, save):
+    """Whether a save, given what stands against replacing the folder, is right, leaves it its inode, and no more."""
+    saved(nano_pipeline(0), folder, max_shard_size="1KB")
+    (folder / "README.md").write_text("mine")
+    inode = folder.stat().st_ino
+    save(nano_pipeline(1))
+    assert held(folder) == saved(nano_pipeline(1), folder.parent / "other") | {"README.md": b"mine"}
+    assert not temporaries(folder.parent)
+    return folder.stat().st_ino == inode
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_where_the_folder_stays(tmp_path, monkeypatch):
+    assert not in_place(tmp_path / "a", lambda pipe: pipe.save_pretrained(tmp_path / "a"))
+    (tmp_path / "b" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "b" / "below")
+    assert in_place(tmp_path / "b", lambda pipe: pipe.save_pretrained(".."))
+    (tmp_path / "c").mkdir()
+    os.mkfifo(tmp_path / "c" / "pipe")
+    assert in_place(tmp_path / "c", lambda pipe: pipe.save_pretrained(tmp_path / "c"))
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "MANY", 3)
+        assert in_place(tmp_path / "d", lambda pipe: pipe.save_pretrained(tmp_path / "d"))
+    with monkeypatch.context() as patch:
+
+        def refuse(*paths):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        patch.setattr(os, "link", refuse)
+        assert in_place(tmp_path / "e", lambda pipe: pipe.save_pretrained(tmp_path / "e"))
+    with monkeypatch.context() as patch:
+        patch.setattr(swapping, "rename_exchange", refuse)
+        assert in_place(tmp_path / "f", lambda pipe: pipe.save_pretrained(tmp_path / "f"))
+
+
+IN_THE_WAY = {
+    "a folder is where a file should be": lambda vae: [(vae / "config.json").unlink(), (vae / "config.json").mkdir()],
+    "a file is where a folder should be": lambda vae: [shutil.rmtree(vae), vae.write_text("mine")],
+    "no permission to write here": lambda vae: None,
+}
+
+
+@pytest.mark.parametrize("words", IN_THE_WAY)
+def test_where_files_move_in_one_by_one_all_is_looked_at_first(tmp_path, monkeypatch, words):
+    """What somebody else put in the way of the last one meanwhile is seen before the first has taken its place."""
+
+    def save(folder):
+        with replaced(folder) as new:
+            nano_pipeline(1).save_pretrained(new)
+            IN_THE_WAY[words](folder / "vae")
+            before.append(held(folder))
+
+    before = []
+    saved(nano_pipeline(0), tmp_path / "a")
+    monkeypatch.setattr(folders, "MANY", 1)  # more than this many are not taken over, but moved in
+    if words.startswith("no"):
+        monkeypatch.setattr(folders, "writable", lambda path: path.name != "vae")
+    with pytest.raises(CheckpointError, match=f"{words}; nothing was changed"):
+        save(tmp_path / "a")
+    assert held(tmp_path / "a") == before[0]
+
+
+@pytest.mark.parametrize("kind", [b"tmpfs", None], ids=["another", "bind"])
+@pytest.mark.parametrize("where", ["model", "model/unet", "model/data set/x"])
+def test_mount_points(tmp_path, kind, where):
+    (tmp_path / where).mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    mine = {"model": {"mine": b"mine"}, "model/unet": {"unet/mine": b"mine"}}.get(where, {})
+
+    def run():
+        if not mount(kind, tmp_path / "elsewhere", place := tmp_path / where):
+            folders.mounted = lambda folder, within=False: place == folder or (within and place.is_relative_to(folder))
+        if mine:
+            (tmp_path / where / "mine").write_text("mine")
+        made = []
+        sys.addaudithook(lambda event, args: made.append(Path(args[0])) if event == "os.mkdir" else None)
+        nano_pipeline(0).save_pretrained(tmp_path / "model", max_shard_size="1KB")
+        inode = (tmp_path / where).stat().st_ino
+        after = saved(nano_pipeline(1), tmp_path / "model")
+        assert (tmp_path / where).stat().st_ino == inode
+        # whether it was written beside the folder, rather than inside, on the same file system
+        assert any(path.parent == tmp_path and ".tmp-" in path.name for path in made) == (where != "model")
+        assert after == saved(nano_pipeline(1), tmp_path / "other") | mine
+        assert not temporaries(tmp_path)
+
+    assert forked(run) == 0

@@ -1,0 +1,178 @@
+"""What a save replaces, what it leaves alone, in which order, and when it is on disk."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from imvar.atomic.folder import replaced
+from imvar.weights.hub import write_text
+from tests.support.crashes import equal, forked, held, nano_encoder, nano_pipeline, saved, temporaries
+
+
+def test_what_a_save_does_not_replace_stays(tmp_path):
+    place = tmp_path / "model"
+    nano_pipeline(0).save_pretrained(place)
+    nano_pipeline(2).save_pretrained(place, variant="fp16")
+    mine = {"README.md": "mine", ".git/objects/ab/cd": "object", "unet/notes": "mine", "logs/log": "one "}
+    for name, text in mine.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    (place / "link").symlink_to("unet/notes")
+    (place / "astray").symlink_to("../nowhere")
+    (place / "README.md").chmod(0o640)
+    place.chmod(0o750)
+    (place / "logs").chmod(0o700)
+    before = held(place)
+    with (place / "logs" / "log").open("a") as log:
+        nano_pipeline(1).save_pretrained(place)
+        log.write("two")
+    after = held(place)
+    assert after.pop("logs/log") == b"one two"
+    kept = {name for name in after if before[name] == after[name]}
+    assert kept >= {
+        "README.md",
+        ".git/objects/ab/cd",
+        "unet/notes",
+        "link",
+        "astray",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    }
+    assert {"scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"} <= after.keys() - kept
+    assert [(place / name).stat().st_mode & 0o777 for name in ("", "logs", "README.md")] == [0o750, 0o700, 0o640]
+    assert {path.stat().st_nlink for path in place.rglob("*") if path.is_file()} == {1}
+    assert not temporaries(tmp_path)
+
+
+def test_the_folder_that_the_weights_are_mapped_from(tmp_path):
+    before = nano_encoder(0)
+    before.save_pretrained(tmp_path)
+    model = before.from_pretrained(tmp_path)
+    other = before.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.proj.weight += 1
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert equal(other, before)
+    assert equal(before.from_pretrained(tmp_path), model)
+
+
+def test_permission_bits_follow_the_umask(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        nano_pipeline(0).save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o750}
+
+
+def test_a_block_that_fails_changes_nothing(tmp_path):
+    def fail():
+        with replaced(tmp_path / "new" / "folder") as new:
+            (new / "file").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not list((tmp_path / "new").iterdir())
+
+
+# While something else is going on
+
+
+class Foreign:
+    """A part of another library, which writes to its files in place."""
+
+    def __init__(self, meanwhile=lambda: None):
+        self.config, self.meanwhile = {}, meanwhile
+
+    def save_pretrained(self, folder, **options):
+        Path(folder).mkdir(exist_ok=True)
+        with open(Path(folder) / "preprocessor_config.json", "r+") as file:
+            assert file.read()
+            file.seek(0)
+            file.write("{}        ")
+        self.meanwhile()
+
+
+def test_parts_that_write_in_place(tmp_path):
+    place = tmp_path / "model"
+    before = saved(nano_pipeline(0), place)
+
+    def fail():
+        raise RuntimeError("too bad")
+
+    with pytest.raises(RuntimeError, match="too bad"):
+        nano_pipeline(1, feature_extractor=Foreign(fail)).save_pretrained(place)
+    assert held(place) == before
+    nano_pipeline(1, feature_extractor=Foreign()).save_pretrained(place)
+    assert (place / "feature_extractor" / "preprocessor_config.json").read_text().startswith("{}")
+
+
+def test_what_comes_while_saving_stays(tmp_path):
+    place = tmp_path / "model"
+    nano_pipeline(0).save_pretrained(place)
+    (place / "progress").write_text("1 of 2")
+
+    def others():
+        (place / "logs" / "deep").mkdir(parents=True)
+        (place / "logs" / "deep" / "log").write_text("new")
+        (place / "unet" / "notes").write_text("new")
+        write_text(place / "progress", "2 of 2")
+        write_text(place / "model_index.json", "of a save that did not wait")
+
+    after = saved(nano_pipeline(1, feature_extractor=Foreign(others)), place)
+    assert (after["logs/deep/log"], after["unet/notes"], after["progress"]) == (b"new", b"new", b"2 of 2")
+    assert json.loads(after["model_index.json"])
+    assert not temporaries(tmp_path)
+
+
+# In which order
+
+
+def test_the_files_that_name_others_come_last(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "diary").write_text("mine")
+
+    def run():
+        moved = []
+        sys.addaudithook(lambda event, args: moved.append(args) if event == "os.rename" else None)
+        nano_pipeline(0).save_pretrained(tmp_path / "model", max_shard_size="15KB")
+        places = [
+            Path(target).relative_to(tmp_path / "model")
+            for _, target, *_ in moved
+            if "tmp" not in str(target).removeprefix(str(tmp_path))
+        ]
+        assert places[-1] == Path("model_index.json")
+        assert [path.suffix == ".json" for path in places] == sorted(path.suffix == ".json" for path in places)
+        assert len(places) > 10
+
+    assert forked(run) == 0
+
+
+def test_nothing_gets_its_name_before_it_is_on_disk(tmp_path):
+    """After a power failure a file that was renamed but not synchronised may be empty."""
+    nano_encoder(0).save_pretrained(tmp_path / "model")
+
+    def run():
+        fsync, synced, wanting = os.fsync, set(), []
+        os.fsync = lambda handle: (fsync(handle), synced.add(os.fstat(handle).st_ino))
+
+        def hook(event, args):
+            if event == "os.rename" and os.stat(args[0]).st_ino not in synced:
+                wanting.append(args)
+            if event == "ctypes.dlopen":  # on the way to the exchange
+                (new,) = tmp_path.glob(".model.tmp-*[0-9a-f]")
+                wanting.extend(path for path in [new, *new.rglob("*")] if path.stat().st_ino not in synced)
+
+        sys.addaudithook(hook)
+        nano_encoder(1).save_pretrained(tmp_path / "model")
+        assert len(synced) == 4  # two files, the new folder, the one above
+        assert not wanting
+
+    assert forked(run) == 0

@@ -1,0 +1,330 @@
+"""The command line, on a tiny checkpoint with random weights."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+import imvar
+from imvar import cli
+from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, Row, contact_sheet, fitted, size_on_sheet
+from imvar.image.load_image import distinct, load_image
+from imvar.weights import convert
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "a photo.jpg"
+    Image.radial_gradient("L").convert("RGB").resize((90, 60)).save(path)
+    return path
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """Runs `imvar vary` with these arguments, in two steps and float32; the pictures go to tmp_path/out."""
+
+    def run(*args, out="out", common=("--steps", "2", "--dtype", "float32", "--device", "cpu")):
+        return cli.main(["vary", "--checkpoint", str(checkpoint), "-o", str(tmp_path / out), *common, *map(str, args)])
+
+    return run
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_one_file_a_variation_and_a_contact_sheet(run, photo, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    other = tmp_path / "b" / "A PHOTO.png"
+    Image.new("RGB", (40, 80), "teal").save(other)
+    assert run(photo, other, "-n", 3, "--seed", 7, "--size", "64x96") == 0
+    names = [f"{name}-{seed}.png" for name in ("a photo", "A PHOTO-2") for seed in (7, 8, 9)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*names, "contact-sheet.png"])
+    assert {Image.open(tmp_path / "out" / name).size for name in names} == {(96, 64)}
+    said = capsys.readouterr().out.splitlines()
+    assert [line.rsplit("/")[-1] for line in said[:-1]] == names
+    assert "contact-sheet.png" in said[-1]
+
+
+def test_a_seed_makes_the_same_picture_alone_and_among_others(run, photo, tmp_path):
+    """To the bit in batches of one size; else up to the rounding of a batch of another size, here one level."""
+    run(photo, "-n", 3, "--seed", 5)
+    run(photo, "-n", 1, "--seed", 6, out="alone")
+    run(photo, "-n", 2, "--seed", 6, "--batch", 1, out="singly")
+    name = "a photo-6.png"
+    alone, singly = pixels(tmp_path / "alone" / name), pixels(tmp_path / "singly" / name)
+    assert np.array_equal(alone, singly)
+    assert np.abs(alone - pixels(tmp_path / "out" / name)).max() <= 1
+    assert np.abs(alone - pixels(tmp_path / "out" / "a photo-5.png")).max() > 50
+
+
+def test_pictures_are_those_of_the_pipeline(run, checkpoint, photo, tmp_path):
+    run(photo, "-n", 2, "--guidance", 2, "--scheduler", "lms")
+    pipe = imvar.StableDiffusionImageVariationPipeline.from_pretrained(checkpoint)
+    pipe.scheduler = imvar.LMSDiscreteScheduler.from_config(pipe.scheduler.config)
+    made = pipe(
+        Image.open(photo),
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+    )
+    for seed, picture in enumerate(made.images):
+        assert np.abs(pixels(tmp_path / "out" / f"a photo-{seed}.png") - np.asarray(picture)).max() <= 1
+
+
+def test_an_original_file_is_a_checkpoint(run, checkpoint, photo, tmp_path, capsys):
+    file = tmp_path / "original.safetensors"
+    convert(checkpoint, file, to="original")
+    assert run(photo, "-n", "1") == run(photo, "-n", "1", "--checkpoint", file, out="other") == 0
+    assert "no safety checker" in capsys.readouterr().err
+    assert (pixels(tmp_path / "out" / "a photo-0.png") == pixels(tmp_path / "other" / "a photo-0.png")).all()
+
+
+def test_ddim_does_not_clip(checkpoint):
+    pipe = cli.load(str(checkpoint), None, "ddim", torch.float32)
+    assert type(pipe.scheduler) is imvar.DDIMScheduler
+    assert pipe.scheduler.config.clip_sample is False
+    assert pipe.scheduler.config.steps_offset == 1
+    assert type(cli.load(str(checkpoint), None, None, torch.float32).scheduler) is imvar.PNDMScheduler
+
+
+def test_flagged_pictures_are_reported(run, photo, tmp_path, capsys, monkeypatch):
+    def check(self, images, clip_input):
+        return images * torch.tensor([1.0, 0.0])[:, None, None, None], [False, True]
+
+    monkeypatch.setattr(imvar.StableDiffusionSafetyChecker, "forward", check)
+    assert run(photo, "-n", 2) == 0
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith("a photo-0.png")
+    assert second.endswith("a photo-1.png, flagged by the safety checker and made black")
+    assert not pixels(tmp_path / "out" / "a photo-1.png").any()
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere.jpg"], "nowhere.jpg: no such file"),
+        ([__file__], "not a picture that can be read; a JPEG, PNG or WebP"),
+        (["PHOTO", "--dtype", "float16"], "about a hundred times slower"),
+        (["PHOTO", "--device", "meta"], "--device meta"),
+        (["PHOTO", "--device", "gpu"], "--device gpu"),
+        (["PHOTO", "--steps", "1001"], "num_inference_steps"),
+        (["PHOTO", "-o", __file__], "is, or lies in, a file"),
+        (["PHOTO", "--revision", "v1.0"], "has no revisions"),
+        (["PHOTO", "--checkpoint", "/no/where"], "/no/where: no such folder"),
+    ],
+)
+def test_a_job_that_cannot_be_done(run, photo, args, message, capsys):
+    assert run(*[photo if arg == "PHOTO" else arg for arg in args]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("imvar: ")
+    assert message in said
+
+
+def test_photos_are_read_before_the_checkpoint(run, photo, tmp_path, capsys):
+    photo.write_bytes(photo.read_bytes()[:400])
+    assert run(photo, "--checkpoint", "/no/where") == 1
+    assert "a photo.jpg" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_photo_is_never_written_over(run, photo, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    for name in ("a photo-1.png", "contact-sheet.png"):
+        other = tmp_path / "out" / name
+        Image.new("RGB", (32, 32), "teal").save(other)
+        assert run(photo, other) == 1
+        assert f"{name}: is one of the photos" in capsys.readouterr().err
+        assert Image.open(other).size == (32, 32)
+
+
+def test_a_second_name_of_a_photo_keeps_it(run, photo, tmp_path):
+    (tmp_path / "out").mkdir()
+    other = tmp_path / "out" / "a photo-0.png"
+    other.hardlink_to(photo)
+    before = photo.read_bytes()
+    assert run(photo, "-n", 1) == 0
+    assert photo.read_bytes() == before
+    assert Image.open(other).size == (128, 128)
+
+
+def test_a_picture_is_written_whole_or_not_at_all(run, photo, tmp_path, capsys, monkeypatch):
+    assert run(photo, "-n", 1) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(self, place, format):
+        place.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run(photo, "-n", 1, "--seed", 0, "--guidance", 1) == 1
+    assert "a photo-0.png: cannot be written: the disk is full; nothing was changed" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+
+
+def test_where_nothing_can_be_written_nothing_is_made(run, photo, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out" / "contact-sheet.png").mkdir(parents=True)
+    assert run(photo) == 1
+    assert "contact-sheet.png: is a folder" in capsys.readouterr().err
+    monkeypatch.setattr(cli.os, "access", lambda place, mode: place != tmp_path)
+    assert run(photo, out="other/inner") == 1
+    assert f"there is no permission to write in {tmp_path}" in capsys.readouterr().err
+    assert not any(path.is_file() for path in tmp_path.rglob("*.png"))
+
+
+def test_a_machine_with_too_little_memory(run, photo, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "load", lambda *_: torch.empty(2**60))
+        assert run(photo) == 1
+    assert capsys.readouterr().err.startswith("imvar: out of memory: --batch 1")
+
+
+def test_a_name_that_the_terminal_cannot_write(run, photo, tmp_path):
+    fox = photo.rename(tmp_path / "🦊.jpg")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "imvar",
+            "vary",
+            str(fox),
+            "--checkpoint",
+            "imvar-emoji",
+            "-n",
+            "1",
+            "--steps",
+            "1",
+            "-o",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+    )
+    assert b"\\U0001f98a-0.png" in done.stdout
+    assert (tmp_path / "out" / "🦊-0.png").exists()
+
+
+def test_no_network_and_no_copy(photo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["vary", str(photo), "-o", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for words in ("lambdalabs/sd-image-variations-diffusers (revision v2.0)", "connect once", "--checkpoint FOLDER"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["draw"],
+        ["vary"],
+        ["vary", "x.jpg", "--scheduler", "euler"],
+        ["vary", "x.jpg", "--size", "500"],
+        ["vary", "x.jpg", "--size", "64x64x64"],
+        ["vary", "x.jpg", "-n", "0"],
+        ["vary", "x.jpg", "--seed", "-1"],
+        ["vary", "x.jpg", "--steps", "2.5"],
+    ],
+    ids=" ".join,
+)
+def test_a_job_that_is_not_understood(args, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(args)
+    assert left.value.code == 2
+    assert "usage: imvar" in capsys.readouterr().err
+
+
+# ---- pieces
+
+
+def test_as_a_module():
+    run = subprocess.run([sys.executable, "-m", "imvar", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"imvar {imvar.__version__}\n"
+
+
+def test_half_precision_only_where_it_is_fast(monkeypatch):
+    cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(cli, "has_bfloat16", lambda native=native: native)
+        assert cli.pick_dtype("auto", cpu) is dtype
+    assert cli.pick_dtype("auto", cuda) is torch.float16
+    assert cli.pick_dtype("auto", mps) is torch.float32
+    assert cli.pick_dtype("bfloat16", cpu) is torch.bfloat16
+
+
+def test_photos_stand_upright(tmp_path):
+    """A picture dark at its top, to be turned a quarter clockwise, is dark at its right."""
+    path, exif = tmp_path / "turned.jpg", Image.Exif()
+    exif[0x0112] = 6
+    Image.linear_gradient("L").resize((40, 20)).save(path, exif=exif)
+    image = load_image(path)
+    assert (image.size, image.mode) == ((20, 40), "RGB")
+    assert image.getpixel((0, 20)) > (200,) * 3
+    assert image.getpixel((19, 20)) < (50,) * 3
+
+
+def test_distinct_names():
+    assert distinct(["a", "b", "A", "a", "a-2"]) == ["a", "b", "A-2", "a-3", "a-2-2"]
+
+
+def test_text_is_shortened_to_fit():
+    font = ImageFont.load_default(13)
+    assert fitted("short", font, 100) == "short"
+    short = fitted("w" * 99, font, 100)
+    assert font.getlength(short) <= 100 < font.getlength("w" + short)
+
+
+@pytest.mark.parametrize(
+    ("size", "on_sheet"),
+    [
+        ((64, 64), (256, 256)),
+        ((96, 64), (192, 128)),
+        ((40, 100), (80, 200)),
+        ((256, 128), (256, 128)),
+        ((300, 200), (256, 171)),
+        ((512, 512), (256, 256)),
+    ],
+)
+def test_small_pictures_grow_by_a_whole_factor(size, on_sheet):
+    assert size_on_sheet(Image.new("RGB", size)) == on_sheet
+
+
+def test_size_of_the_contact_sheet():
+    picture = Image.new("RGB", (384, 256), "teal")
+    rows = [
+        Row("wide", Image.new("RGB", (300, 100)), [("", picture)] * 3),
+        Row("tall", Image.new("RGB", (100, 300)), [("", picture)]),
+    ]
+    height = SIDE * 256 // 384 + 1
+    sheet = contact_sheet(rows, "a footer that is too long " * 99)
+    assert sheet.width == MARGIN + 3 * height // 2 + GUTTER + 3 * SIDE + 2 * GAP + MARGIN
+    assert sheet.height == MARGIN + 2 * (height + CAPTION + GAP) + CAPTION + MARGIN // 2
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("black", "flagged by the safety checker and made black\n"),
+        ("blur", "flagged by the safety checker and blurred\n"),
+        ("keep", "flagged by the safety checker\n"),
+    ],
+)
+def test_what_becomes_of_flagged_pictures(run, photo, tmp_path, capsys, monkeypatch, how, said):
+    plain = imvar.StableDiffusionSafetyChecker.scores
+    monkeypatch.setattr(imvar.StableDiffusionSafetyChecker, "scores", lambda *args: tuple(s + 3 for s in plain(*args)))
+    assert run(photo, "-n", 1, "--on-flagged", how) == 0
+    assert said in capsys.readouterr().out
+    assert pixels(tmp_path / "out" / "a photo-0.png").any() == (how != "black")

@@ -1,0 +1,273 @@
+"""Checkpoints that cannot be converted: the tensor and the file are named, and nothing is left where nothing was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import weights_convert
+from imvar import CheckpointError, ImvarError
+from imvar.weights import convert
+from tests.support.expected_tensors import bytes_in
+
+FLOAT8 = torch.float8_e4m3fn
+RAW, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
+
+
+def rewrite(file, change):
+    """Have `change` alter the tensors of a file, which keeps its settings."""
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata)
+
+
+def put(name, value):
+    def change(tensors):
+        tensors[name].view(-1)[-1] = value
+
+    return change
+
+
+def both(one, other):
+    """A second copy, in another spelling."""
+    return lambda tensors: tensors.update({other: tensors[one].clone()})
+
+
+FAULTS = [  # what is done to an original file, and what is said
+    (lambda t: t.pop(f"{RAW}time_embed.0.bias"), f"1 tensor missing: {RAW}time_embed.0.bias"),
+    (
+        lambda t: t.pop(f"{CLIP}visual.transformer.resblocks.1.attn.in_proj_bias"),
+        f"1 tensor missing: {CLIP}visual.transformer.resblocks.1.attn.in_proj_bias",
+    ),
+    (lambda t: t.update({f"{VAE}encoder.extra": torch.ones(1)}), f"1 unknown tensor: {VAE}encoder.extra"),
+    (
+        lambda t: t.update({f"{CLIP}visual.text_projection": torch.ones(1)}),
+        f"1 unknown tensor: {CLIP}visual.text_projection",
+    ),
+    (lambda t: t.update({"control_model.x": torch.ones(1)}), "1 unknown tensor: control_model.x"),
+    (lambda t: t.update({f"{RAW}out.2.bias": torch.ones(5)}), f"{RAW}out.2.bias: has shape (5,) in the file, (4,) by"),
+    (lambda t: t.update({f"{CLIP}visual.proj": t[f"{CLIP}visual.proj"].mT.contiguous()}), "visual.proj: has shape"),
+    (lambda t: t.update({f"{VAE}quant_conv.bias": torch.ones(8).char()}), "quant_conv.bias: is of torch.int8"),
+    (put(f"{VAE}decoder.mid.attn_1.q.weight", float("nan")), "decoder.mid.attn_1.q.weight: has NaN"),
+    (put(f"{CLIP}visual.transformer.resblocks.0.attn.in_proj_weight", float("-inf")), "attn.in_proj_weight: has NaN"),
+    (
+        lambda t: t.update({f"cond_stage_model.transformer.{name}": torch.ones(1) for name in ("vision_model.x",)}),
+        "the image_encoder is there twice",
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[words for _, words in FAULTS])
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_originals(small, tmp_path, capsys, fault, to):
+    change, words = fault
+    file = shutil.copy(small, tmp_path / "file.safetensors")
+    rewrite(file, change)
+    target = tmp_path / ("new.safetensors" if to == "original" else "new")
+    assert weights_convert.main([str(file), str(target), "--to", to]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert words in said
+    assert str(file) in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"]
+
+
+Fault = namedtuple("Fault", "part change options words")
+IN_FOLDERS = [
+    Fault("unet", lambda t: t.pop("conv_in.bias"), {}, "1 tensor missing: conv_in.bias"),
+    Fault(
+        "vae",
+        both("encoder.mid_block.attentions.0.to_q.bias", "encoder.mid_block.attentions.0.query.bias"),
+        {},
+        "to_q.bias and encoder.mid_block.attentions.0.query.bias: the same tensor is there twice",
+    ),
+    Fault(
+        "safety_checker",
+        both("vision_model.pre_layrnorm.bias", "vision_model.vision_model.pre_layrnorm.bias"),
+        {},
+        "vision_model.vision_model.pre_layrnorm.bias: the same tensor is there twice",
+    ),
+    Fault("unet", put("conv_out.weight", float("inf")), {}, "conv_out.weight: has NaN or infinite"),
+    Fault("unet", put("conv_out.weight", -65536.0), {"dtype": "fp16"}, "conv_out.weight of "),
+    Fault("unet", put("conv_out.weight", 3.4e38), {"dtype": "bf16"}, "up to 3.4e+38, beyond torch.bfloat16"),
+    Fault("safety_checker", put("concept_embeds_weights", float("nan")), {}, "concept_embeds_weights: has NaN"),
+    Fault(
+        "vae",
+        lambda t: t.update({"quant_conv.bias": torch.full((8,), float("nan")).to(FLOAT8)}),
+        {},
+        "quant_conv.bias: has NaN",
+    ),
+    Fault("vae", lambda t: t.update({"quant_conv.bias": torch.ones(8, dtype=torch.complex64)}), {}, "complex64"),
+]
+
+
+@pytest.mark.parametrize("fault", IN_FOLDERS, ids=lambda fault: f"{fault.part}: {fault.words}")
+def test_folders(checkpoint, tmp_path, fault):
+    """The target is there already, and stays as it is to the byte."""
+    source, target = shutil.copytree(checkpoint, tmp_path / "source"), shutil.copytree(checkpoint, tmp_path / "target")
+    before = bytes_in(target)
+    (file,) = (source / fault.part).glob("*.safetensors")
+    rewrite(file, fault.change)
+    with pytest.raises(ImvarError) as caught:
+        convert(source, target, **fault.options)
+    assert fault.words in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert bytes_in(target) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_eight_bits_are_as_good_as_others(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    (file,) = (source / "vae").glob("*.safetensors")
+    rewrite(file, lambda tensors: tensors.update({"quant_conv.bias": torch.full((8,), 0.5).to(FLOAT8)}))
+    convert(source, tmp_path / "kept", part="vae", verify=True)
+    convert(source, tmp_path / "wide", part="vae", dtype="fp32", verify=True)
+    kept, wide = (load_file(tmp_path / name / "vae" / file.name)["quant_conv.bias"] for name in ("kept", "wide"))
+    assert (kept.dtype, wide.tolist()) == (FLOAT8, [0.5] * 8)
+
+
+@pytest.mark.parametrize(
+    "swapped",
+    [("unet", "vae"), ("vae", "unet"), ("safety_checker", "image_encoder"), ("image_encoder", "safety_checker")],
+    ids=" for ".join,
+)
+def test_another_parts_weights(checkpoint, tmp_path, swapped):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    (file,), (other,) = ((source / part).glob("*.safetensors") for part in swapped)
+    file.write_bytes(other.read_bytes())
+    with pytest.raises(ImvarError, match=f"look like the weights of another part, the {swapped[1]}") as caught:
+        convert(source, tmp_path / "target")
+    assert caught.value.path == file
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<!doctype html><p>Not found", "web page"),
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git-lfs pointer"),
+        (b"\x80\x02}.", "cannot be read"),
+        (b"PK\x03\x04 and then nothing", "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "unet/diffusion_pytorch_model.bin"])
+def test_sources_that_are_no_checkpoint(tmp_path, capsys, name, content, words):
+    file = tmp_path / "source" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    (file.parent / "config.json").write_text("{}")
+    source = file if file.name == "x.ckpt" or file.name == "x.safetensors" else tmp_path / "source"
+    assert weights_convert.main([str(source), str(tmp_path / "target")]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert str(file) in said
+    assert words in said
+    assert not (tmp_path / "target").exists()
+
+
+def test_folders_that_hold_nothing_known(tmp_path):
+    with pytest.raises(ImvarError, match="holds neither parts of a checkpoint"):
+        convert(tmp_path, tmp_path / "target")
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(ImvarError, match="holds no weights"):
+        convert(tmp_path, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["unet"]
+
+
+def test_a_source_without_a_part_that_it_names(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    shutil.rmtree(source / "vae")
+    with pytest.raises(CheckpointError, match=r"vae, which is not there; fill=") as caught:
+        convert(source, tmp_path / "target")
+    assert (caught.value.path, caught.value.key) == (source / "model_index.json", "vae")
+    assert not (tmp_path / "target").exists()
+    convert(source, tmp_path / "unet", part="unet")
+    convert(source, tmp_path / "target", fill=checkpoint)
+    assert bytes_in(tmp_path / "target") == bytes_in(checkpoint)
+
+
+def test_no_part_stands_beside_those_of_another_checkpoint(small, checkpoint, tmp_path):
+    target = shutil.copytree(checkpoint, tmp_path / "target")
+    before = bytes_in(target)
+    with pytest.raises(CheckpointError, match="is there from another checkpoint") as caught:
+        convert(small, target)
+    assert caught.value.path == target / "safety_checker"
+    assert bytes_in(target) == before
+
+
+def test_folders_that_no_index_names_are_told(checkpoint, tmp_path):
+    source, said = shutil.copytree(checkpoint, tmp_path / "source"), []
+    shutil.copytree(source / "unet", source / "unet_ema")
+    convert(source, tmp_path / "target", say=said.append)
+    assert "  left where they are: unet_ema" in said
+    assert not (tmp_path / "target" / "unet_ema").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "would_do"),
+    [
+        (1e5, "fp16", "bf16 or fp32 would do"),
+        (3.4028e38, "bf16", "; fp32 would do"),
+        (1e300, "fp32", "; keep would do"),
+    ],
+)
+def test_what_would_hold_a_value_is_told(checkpoint, tmp_path, value, dtype, would_do):
+    source = shutil.copytree(checkpoint / "vae", tmp_path / "vae")
+    file = source / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"quant_conv.bias": torch.full((8,), value, dtype=torch.float64)}, file)
+    with pytest.raises(ImvarError, match=would_do):
+        convert(source, tmp_path / "out", dtype=dtype)
+
+
+def test_a_full_disk_is_noticed_beforehand(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1_000_000))
+    with pytest.raises(ImvarError, match="1000000 are free on that disk; nothing was written"):
+        convert(small, tmp_path / "a" / "b")
+    convert(small, tmp_path / "half", dtype="fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+
+
+def test_stopped_in_the_middle(small, checkpoint, tmp_path, monkeypatch, capsys):
+    """By Ctrl-C, in the last of the files."""
+    target = shutil.copytree(checkpoint, tmp_path / "target")
+    before = bytes_in(target)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imvar.conversion.layouts.index_text", stop)
+    assert weights_convert.main([str(small), str(target), "--fill", str(checkpoint)]) == 130
+    assert "as it was" in capsys.readouterr().err
+    assert bytes_in(target) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"_class_name": "UNet2DConditionModel"}, {"architectures": ["BertModel"]}], ids=str
+)
+def test_settings_that_are_of_something_else(published, tmp_path, settings):
+    """A download folder may hold anybody's config.json: it is passed over there, and refused where it is named."""
+    file = shutil.copy(published / "image_encoder/model.safetensors", tmp_path / "encoder.safetensors")
+    convert(file, tmp_path / "alone")
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_act": "gelu", "num_attention_heads": 8}))
+    convert(file, tmp_path / "beside")
+    assert bytes_in(tmp_path / "beside") == bytes_in(tmp_path / "alone")
+    for source in (file, published / "image_encoder"):
+        with pytest.raises(ImvarError, match=r"config\.json: holds the settings of a .*, not of the image_encoder"):
+            convert(source, tmp_path / "named", config=tmp_path)
+    assert not (tmp_path / "named").exists()
+
+
+def test_a_folder_whose_parts_are_all_none(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"unet": [null, null]}')
+    with pytest.raises(CheckpointError, match="holds no part of a checkpoint"):
+        convert(tmp_path, tmp_path / "out")

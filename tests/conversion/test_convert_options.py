@@ -1,0 +1,313 @@
+"""What a conversion is asked for and what it says: parts, dtypes, settings, targets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import imvar
+from imvar import CheckpointError, StableDiffusionImageVariationPipeline
+from imvar.weights import convert
+from tests.support.expected_tensors import agree, bytes_in, stored
+from tests.support.published_checkpoint import FILES
+from tests.support.random_checkpoint import TINY_ENCODER
+
+PARTS = {
+    "unet": imvar.UNet2DConditionModel,
+    "vae": imvar.AutoencoderKL,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# Which tensors, as what
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_dtypes(converted, checkpoint, tmp_path, to, dtype):
+    """From half and single precision."""
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    convert(converted["full"], source, part="image_encoder")
+    wanted = {
+        part: {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+        for part, tensors in stored(source).items()
+    }
+    convert(
+        source, tmp_path / "new.safetensors" if to == "original" else tmp_path / "new", to=to, dtype=dtype, verify=True
+    )
+    if to == "original":
+        convert(tmp_path / "new.safetensors", tmp_path / "new")
+        del wanted["safety_checker"]
+    assert agree(stored(tmp_path / "new"), wanted)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_one_part(checkpoint, tmp_path, part):
+    """Out of a whole folder, from its own folder, and from its file beside its settings: the same."""
+    file = checkpoint / part / FILES[part][2]
+    for i, source in enumerate((checkpoint, checkpoint / part, file)):
+        options = {"part": part} if source != checkpoint / part else {}
+        report = convert(source, tmp_path / str(i), **options)
+        assert list(report.parts) == [part]
+        assert [path.name for path in (tmp_path / str(i)).iterdir()] == [part]
+        assert bytes_in(tmp_path / str(i)) == bytes_in(tmp_path / "0")
+    before, after = (PARTS[part].from_pretrained(folder / part) for folder in (checkpoint, tmp_path / "0"))
+    assert agree({"": before.state_dict()}, {"": after.state_dict()})
+
+
+@pytest.mark.parametrize(
+    ("part", "ending"),
+    [("unet", ".pt"), ("vae", ".safetensors"), ("image_encoder", ".bin"), ("safety_checker", ".ckpt")],
+)
+def test_a_state_dict_of_ours_alone(published, tmp_path, part, ending):
+    """No settings beside it: the tensors and the published settings tell them."""
+    model = PARTS[part].from_pretrained(published, subfolder=part)
+    file = tmp_path / f"weights{ending}"
+    (save_file if ending == ".safetensors" else torch.save)(model.state_dict(), file)
+    convert(file, tmp_path / "out")
+    after = PARTS[part].from_pretrained(tmp_path / "out", subfolder=part)
+    assert agree({"": model.state_dict()}, {"": after.state_dict()})
+
+
+def test_shards(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out", max_shard_size="100KB", verify=True)
+    sizes = [path.stat().st_size for path in (tmp_path / "out/unet").glob("*-of-*")]
+    assert len(sizes) > 3
+    assert max(sizes) < 120_000  # headers count for nothing
+    convert(tmp_path / "out", tmp_path / "out", verify=True)  # in place, and whole again
+    assert [path.name for path in (tmp_path / "out/unet").glob("*.safetensors*")] == [FILES["unet"][2]]
+    convert(checkpoint, tmp_path / "once")
+    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "once")
+
+
+# Settings and parts from elsewhere
+
+
+def test_filled(checkpoint, small, tmp_path):
+    said = []
+    convert(small, tmp_path / "filled", fill=checkpoint, say=said.append)
+    assert f"filled from {checkpoint}: safety_checker" in said
+    convert(checkpoint, tmp_path / "whole")
+    assert bytes_in(tmp_path / "filled") == bytes_in(tmp_path / "whole")
+    said.clear()
+    convert(tmp_path / "whole", tmp_path / "x", fill=small, say=said.append)
+    assert f"filled from {small}: nothing, as nothing is missing that it has" in said
+
+
+def test_parts_that_do_not_fit(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "source", ignore=shutil.ignore_patterns("image_encoder"))
+    imvar.CLIPVisionModelWithProjection(**TINY_ENCODER | {"projection_dim": 20}).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(CheckpointError, match=r"gives 20 numbers \(projection_dim\), and the UNet of .* takes 24"):
+        convert(source, tmp_path / "target", fill=tmp_path / "encoder")
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("paths", [(None, "x"), ("x", 3)])
+def test_paths_that_are_none(paths):
+    with pytest.raises(TypeError, match="a path would do"):
+        convert(*paths)
+
+
+def test_without_filling_there_is_no_checker_and_it_is_said(converted, originals, tmp_path):
+    index = json.loads((converted["full"] / "model_index.json").read_text())
+    assert (index["safety_checker"], index["requires_safety_checker"]) == ([None, None], False)
+    report = convert(originals["full"], tmp_path / "x", dry_run=True)
+    assert report.left_out == {
+        "safety_checker": "the source has none; fill= (--fill) can take it from another checkpoint"
+    }
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_settings_from_a_folder(checkpoint, small, tmp_path, kind):
+    settings = shutil.copytree(checkpoint, tmp_path / "settings", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, key, value in (
+        ("unet/config.json", "sample_size", 24),
+        ("vae/config.json", "scaling_factor", 0.5),
+        ("scheduler/scheduler_config.json", "_class_name", "DDIMScheduler"),
+    ):
+        text = json.loads((settings / name).read_text())
+        (settings / name).write_text(json.dumps(text | {key: value}))
+    convert(small if kind == "file" else checkpoint, tmp_path / "out", config=settings)
+    pipe = StableDiffusionImageVariationPipeline.from_pretrained(
+        tmp_path / "out", safety_checker=None, requires_safety_checker=False
+    )
+    assert (pipe.unet.config.sample_size, pipe.vae.config.scaling_factor) == (24, 0.5)
+    assert type(pipe.scheduler) is imvar.DDIMScheduler
+    shutil.rmtree(settings / "vae")
+    with pytest.raises(CheckpointError, match="no settings of the vae"):
+        convert(small if kind == "file" else checkpoint, tmp_path / "other", config=settings)
+    shutil.copytree(checkpoint / "vae", settings / "vae")
+    (settings / "scheduler/scheduler_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json.*is None"):
+        convert(small if kind == "file" else checkpoint, tmp_path / "other", config=settings)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_index_says_which_scheduler(checkpoint, tmp_path):
+    """As it does to `from_pretrained`, here and in diffusers."""
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(
+        json.dumps(
+            index
+            | {
+                "scheduler": ["diffusers", "DDIMScheduler"],
+                "safety_checker": [None, None],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "requires_safety_checker": False,
+            }
+        )
+    )
+    (source / "text_encoder").mkdir()
+    said = []
+    convert(source, tmp_path / "target", say=said.append)
+    pipe = StableDiffusionImageVariationPipeline.from_pretrained(tmp_path / "target")
+    assert type(pipe.scheduler) is imvar.DDIMScheduler
+    assert pipe.safety_checker is None
+    assert not (tmp_path / "target/safety_checker").exists()
+    assert any("text_encoder" in line and "left" in line for line in said)
+
+
+# Where it is written
+
+
+def test_the_size_that_old_unets_meant(checkpoint, tmp_path):
+    """Before 0.9 a sample_size under 64 was a mistake, which pipelines put right as long as the age is told."""
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    path = source / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": "0.4.0.dev0", "sample_size": 32}))
+    convert(source, tmp_path / "target")
+    sizes = {
+        StableDiffusionImageVariationPipeline.from_pretrained(folder).unet.config.sample_size
+        for folder in (source, tmp_path / "target")
+    }
+    assert sizes == {64}
+
+
+def test_in_place(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "folder")
+    (folder / "README.md").write_text("mine")
+    convert(folder, tmp_path / "beside")
+    convert(folder, folder, verify=True)
+    assert bytes_in(folder) == bytes_in(tmp_path / "beside") | {"README.md": b"mine"}
+
+
+def test_an_original_in_place(small, tmp_path):
+    file = shutil.copy(small, tmp_path / "x.safetensors")
+    convert(file, file, to="original", dtype="bf16", verify=True)
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_what_else_is_in_the_target_stays(small, checkpoint, tmp_path):
+    target = tmp_path / "target"
+    convert(checkpoint, target, max_shard_size="100KB")
+    (target / "photos").mkdir()
+    (target / "photos" / "cat.jpg").write_bytes(b"cat")
+    (target / "unet" / "notes.txt").write_text("mine")
+    convert(checkpoint, target)
+    convert(checkpoint, tmp_path / "fresh")
+    assert bytes_in(target) == bytes_in(tmp_path / "fresh") | {"photos/cat.jpg": b"cat", "unet/notes.txt": b"mine"}
+
+
+def test_a_dry_run_writes_nothing(small, tmp_path):
+    said = []
+    report = convert(small, tmp_path / "new" / "folder", dry_run=True, say=said.append)
+    assert not list(tmp_path.iterdir())
+    assert said[-1] == "dry run: nothing was written"
+    assert set(report.parts) == {"unet", "vae", "image_encoder", "scheduler", "feature_extractor"}
+    assert not report.written
+
+
+# What is said
+
+
+def test_what_is_said(originals, tmp_path):
+    said = []
+    report = convert(originals["full"], tmp_path / "out", say=said.append, verify=True)
+    text = "\n".join(said)
+    for words in (
+        f"source: {originals['full']}, the original layout, one file",
+        "26 float16 and 14 float32 tensors",
+        "vae: 5,252,487 numbers in 248 float32 tensors; the original names",
+        "left out, as no model uses it: cond_stage_model.model.transformer.*, 24 tensors",
+        "scheduler: PNDMScheduler, from the published settings",
+        "14 tensors of the schedule and of the moving average's state are left out",
+        "left where they are: epoch, global_step, pytorch-lightning_version, callbacks, optimizer_states",
+        "without safety_checker: the source has none",
+        "dtype keep",
+        "verified: ",
+    ):
+        assert words in text, words
+    files = sorted((tmp_path / "out").glob("*/*.safetensors"))
+    assert sorted(file.path for file in report.written) == files
+    for file in report.written:
+        with safe_open(file.path, "pt") as opened:
+            assert file.tensors == len(opened.keys())
+        content = file.path.read_bytes()
+        assert (file.bytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+        assert f"wrote {file.path}: {file.tensors} tensors, " in text
+        assert file.sha256 in text
+
+
+def test_which_file_of_several_is_said(published, tmp_path):
+    said = []
+    convert(published, tmp_path / "x", dry_run=True, say=said.append)
+    assert any("diffusers' names of 2022" in line and "diffusion_pytorch_model.safetensors" in line for line in said)
+
+
+def test_older_files_at_the_target_are_named(small, tmp_path):
+    said = []
+    imvar.AutoencoderKL.from_single_file(small).save_pretrained(
+        tmp_path / "vae", safe_serialization=False, variant="fp16"
+    )
+    convert(small, tmp_path, say=said.append)
+    assert [line for line in said if "stays beside" in line] == [
+        f"stays beside: {tmp_path}/vae/diffusion_pytorch_model.fp16.bin, which goes with what was there before"
+    ]
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.fp16.bin").exists()
+
+
+def test_a_part_of_the_source_is_no_target(published):
+    with pytest.raises(imvar.InputError, match="is a part of the source"):
+        convert(published, published / "unet")
+
+
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+@pytest.mark.parametrize("tamper", ["a bit", "a tensor less", "another dtype"])
+def test_verifying_notices(small, tmp_path, monkeypatch, to, tamper):
+    """What lies on the disk is spoilt between writing and reading back."""
+    module = sys.modules["imvar.conversion.layouts"]
+    reads = "read_checkpoint" if to == "original" else "read_weights"
+    real = getattr(module, reads)
+
+    def spoilt(*args):
+        first, second = real(*args)
+        tensors = first if to == "original" else second
+        name = sorted(tensors)[len(tensors) // 2]
+        kept = tensors.pop(name)
+        if tamper == "a bit":
+            tensors[name] = kept.clone()
+            tensors[name].view(-1).view(torch.uint8)[-1] ^= 1
+        elif tamper == "another dtype":
+            tensors[name] = kept.double()
+        return first, second
+
+    target = tmp_path / ("x.safetensors" if to == "original" else "x")
+    convert(small, target, to=to, verify=True)
+    monkeypatch.setattr(module, reads, spoilt)
+    convert(small, target, to=to)
+    before = bytes_in(tmp_path)
+    with pytest.raises(CheckpointError, match="does not read back") as caught:
+        convert(small, target, to=to, verify=True, dtype="bf16")
+    assert caught.value.key
+    assert bytes_in(tmp_path) == before  # nothing has taken its place

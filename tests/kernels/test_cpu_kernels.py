@@ -1,0 +1,381 @@
+"""The CPU's quicker kernels beside the plain ones: the same answers, where they may be asked, and only there."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from imvar.kernels import cpu_kernels as cpu
+from imvar.kernels import winograd
+from imvar.kernels.packed_weights import Kept, run, running
+from imvar.models.layers import Conv2d, GroupNorm, Linear, Upsample
+from imvar.runtime.precompute import Prepared
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest answer
+
+
+def near(found, expected):
+    limit = TOLERANCE[found.dtype] * expected.abs().max()
+    return found.dtype == expected.dtype and found.shape == expected.shape and (found - expected).abs().max() <= limit
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The names of the quicker kernels that were asked."""
+    names = []
+    for dtype in TOLERANCE:
+        cpu.has_onednn(dtype)
+    for kernel in cpu.onednn_linear, cpu.enlarge:
+
+        def watching(*args, kernel=kernel):
+            names.append(kernel.__name__)
+            return kernel(*args)
+
+        monkeypatch.setattr(cpu, kernel.__name__, watching)
+    return names
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 512, 320), (640, 320), (3, 5, 64, 320)])
+@torch.no_grad()
+def test_linear(asked, dtype, bias, shape):
+    layer, x = Linear(320, 256, bias=bias).to(dtype), torch.randn(shape).to(dtype)
+    assert near(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert asked == (["onednn_linear"] if cpu.has_onednn(dtype) else [])
+
+
+@torch.no_grad()
+def test_linear_of_what_lies_otherwise_in_memory():
+    layer, x = Linear(320, 256), torch.randn(2, 320, 512).transpose(1, 2)
+    assert near(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer.weight = nn.Parameter(torch.randn(320, 256).T)
+    assert near(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("n", "h", "w"), [(1, 32, 32), (2, 17, 31), (3, 512, 1), (1, 1, 700), (512, 1, 1)])
+@torch.no_grad()
+def test_upsample(asked, dtype, n, h, w):
+    torch.manual_seed(0)
+    layer, x = Upsample(8).to(dtype), torch.randn(n, 8, h, w).to(dtype)
+    expected = layer.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    for size in None, (2 * h, 2 * w), torch.Size([2 * h, 2 * w]):
+        assert near(layer(x, size), expected)
+    assert near(layer(x.to(memory_format=torch.channels_last)), expected)
+    assert asked == 4 * ["enlarge"]
+    assert layer(x, (2 * h - 1, 2 * w)).shape == (n, 8, 2 * h - 1, 2 * w)
+    assert len(asked) == 4
+
+
+def test_gradients_go_the_plain_way(asked):
+    layer, x = Linear(320, 256), torch.randn(640, 320, requires_grad=True)
+    layer(x).sum().backward()
+    grow = Upsample(8)
+    grow(torch.randn(1, 8, 32, 32)).sum().backward()
+    assert not asked
+    assert x.grad is not None
+    assert grow.conv.weight.grad is not None
+
+
+@torch.no_grad()
+def test_autocast_and_watched_or_foreign_convolutions_go_the_plain_way(asked):
+    x, grow, seen = torch.randn(1, 8, 32, 32), Upsample(8), []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Linear(320, 256)(torch.randn(640, 320)).dtype == torch.bfloat16
+        grow(x)
+    hook = grow.conv.register_forward_hook(lambda layer, inputs, out: seen.append(out.shape))
+    grow(x)
+    assert seen == [(1, 8, 64, 64)]
+    hook.remove()
+    grow.conv = nn.Sequential(grow.conv, nn.Identity())
+    assert grow(x).shape == (1, 8, 64, 64)
+    assert not asked
+
+
+@pytest.mark.filterwarnings("ignore:TF32")  # what PyTorch says to its own flags
+@torch.no_grad()
+def test_where_onednn_is_switched_off_or_gone(asked, monkeypatch):
+    layer, x = Linear(320, 256), torch.randn(640, 320)
+    with torch.backends.mkldnn.flags(enabled=False):
+        layer(x)
+    assert not asked
+    monkeypatch.setattr(cpu, "onednn_linear", lambda *_: torch.ops.mkldnn.gone())
+    cpu.has_onednn.cache_clear()
+    try:
+        assert not cpu.has_onednn(torch.float32)
+        assert near(layer(x), F.linear(x, layer.weight, layer.bias))
+    finally:
+        cpu.has_onednn.cache_clear()
+
+
+# Runs
+
+
+@pytest.fixture
+def all_pay(monkeypatch):
+    """Even the tiniest layer takes the way that is for large ones."""
+    for limit in "WORTH_IT", "FEW", "SOME", "WIDE":
+        monkeypatch.setattr(cpu, limit, 0)
+    monkeypatch.setattr(cpu, "IN_A_SUM", 12)
+    monkeypatch.setattr(winograd, "PIXELS", 8)
+    monkeypatch.setattr(winograd, "CHANNELS", 3)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The names of the ways that convolutions took."""
+    names = []
+    for dtype in TOLERANCE:
+        cpu.has_onednn(dtype)
+    for module, name in (winograd, "convolve"), (winograd, "enlarge"), (cpu, "onednn_convolution"):
+        real = getattr(module, name)
+
+        def watching(*args, name=name, real=real):
+            names.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(module, name, watching)
+    return names
+
+
+@pytest.mark.parametrize(("n", "h", "w"), [(1, 2, 2), (2, 6, 4), (3, 64, 32), (1, 2, 3000), (1, 130, 128), (5, 46, 46)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fewer_products_are_exact(n, h, w, bias):
+    """In double precision, so that rounding hides nothing."""
+    torch.manual_seed(0)
+    x, kernel = torch.randn(n, h, w, 3, dtype=torch.float64), torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    shift = torch.randn(5, dtype=torch.float64) if bias else None
+    for way, matrices, expected in (
+        (winograd.convolve, winograd.convolution_matrices, x.permute(0, 3, 1, 2)),
+        (winograd.enlarge, winograd.enlargement_matrices, F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0)),
+    ):
+        made = way(x, matrices(kernel), shift, F.linear).permute(0, 3, 1, 2)
+        assert (made - F.conv2d(expected, kernel, shift, padding=1)).abs().max() <= 1e-12
+
+
+@torch.no_grad()
+def test_fewer_products_round_hardly_more_than_the_usual_ones():
+    torch.manual_seed(0)
+    x, kernel = torch.randn(2, 320, 16, 16), torch.randn(320, 320, 3, 3) / 54
+    exact = F.conv2d(x.double(), kernel.double(), padding=1)
+    made = winograd.convolve(x.permute(0, 2, 3, 1), winograd.convolution_matrices(kernel), None, F.linear)
+    errors = [
+        (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        for found in (made.permute(0, 3, 1, 2), F.conv2d(x, kernel, padding=1))
+    ]
+    assert errors[0] <= 4 * errors[1] <= 2e-6
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0, -30.0])
+@pytest.mark.parametrize(("n", "c", "h", "w"), [(2, 32, 16, 16), (1, 64, 128, 96), (3, 32, 97, 1), (1, 96, 1, 1)])
+@torch.no_grad()
+def test_group_norm_keeps_its_digits(all_pay, monkeypatch, n, c, h, w, offset):
+    torch.manual_seed(0)
+    monkeypatch.setattr(cpu, "IN_A_SUM", 2**11)
+    norm, x = GroupNorm(32, c), (torch.randn(n, c, h, w) + offset).to(memory_format=torch.channels_last)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double())
+    usual = (norm(x.contiguous()) - exact).abs().max()
+    with Kept().at_hand():
+        assert (norm(x) - exact).abs().max() <= max(10 * usual, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2},
+        {"padding": 0},
+        {"dilation": 2, "padding": 2},
+        {"groups": 2},
+        {"bias": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(8, 6), (7, 6), (8, 5)])
+@torch.no_grad()
+def test_convolutions_in_a_run(all_pay, ways, dtype, options, size):
+    layer = Conv2d(8, 6, 3, **({"padding": 1} | options)).to(dtype)
+    x = torch.randn(2, 8, *size).to(dtype)
+    expected = layer(x)
+    assert not ways
+    with Kept().at_hand():
+        for given in x, x.to(memory_format=torch.channels_last):
+            assert near(layer(given), expected)
+    usual = not options.keys() - {"bias"} and size == (8, 6)
+    quick = "onednn_convolution" if dtype == torch.bfloat16 else "convolve"
+    assert ways == (2 * [quick] if usual or dtype == torch.bfloat16 else [])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@torch.no_grad()
+def test_enlarging_in_a_run(all_pay, ways, dtype):
+    grow, x = Upsample(8).to(dtype), torch.randn(2, 8, 5, 6).to(dtype)
+    expected = grow.conv(F.interpolate(x, scale_factor=2.0))
+    with Kept().at_hand():
+        assert near(grow(x), expected)
+    assert ways == (["enlarge"] if dtype == torch.float32 else 4 * ["onednn_convolution"])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("h", "w"), [(8, 8), (16, 6), (7, 5)])
+@torch.no_grad()
+def test_whole_models_in_a_run(pipe, all_pay, ways, dtype, h, w):
+    """Every layer by its quick way; answers lie in memory as ever."""
+    pipe.to(dtype=dtype)
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    x, context, times = (torch.randn(2, 4, h, w).to(dtype), torch.randn(4, 1, 24).to(dtype), torch.tensor([500.0]))
+    plain = pipe.unet(x.repeat(2, 1, 1, 1), times, context).sample
+    made = Prepared(pipe.unet, times, context)(x, 0)
+    assert near(made, plain)
+    assert made.is_contiguous()
+    vae, picture = pipe.vae, torch.randn(2, 3, 8 * h, 8 * w).to(dtype)
+    for call, given, least in (vae.decode, x, vae.decoder), (vae.encode, picture, vae.encoder):
+        handle = least.register_forward_hook(lambda *_: None)
+        ways.clear()
+        plain = call(given, return_dict=False)[0]
+        assert not ways  # somebody watches
+        handle.remove()
+        made = call(given, return_dict=False)[0]
+        assert ways
+        for found, expected in [(made, plain)] if call == vae.decode else [(made.mean, plain.mean)]:
+            assert near(found, expected)
+            assert found._base is not None or found.is_contiguous()
+
+
+@torch.no_grad()
+def test_slices_and_tiles_share_a_run(pipe, all_pay, monkeypatch):
+    made = []
+    monkeypatch.setattr(cpu, "listed", lambda *args, real=cpu.listed: made.append(args[0]) or real(*args))
+    z = torch.randn(3, 4, 16, 16)
+    whole = pipe.vae.decode(z).sample
+    once = len(made)
+    pipe.vae.enable_slicing()
+    assert near(pipe.vae.decode(z).sample, whole)
+    assert len(made) == 2 * once
+    pipe.vae.enable_tiling()
+    pipe.vae.decode(z)
+    assert len(made) == 3 * once
+
+
+@torch.no_grad()
+def test_weights_are_kept_for_a_run_alone():
+    made = []
+
+    def make(weight, *how):
+        made.append(how)
+        return weight * 2
+
+    weight, kept = nn.Parameter(torch.ones(2)), Kept(3)
+    assert run() is None
+    with kept.at_hand():
+        assert run() is kept
+        with Kept().at_hand():
+            assert run() is not kept
+        assert run() is kept
+    assert run() is None
+    for _ in range(2):
+        assert torch.equal(kept.get(make, weight), torch.full((2,), 2.0))
+    assert torch.equal(kept.get(make, weight, 7), torch.full((2,), 2.0))
+    assert made == [(), (7,)]
+    weight.mul_(3)  # in place
+    assert torch.equal(kept.get(make, weight), torch.full((2,), 6.0))
+    assert torch.equal(kept.get(make, nn.Parameter(torch.zeros(2))), torch.zeros(2))
+
+
+def test_who_watches_or_wants_gradients_gets_no_run(pipe):
+    with running(pipe.vae):
+        assert run() is None  # gradients
+    with torch.no_grad(), running(pipe.vae, calls=5):
+        assert run().calls == 5
+        with running(pipe.unet):
+            assert run().calls == 5  # of which this is a part
+    pipe.vae.decoder.conv_in.register_forward_hook(lambda *_: None)
+    with torch.no_grad(), running(pipe.vae):
+        assert run() is None
+    with torch.no_grad(), running(pipe.unet), torch.enable_grad():
+        layer = pipe.unet.conv_out
+        layer(torch.randn(1, 16, 8, 8)).sum().backward()
+        assert layer.weight.grad is not None
+
+
+@torch.no_grad()
+def test_weights_changed_between_steps_count(pipe, all_pay):
+    x, context, times = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 24), torch.tensor([500.0, 1.0])
+    prepared = Prepared(pipe.unet, times, context)
+    prepared(x, 0)
+    for block in pipe.unet.mid.resnets:
+        block.conv1.weight.mul_(1.5)
+    pipe.unet.conv_in.weight = nn.Parameter(pipe.unet.conv_in.weight * 2)
+    assert near(prepared(x, 0), pipe.unet(x.repeat(2, 1, 1, 1), times[0], context).sample)
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+@torch.no_grad()
+def test_runs_without_onednn(pipe, all_pay):
+    x, context, times = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 24), torch.tensor([500.0])
+    for dtype in TOLERANCE:
+        unet = copy.deepcopy(pipe.unet).to(dtype)
+        with torch.backends.mkldnn.flags(enabled=False):
+            plain = unet(x.repeat(2, 1, 1, 1).to(dtype), times, context.to(dtype)).sample
+            assert near(Prepared(unet, times, context.to(dtype))(x.to(dtype), 0), plain)
+
+
+ODD = {
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "1x1": {"kernel_size": 1},
+    "5x5": {"kernel_size": 5, "padding": 2},
+    "grouped": {"padding": 1, "groups": 4},
+    "dilated": {"padding": 2, "dilation": 2},
+    "same": {"padding": "same"},
+    "strided": {"padding": 1, "stride": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("options", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("kind", [nn.Conv2d, Conv2d])
+@torch.no_grad()
+def test_convolutions_that_somebody_put_there(kind, options, dtype):
+    """Seamless pictures by padding_mode, other kernels, groups, dilation: as PyTorch has them."""
+    torch.manual_seed(0)
+    options = {"kernel_size": 3} | options
+    grow, x = Upsample(320).to(dtype), torch.randn(1, 320, 32, 32).to(dtype)
+    grow.conv = kind(320, 320, **options).to(dtype)
+    plain = nn.Conv2d(320, 320, **options).to(dtype)
+    plain.load_state_dict(grow.conv.state_dict())
+    large = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert near(grow(x), plain(large))
+    with running(grow, 50):
+        assert near(grow(x), plain(large))
+        assert near(grow.conv(x), plain(x))
+
+
+@torch.no_grad()
+def test_what_a_convolution_became_after_it_was_made():
+    """The usual tricks: its padding_mode is set, or its _conv_forward replaced."""
+
+    def twice(input, weight, bias):
+        return 2 * F.conv2d(input, weight, bias, padding=1)
+
+    for change in ({"padding_mode": "circular", "_reversed_padding_repeated_twice": [1] * 4}, {"_conv_forward": twice}):
+        grow, x = Upsample(320), torch.randn(1, 320, 32, 32)
+        vars(grow.conv).update(change)
+        expected = nn.Conv2d.forward(grow.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        assert near(grow(x), expected)
+        with running(grow, 50):
+            assert near(grow(x), expected)
+            assert near(grow.conv(x), nn.Conv2d.forward(grow.conv, x))
+
+
+@torch.no_grad()
+def test_traced():
+    for layer, x in (Linear(1024, 1024), torch.randn(64, 1024)), (Upsample(64), torch.randn(1, 64, 32, 32)):
+        traced = torch.jit.trace(layer, x)
+        assert near(traced(x), layer(x))

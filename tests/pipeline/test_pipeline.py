@@ -1,0 +1,452 @@
+"""The pipeline's manners: what it refuses, what it leaves behind, and who sees which scheduler."""
+
+import copy
+import pickle
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.utils import enable_progress_bars
+from PIL import Image
+
+import imvar
+from imvar import DDIMScheduler, InputError, InputTypeError, StableDiffusionImageVariationPipeline
+from tests.support.random_checkpoint import tiny_pipeline
+
+
+def run(pipe, image, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(image, **({"num_inference_steps": 3, "output_type": "np", "generator": generator} | options)).images
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = {
+    "image": [
+        None,
+        "cat.png",
+        b"",
+        3,
+        [],
+        [None],
+        ["cat.png"],
+        [3],
+        torch.ones(3, 4),
+        torch.ones(2, 4, 32, 32),
+        torch.ones(1, 3, 32, 32, dtype=torch.uint8),
+        torch.full((1, 3, 32, 32), NAN),
+        torch.ones(0, 3, 32, 32),
+        torch.ones(1, 3, 31, 31),
+    ],
+    "height": [0, -64, 2**30, 100, 64.0, "64", True],
+    "width": [0, -64, 2**30, 100, 64.0, "64", True],
+    "num_inference_steps": [0, -4, 1001, 2.5, "3", None, True],
+    "guidance_scale": [NAN, INF, "3", None, True],
+    "num_images_per_prompt": [0, -1, 1.5, "2", True],
+    "eta": [NAN, "0.5", None],
+    "generator": [42, "seed", [42], [], [torch.Generator()] * 2],
+    "latents": [
+        torch.ones(1, 4, 8, 8),
+        torch.ones(2, 4, 16, 16),
+        torch.full((1, 4, 16, 16), NAN),
+        3,
+        torch.ones(1, 4, 16, 16, dtype=torch.int64),
+    ],
+    "output_type": ["jpeg", None, 3, np.ones(2)],
+    "callback": [3, "print"],
+    "callback_steps": [0, -1, 1.5, None, "1", True],
+}
+CASES = [(name, value) for name, values in WRONG.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=lambda value: str(value).split(" at 0x")[0][:40])
+def test_what_cannot_be_used_is_named_before_any_step(pipe, photo, name, value):
+    options = {"image": photo, name: value}
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(InputError) as caught:
+        run(pipe, **options)
+    asked = {"image": r"image|pixel_values"}.get(name, name)
+    assert any(word in str(caught.value) for word in asked.split("|"))
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5])
+def test_eta_out_of_range_under_ddim(pipe, photo, eta):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(InputError, match="eta"):
+        run(pipe, photo, eta=eta)
+
+
+def test_a_good_call_after_a_bad_one_equals_a_fresh_one(pipe, photo):
+    expected = run(tiny(), photo)
+
+    def interrupt(i, t, latents):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, photo, callback=interrupt)
+    with pytest.raises(InputError):
+        run(pipe, photo, num_inference_steps=0)
+    assert np.array_equal(run(pipe, photo), expected)
+    assert pipe.scheduler.num_inference_steps is None
+
+
+def tiny(**options):
+    pipe = tiny_pipeline(**options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_call_within_a_callback(pipe, photo):
+    expected, other = run(pipe, photo), run(pipe, photo, seed=1, num_inference_steps=2)
+    inner = []
+    outer = run(pipe, photo, callback=lambda *_: inner.append(run(pipe, photo, seed=1, num_inference_steps=2)))
+    assert np.array_equal(outer, expected)
+    assert len(inner) == 3
+    assert all(np.array_equal(images, other) for images in inner)
+
+
+def test_who_sees_which_scheduler(pipe, photo):
+    """In a call, this call's own copy, in hooks and callbacks alike; elsewhere the one that was set."""
+    seen = []
+
+    class Watching(StableDiffusionImageVariationPipeline):
+        def check_inputs(self, *args):
+            seen.append(self.scheduler)
+            super().check_inputs(*args)
+
+        def prepare_extra_step_kwargs(self, generator, eta):
+            seen.append(self.scheduler)
+            self.noted = len(self.scheduler.timesteps)
+            return super().prepare_extra_step_kwargs(generator, eta)
+
+    mine = Watching(**pipe.components)
+    mine.set_progress_bar_config(disable=True)
+    run(mine, photo, callback=lambda *_: seen.append(mine.scheduler))
+    assert all(scheduler is seen[0] for scheduler in seen)
+    assert seen[0] is not mine.scheduler
+    assert mine.scheduler is pipe.scheduler
+    assert mine.noted == 4  # what a hook notes stays on the pipeline
+    outside = []
+    run(mine, photo, callback=lambda *_: outside.append(in_a_thread(lambda: mine.scheduler)))
+    assert outside[0] is mine.scheduler
+
+
+def test_schedulers_that_take_notes_or_were_patched(pipe, photo):
+    """Lists that a scheduler appends to are its owner's; a replaced method is called."""
+    expected, notes = run(pipe, photo), []
+
+    class Noting(imvar.PNDMScheduler):
+        def step(self, *args, **options):
+            self.notes.append(self.counter)
+            return super().step(*args, **options)
+
+    scheduler = Noting.from_config(pipe.scheduler.config)
+    scheduler.notes, scheduler.lock = notes, threading.Lock()
+    pipe.scheduler = scheduler
+    assert np.array_equal(run(pipe, photo), expected)
+    assert notes == [0, 1, 2, 3]
+    plain = scheduler.step
+    scheduler.step = lambda eps, t, x, **options: plain(eps * 0.5, t, x, **options)
+    assert not np.array_equal(run(pipe, photo), expected)
+
+
+def in_a_thread(work):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_threads_with_their_own_schedulers_and_sizes(pipe, photo):
+    pipes = [pipe, StableDiffusionImageVariationPipeline(**pipe.components)]
+    pipes[1].scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipes[1].set_progress_bar_config(disable=True)
+    jobs = [(pipes[i % 2], {"seed": i, "num_inference_steps": 2 + i, "height": 64 + 8 * i}) for i in range(4)]
+    expected = [run(p, photo, **options) for p, options in jobs]
+    made = [None] * len(jobs)
+
+    def work(i):
+        p, options = jobs[i]
+        made[i] = run(p, photo, **options)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(np.array_equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+def test_parts_are_shared_and_settings_follow_the_parts(pipe, photo):
+    other = StableDiffusionImageVariationPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    assert other.components == pipe.components
+    assert list(pipe.components) == ["vae", "image_encoder", "unet", "scheduler", "safety_checker", "feature_extractor"]
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert np.array_equal(run(other, photo), run(pipe, photo))
+
+
+def test_copies_and_pickles(pipe, photo):
+    expected = run(pipe, photo)
+    for twin in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)), copy.copy(pipe)):
+        assert np.array_equal(run(twin, photo), expected)
+    twin = copy.deepcopy(pipe)
+    twin.unet.conv_in.weight.data.zero_()
+    assert np.array_equal(run(pipe, photo), expected)
+
+
+SETTINGS = {
+    "offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu:0"),
+    "memory-efficient": lambda pipe: pipe.enable_xformers_memory_efficient_attention(),
+    "sliced": lambda pipe: imvar.set_attend(pipe.unet, imvar.sliced(1)),
+    "bar": lambda pipe: pipe.set_progress_bar_config(disable=True, file=sys.stderr),
+    "everything": lambda pipe: (pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), pipe.enable_vae_tiling(), pipe.compile()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:memory-efficient attention")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_are_copied_and_pickled(pipe, photo, setting):
+    SETTINGS[setting](pipe)
+    twins = pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)
+    pipe._compiler = None  # which takes a minute; it has come along
+    assert all((twin._compiler is not None) == (setting == "everything") for twin in twins)
+    expected = run(pipe, photo)
+    for twin in twins:
+        twin._compiler = None
+        assert np.array_equal(run(twin, photo), expected)
+        twin.to("cpu")
+        assert not twin.unet._forward_pre_hooks
+    assert bool(pipe.unet._forward_pre_hooks) == (setting == "offload")
+
+
+def test_offload_moves_each_part_when_its_turn_comes(pipe, photo, monkeypatch):
+    """On a machine without an accelerator the moves go from the CPU to the CPU, in the same order."""
+    expected, moves = run(pipe, photo), []
+    names = {id(module): name for name, module in pipe.modules.items()}
+    plain = torch.nn.Module.to
+
+    def to(module, device):
+        moves.append((names[id(module)], str(device)))
+        return plain(module, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    pipe.enable_model_cpu_offload(device="cpu:0")
+    moves.clear()
+    assert np.array_equal(run(pipe, photo), expected)
+    arrivals = [name for name, device in moves if device == "cpu:0"]
+    assert arrivals == ["image_encoder", "unet", "vae", "safety_checker"]
+    assert moves[-1] == ("safety_checker", "cpu")
+    assert len(moves) == 8
+    with pytest.raises(ZeroDivisionError):
+        run(pipe, photo, callback=lambda *_: 1 / 0)
+    assert moves[-1] == ("unet", "cpu")
+    assert pipe._execution_device == torch.device("cpu:0")
+    pipe.remove_all_hooks()
+    moves.clear()
+    assert np.array_equal(run(pipe, photo), expected)
+    assert moves == []
+
+
+def test_offloaded_parts_are_asked_nothing_before_they_arrive(pipe, photo, monkeypatch):
+    """At rest they are elsewhere: here on the meta device, where nothing can be computed."""
+    picture = torch.rand(1, 3, 64, 64)
+    expected, coded = run(pipe, photo), pipe.vae.encode(picture).latent_dist.mode()
+    plain, weights = torch.nn.Module.to, {}
+
+    def to(module, device):
+        if str(device) == "cpu":
+            weights[module] = module.state_dict()
+            return plain(module, "meta")
+        module.load_state_dict(weights.pop(module), assign=True)
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    pipe.enable_model_cpu_offload(device="cpu:0")
+    for _ in range(2):
+        assert np.array_equal(run(pipe, photo), expected)
+        assert {next(part.parameters()).device.type for part in pipe.modules.values()} == {"meta"}
+    assert torch.equal(pipe.vae.encode(picture).latent_dist.mode(), coded)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this is about machines without an accelerator")
+def test_offload_needs_an_accelerator(pipe):
+    with pytest.raises(InputError, match="accelerator"):
+        pipe.enable_model_cpu_offload()
+    with pytest.raises(InputError, match="gpu_id"):
+        pipe.enable_model_cpu_offload(gpu_id=1, device="cuda:0")
+
+
+def test_to(pipe, photo):
+    assert pipe.to(torch.bfloat16) is pipe
+    assert {module.dtype for module in pipe.modules.values()} == {torch.bfloat16}
+    assert run(pipe, photo).dtype == np.float32
+    assert pipe.to("cpu", torch_dtype=torch.float32).dtype == torch.float32
+    assert pipe.to("cpu", torch.float64).dtype == torch.float64
+    assert pipe.device == torch.device("cpu")
+
+
+def test_nothing_is_trained_by_a_call(pipe, photo):
+    latents = pipe(photo, num_inference_steps=2, output_type="latent").images
+    assert not latents.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_latents_come_in_and_go_out(pipe, photo):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    kept = noise.clone()
+    assert np.array_equal(run(pipe, photo, latents=noise), run(pipe, photo))
+    assert np.array_equal(run(pipe, photo, latents=noise.double()), run(pipe, photo))
+    assert torch.equal(noise, kept)
+    output = pipe(photo, num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0))
+    assert output.nsfw_content_detected is None
+    assert list(output) == ["images"]
+    assert output.images.shape == (1, 4, 16, 16)
+
+
+def test_every_picture_of_a_batch_has_its_own_noise(pipe, photo):
+    images = pipe([photo, photo], num_inference_steps=2, num_images_per_prompt=2, output_type="np").images
+    assert len(images) == 4
+    assert all(np.abs(a - b).max() > 0.01 for i, a in enumerate(images) for b in images[:i])
+
+
+def test_pictures_that_are_not_finite_are_an_error(pipe, photo):
+    pipe.unet.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(imvar.ImvarError, match="not finite"):
+        run(pipe, photo)
+
+
+def test_construction(pipe):
+    parts = pipe.components
+    with pytest.warns(UserWarning, match="requires_safety_checker=False"):
+        StableDiffusionImageVariationPipeline(**(parts | {"safety_checker": None}))
+    StableDiffusionImageVariationPipeline(**(parts | {"safety_checker": None}), requires_safety_checker=False)
+    with pytest.raises(InputError, match="feature_extractor"):
+        StableDiffusionImageVariationPipeline(**(parts | {"feature_extractor": None}))
+    assert pipe.config["requires_safety_checker"] is pipe.config.requires_safety_checker is True
+    assert "AutoencoderKL" in repr(pipe)
+
+
+def test_sizes_that_the_unet_does_not_say(pipe, photo):
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(InputError, match="no sample_size"):
+        run(pipe, photo, height=64)
+    assert run(pipe, photo, height=64, width=72).shape == (1, 64, 72, 3)
+    pipe.unet.register_to_config(sample_size=(8, 16))
+    assert run(pipe, photo).shape == (1, 64, 128, 3)
+
+
+def test_progress_bars(photo, capsys):
+    enable_progress_bars()  # the reference's tests have switched all of the hub's bars off
+    pipe = tiny_pipeline()
+    run(pipe, photo)
+    assert "3/3" in capsys.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    run(pipe, photo)
+    assert capsys.readouterr().err == ""
+    assert list(pipe.progress_bar(range(3))) == [0, 1, 2]
+    with pytest.raises(ValueError, match="progress_bar"):
+        pipe.progress_bar()
+
+
+def test_pil_pictures(pipe, photo):
+    output = pipe([photo, photo], num_inference_steps=1, width=64)
+    assert [image.size for image in output.images] == [(64, 128)] * 2
+    assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in output["images"])
+    assert output.images is output[0]
+    assert output.to_tuple() == (output.images, output.nsfw_content_detected)
+    assert pipe.numpy_to_pil(np.zeros((2, 8, 8, 3)))[1].size == (8, 8)
+
+
+def test_a_checker_that_says_nothing_wrong_in_silence(pipe, photo):
+    with pytest.raises(InputTypeError):
+        pipe.check_inputs("photo.jpg", 64, 64, 1)
+    with pytest.raises(InputError, match="height=65"):
+        pipe.check_inputs(photo, 65, 64, 1)
+    pipe.check_inputs(photo, 64, 64, 1)
+
+
+def test_half_precision_that_overflows_in_the_autoencoder(pipe, photo):
+    """The decode is done once more in float32, and says so; the pictures are those of a wide autoencoder."""
+    expected = run(pipe, photo)
+    middle = pipe.vae.decoder.up[1].resnets[0]
+    scale = 1e5  # past what float16 holds, between two layers that make up for each other
+    middle.conv1.weight.data *= scale
+    middle.conv1.bias.data *= scale
+    assert np.abs(run(pipe, photo) - expected).max() < 1e-2  # a norm comes next
+    wide = run(pipe, photo)
+    pipe.to(torch.float16)
+    with pytest.warns(UserWarning, match="float16 overflowed") as said:
+        narrow = pipe(photo, num_inference_steps=3, output_type="np", seed=0).images
+    assert said[0].filename == __file__
+    assert np.abs(narrow - wide).max() < 0.05
+    assert pipe.vae.dtype == torch.float16
+
+
+def test_latents_that_are_not_finite_name_the_cause(pipe, photo):
+    with pytest.raises(imvar.ImvarError, match=r"latents.*not finite: a guidance_scale too large"):
+        run(pipe, photo, guidance_scale=1e38)
+    pipe.unet.mid.resnets[0].conv1.bias.data[3] = NAN
+    with pytest.raises(imvar.ImvarError, match=r"UNet2DConditionModel holds.* in mid\.resnets\.0\.conv1\.bias"):
+        run(pipe, photo)
+
+
+def test_parts_of_several_dtypes(pipe, photo):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = run(pipe, photo, latents=noise)
+    pipe.unet.double()
+    assert np.abs(run(pipe, photo, latents=noise) - expected).max() < 1e-4
+    pipe.vae.to(torch.bfloat16)
+    pipe.safety_checker.double()
+    assert np.abs(run(pipe, photo, latents=noise) - expected).max() < 0.1
+
+
+def test_parts_on_two_devices_are_named(pipe, photo):
+    pipe.vae.to("meta")
+    with pytest.raises(InputError, match=r"different devices \(vae on meta, image_encoder on cpu"):
+        run(pipe, photo)
+
+
+@pytest.mark.parametrize("size", [2**15])
+def test_out_of_memory_names_what_would_need_less(pipe, photo, size):
+    with pytest.raises(imvar.OutOfMemoryError, match=r"num_images_per_prompt.*height and width") as caught:
+        run(pipe, photo, num_images_per_prompt=2**16, height=size, width=size)
+    assert isinstance(caught.value, (torch.OutOfMemoryError, RuntimeError))
+    assert caught.value.__cause__ is not None
+
+
+def test_a_device_that_is_too_small_is_named(pipe, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "to", full)
+        with pytest.raises(imvar.OutOfMemoryError, match=r"float16, or enable_model_cpu_offload\(\)"):
+            pipe.to("cpu")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mine"), imvar.OutOfMemoryError("mine")])
+def test_what_a_callback_raises_comes_as_it_is(pipe, photo, error):
+    def fail(*_):
+        raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        run(pipe, photo, callback=fail)
+    assert caught.value is error
+
+
+def test_a_picture_that_is_to_be_turned(pipe, photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    said = pytest.warns(UserWarning, match="EXIF.*imvar.load_image")
+    with Image.open(tmp_path / "turned.jpg") as turned, said:
+        pipe([photo, turned], num_inference_steps=1)
+    assert said[0].filename == __file__  # of whoever calls
+
+
+def test_a_tensor_of_pixels_that_nobody_normalised(pipe):
+    with pytest.warns(UserWarning, match="values up to 255") as said:
+        pipe(torch.full((1, 3, 32, 32), 255.0), num_inference_steps=1)
+    assert said[0].filename == __file__

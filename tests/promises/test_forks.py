@@ -1,0 +1,333 @@
+"""What a fork changes on loaded weights, without editing the package."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fork import (
+    Euler,
+    GatedUNet,
+    MyUNet,
+    Tempered,
+    WindowAttention,
+    gated_blocks,
+    main,
+    own_scheduler,
+    quieter_skips,
+    tempered_attention,
+    wider_input,
+    windowed_attention,
+)
+from torch.nn.attention import SDPBackend
+
+import imvar
+from imvar.models import CrossAttention, ResnetBlock, SelfAttention
+from imvar.models.attention import Backend, attentions
+
+
+def run(pipe, photo, **options):
+    return pipe(
+        photo, num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0), **options
+    ).images
+
+
+def predict(unet, tokens=1):
+    torch.manual_seed(0)
+    x = torch.randn(2, unet.config.in_channels, 8, 8)
+    return unet(x, 7, torch.randn(2, tokens, 24)).sample
+
+
+def test_the_worked_example(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fork.py", str(checkpoint)])
+    main()
+    assert "saved and loaded again: equal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [tempered_attention, windowed_attention, quieter_skips, own_scheduler])
+def test_a_change_shows_in_the_pictures(pipe, photo, change):
+    before = run(pipe, photo)
+    change(pipe)
+    after = run(pipe, photo)
+    assert after.isfinite().all()
+    assert not torch.equal(before, after)
+
+
+@torch.no_grad()
+def test_gates_of_one_change_nothing_and_gates_of_zero_do(pipe):
+    before = predict(pipe.unet)
+    gated_blocks(pipe)
+    assert torch.equal(predict(pipe.unet), before)
+    pipe.unet.mid.resnets[0].gate.zero_()
+    assert not torch.equal(predict(pipe.unet), before)
+
+
+def test_added_parameters_are_trained_saved_and_loaded(pipe, tmp_path):
+    gated_blocks(pipe)
+    tempered_attention(pipe)
+    predict(pipe.unet, tokens=2).square().mean().backward()
+    gate, temperature = pipe.unet.mid.resnets[0].gate, attentions(pipe.unet)[0].attend.temperature
+    assert gate.grad.abs().max() > 0
+    assert temperature.grad.abs() > 0
+    torch.optim.SGD(pipe.unet.parameters(), lr=1e-2).step()
+    pipe.unet.save_pretrained(tmp_path)
+    again = MyUNet.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(predict(again, tokens=2), predict(pipe.unet, tokens=2))
+    with pytest.raises(imvar.CheckpointError, match=r"gate"):
+        imvar.UNet2DConditionModel.from_pretrained(tmp_path)
+    with pytest.raises(imvar.CheckpointError, match=r"temperature"):
+        GatedUNet.from_pretrained(tmp_path)
+
+
+def test_the_added_parameters_lie_where_their_layers_lie(pipe, tmp_path):
+    gated_blocks(pipe)
+    tempered_attention(pipe)
+    theirs = pipe.unet.keymap.to_theirs(pipe.unet.state_dict())
+    assert "down_blocks.0.resnets.0.gate" in theirs
+    assert "up_blocks.1.attentions.0.transformer_blocks.0.attn2.attend.temperature" in theirs
+    assert len(theirs) == len(pipe.unet.state_dict())
+
+
+@torch.no_grad()
+def test_wider_input(pipe, tmp_path):
+    torch.manual_seed(0)
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 1, 24)
+    before = pipe.unet(x, 7, context).sample
+    wider_input(pipe)
+    after = pipe.unet(torch.cat([x, torch.randn(1, 5, 8, 8)], dim=1), 7, context).sample
+    assert torch.allclose(after, before, atol=1e-6)
+    pipe.unet.save_pretrained(tmp_path)
+    assert imvar.UNet2DConditionModel.from_pretrained(tmp_path).config.in_channels == 9
+
+
+@torch.no_grad()
+def test_swap_replaces_every_layer_of_a_class(pipe):
+    layers = [m for m in pipe.unet.modules() if isinstance(m, SelfAttention)]
+    assert imvar.swap(pipe.unet, SelfAttention, WindowAttention.from_layer) == len(layers)
+    assert all(isinstance(m, WindowAttention) for m in pipe.unet.modules() if isinstance(m, SelfAttention))
+    before = predict(pipe.unet)
+    assert imvar.swap(pipe.unet, ResnetBlock, lambda block: block) > 0
+    assert torch.equal(predict(pipe.unet), before)
+    assert imvar.swap(pipe.unet, torch.nn.LSTM, lambda layer: layer) == 0
+
+
+@torch.no_grad()
+def test_kernels_go_in_and_out(pipe):
+    before, calls = predict(pipe.unet, tokens=2), []
+
+    def counting(q, k, v):
+        calls.append(q.shape)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    imvar.set_attend(pipe.unet, counting)
+    assert torch.equal(predict(pipe.unet, tokens=2), before)
+    assert len(calls) == len(attentions(pipe.unet))
+    imvar.set_attend(pipe.unet, Tempered(2.0))
+    assert not torch.equal(predict(pipe.unet, tokens=2), before)
+    imvar.set_attend(pipe.unet, imvar.sdpa)
+    assert torch.equal(predict(pipe.unet, tokens=2), before)
+    plain = pipe.unet.merge
+    pipe.unet.merge = torch.nn.Identity()
+    pipe.unet.merge = lambda h, skip, level: plain(h, skip, level)
+    pipe.unet.disable_freeu()
+    assert torch.equal(predict(pipe.unet, tokens=2), before)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "came"),
+    [
+        (lambda q, k, v: v.mean(2, keepdim=True), r"a tensor \(2, \d, 1, \d\)"),
+        (lambda q, k, v: None, "NoneType"),
+        (lambda q, k, v: q.flatten(1, 2), "a tensor"),
+    ],
+)
+def test_a_kernel_at_fault_is_named(pipe, kernel, came):
+    imvar.set_attend(pipe.unet, kernel)
+    with pytest.raises(imvar.InputTypeError, match=f"attend=.*it answered with {came}.*as q has it, would do"):
+        predict(pipe.unet, tokens=2)
+
+
+@pytest.mark.parametrize(
+    "seam",
+    [
+        (lambda unet: unet, "merge"),
+        (lambda unet: attentions(unet)[0], "attend"),
+        (lambda unet: attentions(unet)[0], "override"),
+    ],
+)
+def test_what_is_no_function_takes_no_functions_place(pipe, seam):
+    layer = seam[0](pipe.unet)
+    for wrong in (3, "sdpa", *([None] if seam[1] != "override" else [])):
+        with pytest.raises(imvar.InputTypeError, match=f"{seam[1]}=.*a function would do"):
+            setattr(layer, seam[1], wrong)
+
+
+class Quiet(imvar.UNet2DConditionModel):
+    """A merge of its own, as a method."""
+
+    def merge(self, h, skip, level):
+        return torch.cat([h, 0.5 * skip], dim=1)
+
+
+class Halved(SelfAttention):
+    attend = staticmethod(lambda q, k, v: 0.5 * imvar.sdpa(q, k, v))
+
+
+@torch.no_grad()
+def test_a_subclass_may_have_its_own_merge_and_kernel(pipe, photo):
+    own = Quiet.from_config(pipe.unet.config)
+    own.load_state_dict(pipe.unet.state_dict())
+    plain = predict(pipe.unet)
+    pipe.unet.merge = lambda h, skip, level: torch.cat([h, 0.5 * skip], dim=1)
+    expected, pictures = predict(pipe.unet), run(pipe, photo)
+    assert torch.equal(predict(own), expected)
+    pipe.unet = own.eval()
+    assert torch.allclose(run(pipe, photo), pictures, atol=1e-5)
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    assert not torch.equal(predict(own), expected)
+    pipe.disable_freeu()
+    assert torch.equal(predict(own), expected)
+    assert not torch.equal(plain, expected)
+    layer, x = Halved(16, 2), torch.randn(1, 4, 16)
+    usual = SelfAttention(16, 2)
+    usual.load_state_dict(layer.state_dict())
+    assert not torch.allclose(layer(x), usual(x))
+    imvar.set_attend(usual, Halved.attend)
+    assert torch.equal(layer(x), usual(x))
+
+
+@torch.no_grad()
+def test_a_kernel_of_ones_own_is_asked_about_one_token_too(pipe):
+    """It need not be a softmax, over one key or over many."""
+    before = predict(pipe.unet)
+    imvar.set_attend(pipe.unet, lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+    assert torch.allclose(predict(pipe.unet), before, atol=1e-6)
+    imvar.set_attend(pipe.unet, lambda q, k, v: 0.5 * F.scaled_dot_product_attention(q, k, v))
+    halved = predict(pipe.unet)
+    imvar.swap(pipe.unet, CrossAttention, lambda layer: setattr(layer, "attend", imvar.sdpa) or layer)
+    assert not torch.equal(predict(pipe.unet), halved)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", ["auto", "max", 1, 3, 4, None])
+def test_sliced_equals_whole(pipe, size):
+    before = predict(pipe.unet, tokens=5)
+    pipe.enable_attention_slicing(size)
+    assert torch.allclose(predict(pipe.unet, tokens=5), before, atol=1e-6)
+    pipe.disable_attention_slicing()
+    assert torch.equal(predict(pipe.unet, tokens=5), before)
+
+
+@torch.no_grad()
+def test_slices_are_as_many_as_asked_for(pipe):
+    seen = []
+
+    def watching(q, k, v):
+        seen.append(q.shape[0] * q.shape[1])
+        return F.scaled_dot_product_attention(q, k, v)
+
+    imvar.set_attend(pipe.unet, watching)
+    for size, expected in (("auto", 2), ("max", 1), (3, 3)):
+        seen.clear()
+        pipe.unet.set_attention_slice(size)
+        predict(pipe.unet, tokens=2)
+        assert max(seen) == expected
+    layers = len(attentions(pipe.unet))
+    pipe.unet.set_attention_slice([1] * (layers - 1) + [4])
+    for bad in (0, -1, 5, 2.5, "most", True, [1], [9] * layers):
+        with pytest.raises(imvar.InputError, match="slice_size"):
+            pipe.unet.set_attention_slice(bad)
+
+
+@torch.no_grad()
+def test_one_token_equals_the_same_token_twice(pipe):
+    torch.manual_seed(0)
+    layer = CrossAttention(32, 24, 4)
+    x, token = torch.randn(2, 9, 32), torch.randn(2, 1, 24)
+    once, twice = layer(x, token), layer(x, token.repeat(1, 2, 1))
+    assert torch.allclose(once.expand_as(twice), twice, atol=1e-6)
+    latents = torch.randn(2, 4, 8, 8)
+    once, twice = (pipe.unet(latents, 7, token.repeat(1, n, 1)).sample for n in (1, 2))
+    assert torch.allclose(once, twice, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without CUDA")
+def test_memory_efficient_attention_takes_precedence_over_slicing(pipe, photo):
+    before, calls = predict(pipe.unet, tokens=2), []
+
+    def op(q, k, v):
+        calls.append(tuple(q.shape[:2]))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    pipe.enable_attention_slicing("max")
+    for model in (pipe, pipe.unet, pipe.vae):
+        with pytest.warns(UserWarning, match="no CUDA") as warned:
+            model.enable_xformers_memory_efficient_attention()
+        assert len(warned) == 1
+    assert torch.equal(predict(pipe.unet, tokens=2), before)
+    pipe.enable_xformers_memory_efficient_attention(attention_op=op)
+    assert torch.equal(predict(pipe.unet, tokens=2), before)
+    assert set(calls) == {(2, 4)}  # whole, not sliced
+    run(pipe, photo)
+    pipe.disable_xformers_memory_efficient_attention()
+    calls.clear()
+    predict(pipe.unet, tokens=2)
+    assert not calls
+    assert all(layer.slice_size == 1 for layer in attentions(pipe.unet))
+    with pytest.warns(UserWarning, match="no CUDA"):
+        pipe.unet.enable_xformers_memory_efficient_attention(SDPBackend.FLASH_ATTENTION)
+    assert attentions(pipe.unet)[0].override == Backend(SDPBackend.FLASH_ATTENTION)
+    for bad in (SDPBackend.OVERRIDEABLE, "flash"):
+        with pytest.raises(imvar.InputError, match="attention_op"):
+            pipe.unet.enable_xformers_memory_efficient_attention(bad)
+
+
+def test_settings_belong_to_the_model(pipe):
+    other = imvar.StableDiffusionImageVariationPipeline(**pipe.components)
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert other.unet.merge is pipe.unet.merge
+    with pytest.raises(imvar.InputError, match="s2=0"):
+        pipe.enable_freeu(s1=0.9, s2=0, b1=1.2, b2=1.4)
+
+
+def test_a_part_that_cannot_be_saved_is_named_before_anything_is_written(pipe, tmp_path):
+    pipe.scheduler = Euler()
+    with pytest.raises(imvar.InputTypeError, match="scheduler: a Euler cannot be saved"):
+        pipe.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_scheduler_of_five_names_is_copied_for_each_call(pipe, photo):
+    pipe.scheduler = Euler()
+    run(pipe, photo)
+    assert not hasattr(pipe.scheduler, "sigmas")
+
+
+def test_a_buffer_that_no_file_holds_is_named(checkpoint):
+    class Mine(imvar.UNet2DConditionModel):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+    with pytest.raises(imvar.CheckpointError, match=r"table.*persistent"):
+        Mine.from_pretrained(checkpoint, subfolder="unet")
+
+
+def test_a_subclass_may_bring_a_setting_of_its_own(tmp_path):
+    from dataclasses import dataclass
+
+    from imvar.models.unet import UNetConfig
+
+    @dataclass(frozen=True, eq=False)
+    class MyConfig(UNetConfig):
+        extra: int = 3
+
+    class Mine(imvar.UNet2DConditionModel):
+        config_class = MyConfig
+
+    from tests.support.random_checkpoint import TINY_UNET
+
+    Mine(**TINY_UNET, extra=5).save_pretrained(tmp_path)
+    assert Mine.from_pretrained(tmp_path).config.extra == 5
+    with pytest.raises(TypeError, match="'extra'"):
+        imvar.UNet2DConditionModel(extra=5)

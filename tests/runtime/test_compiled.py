@@ -1,0 +1,457 @@
+"""`pipe.compile()`: the same pictures; compiled once per size, without a graph break, whatever the values are."""
+
+import copy
+import gc
+import pickle
+import shutil
+import threading
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+
+import imvar
+from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
+from imvar.kernels import autotune as trial
+from imvar.kernels import cpu_kernels as cpu
+from imvar.models.attention import BACKENDS, Backend, SelfAttention, sdpa
+from imvar.models.layers import Upsample
+from imvar.runtime import compiled
+from imvar.runtime.compiled import Compiler, Recording, is_same, state
+
+
+class Counting:
+    """A backend of `torch.compile` that runs the graph as it is and counts how many it was given."""
+
+    graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _afresh():
+    torch._dynamo.reset()
+
+
+def near(a, b):
+    return (a - b).abs().max() <= 1e-4 * b.abs().max()  # after several steps, as beside the reference
+
+
+def run(pipe, photo, seed=0, **options):
+    options = {"num_inference_steps": 4, "output_type": "pt"} | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a fallback would be one
+        return pipe(photo, generator=torch.Generator().manual_seed(seed), **options).images
+
+
+def test_one_graph_for_every_seed_picture_guidance_sampler_and_number_of_steps(pipe, photo):
+    calls = [{}, {"seed": 1}, {"guidance_scale": 3.0}, {"num_inference_steps": 7}, {"photo": photo.rotate(90)}]
+    samplers = [
+        kind.from_config(pipe.scheduler.config) for kind in (DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler)
+    ]
+
+    def pictures():
+        made = [run(pipe, **({"photo": photo} | call)) for call in calls]
+        for pipe.scheduler in samplers:
+            made.append(run(pipe, photo))
+        return made
+
+    plain, counting = pictures(), Counting()
+    pipe.compile(backend=counting)
+    assert all(map(near, pictures(), plain))
+    assert counting.graphs == 2  # the UNet's step and the decoder, each in one piece
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({"num_images_per_prompt": 3}, 4),
+        ({"height": 96}, 4),
+        ({"guidance_interval": (0.25, 0.75)}, 3),  # the picture alone is another batch
+        ({"cache_interval": 2}, 4),
+        ({"guidance_scale": 1.0}, 3),
+    ],
+)
+def test_another_size_is_compiled_once(pipe, photo, options, graphs):
+    plain, counting = run(pipe, photo, **options), Counting()
+    pipe.compile(backend=counting)
+    for _ in range(2):
+        run(pipe, photo)
+        assert near(run(pipe, photo, **options), plain)
+    assert counting.graphs == graphs
+
+
+def test_freeu_slicing_and_weights_loaded_later_are_honoured(pipe, photo):
+    other = copy.deepcopy(pipe.unet)
+    for parameter in other.parameters():
+        parameter.data.mul_(0.9)
+    changes = [
+        lambda p: None,
+        lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        lambda p: p.enable_attention_slicing(1),
+        lambda p: p.unet.load_state_dict(other.state_dict()),
+        lambda p: p.disable_freeu(),
+    ]
+    plain, compiled = [], copy.deepcopy(pipe)
+    compiled.compile(backend="aot_eager")
+    for change in changes:
+        change(pipe)
+        change(compiled)
+        plain.append(run(pipe, photo))
+        assert near(run(compiled, photo), plain[-1])
+    assert not near(plain[0], plain[-1])
+
+
+def test_what_the_caller_and_callbacks_get_stays_theirs(pipe, photo):
+    pipe.compile(backend="eager")
+    seen = []
+    first = run(pipe, photo, callback=lambda i, t, x: seen.append((x, x.clone())))
+    kept = first.clone()
+    run(pipe, photo, seed=1)
+    assert torch.equal(first, kept)
+    assert len(seen) == 4
+    assert all(torch.equal(x, copied) for x, copied in seen)
+
+
+def test_what_cannot_be_compiled_runs_with_one_line_of_warning_per_function(pipe, photo):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler\nis here")
+
+    plain = run(pipe, photo)
+    pipe.compile(backend=broken)
+    for expected in 2, 0:  # the UNet and the decoder; the second time nothing is tried again
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            images = pipe(
+                photo, num_inference_steps=4, output_type="pt", generator=torch.Generator().manual_seed(0)
+            ).images
+        told = [str(w.message) for w in found if "compile" in str(w.message)]
+        assert len(told) == expected
+        assert all("no compiler is here" in line and "\n" not in line for line in told)
+        assert torch.equal(images, plain)
+
+
+def test_errors_of_the_model_itself_are_raised(pipe, photo):
+    pipe.compile(backend="eager")
+    run = pipe.runner(lambda unet, x: unet.conv_in(x), pipe.unet)
+    with pytest.warns(UserWarning, match="compile"), pytest.raises(RuntimeError, match="channels"):
+        run(torch.randn(1, 5, 8, 8))
+
+
+def test_too_little_memory_is_no_fault_of_the_compiler():
+    """The error is raised, nothing is said of the compiler, and the next call is a compiled one."""
+
+    def double(model, x):
+        return 2 * x
+
+    compiler, short = Compiler(backend="eager"), [torch.OutOfMemoryError("full")]
+    model, x = torch.nn.Identity(), torch.ones(1)
+    assert torch.equal(compiler(double, model)(x), 2 * x)
+    kept = compiler.compiled[double]
+
+    def full(*inputs):
+        if short:
+            raise short.pop()
+        return kept(*inputs)
+
+    compiler.compiled[double] = full
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            compiler(double, model)(x)
+    assert compiler.compiled[double] is full
+    assert torch.equal(compiler(double, model)(x), 2 * x)
+
+
+def test_layers_that_somebody_watches_are_not_compiled(pipe, photo):
+    counting, seen = Counting(), []
+    pipe.compile(backend=counting)
+    pipe.unet.conv_in.register_forward_hook(lambda layer, inputs, out: seen.append(len(out)))
+    run(pipe, photo)
+    assert seen == [2] * 5  # PNDM visits one timestep twice
+    assert counting.graphs == 1  # the decoder
+
+
+def test_nothing_is_compiled_under_offloading(pipe, photo):
+    counting, plain = Counting(), run(pipe, photo)
+    pipe.compile(backend=counting)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert near(run(pipe, photo), plain)
+    assert counting.graphs == 0
+
+
+def test_from_pretrained_compiles_on_request(folder, photo, monkeypatch):
+    kind = StableDiffusionImageVariationPipeline
+    assert kind.from_pretrained(folder)._compiler is None
+    assert kind.from_pretrained(folder, compile=False)._compiler is None
+    assert isinstance(kind.from_pretrained(folder, compile=True)._compiler, Compiler)
+
+
+def test_copies_compile_for_themselves(pipe, photo):
+    pipe.compile(mode="max-autotune")
+    for copied in copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)):
+        assert copied._compiler is not pipe._compiler
+        assert copied._compiler.options == pipe._compiler.options
+        assert copied._compiler.options["mode"] == "max-autotune-no-cudagraphs"  # imvar records its own
+
+
+def test_a_recording_holds_for_the_same_weights_and_settings(pipe):
+    """The key that a recorded call is found again by; `tests/cuda` records."""
+    before = state(pipe.unet)
+    assert state(pipe.unet) == before
+    for change in (
+        lambda: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        lambda: pipe.unet.set_attention_slice(1),
+        lambda: setattr(pipe.unet.conv_in, "weight", copy.deepcopy(pipe.unet.conv_in.weight)),
+        lambda: pipe.unet.to(torch.bfloat16),
+    ):
+        change()
+        assert state(pipe.unet) != before
+        before = state(pipe.unet)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(2)  # in place
+    assert state(pipe.unet) == before
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_pytorchs_own_compiler(pipe, photo, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where nobody else, or somebody stopped, has written
+    plain = run(pipe, photo, output_type="latent")
+    pipe.compile()
+    assert near(run(pipe, photo, output_type="latent"), plain)
+
+
+# What CUDA is asked for, without CUDA
+
+
+class Replayed:
+    """In place of a recording: the call, and what it was given."""
+
+    def __init__(self, call, inputs, pool, done):
+        self.call, self.shared, self.calls = call, (pool, done), 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        return self.call(*inputs)
+
+
+class Done:
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "Event", Done)
+    monkeypatch.setattr(compiled, "Recording", Replayed)
+    return Compiler(backend="eager")
+
+
+def conv_in(unet, x, told):
+    return unet.conv_in(x) + told[0]
+
+
+@torch.no_grad()
+def test_calls_are_recorded_once_for_each_size_and_state(pipe, recorder):
+    unet, told = pipe.unet, [torch.ones(())]
+    for size, number in (8, 1), (8, 1), (16, 2), (8, 2):
+        x = torch.randn(1, 4, size, size)
+        made = recorder.replay(conv_in, unet, state(unet), x, told)
+        assert torch.allclose(made, conv_in(unet, x, told))
+        assert len(recorder.recordings) == number
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    recorder.replay(conv_in, unet, state(unet), x, told)
+    assert len(recorder.recordings) == 3
+    assert len({one.shared for one in recorder.recordings.values()}) == 1
+    other = copy.deepcopy(unet)
+    recorder.replay(conv_in, other, state(other), x, told)
+    assert len(recorder.recordings) == 1  # those of the model that it replaces are gone
+    for size in range(8, 8 * (compiled.KEPT + 2), 8):
+        recorder.replay(conv_in, other, state(other), torch.randn(1, 4, size, 8), told)
+    assert len(recorder.recordings) == compiled.KEPT
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_is_called(pipe, recorder, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of graphs")
+
+    monkeypatch.setattr(compiled, "Recording", broken)
+    x, told = torch.randn(1, 4, 8, 8), [torch.ones(())]
+    with pytest.warns(UserWarning, match="cannot record this model here.*out of graphs"):
+        made = recorder.replay(conv_in, pipe.unet, state(pipe.unet), x, told)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(recorder.replay(conv_in, pipe.unet, state(pipe.unet), x, told), made)
+
+
+@torch.no_grad()
+def test_too_little_memory_for_a_recording_is_raised(pipe, recorder, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(compiled, "Recording", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        recorder.replay(conv_in, pipe.unet, state(pipe.unet), torch.randn(1, 4, 8, 8), [torch.ones(())])
+    assert not recorder.recordings
+
+
+def test_threads_take_turns(pipe, recorder, monkeypatch):
+    running, most = [], []
+
+    def watched(unet, x):
+        running.append(1)
+        most.append(len(running))
+        x = unet.conv_in(x)
+        running.pop()
+        return x
+
+    monkeypatch.setattr(recorder, "run", lambda function, model, *inputs: function(model, *inputs))
+    work = [
+        threading.Thread(
+            target=lambda: [recorder.replay(watched, pipe.unet, (), torch.randn(1, 4, 8, 8)) for _ in range(20)]
+        )
+        for _ in range(4)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert max(most) == 1
+
+
+@torch.no_grad()
+def test_only_what_is_new_is_copied_in():
+    recording = Recording.__new__(Recording)
+    kept, x = torch.ones(3), torch.zeros(3)
+    recording.inputs, recording.given = [torch.empty(3), torch.empty(3)], [(lambda: None, None)] * 2
+    recording.take((kept, x))
+    assert [t.tolist() for t in recording.inputs] == [[1, 1, 1], [0, 0, 0]]
+    recording.inputs[0].fill_(7)  # to see whether it is written again
+    recording.take((kept, x + 2))
+    assert [t.tolist() for t in recording.inputs] == [[7, 7, 7], [2, 2, 2]]
+    kept.mul_(5)
+    recording.take((kept, x))
+    assert recording.inputs[0].tolist() == [5, 5, 5]
+    assert recording.given[0][0]() is kept
+    del kept
+    gc.collect()
+    assert recording.given[0][0]() is None  # nothing is held for its sake
+    with torch.inference_mode():
+        assert not is_same(t := torch.ones(1), lambda: t, None)
+
+
+# Trials
+
+
+@pytest.fixture
+def table(monkeypatch):
+    found = {}
+    monkeypatch.setattr(trial, "_found", found)
+    return found
+
+
+def test_the_quickest_way_is_found_and_compiled_in(table, monkeypatch):
+    def slow(x):
+        return [x.sin() for _ in range(300)][-1]
+
+    def quick(x):
+        return 1.001 * x.sin()  # to be told from the other
+
+    def wrong(x):
+        return x.cos()
+
+    def noise(x):
+        return x.sin().where(x < 0, torch.nan)
+
+    def gone(x):
+        raise RuntimeError("no such operator")
+
+    x, ways = torch.ones(1000), (slow, gone, wrong, noise, quick)
+
+    def answer(x):
+        return trial.quickest("test", ways, x)
+
+    assert torch.equal(answer(x), x.sin())
+    assert not table
+    with trial.trying():
+        assert torch.equal(answer(x), x.sin())  # what was there is the answer until it is compiled
+    assert list(table.values()) == [4]
+    assert torch.equal(answer(x), x.sin())
+    compile = Compiler(backend="eager")(lambda model, x: answer(x), torch.nn.Identity())
+    assert torch.equal(compile(x), 1.001 * x.sin())
+    assert torch.equal(compile(x[:500]), x[:500].sin())  # a size that was not tried
+    monkeypatch.setattr(trial, "seconds", lambda way, *_: {slow: 1.0, quick: 0.99}.get(way, float("inf")))
+    assert trial.trial(ways, [x]) == 0  # too little to gain
+
+
+def test_what_others_compile_may_change_its_size(pipe, table):
+    """Where sizes are no longer numbers, no way for a size can be looked up."""
+    unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    for side in 16, 24, 32, 16:
+        x, context = torch.randn(1, 4, side, side), torch.randn(1, 3, 24)
+        with torch.no_grad():
+            assert near(unet(x, 7, context).sample, pipe.unet(x, 7, context).sample)
+    assert not table
+
+
+@pytest.mark.parametrize("way", range(len(BACKENDS)))
+def test_every_backend_is_compiled_in_one_piece(monkeypatch, way):
+    """As it would be for CUDA: with tensors that claim to be there."""
+    monkeypatch.setattr(trial, "chosen", torch.compiler.assume_constant_result(lambda key: way))
+    there: dict = {"device": "cuda", "dtype": torch.float16}
+    with FakeTensorMode():
+        layer = SelfAttention(64, 4)
+        for part in layer.modules():
+            part._parameters.update(
+                (name, torch.nn.Parameter(torch.empty(weight.shape, **there)))
+                for name, weight in part._parameters.items()
+                if weight is not None
+            )
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error", UserWarning)  # a fallback would be one
+            answer = Compiler(backend="eager").run(type(layer).forward, layer, torch.empty(2, 16, 64, **there))
+    assert answer.shape == (2, 16, 64)
+
+
+class SaysItIsThere(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("width", [4, 8, 12])
+def test_a_backend_pads_heads_of_an_odd_width(width):
+    q, k, v = torch.randn(3, 2, 4, 16, width).as_subclass(SaysItIsThere).unbind()
+    answer = Backend(SDPBackend.MATH)(q, k, v)
+    assert torch.allclose(answer, sdpa(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "CUDNN_ATTENTION"])
+def test_a_backend_takes_the_dtypes_that_it_is_made_for(backend):
+    q = torch.randn(1, 2, 16, 8).as_subclass(SaysItIsThere)
+    with pytest.raises(imvar.InputTypeError, match=rf"attention_op={backend}.*float32 came.*float16.*would do"):
+        Backend(getattr(SDPBackend, backend))(q, q, q)
+
+
+@torch.no_grad()
+def test_every_way_gives_the_same_answer_when_compiled(pipe, table, photo, monkeypatch):
+    plain = run(pipe, photo)
+    monkeypatch.setattr(cpu, "FEW", 10**9)  # or the CPU would have ways of its own
+    with trial.trying():
+        run(pipe, photo)
+    assert {key[0] for key in table} == {"attend", "enlarge"}
+    table.update(dict.fromkeys(table, 1))
+    pipe.compile(backend="aot_eager")
+    assert near(run(pipe, photo), plain)
+
+
+@torch.no_grad()
+def test_enlarging_in_phases(pipe):
+    layer, x = Upsample(8), torch.randn(2, 8, 5, 7)
+    assert torch.allclose(layer.in_phases(x), layer.plain(x), atol=1e-5)

@@ -1,0 +1,214 @@
+"""Make a checkpoint in one of the original single-file layouts with seeded random weights, from the lists alone.
+
+    python tests/support/original_checkpoint.py FILE --layout full|ema_only|late|v2 [--seed 0] [--tiny]
+
+full       as training left it, 8.1 GB: raw and averaged weights, CLIP with its text tower, Lightning's surroundings;
+           with --optimizer also both moments of AdamW, 15 GB
+ema_only   without raw weights and surroundings, 4.7 GB
+late       as later code would leave it, 8.6 GB: as `full`, but CLIP in float32 and without most of its text tower
+v2         rebuilt from the diffusers layout, 5.0 GB: raw weights, CLIP by Hugging Face's names; --flat does not nest it
+
+While it is being written, FILE takes twice its size on disk, and little memory. No model code takes part.
+A tensor has the same values in every layout that holds it in the same precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pickle
+import tempfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.support.published_checkpoint import PUBLISHED, draw
+from tests.support.tiny_sizes import is_in_tiny, tiny_shape
+
+LAYOUTS = ("full", "ema_only", "late", "v2")
+PARTS = {  # whose sizes a tensor has, by the first that fits; the others, of the schedule, are never tiny
+    "model.": "unet",
+    "model_ema.": "unet",
+    "first_stage_model.": "vae",
+    "cond_stage_model.model.visual.": "image_encoder",
+    "cond_stage_model.model.": "text",
+    "cond_stage_model.transformer.": "image_encoder",
+}
+EXACTLY = {"model_ema.decay": 0.9999, "model_ema.num_updates": 87000, "cond_stage_model.model.logit_scale": 4.6052}
+NAMES_OF_2022 = {
+    f"c{__name__}\n": "cpytorch_lightning.callbacks.model_checkpoint\n",
+    "cnumpy._core.multiarray\n": "cnumpy.core.multiarray\n",
+}
+Place = Callable[[Tensor], Tensor]
+
+
+class Row(NamedTuple):
+    """A tensor of an original file, and what becomes of it: `targets` are written part/name."""
+
+    name: str
+    shape: list[int]
+    dtype: torch.dtype
+    op: str
+    targets: list[str]
+
+
+def original_keys(layout: str, tiny: bool = False) -> list[Row]:
+    """The tensors of a layout, group by group in the order of the file."""
+    text = "".join((PUBLISHED / "keys" / f"{name}.txt").read_text() for name in ("original", "original_v2"))
+    rows, op, dtypes = [], "", {}
+    for line in text.splitlines():
+        if line.startswith("#"):
+            _, op, *pairs = line.split()
+            dtypes = dict(pair.split(":") for pair in pairs)
+            continue
+        name, sizes, targets = line.split("\t")
+        shape = json.loads(sizes)
+        if layout not in dtypes or (tiny and not is_in_tiny(name)):
+            continue
+        part = next((part for prefix, part in PARTS.items() if name.startswith(prefix)), None)
+        if tiny and part:
+            shape = tiny_shape(part, shape)
+        rows.append(Row(name, shape, getattr(torch, dtypes[layout]), op, [] if targets == "-" else targets.split(";")))
+    return rows
+
+
+# What is in the file
+
+
+class ModelCheckpoint:
+    """Stands for Lightning's, which a full file names."""
+
+
+def on_disk(tensor: Tensor, folder: Path) -> Tensor:
+    """A copy that lives in a file without a name: any number of them fit into little memory."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        room = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return room.view(tensor.shape).copy_(tensor)
+
+
+def original_tensors(layout: str, tiny: bool = False, seed: int = 0, place: Place = torch.clone) -> dict[str, Tensor]:
+    """The weights of a layout. `place` says where each is to live."""
+    generator, tensors = torch.Generator(), OrderedDict()
+    for row in original_keys(layout, tiny):
+        generator.manual_seed(zlib.crc32(row.name.encode(), seed))
+        if row.name in EXACTLY:
+            tensors[row.name] = torch.tensor(EXACTLY[row.name], dtype=row.dtype)
+        else:
+            tensors[row.name] = place(draw("".join(row.targets) or row.name, row.shape, row.dtype, generator))
+    return tensors
+
+
+def moments(tensors: dict[str, Tensor], seed: int = 0, place: Place = torch.clone) -> dict[int, dict[str, Any]]:
+    """What AdamW knows of the raw weights after training."""
+    generator = torch.Generator().manual_seed(seed)
+    known = {}
+    for name, tensor in tensors.items():
+        if name.startswith("model."):
+            slope = draw("", list(tensor.shape), tensor.dtype, generator)
+            known[len(known)] = {"step": 87000, "exp_avg": place(slope), "exp_avg_sq": place(slope.square())}
+    return known
+
+
+def lightning(tensors: dict[str, Tensor], optimizer: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The weights as Lightning 1.4 surrounded them."""
+    tensors._metadata = OrderedDict({"": {"version": 1}})  # every state dict that a module made has this
+    group = {
+        "lr": 1e-4,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "amsgrad": False,
+        "initial_lr": 1e-4,
+        "params": list(range(sum(name.startswith("model.") for name in tensors))),
+    }
+    best = {
+        "monitor": "val/loss_simple_ema",
+        "best_model_score": np.float64(0.1366),
+        "best_model_path": "last.ckpt",
+        "current_score": np.float64(0.1366),
+        "dirpath": "checkpoints",
+    }
+    return {
+        "epoch": 56,
+        "global_step": 87000,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": tensors,
+        "callbacks": {ModelCheckpoint: best},
+        "optimizer_states": [{"state": optimizer, "param_groups": [group]}],
+        "lr_schedulers": [
+            {
+                "base_lrs": [1e-4],
+                "last_epoch": 87000,
+                "_step_count": 87001,
+                "verbose": False,
+                "_get_lr_called_within_step": False,
+                "_last_lr": [np.float64(1e-4)],
+                "lr_lambdas": [{}],
+            }
+        ],
+    }
+
+
+def original(
+    layout: str,
+    tiny: bool = True,
+    seed: int = 0,
+    optimizer: bool = False,
+    flat: bool = False,
+    place: Place = torch.clone,
+) -> dict[str, Any]:
+    """All that is in a file of this layout."""
+    tensors = original_tensors(layout, tiny, seed, place)
+    if layout in ("full", "late"):
+        return lightning(tensors, moments(tensors, seed, place) if optimizer else {})
+    return dict(tensors) if flat else {"state_dict": dict(tensors)}
+
+
+# How it is written
+
+
+class Pickle2022:
+    """A pickle module that gives classes their names of 2022: protocol 2 writes them as lines of text."""
+
+    class Pickler(pickle.Pickler):
+        def __init__(self, file: io.BytesIO, protocol: int) -> None:
+            self.file, self.text = file, io.BytesIO()
+            super().__init__(self.text, protocol)
+
+        def dump(self, content: Any) -> None:
+            super().dump(content)
+            text = self.text.getvalue()
+            for now, then in NAMES_OF_2022.items():
+                text = text.replace(now.encode(), then.encode())
+            self.file.write(text)
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    torch.save(content, file, pickle_module=Pickle2022)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="shrink every part to about a hundredth")
+    parser.add_argument("--optimizer", action="store_true", help="with AdamW's moments (full, late)")
+    parser.add_argument("--flat", action="store_true", help="without a state_dict around the tensors (ema_only, v2)")
+    args = parser.parse_args()
+    place = partial(on_disk, folder=args.file.parent)
+    write(args.file, original(args.layout, args.tiny, args.seed, args.optimizer, args.flat, place))
+    size = "tiny" if args.tiny else "at full size"
+    print(f"{args.file}: the original layout {args.layout}, {size}, with random weights, seed {args.seed}")
+
+
+if __name__ == "__main__":
+    main()

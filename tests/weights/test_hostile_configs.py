@@ -1,0 +1,276 @@
+"""Settings and indexes that no model goes by: refused soon, by the name of the setting."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import imvar
+from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
+from imvar.weights.hub import LARGEST_JSON
+from tests.support.refusals import CLASSES, LFS, every_part, refuses, refuses_part, weights
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"{", "as JSON"),
+        (b"[]", "JSON list"),
+        (b"\xef\xbb\xbf{}", "BOM"),
+        (b'{"a": "\xff"}', "utf-8"),
+        (b'{"a": NaN}', "a: NaN is not a finite number"),
+        (b'{"a": [[1, 1e999]]}', "a: 1e999 is not a finite number"),
+        (b'{"a": ' + b"1" * 10**5 + b"}", "as JSON"),
+        (b'{"a": ' * 10**5, "as JSON"),
+        (b'{"a": 1, "a": 1}', "'a' is there twice"),
+        (b" " * (LARGEST_JSON + 1), "more than"),
+        (LFS, "git lfs pull"),
+        (b'{"_use_default_values": 3}', "_use_default_values=3"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("file", ["config.json", "model_index.json"])
+@every_part
+def test_json(folder, part, file, content, words):
+    path = folder / part / file if file == "config.json" else folder / file
+    path.write_bytes(content)
+    if file == "config.json":
+        refuses_part(folder, part, path, words)
+    elif b"_use_default" not in content:
+        refuses(lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder), path, words)
+
+
+ANY_SIZE = [10**7, 2**31, 2**62, 10**400, -1, 0, 1.5, "64", True, [], {}, None]
+SIZES = {
+    "unet": [
+        "in_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "cross_attention_dim",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+    ],
+    "vae": ["out_channels", "layers_per_block", "norm_num_groups", "latent_channels", "sample_size"],
+    "image_encoder": [
+        "hidden_size",
+        "intermediate_size",
+        "projection_dim",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_channels",
+        "image_size",
+        "patch_size",
+    ],
+    "safety_checker": ["projection_dim"],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value"),
+    [
+        *((part, name, value) for part, names in SIZES.items() for name in names for value in ANY_SIZE),
+        *(
+            (part, "block_out_channels", value)
+            for part in ("unet", "vae")
+            for value in (
+                [2**21] * 2,
+                [2**62] * 2,
+                [16, -32],
+                [16, 0],
+                [],
+                [16] * 10**5,
+                16,
+                "16",
+                [[16]],
+                [16, None],
+                {"16": 32},
+            )
+        ),
+        *(
+            ("unet", name, value)
+            for name in ("down_block_types", "up_block_types")
+            for value in ([], ["x"], "DownBlock2D", [3, 4], [["DownBlock2D"], None], {}, None, 3)
+        ),
+        *(
+            ("unet", name, value)
+            for name, value in (
+                ("act_fn", ["silu"]),
+                ("norm_eps", -1),
+                ("norm_eps", "1e-5"),
+                ("flip_sin_to_cos", "yes"),
+                ("freq_shift", 8),
+                ("sample_size", [64]),
+                ("sample_size", -64),
+                ("sample_size", "64"),
+                ("time_embedding_dim", -1),
+            )
+        ),
+        ("vae", "scaling_factor", 0),
+        ("vae", "scaling_factor", "x"),
+        ("vae", "force_upcast", "no"),
+        ("image_encoder", "layer_norm_eps", -1e-5),
+        ("image_encoder", "hidden_act", ["gelu"]),
+        *(
+            ("safety_checker", "vision_config", value)
+            for value in ("x", 3, [], {"hidden_size": 2**62}, {"patch_size": 2**20})
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_settings(folder, part, setting, value):
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
+    key = None if value == 10**7 or isinstance(value, dict) else setting
+    words = setting if key else "asks for|would do|can be|cannot be|shape"
+    refuses_part(folder, part, file, words)
+
+
+def test_more_layers_than_the_file_has_tensors(folder):
+    for part, setting in (
+        ("unet", "layers_per_block"),
+        ("unet", "transformer_layers_per_block"),
+        ("vae", "layers_per_block"),
+        ("image_encoder", "num_hidden_layers"),
+    ):
+        file = folder / part / "config.json"
+        config = json.loads(file.read_text())
+        for value in (300, 999_999):
+            file.write_text(json.dumps(config | {setting: value}))
+            refuses_part(folder, part, file, r"asks for \d+ layers or more")
+        file.write_text(json.dumps(config))
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    config = imvar.CLIPVisionConfig(
+        hidden_size=np.int64(24), layer_norm_eps=np.float32(0.5), num_hidden_layers=torch.tensor(3)
+    )
+    assert [type(config[name]) for name in ("hidden_size", "layer_norm_eps", "num_hidden_layers")] == [int, float, int]
+    with pytest.raises(InputError, match=r"CLIPVisionConfig: hidden_size='24' .* a whole number") as caught:
+        imvar.CLIPVisionConfig(hidden_size="24")
+    assert caught.value.key == "hidden_size"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_train_timesteps", 10**6),
+        ("num_train_timesteps", 2**62),
+        ("num_train_timesteps", "x"),
+        ("beta_start", []),
+        ("beta_start", 10**400),
+        ("beta_end", -1),
+        ("beta_schedule", ["linear"]),
+        ("trained_betas", "x"),
+        ("trained_betas", [[0.1]]),
+        ("trained_betas", [0.1]),
+        ("trained_betas", [None]),
+        ("steps_offset", 2**40),
+        ("skip_prk_steps", "no"),
+        ("prediction_type", None),
+        ("_use_default_values", {"a": 1}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_scheduler_settings(folder, setting, value):
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
+    for load in (
+        StableDiffusionImageVariationPipeline.from_pretrained,
+        lambda folder: imvar.PNDMScheduler.from_pretrained(folder, subfolder="scheduler"),
+    ):
+        refuses(lambda load=load: load(folder), file, setting, key=setting)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta_start": 0, "beta_end": 0},
+        {"sigma_max": "x", "use_exponential_sigmas": True},
+        {"sigma_min": -1, "use_beta_sigmas": True},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_scheduler(tmp_path, settings):
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps(settings))
+    refuses(lambda: imvar.LMSDiscreteScheduler.from_pretrained(tmp_path), file, "noise levels|sigma_")
+
+
+# Indexes
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({}, "no weight_map"),
+        ({"weight_map": []}, "no weight_map"),
+        ({"weight_map": {}}, "no weight_map"),
+        ({"weight_map": {str(i): str(i) for i in range(10**4)}}, "lists 10000 tensors, more than"),
+        ({"weight_map": {"a": 3}}, "no weight_map"),
+        ({"weight_map": {"a": ["x"]}}, "no weight_map"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "not a file beside it"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "not a file beside it"),
+        ({"weight_map": {"a": "x/y.safetensors"}}, "not a file beside it"),
+        ({"weight_map": {"a": ".."}}, "not a file beside it"),
+        ({"weight_map": {"a": ""}}, "not a file beside it"),
+        ({"weight_map": {"a": "{self}"}}, "not a file beside it"),
+        ({"weight_map": {"a": "\0"}}, "cannot be a file"),
+        ({"weight_map": {"a": "\ud800"}}, "cannot be a file"),
+        ({"weight_map": {"a": "x" * 1000}}, "too long"),
+        ({"weight_map": {"a": "none.safetensors"}}, "no such file"),
+        ({"weight_map": {"a": "part.safetensors"}}, "disagree"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@every_part
+def test_indexes(folder, part, index, words):
+    file = weights(folder, part)
+    path = folder / part / f"{file.name}.index.json"
+    file.rename(folder / part / "part.safetensors")
+    path.write_text(json.dumps(index).replace("{self}", path.name))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        CLASSES[part].from_pretrained(folder, subfolder=part)
+    refuses_part(folder, part, caught.value.path, words)
+    assert caught.value.path.parent == folder / part or "x" * 1000 in str(caught.value.path)
+    held = load_file(folder / part / "part.safetensors")
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(held, "part.safetensors")}))  # metadata may be missing
+    CLASSES[part].from_pretrained(folder, subfolder=part)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("unet", "UNet2DConditionModel"),
+        ("unet", {"a": 1}),
+        ("unet", 3),
+        ("unet", True),
+        ("unet", []),
+        ("vae", [3, ["AutoencoderKL"]]),
+        ("scheduler", ["diffusers", None]),
+        ("scheduler", ["os", "system"]),
+        ("requires_safety_checker", "yes"),
+        ("requires_safety_checker", 1),
+        ("requires_safety_checker", None),
+        ("requires_safety_checker", [True]),
+    ],
+    ids=str,
+)
+def test_model_index(folder, key, value):
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {key: value}))
+    refuses(lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder), path, "would do|handed over", key)
+
+
+def test_a_part_that_is_not_listed(folder):
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in index.items() if name != "unet"}))
+    refuses(lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder), path, "is not listed", key="unet")
+    path.write_text(json.dumps(index | {"feature_extractor": [None, None]}))
+    refuses(lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder), path, "safety checker needs one")

@@ -1,0 +1,317 @@
+"""What loading and saving are asked for: of the right type, or an error that names it, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import imvar
+import imvar.weights
+from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline, UNet2DConditionModel
+from tests.support.random_checkpoint import tiny_pipeline
+
+PIPELINE = StableDiffusionImageVariationPipeline
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        ("dtype", False),
+        ("dtype", 0),
+        ("dtype", []),
+        ("dtype", np.zeros(2)),
+        ("dtype", "float8_e4m3fn"),
+        ("torch_dtype", torch.float8_e4m3fn),
+        ("torch_dtype", {"unet": torch.int8}),
+        ("torch_dtype", {3: torch.float16}),
+        ("variant", 0),
+        ("variant", []),
+        ("variant", np.zeros(2)),
+        ("use_safetensors", 1),
+        ("use_safetensors", np.zeros(2)),
+        ("revision", 3),
+        ("cache_dir", 3),
+        ("local_files_only", "no"),
+        ("token", 3),
+        ("low_cpu_mem_usage", "no"),
+        ("disable_mmap", 1),
+        ("compile", 1),
+        ("requires_safety_checker", "no"),
+        ("requires_safety_checker", float("nan")),
+    ],
+)
+def test_of_a_pipeline(checkpoint, option, wrong):
+    with pytest.raises(InputError, match="dtype" if "dtype" in option else option):
+        PIPELINE.from_pretrained(checkpoint, **{option: wrong})
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        ("dtype", False),
+        ("variant", 0),
+        ("use_safetensors", 0),
+        ("subfolder", 1),
+        ("subfolder", np.zeros(2)),
+        ("local_files_only", 1),
+        ("low_cpu_mem_usage", 0),
+        ("revision", b"main"),
+    ],
+)
+def test_of_a_part(checkpoint, option, wrong):
+    with pytest.raises(InputError, match=option):
+        UNet2DConditionModel.from_pretrained(checkpoint, **({"subfolder": "unet"} | {option: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"extract_ema": "no"}, "extract_ema='no'"),
+        ({"extract_ema": 0}, "extract_ema=0"),
+        ({"ema": "maybe"}, "maybe"),
+        ({"subfolder": "unet"}, "subfolder='unet': is that of config"),
+        ({"subfolder": 3}, "subfolder=3"),
+        ({"config": "a" * 5000}, "a" * 50),
+        ({"dtype": 0}, "dtype=0"),
+    ],
+)
+def test_of_a_single_file(checkpoint, options, words):
+    file = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises((InputError, CheckpointError), match=words):
+        UNet2DConditionModel.from_single_file(file, **options)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(16).to_sparse(), torch.zeros(16, device="meta"), torch.nested.nested_tensor([torch.zeros(2)])],
+    ids=["sparse", "meta", "nested"],
+)
+def test_tensors_in_memory_that_have_no_values(checkpoint, tensor):
+    unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
+    tensors = unet.keymap.to_theirs(unet.state_dict())
+    with pytest.raises(InputError, match=r"conv_in\.bias: a "):
+        UNet2DConditionModel.from_single_file(tensors | {"conv_in.bias": tensor}, config=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [("safe_serialization", "no"), ("safe_serialization", []), ("is_main_process", "no"), ("variant", 3)],
+)
+def test_of_saving(folder, option, wrong):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    pipe = tiny_pipeline()
+    with pytest.raises(InputError, match=option):
+        pipe.unet.save_pretrained(folder / "unet", **{option: wrong})
+    if option != "is_main_process":
+        with pytest.raises(InputError, match=option):
+            pipe.save_pretrained(folder, **{option: wrong})
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), object(), {1, 2}, torch.ones(1, dtype=torch.complex64), 1j])
+def test_settings_that_no_file_can_hold(folder, value):
+    pipe, before = tiny_pipeline(), (folder / "unet" / "config.json").read_bytes()
+    pipe.unet.register_to_config(foo=value)
+    with pytest.raises(InputError, match="foo"):
+        pipe.save_pretrained(folder)
+    assert (folder / "unet" / "config.json").read_bytes() == before
+    pipe = tiny_pipeline()
+    pipe.register_to_config(foo=value)
+    with pytest.raises(InputError, match="foo"):
+        pipe.save_pretrained(folder)
+    assert (folder / "unet" / "config.json").read_bytes() == before
+
+
+def test_a_part_in_the_place_of_another(folder):
+    pipe, before = tiny_pipeline(), (folder / "unet" / "config.json").read_bytes()
+    pipe.unet = pipe.vae
+    with pytest.raises(InputError, match="unet: a AutoencoderKL came, which is for vae"):
+        pipe.save_pretrained(folder)
+    assert (folder / "unet" / "config.json").read_bytes() == before
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_settings_that_nobody_knows_are_told(folder):
+    edit(folder / "unet" / "config.json", norm_esp=1e-3)
+    with pytest.warns(UserWarning, match=r"unet/config\.json: 'norm_esp': no setting of UNet2DConditionModel"):
+        PIPELINE.from_pretrained(folder)
+
+
+def test_settings_of_another_part(folder):
+    edit(folder / "unet" / "config.json", _class_name="AutoencoderKL")
+    with pytest.raises(CheckpointError, match="is 'AutoencoderKL', of the vae") as caught:
+        PIPELINE.from_pretrained(folder)
+    assert (caught.value.path, caught.value.key) == (folder / "unet" / "config.json", "_class_name")
+
+
+@pytest.mark.parametrize(
+    ("unet", "words"),
+    [
+        (None, "is empty; from_pretrained(..., unet=...)"),
+        ([None, None], "is empty; from_pretrained(..., unet=...)"),
+        (["os", "UNet2DConditionModel"], "of the library 'os'"),
+        (["", "UNet2DConditionModel"], "of the library ''"),
+    ],
+)
+def test_an_index_without_a_part(folder, unet, words):
+    edit(folder / "model_index.json", unet=unet)
+    with pytest.raises(CheckpointError) as caught:
+        PIPELINE.from_pretrained(folder)
+    assert words in str(caught.value)
+    assert (caught.value.path, caught.value.key) == (folder / "model_index.json", "unet")
+    if unet is None:
+        part = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        assert PIPELINE.from_pretrained(folder, unet=part).unet is part
+
+
+@pytest.mark.parametrize("setting", [{"do_pad": True}, {"default_to_square": True}])
+def test_settings_of_pictures_that_are_not_here(folder, setting):
+    edit(folder / "feature_extractor" / "preprocessor_config.json", **setting)
+    with pytest.raises(CheckpointError, match=next(iter(setting))):
+        PIPELINE.from_pretrained(folder)
+    edit(folder / "feature_extractor" / "preprocessor_config.json", **dict.fromkeys(setting, False))
+    PIPELINE.from_pretrained(folder)
+
+
+def test_names_in_a_file_do_not_write_over_a_terminal(folder):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"evil\n\x1b[31mimvar: all fine\x07" + "x" * 3000: torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError) as caught:
+        PIPELINE.from_pretrained(folder)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 2500
+
+
+def test_a_web_page_in_the_place_of_settings(folder):
+    (folder / "unet" / "config.json").write_text("\n<!DOCTYPE html><html>not found</html>")
+    with pytest.raises(CheckpointError, match="it is a web page"):
+        PIPELINE.from_pretrained(folder)
+
+
+def test_a_link_that_leads_back_to_itself(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(CheckpointError, match="a link that leads back to itself") as caught:
+        tiny_pipeline().save_pretrained(loop)
+    assert "in place" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["loop"]
+
+
+def test_a_file_with_something_after_its_end(folder):
+    pipe = tiny_pipeline()
+    pipe.unet.save_pretrained(folder / "unet", safe_serialization=False)
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    path.write_bytes(path.read_bytes() + bytes(10))
+    with pytest.raises(CheckpointError, match="it does not end as one") as caught:
+        UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=False)
+    assert caught.value.path == path
+
+
+def test_an_empty_name():
+    with pytest.raises(CheckpointError, match="an empty name came"):
+        PIPELINE.from_pretrained("")
+
+
+def test_a_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="is a file; a folder would do") as caught:
+        tiny_pipeline().save_pretrained(tmp_path / "file")
+    assert caught.value.path == tmp_path / "file"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_is_not_ours(folder, monkeypatch):
+    monkeypatch.setattr("imvar.atomic.folder.writable", lambda path: False)
+    with pytest.raises(CheckpointError, match="no permission") as caught:
+        tiny_pipeline().save_pretrained(folder)
+    assert caught.value.path == folder
+
+
+class Mine:
+    """A part of somebody's own, which says what went wrong in its own place."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, images, clip_input):
+        return images, [False] * len(images)
+
+    def save_pretrained(self, folder, **options):
+        raise CheckpointError("is full", path=self.path)
+
+
+@pytest.mark.parametrize("path", [None, "/elsewhere/weights"])
+def test_what_a_part_of_others_says_went_wrong(tmp_path, path):
+    pipe = tiny_pipeline()
+    pipe.safety_checker = Mine(path)
+    with pytest.raises(CheckpointError, match="is full") as caught:
+        pipe.save_pretrained(tmp_path / "new")
+    assert caught.value.path == (None if path is None else Path(path))
+    assert not (tmp_path / "new").exists()
+    pipe.safety_checker = lambda images, clip_input: (images, [False] * len(images))
+    with pytest.raises(InputError, match="safety_checker: a function cannot be saved"):
+        pipe.save_pretrained(tmp_path / "new")
+
+
+def test_whose_doing_it_is(checkpoint):
+    """A wrong part that was handed over is no fault of the checkpoint."""
+    with pytest.raises(InputError, match="unet: a AutoencoderKL came") as caught:
+        PIPELINE.from_pretrained(checkpoint, unet=tiny_pipeline().vae)
+    assert not isinstance(caught.value, CheckpointError)
+
+
+def test_of_converting(checkpoint, tmp_path):
+    for option in ("to", "dtype", "part"):
+        for wrong in ("foo", 3, []):
+            with pytest.raises(InputError, match=f"{option}="):
+                imvar.weights.convert(checkpoint, tmp_path / "new", **{option: wrong})
+    with pytest.raises(CheckpointError, match="no such file or folder to fill from"):
+        imvar.weights.convert(checkpoint, tmp_path / "new", fill=tmp_path / "nothing")
+    assert not os.listdir(tmp_path)
+
+
+def test_two_encoders_in_one_file(checkpoint):
+    encoder = imvar.CLIPVisionModelWithProjection.from_pretrained(checkpoint, subfolder="image_encoder")
+    tensors = encoder.keymap.to_theirs(encoder.state_dict())
+    both = {f"cond_stage_model.{name}.{key}": t for name in ("transformer", "model") for key, t in tensors.items()}
+    with pytest.raises(CheckpointError, match="the image_encoder is there twice"):
+        imvar.CLIPVisionModelWithProjection.from_single_file(both, config=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("safe", "name", "kind"),
+    [
+        (True, "diffusion_pytorch_model.bin", "looks like safetensors, and ends in .bin"),
+        (False, "diffusion_pytorch_model.safetensors", "looks like a pickle, and ends in .safetensors"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_says(tmp_path, safe, name, kind):
+    tiny_pipeline().unet.save_pretrained(tmp_path, safe_serialization=safe)
+    file = next(path for path in tmp_path.iterdir() if path.suffix != ".json")
+    file.rename(tmp_path / name)
+    with pytest.raises(CheckpointError) as caught:
+        UNet2DConditionModel.from_pretrained(tmp_path)
+    assert kind in str(caught.value)
+    assert caught.value.path == tmp_path / name
+
+
+def test_only_the_main_process_writes(tmp_path):
+    pipe = tiny_pipeline()
+    for part in pipe, pipe.unet, pipe.scheduler, pipe.feature_extractor:
+        part.save_pretrained(tmp_path / "none", is_main_process=False)
+        assert not (tmp_path / "none").exists()
+        part.save_pretrained(tmp_path / type(part).__name__, is_main_process=True)
+        assert list((tmp_path / type(part).__name__).iterdir())
+        with pytest.raises(imvar.InputTypeError, match="is_main_process='no'"):
+            part.save_pretrained(tmp_path / "none", is_main_process="no")

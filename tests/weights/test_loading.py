@@ -1,0 +1,564 @@
+"""Folders, hub repositories, formats and names that checkpoints come in, and what is said when they are wrong."""
+
+import copy
+import json
+import pickle
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+
+import imvar
+from imvar import CheckpointError, StableDiffusionImageVariationPipeline
+from tests.support.random_checkpoint import TINY_ENCODER, TINY_UNET, tiny_pipeline
+
+PARTS = ["vae", "unet", "image_encoder", "safety_checker"]
+CLASSES = {
+    "vae": imvar.AutoencoderKL,
+    "unet": imvar.UNet2DConditionModel,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+}
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    """A copy of the checkpoint that a test may spoil."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def weights(folder, part):
+    return next((folder / part).glob("*.safetensors"))
+
+
+def rewrite(file, change):
+    """Load a weights file, have `change` alter the dictionary, and write it back."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file)
+
+
+def equal(a, b):
+    return a.state_dict().keys() == b.state_dict().keys() and all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"safe_serialization": False},
+        {"variant": "fp16"},
+        {"max_shard_size": "20KB"},
+        {"safe_serialization": False, "max_shard_size": "20KB", "variant": "x"},
+    ],
+    ids=str,
+)
+def test_there_and_back(checkpoint, tmp_path, part, options):
+    model = CLASSES[part].from_pretrained(checkpoint, subfolder=part)
+    model.save_pretrained(tmp_path, **options)
+    again = CLASSES[part].from_pretrained(tmp_path, variant=options.get("variant"))
+    assert equal(model, again)
+    assert dict(again.config) == dict(model.config)
+    assert not again.training
+
+
+def test_saving_again_replaces_what_was_there(checkpoint, tmp_path):
+    """Shards of an older save would otherwise win over, or lie beside, the new file; and the file in use is safe."""
+    model = imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = list(tmp_path.glob("*-of-*"))
+    assert len(shards) > 1
+    model = imvar.UNet2DConditionModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.conv_in.weight += 1
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    again = imvar.UNet2DConditionModel.from_pretrained(tmp_path)
+    assert equal(again, model)
+    again.save_pretrained(tmp_path)
+    assert equal(again, model)
+
+
+def test_formats_in_their_order(checkpoint, tmp_path):
+    model = imvar.AutoencoderKL.from_pretrained(checkpoint, subfolder="vae")
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors"):
+        imvar.AutoencoderKL.from_pretrained(tmp_path, use_safetensors=True)
+    model.quant_conv.bias.data += 1
+    model.save_pretrained(tmp_path)
+    assert equal(imvar.AutoencoderKL.from_pretrained(tmp_path), model)
+    assert not equal(imvar.AutoencoderKL.from_pretrained(tmp_path, use_safetensors=False), model)
+
+
+@pytest.mark.parametrize(
+    ("part", "renamed"),
+    [
+        ("vae", {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}),
+        ("safety_checker", {"vision_model.": "vision_model.vision_model."}),
+    ],
+)
+def test_names_of_2022(folder, part, renamed):
+    before = CLASSES[part].from_pretrained(folder, subfolder=part)
+
+    def rename(tensors):
+        for name in list(tensors):
+            new = name
+            for old, older in renamed.items():
+                new = new.replace(old, older)
+            tensors[new] = tensors.pop(name)
+        prefix = "vision_model." * 2
+        if part == "safety_checker":
+            tensors[f"{prefix}embeddings.position_ids"] = torch.arange(17)[None]
+
+    rewrite(weights(folder, part), rename)
+    assert equal(CLASSES[part].from_pretrained(folder, subfolder=part), before)
+
+
+def test_a_whole_clip_model_as_image_encoder(folder):
+    """The first revisions: a full CLIPModel, of which the text half is left, and another pipeline class."""
+    before = imvar.CLIPVisionModelWithProjection.from_pretrained(folder, subfolder="image_encoder")
+    rewrite(
+        weights(folder, "image_encoder"),
+        lambda tensors: tensors.update(
+            {
+                "text_model.embeddings.position_ids": torch.arange(7)[None],
+                "text_model.final.weight": torch.ones(3),
+                "vision_model.embeddings.position_ids": torch.arange(17)[None],
+                "logit_scale": torch.ones(()),
+                "text_projection.weight": torch.ones(2, 2),
+            }
+        ),
+    )
+    path = folder / "image_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(
+            {
+                "model_type": "clip",
+                "projection_dim": config.pop("projection_dim"),
+                "vision_config": config,
+                "text_config": {},
+            }
+        )
+    )
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "image_encoder": ["transformers", "CLIPModel"],
+        "_class_name": "StableDiffusionImageEmbedPipeline",
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert equal(StableDiffusionImageVariationPipeline.from_pretrained(folder).image_encoder, before)
+
+
+def test_state_dicts_in_either_dialect(pipe):
+    for part in PARTS:
+        model, other = getattr(pipe, part), getattr(tiny_pipeline(seed=9), part)
+        assert not equal(model, other)
+        model.load_state_dict(other.keymap.to_theirs(other.state_dict()))
+        assert equal(model, other)
+        model.load_state_dict(tiny := getattr(tiny_pipeline(seed=3), part).state_dict())
+        assert torch.equal(next(iter(model.state_dict().values())), next(iter(tiny.values())))
+        imvar.weights.load(model, other.keymap.to_theirs(other.state_dict()))
+        assert equal(model, other)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict({})
+
+
+# What is wrong is named
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(sorted(t)[3]), "1 tensor missing"),
+        (lambda t: t.update(extra=torch.ones(2)), "1 unknown tensor: extra"),
+        (lambda t: t.update({sorted(t)[3]: torch.ones(1, 2, 3)}), r"shape \(1, 2, 3\) in the file"),
+        (lambda t: t.clear(), "tensors missing"),
+        (lambda t: t.update({sorted(t)[3]: t[sorted(t)[3]].to(torch.int8)}), "int8"),
+    ],
+)
+def test_tensors_that_do_not_fit(folder, part, change, words):
+    file = weights(folder, part)
+    rewrite(file, change)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        CLASSES[part].from_pretrained(folder, subfolder=part)
+    assert caught.value.path == file
+    assert caught.value.key
+    assert str(file) in str(caught.value)
+    assert isinstance(caught.value, OSError)
+
+
+def test_a_tensor_in_two_spellings(folder):
+    name = "encoder.mid_block.attentions.0.to_q.weight"
+    rewrite(weights(folder, "vae"), lambda t: t.update({name.replace("to_q", "query"): t[name].clone()}))
+    with pytest.raises(CheckpointError, match=r"twice") as caught:
+        imvar.AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    assert name in caught.value.key
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cannot be read"),
+        (b"<html>not found</html>", "cannot be read"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "cannot be read"),
+        (b"\xff" * 4096, "cannot be read"),
+        (b"PK\x06\x07" + bytes(12) + b"\2\0\0\0" + b"PK\x05\x06" + bytes(18), "cannot be read"),  # of two disks
+    ],
+)
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
+def test_files_that_hold_no_tensors(folder, name, content, words):
+    weights(folder, "unet").unlink()
+    (folder / "unet" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    assert caught.value.path == folder / "unet" / name
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_pickles_run_nothing(folder, capsys):
+    file = folder / "unet" / "diffusion_pytorch_model.bin"
+    weights(folder, "unet").unlink()
+    for held, words in (
+        ({"conv_in.weight": Harmful()}, "names builtins.print"),
+        ([torch.ones(1)], "list"),
+        ({"conv_in.weight": 3}, "dense"),
+        ({"conv_in.weight": torch.eye(2).to_sparse()}, "dense"),
+    ):
+        torch.save(held, file)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        assert "weights_only=False" not in str(caught.value)
+    assert "never" not in capsys.readouterr().out
+
+
+def test_pickles_of_the_old_kind_are_read(folder):
+    before = imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    file = weights(folder, "unet")
+    torch.save(load_file(file), folder / "unet" / "diffusion_pytorch_model.bin", _use_new_zipfile_serialization=False)
+    file.unlink()
+    assert equal(imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), before)
+
+
+@pytest.mark.parametrize("place", ["../unet/x.safetensors", "/etc/passwd", "", ".."])
+def test_indexes_that_point_elsewhere(folder, place):
+    weights(folder, "unet").unlink()
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": place}}))
+    with pytest.raises(CheckpointError, match="not a file beside it"):
+        imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    index.write_text(json.dumps({"weight_map": 3}))
+    with pytest.raises(CheckpointError, match="weight_map"):
+        imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value"),
+    [
+        ("unet", "act_fn", "gelu"),
+        ("unet", "use_linear_projection", True),
+        ("unet", "down_block_types", ["No", "No"]),
+        ("unet", "class_embed_type", "timestep"),
+        ("unet", "attention_head_dim", 3),
+        ("unet", "norm_num_groups", 5),
+        ("unet", "dual_cross_attention", True),
+        ("unet", "num_class_embeds", 10),
+        ("unet", "conv_in_kernel", 5),
+        ("vae", "mid_block_add_attention", False),
+        ("vae", "up_block_types", ["UpDecoderBlock2D"]),
+        ("vae", "use_quant_conv", False),
+        ("vae", "latents_mean", [0.5]),
+        ("image_encoder", "hidden_act", "relu"),
+        ("image_encoder", "attention_dropout", 0.1),
+        ("image_encoder", "num_attention_heads", 5),
+        ("scheduler", "beta_schedule", "sigmoid"),
+        ("scheduler", "prediction_type", "sample"),
+        ("scheduler", "timestep_spacing", "even"),
+    ],
+)
+def test_settings_that_no_code_here_honours(folder, part, setting, value):
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    file = folder / part / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
+    with pytest.raises(CheckpointError, match=setting.split("_types")[0]) as caught:
+        StableDiffusionImageVariationPipeline.from_pretrained(folder)
+    assert caught.value.path == file
+
+
+def test_model_index(folder):
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    for key, entry, words in (
+        ("scheduler", ["diffusers", "EulerDiscreteScheduler"], "scheduler=..."),
+        ("unet", ["os", "system"], "UNet2DConditionModel"),
+        ("vae", [], "AutoencoderKL"),
+    ):
+        path.write_text(json.dumps(index | {key: entry}))
+        with pytest.raises(CheckpointError, match=words) as caught:
+            StableDiffusionImageVariationPipeline.from_pretrained(folder)
+        assert caught.value.key == key
+    path.write_text(
+        json.dumps(
+            index
+            | {
+                "controlnet": ["diffusers", "ControlNetModel"],
+                "tokenizer": [None, None],
+                "force_zeros_for_empty_prompt": True,
+            }
+        )
+    )
+    with pytest.warns(UserWarning, match=r": controlnet, force_zeros_for_empty_prompt: no part"):
+        StableDiffusionImageVariationPipeline.from_pretrained(folder)
+    path.write_text(json.dumps(index | {"safety_checker": [None, None], "requires_safety_checker": False}))
+    assert StableDiffusionImageVariationPipeline.from_pretrained(folder).safety_checker is None
+    for spoilt in ("{", "[]", '{"a": ' * 10_000):
+        path.write_text(spoilt)
+        with pytest.raises(CheckpointError, match=r"JSON|no such file"):
+            StableDiffusionImageVariationPipeline.from_pretrained(folder)
+
+
+def test_overrides(checkpoint):
+    scheduler = imvar.DDIMScheduler()
+    parts = {"scheduler": scheduler, "safety_checker": None}
+    with pytest.warns(UserWarning, match="safety_checker"):
+        pipe = StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, **parts)
+    assert pipe.scheduler is scheduler
+    assert pipe.safety_checker is None
+    with pytest.raises(TypeError, match="tokenizer"):
+        StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, tokenizer="openai/clip")
+    StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, device_map=None, force_download=False)
+    imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", device_map=None, force_download=False)
+    ddim = imvar.DDIMScheduler.from_pretrained(checkpoint, subfolder="scheduler", clip_sample=False)
+    assert (ddim.config.clip_sample, ddim.config.steps_offset, ddim.config.skip_prk_steps) == (False, 1, True)
+    with pytest.raises(TypeError, match="nonsense"):
+        imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", nonsense=1)
+
+
+def test_a_subclass_that_passes_its_arguments_on(checkpoint):
+    class Mine(StableDiffusionImageVariationPipeline):
+        def __init__(self, *args, strength=0.5, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.strength = strength
+
+    mine = Mine.from_pretrained(checkpoint, strength=0.7, requires_safety_checker=False, safety_checker=None)
+    assert (mine.strength, mine.safety_checker, mine.unet.dtype) == (0.7, None, torch.float32)
+    with pytest.raises(TypeError, match="weakness"):
+        Mine.from_pretrained(checkpoint, weakness=1)
+
+
+def test_dtypes(checkpoint, tmp_path):
+    pipe = StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, torch_dtype=torch.float16)
+    assert {part: model.dtype for part, model in pipe.modules.items()} == dict.fromkeys(PARTS, torch.float16) | {}
+    pipe.save_pretrained(tmp_path)
+    assert StableDiffusionImageVariationPipeline.from_pretrained(tmp_path).dtype == torch.float32
+    by_file = StableDiffusionImageVariationPipeline.from_pretrained(tmp_path, torch_dtype="auto")
+    assert {model.dtype for model in by_file.modules.values()} == {torch.float16}
+    mixed = StableDiffusionImageVariationPipeline.from_pretrained(
+        tmp_path, dtype={"unet": "bfloat16", "default": torch.float32}
+    )
+    assert (mixed.unet.dtype, mixed.vae.dtype) == (torch.bfloat16, torch.float32)
+    for bad in ({"text_encoder": torch.float16}, "int8", torch.int64, 16):
+        with pytest.raises(TypeError, match="dtype"):
+            StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, dtype=bad)
+
+
+def test_a_variant_may_be_there_for_some_parts_only(checkpoint, folder):
+    unet = imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
+    unet.conv_in.weight.data.zero_()
+    unet.save_pretrained(folder / "unet", variant="fp16")
+    assert equal(StableDiffusionImageVariationPipeline.from_pretrained(folder, variant="fp16").unet, unet)
+    assert not equal(StableDiffusionImageVariationPipeline.from_pretrained(folder).unet, unet)
+    with pytest.raises(CheckpointError, match=r"variant='fp32'"):
+        StableDiffusionImageVariationPipeline.from_pretrained(folder, variant="fp32")
+    with pytest.raises(CheckpointError, match=r"fp32\.safetensors"):
+        imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant="fp32")
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(checkpoint, monkeypatch, tmp_path):
+    """A hub with one repository: the checkpoint in both formats, and files that nobody here needs."""
+    remote, calls = shutil.copytree(checkpoint, tmp_path / "remote"), []
+    for part in PARTS:
+        stem = "diffusion_pytorch_model" if part in ("vae", "unet") else "pytorch_model"
+        torch.save(load_file(weights(remote, part)), remote / part / f"{stem}.bin")
+    (remote / "montage.jpg").write_bytes(b"0" * 1000)
+    names = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
+
+    def model_info(repo_id, **options):
+        calls.append(("list", repo_id, options))
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def snapshot_download(repo_id, allow_patterns=None, local_files_only=False, **options):
+        if local_files_only:
+            raise LocalEntryNotFoundError("nothing is cached")
+        wanted = sorted(filter_repo_objects(names, allow_patterns=allow_patterns))
+        calls.append(("download", wanted, options))
+        for name in wanted:
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(remote / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return calls
+
+
+def test_only_needed_files_are_fetched(hub):
+    StableDiffusionImageVariationPipeline.from_pretrained("owner/name", revision="v2.0", token="t", cache_dir="c")
+    (_, repo, options), (_, fetched, where) = hub
+    assert repo == "owner/name"
+    assert options == {"revision": "v2.0", "token": "t", "timeout": 10}
+    assert where == {"revision": "v2.0", "token": "t", "cache_dir": "c"}
+    assert fetched == sorted(
+        [
+            "feature_extractor/preprocessor_config.json",
+            "image_encoder/config.json",
+            "image_encoder/model.safetensors",
+            "model_index.json",
+            "safety_checker/config.json",
+            "safety_checker/model.safetensors",
+            "scheduler/scheduler_config.json",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
+        ]
+    )
+
+
+def test_overridden_parts_are_not_fetched(hub):
+    with pytest.warns(UserWarning, match="safety_checker"):
+        StableDiffusionImageVariationPipeline.from_pretrained("owner/name", safety_checker=None, use_safetensors=False)
+    fetched = hub[1][1]
+    assert not [name for name in fetched if name.startswith("safety_checker")]
+    assert "unet/diffusion_pytorch_model.bin" in fetched
+    assert "unet/diffusion_pytorch_model.safetensors" not in fetched
+
+
+def test_one_part_from_the_hub(hub):
+    imvar.UNet2DConditionModel.from_pretrained("owner/name", subfolder="unet")
+    assert hub[1][1] == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+    imvar.PNDMScheduler.from_pretrained("owner/name", subfolder="scheduler")
+    assert hub[3][1] == ["scheduler/scheduler_config.json"]
+
+
+def test_a_cache_without_a_network_is_asked_for_no_more_than_needed(checkpoint, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo_id, **options):
+        asked.update(options)
+        return str(checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    StableDiffusionImageVariationPipeline.from_pretrained("owner/name", revision="v2.0")
+    assert asked["local_files_only"]
+    files = [
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.bin",
+        "vae/config.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "image_encoder/pytorch_model.bin",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "safety_checker/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "feature_extractor/preprocessor_config.json",
+    ]
+    others = ["montage.jpg", "README.md", "unet/flax_model.msgpack", "text_encoder/model.safetensors"]
+    assert list(filter_repo_objects(files + others, allow_patterns=asked["allow_patterns"])) == files
+
+
+def test_without_a_network(hub, monkeypatch, tmp_path):
+    class NoRouteError(Exception):
+        """Of the network library, which may derive from nothing that we know."""
+
+    def unreachable(*args, **kwargs):
+        raise NoRouteError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
+    for options in ({"local_files_only": True}, {}):
+        with pytest.raises(CheckpointError, match=r"owner/name.*connect once.*or give the folder"):
+            StableDiffusionImageVariationPipeline.from_pretrained("owner/name", **options)
+    for nowhere in (tmp_path / "nowhere", "nowhere", "a/b/c"):
+        with pytest.raises(CheckpointError, match="no such folder"):
+            StableDiffusionImageVariationPipeline.from_pretrained(nowhere)
+    for bad in (None, 3, b"owner/name"):
+        with pytest.raises(TypeError, match="pretrained_model_name_or_path"):
+            StableDiffusionImageVariationPipeline.from_pretrained(bad)
+
+
+# Constructors
+
+
+def test_constructors_take_keywords_positions_or_a_config():
+    unet = imvar.UNet2DConditionModel(**TINY_UNET)
+    for other in (
+        imvar.UNet2DConditionModel(unet.config),
+        imvar.UNet2DConditionModel.from_config(unet.config),
+        imvar.UNet2DConditionModel.from_config(dict(unet.config), sample_size=16),
+    ):
+        assert dict(other.config) == dict(unet.config)
+    assert unet.config.block_out_channels == unet.config["block_out_channels"] == (16, 32)
+    assert imvar.DDIMScheduler(500, 0.01).config.num_train_timesteps == 500
+    for bad, words in (({"widths": 3}, "widths"), ({"act_fn": "relu"}, "act_fn"), ({"norm_num_groups": 7}, "norm_num")):
+        with pytest.raises(ValueError, match=words):
+            imvar.UNet2DConditionModel(**bad)
+    with pytest.raises(AttributeError):
+        unet.config.sample_size = 3
+    with pytest.raises(TypeError, match="register_to_config"):
+        unet.config["sample_size"] = 3
+    for vague in ({"upcast_attention": None}, {"only_cross_attention": [False, False]}, {"dropout": 0}):
+        imvar.UNet2DConditionModel(**TINY_UNET, **vague)
+    for per_level in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
+        with pytest.raises(imvar.InputError, match=per_level):
+            imvar.UNet2DConditionModel(**(TINY_UNET | {per_level: [1, 2]}))
+
+
+def test_configs_are_dictionaries(pipe):
+    for part in pipe.components.values():
+        config = part.config
+        assert isinstance(config, dict)
+        assert json.loads(json.dumps(config.to_dict())) == json.loads(config.to_json_string())
+        assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config)) == copy.copy(config)
+        assert all(getattr(config, key) is value for key, value in config.items() if key[0] != "_")
+    assert imvar.CLIPVisionConfig(hidden_size=24)["hidden_size"] == 24
+    config = imvar.CLIPVisionConfig(**TINY_ENCODER)
+    for encoder in (
+        imvar.CLIPVisionModelWithProjection(config),
+        imvar.CLIPVisionModelWithProjection(config=config),
+        imvar.CLIPVisionModelWithProjection(**TINY_ENCODER),
+    ):
+        assert encoder.config == config
+
+
+def test_a_change_that_no_setting_is_for(pipe):
+    with pytest.warns(UserWarning, match="DDIMScheduler.from_config: solver_order"):
+        ddim = imvar.DDIMScheduler.from_config(pipe.scheduler.config, solver_order=2)
+    assert "solver_order" not in ddim.config
+
+
+def test_published_names_in_a_module_around_ours(pipe):
+    """As a trainer's wrapper loads them."""
+    around = torch.nn.ModuleDict({"unet": pipe.unet, "extra": torch.nn.Linear(2, 2)})
+    theirs = {f"unet.{name}": tensor + 1 for name, tensor in pipe.unet.keymap.to_theirs(pipe.unet.state_dict()).items()}
+    kept = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    around.load_state_dict(theirs | {f"extra.{k}": v for k, v in around["extra"].state_dict().items()})
+    assert all(torch.equal(tensor, kept[name] + 1) for name, tensor in pipe.unet.state_dict().items())

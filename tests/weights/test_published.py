@@ -1,0 +1,142 @@
+"""The published revisions, without their weights: every setting is understood, every tensor has its place."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import imvar
+from imvar.weights import load
+from imvar.weights.model_index import PARTS
+from tests.support.published_checkpoint import PUBLISHED, Checkpoint, draw, key_list
+from tests.support.random_checkpoint import tiny_pipeline
+
+MODELS = {  # and how many parameters each has
+    "unet": (imvar.UNet2DConditionModel, 859_520_964),
+    "vae": (imvar.AutoencoderKL, 83_653_863),
+    "image_encoder": (imvar.CLIPVisionModelWithProjection, 303_966_208),
+    "safety_checker": (imvar.StableDiffusionSafetyChecker, 303_981_588),
+}
+LISTS = {
+    "unet": "unet",
+    "vae": "vae",
+    "vae_legacy": "vae",
+    "image_encoder": "image_encoder",
+    "safety_checker": "safety_checker",
+}
+REVISIONS = ["v2.0", "v1.0", "old-2ddbd90"]
+SCHEDULERS = [*REVISIONS, "main"]
+
+
+def settings(revision: str, file: str) -> dict:
+    return json.loads((PUBLISHED / revision / file).read_text())
+
+
+def empty(part: str, revision: str = "v2.0") -> torch.nn.Module:
+    model, _ = MODELS[part]
+    with torch.device("meta"):
+        return model(model.read_config(PUBLISHED / revision / part / "config.json"))
+
+
+def undoubled(key: str) -> str:
+    return key.replace("vision_model.vision_model", "vision_model")
+
+
+def published(name: str) -> dict[str, torch.Tensor]:
+    return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in key_list(name).items()}
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+@pytest.mark.parametrize("part", MODELS)
+def test_every_model_is_built_at_its_size(part, revision):
+    model = empty(part, revision)
+    assert model.num_parameters() == MODELS[part][1]
+    given = settings(revision, f"{part}/config.json")
+    if part == "image_encoder" and "vision_config" in given:  # the old revision's is a whole CLIP model
+        given = given["vision_config"] | {"projection_dim": given["projection_dim"]}
+    assert model.config.given
+    assert all(model.config[key] == given[key] for key in model.config.given - {"vision_config"})
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_published_tensor_has_its_place(name):
+    model, tensors = empty(LISTS[name]), published(name)
+    load(model, tensors)  # raises for one that is missing, unknown or misshapen
+    ids = {key for key in tensors if key.endswith("position_ids")}
+    assert len(model.state_dict()) == len(tensors) - len(ids)
+    load(model, {key: tensor for key, tensor in tensors.items() if key not in ids})
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_nothing_else_is_accepted(name):
+    model, tensors = empty(LISTS[name]), published(name)
+    for key in (next(iter(tensors)), list(tensors)[-1]):
+        with pytest.raises(imvar.CheckpointError, match="missing"):
+            load(model, {other: tensor for other, tensor in tensors.items() if other != key})
+        with pytest.raises(imvar.CheckpointError, match="shape"):
+            load(model, tensors | {key: torch.empty(2, 7, device="meta")})
+        with pytest.raises(imvar.CheckpointError, match="unknown"):
+            load(model, tensors | {f"{key}.more": tensors[key]})
+
+
+def test_checker_takes_both_depths_of_prefix():
+    tensors = published("safety_checker")
+    load(empty("safety_checker"), {undoubled(key): tensor for key, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("part", MODELS)
+def test_saved_names_are_the_current_ones(part):
+    model = empty(part)
+    names = {undoubled(key) for key in key_list(part)}
+    saved = model.keymap.to_theirs(model.state_dict())
+    assert saved.keys() == {name for name in names if not name.endswith("position_ids")}
+
+
+@pytest.mark.parametrize("revision", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", [imvar.PNDMScheduler, imvar.DDIMScheduler, imvar.LMSDiscreteScheduler])
+def test_schedulers_keep_what_is_given(scheduler, revision):
+    given = settings(revision, "scheduler/scheduler_config.json")
+    config = scheduler.from_pretrained(PUBLISHED / revision, subfolder="scheduler").config
+    assert all(config[key] == value for key, value in given.items() if key != "_class_name")
+    if scheduler is imvar.DDIMScheduler:
+        assert config.clip_sample is (revision != "main")
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_feature_extractors_agree(revision):
+    config = imvar.CLIPImageProcessor.from_pretrained(PUBLISHED / revision, subfolder="feature_extractor").config
+    given = settings(revision, "feature_extractor/preprocessor_config.json")
+    assert config.size == {"shortest_edge": 224}
+    assert config.crop_size == {"height": 224, "width": 224}
+    for key in given.keys() & {"resample", "do_resize", "do_center_crop", "do_normalize", "do_convert_rgb"}:
+        assert config[key] == given[key]
+    assert list(config.image_mean) == given["image_mean"]
+    assert list(config.image_std) == given["image_std"]
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_every_part_of_every_index_is_known(revision):
+    index = settings(revision, "model_index.json")
+    classes = {name: value[1] for name, value in index.items() if isinstance(value, list)}
+    assert classes.keys() == PARTS.keys()
+    assert all(name in PARTS[part] for part, name in classes.items())
+
+
+def test_random_tensors_keep_signals_in_size():
+    generator = torch.Generator().manual_seed(0)
+    weight = draw("conv.weight", [64, 32, 3, 3], torch.float32, generator)
+    x = torch.randn(1, 32, 9, 9, generator=generator)
+    assert torch.nn.functional.conv2d(x, weight).std() == pytest.approx(1, abs=0.1)
+    assert draw("norm.weight", [512], torch.float32, generator).mean() == pytest.approx(1, abs=0.1)
+    assert draw("x.position_ids", [1, 5], torch.int64, generator).tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+def test_the_full_size_proof_runs_on_a_tiny_model(tmp_path):
+    verify_reference = pytest.importorskip("verify_reference")
+    tiny_pipeline().save_pretrained(tmp_path)
+    compared = list(verify_reference.verify(Checkpoint(tmp_path), steps=2))
+    assert {row.part for row in compared} == verify_reference.SIDES.keys()
+    assert all(row.ok for row in compared), verify_reference.table(compared)

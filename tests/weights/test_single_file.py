@@ -1,0 +1,312 @@
+"""`from_single_file`: what a file holds is what the folder holds that it is converted to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import imvar
+from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
+from imvar.weights import convert
+from tests.support.expected_tensors import agree, settings
+from tests.support.original_checkpoint import LAYOUTS, original, write
+from tests.support.random_checkpoint import TINY_VAE, randomize
+
+PARTS = {
+    "unet": imvar.UNet2DConditionModel,
+    "vae": imvar.AutoencoderKL,
+    "image_encoder": imvar.CLIPVisionModelWithProjection,
+    "safety_checker": imvar.StableDiffusionSafetyChecker,
+}
+IN_ORIGINALS = {part: PARTS[part] for part in ("unet", "vae", "image_encoder")}
+UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
+
+
+def alike(a, b):
+    return agree({"": a.state_dict()}, {"": b.state_dict()}) and settings(a.config) == settings(b.config)
+
+
+def picture(pipe, photo):
+    """With weights that are copied out of the files, in which they lie at odd addresses: those round differently."""
+    for model in pipe.modules.values():
+        model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        photo,
+        height=64,
+        width=64,
+        num_inference_steps=1,
+        guidance_scale=2.0,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+
+
+# As the folder
+
+
+@pytest.mark.filterwarnings("ignore:safety_checker=None")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pipeline_of_every_layout(originals, converted, layout, photo):
+    """Its parts, settings and pictures are those of the converted folder, to the bit."""
+    pipe = StableDiffusionImageVariationPipeline.from_single_file(originals[layout])
+    other = StableDiffusionImageVariationPipeline.from_pretrained(converted[layout], **UNCHECKED)
+    for part in IN_ORIGINALS:
+        assert alike(getattr(pipe, part), getattr(other, part))
+        assert getattr(pipe, part).dtype == torch.float32
+        assert not getattr(pipe, part).training
+    for part in ("scheduler", "feature_extractor"):
+        assert settings(getattr(pipe, part).config) == settings(getattr(other, part).config)
+        assert type(getattr(pipe, part)) is type(getattr(other, part))
+    assert pipe.safety_checker is None
+    if layout != "ema_only":  # whose tensors are those of `full`
+        made = picture(pipe, photo)
+        assert made.isfinite().all()
+        assert torch.equal(made, picture(other, photo))
+
+
+def test_every_part(originals, converted):
+    for part, kind in IN_ORIGINALS.items():
+        assert alike(kind.from_single_file(originals["full"]), kind.from_pretrained(converted["full"], subfolder=part))
+    with pytest.raises(CheckpointError, match="holds no safety_checker; there is unet and vae and image_encoder"):
+        PARTS["safety_checker"].from_single_file(originals["full"])
+
+
+def test_raw_and_averaged(originals):
+    raw, averaged = (
+        imvar.UNet2DConditionModel.from_single_file(originals["full"], ema=ema).conv_in.weight for ema in ("no", "yes")
+    )
+    tensors = original("full")["state_dict"]
+    assert averaged.equal(tensors["model_ema.diffusion_modelinput_blocks00weight"])
+    assert raw.equal(tensors["model.diffusion_model.input_blocks.0.0.weight"])
+    for layout, ema in (("v2", "yes"), ("ema_only", "no")):
+        with pytest.raises(CheckpointError, match=f"ema='{ema}'"):
+            StableDiffusionImageVariationPipeline.from_single_file(originals[layout], ema=ema)
+    with pytest.raises(InputError, match="ema='both'"):
+        imvar.AutoencoderKL.from_single_file(originals["v2"], ema="both")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_file_of_one_part(checkpoint, tmp_path, part):
+    """Beside its settings in a folder; alone in our names, with settings from elsewhere."""
+    model = PARTS[part].from_pretrained(checkpoint, subfolder=part)
+    (file,) = (checkpoint / part).glob("*.safetensors")
+    assert alike(PARTS[part].from_single_file(file), model)
+    torch.save(model.state_dict(), tmp_path / "ours.pt")
+    for where in (checkpoint, checkpoint / part):
+        assert alike(PARTS[part].from_single_file(tmp_path / "ours.pt", config=where), model)
+    assert alike(PARTS[part].from_single_file(tmp_path / "ours.pt", config=checkpoint, subfolder=part), model)
+
+
+def test_an_autoencoder_as_it_is_published_alone(tmp_path):
+    """The original names without a prefix, and what training leaves beside them."""
+    sizes = {"block_out_channels": (32, 32, 32, 64), "norm_num_groups": 32}
+    vae = randomize(imvar.AutoencoderKL(**TINY_VAE | sizes), 0)
+    vae.save_pretrained(tmp_path / "vae")
+    convert(tmp_path / "vae", tmp_path / "prefixed.safetensors", to="original")
+    tensors = {
+        name.removeprefix("first_stage_model."): tensor
+        for name, tensor in load_file(tmp_path / "prefixed.safetensors").items()
+    }
+    tensors |= {
+        "loss.logvar": torch.zeros(()),
+        "loss.discriminator.main.0.weight": torch.ones(2, 3, 4, 4),
+        "model_ema.decay": torch.tensor(0.99),
+        "model_ema.num_updates": torch.tensor(3, dtype=torch.int32),
+    }
+    torch.save({"state_dict": tensors, "global_step": 840000}, tmp_path / "vae.ckpt")
+    found = imvar.AutoencoderKL.from_single_file(tmp_path / "vae.ckpt")
+    assert agree({"": found.state_dict()}, {"": vae.state_dict()})
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found(x).sample, vae(x).sample)
+
+
+# Options
+
+
+def test_settings_are_in_files_of_ours(small, checkpoint):
+    """A tiny encoder's heads, and a checkpoint's own sizes, are told by nothing else."""
+    pipe = StableDiffusionImageVariationPipeline.from_single_file(small, **UNCHECKED)
+    other = StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, **UNCHECKED)
+    for part, value in pipe.components.items():
+        if value is not None:
+            assert settings(value.config) == settings(getattr(other, part).config), part
+    assert pipe.unet.config.sample_size == 16
+
+
+def test_settings_from_a_folder_win(small, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "settings", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, key, value in (
+        ("unet/config.json", "sample_size", 24),
+        ("scheduler/scheduler_config.json", "_class_name", "LMSDiscreteScheduler"),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | {key: value}))
+    pipe = StableDiffusionImageVariationPipeline.from_single_file(small, config=folder, **UNCHECKED)
+    assert pipe.unet.config.sample_size == 24
+    assert type(pipe.scheduler) is imvar.LMSDiscreteScheduler
+    assert imvar.UNet2DConditionModel.from_single_file(small, config=folder, sample_size=8).config.sample_size == 8
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(CheckpointError, match="no settings of the vae"):
+        StableDiffusionImageVariationPipeline.from_single_file(small, config=folder)
+
+
+def test_dtypes(small):
+    load = StableDiffusionImageVariationPipeline.from_single_file
+    kinds = {
+        part: model.dtype
+        for part, model in load(
+            small, dtype={"unet": "bfloat16", "default": torch.float16}, **UNCHECKED
+        ).modules.items()
+    }
+    assert kinds == {"unet": torch.bfloat16, "vae": torch.float16, "image_encoder": torch.float16}
+    assert load(small, torch_dtype=torch.float16, **UNCHECKED).unet.dtype == torch.float16
+    with pytest.raises(TypeError, match="text_encoder"):
+        load(small, dtype={"text_encoder": torch.float16})
+
+
+def test_a_file_of_mixed_dtypes_makes_a_model_of_the_widest(originals, converted):
+    kind = imvar.CLIPVisionModelWithProjection
+    for encoder in (
+        kind.from_single_file(originals["full"], dtype="auto"),
+        kind.from_pretrained(converted["full"], subfolder="image_encoder", torch_dtype="auto"),
+    ):
+        assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float32}
+
+
+def test_parts_handed_over(small, checkpoint):
+    checker = imvar.StableDiffusionSafetyChecker.from_pretrained(checkpoint, subfolder="safety_checker")
+    scheduler = imvar.DDIMScheduler()
+    pipe = StableDiffusionImageVariationPipeline.from_single_file(small, safety_checker=checker, scheduler=scheduler)
+    assert (pipe.safety_checker, pipe.scheduler) == (checker, scheduler)
+    with pytest.warns(UserWarning, match="nobody looks at the pictures"):
+        StableDiffusionImageVariationPipeline.from_single_file(small)
+    with pytest.raises(TypeError, match="tokenizer"):
+        StableDiffusionImageVariationPipeline.from_single_file(small, tokenizer=checker)
+
+
+def test_a_part_that_is_not_there_can_be_handed_over(small, checkpoint, tmp_path):
+    tensors = {name: tensor for name, tensor in load_file(small).items() if not name.startswith("cond_stage_model.")}
+    with safe_open(small, "pt") as file:
+        save_file(tensors, tmp_path / "half.safetensors", file.metadata())
+    load = StableDiffusionImageVariationPipeline.from_single_file
+    with pytest.raises(CheckpointError, match=r"holds no image_encoder; .*image_encoder="):
+        load(tmp_path / "half.safetensors")
+    encoder = imvar.CLIPVisionModelWithProjection.from_pretrained(checkpoint, subfolder="image_encoder")
+    assert load(tmp_path / "half.safetensors", image_encoder=encoder, **UNCHECKED).image_encoder is encoder
+
+
+# The hub
+
+
+@pytest.mark.parametrize(
+    ("source", "revision"),
+    [
+        ("owner/name/files/small.safetensors", None),
+        ("https://huggingface.co/owner/name/blob/main/files/small.safetensors", "main"),
+        ("https://hf.co/owner/name/resolve/v1/files/small.safetensors?download=true", "v1"),
+    ],
+)
+def test_files_on_the_hub(small, checkpoint, monkeypatch, tmp_path, source, revision):
+    calls = []
+
+    def snapshot_download(repo_id, allow_patterns, **options):
+        calls.append((repo_id, options["revision"], allow_patterns))
+        if repo_id == "owner/settings":
+            return str(checkpoint)
+        (tmp_path / "files").mkdir(exist_ok=True)
+        shutil.copy(small, tmp_path / "files")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.model_info", lambda *_, **__: SimpleNamespace(siblings=[]))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    unet = imvar.UNet2DConditionModel.from_single_file(source, config="owner/settings")
+    assert alike(unet, imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet"))
+    assert calls[0] == ("owner/name", revision, ["files/small.safetensors"])
+    assert calls[1][0] == "owner/settings"
+
+
+@pytest.mark.parametrize("source", ["nowhere.ckpt", "owner/name", "https://example.com/owner/name/x.ckpt", "/x/y.ckpt"])
+def test_no_such_file(source):
+    with pytest.raises(CheckpointError, match="no such file"):
+        StableDiffusionImageVariationPipeline.from_single_file(source)
+
+
+# What is wrong is named
+
+
+def test_folders_are_for_from_pretrained(checkpoint):
+    for kind in (StableDiffusionImageVariationPipeline, imvar.UNet2DConditionModel):
+        with pytest.raises(CheckpointError, match="is a folder, not a file; from_pretrained reads folders"):
+            kind.from_single_file(checkpoint)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("other", PARTS)
+def test_another_parts_file(checkpoint, tmp_path, part, other):
+    """By its name in the error, from a file and from a folder in which it was swapped."""
+    if part == other:
+        return
+    (file,), (mine,) = ((checkpoint / name).glob("*.safetensors") for name in (other, part))
+    with pytest.raises(CheckpointError, match=f"holds no {part}; there is {other}"):
+        PARTS[part].from_single_file(file)
+    shutil.copy(checkpoint / part / "config.json", tmp_path)
+    shutil.copy(file, tmp_path / mine.name)
+    with pytest.raises(CheckpointError, match=f"look like the weights of another part, the {other}") as caught:
+        PARTS[part].from_pretrained(tmp_path)
+    assert caught.value.path == tmp_path / mine.name
+
+
+@pytest.mark.parametrize(
+    "tower", ["transformer.text_model.encoder.layers.0.mlp.fc1.weight", "model.transformer.resblocks.0.ln_1.weight"]
+)
+def test_text_to_image_checkpoints(small, tmp_path, tower):
+    tensors = {name: tensor for name, tensor in load_file(small).items() if not name.startswith("cond_stage_model.")}
+    with safe_open(small, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors | {f"cond_stage_model.{tower}": torch.ones(8, 8)}, tmp_path / "sd.safetensors", metadata)
+    for load in (
+        StableDiffusionImageVariationPipeline.from_single_file,
+        PARTS["image_encoder"].from_single_file,
+        lambda file: convert(file, tmp_path / "out"),
+    ):
+        with pytest.raises(CheckpointError, match=r"text-to-image checkpoint; its UNet and VAE can be taken"):
+            load(tmp_path / "sd.safetensors")
+    for part in ("unet", "vae"):
+        assert alike(PARTS[part].from_single_file(tmp_path / "sd.safetensors"), PARTS[part].from_single_file(small))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text[:-1],
+        lambda text: "[]",
+        lambda text: '{"unet": 3}',
+        lambda text: '{"unet": {"act_fn": "no"}}',
+        lambda text: json.dumps(json.loads(text) | {"scheduler": {}}),
+    ],
+)
+def test_spoilt_settings_in_a_file(small, tmp_path, spoil):
+    with safe_open(small, "pt") as opened:
+        text = spoil(opened.metadata()["imvar.settings"])
+    save_file(load_file(small), tmp_path / "x.safetensors", {"imvar.settings": text})
+    with pytest.raises(CheckpointError) as caught:
+        StableDiffusionImageVariationPipeline.from_single_file(tmp_path / "x.safetensors")
+    assert caught.value.path == tmp_path / "x.safetensors"
+
+
+def test_a_pickle_that_does_more_is_refused(tmp_path, capsys):
+    class Harmful:
+        def __reduce__(self):
+            return (print, ("this must never run",))
+
+    write(tmp_path / "x.ckpt", original("v2") | {"callbacks": Harmful()})
+    with pytest.raises(CheckpointError, match=r"names builtins\.print"):
+        StableDiffusionImageVariationPipeline.from_single_file(tmp_path / "x.ckpt")
+    assert "never" not in capsys.readouterr().out

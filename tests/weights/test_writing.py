@@ -1,0 +1,118 @@
+"""Files of tensors: the bytes that the libraries write, in the memory of one tensor."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from imvar import InputError
+from imvar.weights.filenames import DIFFUSERS
+from imvar.weights.writing import write_tensors, write_weights
+from tests.support.crashes import nano_encoder
+
+
+def every_kind():
+    base = torch.arange(24.0)
+    kinds = ("bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn")
+    return {
+        "matrix": torch.randn(3, 4),
+        'an "é"\n': torch.randn(2),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 3),
+        "turned": torch.randn(4, 5).T,
+        "whole": base,
+        "half": base[:12],
+        "end": base[9:],
+        "again": base[:12],
+        "gradient": torch.nn.Parameter(torch.randn(3)),
+        "expanded": torch.ones(1).expand(7),
+    } | {kind: torch.ones(3).to(getattr(torch, kind)) for kind in kinds}
+
+
+def test_the_bytes_that_safetensors_writes(tmp_path):
+    for tensors in (every_kind(), {}, {"one": torch.ones(1)}):
+        seen = []
+        written = write_tensors(tmp_path / "ours.safetensors", tensors, on_bytes=seen.append, digest=True)
+        alone = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(alone, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+        ours, theirs = ((tmp_path / f"{whose}.safetensors").read_bytes() for whose in ("ours", "theirs"))
+        assert ours == theirs
+        assert written.path == tmp_path / "ours.safetensors"
+        assert (written.tensors, written.bytes, sum(seen)) == (len(tensors), len(ours), len(ours))
+        assert written.sha256 == hashlib.sha256(ours).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_pickles_hold_no_more_than_their_tensors(tmp_path, dtype):
+    written = write_tensors(tmp_path / "ours.bin", every_kind(), dtype=dtype, digest=True)
+    content = (tmp_path / "ours.bin").read_bytes()
+    assert (written.bytes, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    for name, tensor in torch.load(tmp_path / "ours.bin", weights_only=True).items():
+        wanted = every_kind()[name]
+        assert tensor.dtype == ((dtype or wanted.dtype) if wanted.is_floating_point() else wanted.dtype)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_casting(tmp_path):
+    tensors = {"w": torch.tensor([1.0, 65504.0, -3e-9]), "n": torch.arange(3), "inf": torch.tensor([float("inf"), 1])}
+    write_tensors(tmp_path / "half.safetensors", tensors, dtype=torch.float16)
+    half = load_file(tmp_path / "half.safetensors")
+    assert {name: tensor.dtype for name, tensor in half.items()} == {
+        "w": torch.float16,
+        "inf": torch.float16,
+        "n": torch.int64,
+    }
+    assert all(torch.equal(half[name], tensors[name].to(half[name].dtype)) for name in tensors)
+    for ending in ("safetensors", "bin"):
+        for bad, words in (
+            ({"w": torch.tensor([1e6])}, r"w: .*beyond torch\.float16"),
+            ({"w": torch.ones(2, device="meta")}, r"w: .*meta"),
+            ({"w": torch.eye(2).to_sparse()}, "dense"),
+        ):
+            with pytest.raises(InputError, match=words):
+                write_tensors(tmp_path / f"bad.{ending}", bad, dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"c: .*complex64"):
+        write_tensors(tmp_path / "bad.safetensors", {"c": torch.ones(1, dtype=torch.complex64)})
+    assert [path.name for path in tmp_path.iterdir()] == ["half.safetensors"]
+
+
+@pytest.mark.usefixtures("no_fsync")
+def test_shards_are_measured_as_they_are_written(tmp_path):
+    tensors = {f"w{i}": torch.ones(1000) for i in range(8)}
+    for dtype, shards in ((None, 4), (torch.float16, 2), (torch.float64, 8)):
+        written = write_weights(tmp_path, DIFFUSERS, tensors, max_shard_size="8KB", dtype=dtype)
+        assert len(written) == shards == len(list(tmp_path.glob("*.safetensors")))
+        assert sum(each.tensors for each in written) == 8
+        index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == 8000 * (dtype or torch.float32).itemsize
+    (whole,) = write_weights(tmp_path, DIFFUSERS, tensors, max_shard_size="1.5 MB")
+    assert [whole.path] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", ["10", "10 XB", "much", "-1GB", "0GB", 0, -5, True, float("nan"), 1e999, [1]])
+def test_shard_sizes_that_are_none(tmp_path, bad):
+    with pytest.raises(InputError, match="max_shard_size"):
+        nano_encoder(0).save_pretrained(tmp_path / "model", max_shard_size=bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_that_of_one_tensor(tmp_path):
+    """64 MB as float32, of which 32 MB would be a copy in half precision."""
+    tensors = {f"w{i}": torch.randn(2**19) for i in range(32)}
+
+    def private():
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+
+    for dtype in (None, torch.float16):
+        most, before = 0.0, private()
+
+        def look(_):
+            nonlocal most
+            most = max(most, private())
+
+        write_tensors(tmp_path / "w.safetensors", tensors, dtype=dtype, on_bytes=look)
+        assert before / 2 < most < before + 8
