@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import InputError, InputTypeError, shown
+from .errors import InputError, InputTypeError, short_repr
 
 WIDEST = 2**20  # channels and other widths: more than any model has, and no product of three overflows
 MOST_LEVELS = 16  # each halves the picture
@@ -29,9 +29,9 @@ def count(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
     except (TypeError, ValueError, RuntimeError):  # a tensor's, where it has no value to read
         number = None
     if number is None or truth(value):
-        raise InputTypeError(f"{name}={shown(value)}: {needed} would do", key=name)
+        raise InputTypeError(f"{name}={short_repr(value)}: {needed} would do", key=name)
     if not low <= number <= high:
-        raise InputError(f"{name}={shown(value)}: {needed} would do", key=name)
+        raise InputError(f"{name}={short_repr(value)}: {needed} would do", key=name)
     return number
 
 
@@ -40,7 +40,7 @@ def real(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> float:
     number = as_float(value)
     if number is None or not low <= number <= high:
         kind = InputTypeError if number is None else InputError
-        raise kind(f"{name}={shown(value)}: a number from {low:g} to {high:g} would do", key=name)
+        raise kind(f"{name}={short_repr(value)}: a number from {low:g} to {high:g} would do", key=name)
     return number
 
 
@@ -49,7 +49,7 @@ def finite(name: str, value: Any) -> float:
     number = as_float(value)
     if number is None or not math.isfinite(number):
         kind = InputTypeError if number is None else InputError
-        raise kind(f"{name}={shown(value)}: a finite number would do", key=name)
+        raise kind(f"{name}={short_repr(value)}: a finite number would do", key=name)
     return number
 
 
@@ -90,7 +90,7 @@ def side(name: str, value: Any) -> None:
         return
     pair = value if isinstance(value, (list, tuple)) else (value, value)
     if len(pair) != 2:
-        raise InputError(f"{name}={shown(value)}: a number, or height and width, would do", key=name)
+        raise InputError(f"{name}={short_repr(value)}: a number, or height and width, would do", key=name)
     for one in pair:
         count(name, one, high=LARGEST_SIDE)
 
@@ -106,7 +106,7 @@ def option(name: str, value: Any, *kinds: type) -> Any:
     """A value of one of these types, or None; so that 'no' is not taken for yes."""
     if value is not None and not isinstance(value, kinds):
         would_do = " or ".join("True or False" if kind is bool else f"a {kind.__name__}" for kind in kinds)
-        raise InputTypeError(f"{name}={shown(value)}: {would_do} would do", key=name)
+        raise InputTypeError(f"{name}={short_repr(value)}: {would_do} would do", key=name)
     return value
 
 
@@ -114,9 +114,9 @@ def a_path(name: str, value: Any) -> Path:
     """A path that a caller names, of a file or folder that may not be there yet."""
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(text, str):
-        raise InputTypeError(f"{name}={shown(value)}: a path would do", key=name)
+        raise InputTypeError(f"{name}={short_repr(value)}: a path would do", key=name)
     if not text or "\0" in text:
-        raise InputError(f"{name}={shown(value)}: a path, of characters other than NUL, would do", key=name)
+        raise InputError(f"{name}={short_repr(value)}: a path, of characters other than NUL, would do", key=name)
     return Path(text)
 
 
@@ -132,7 +132,9 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | Literal["auto"]:
         return torch.float32
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or found not in FLOATS:
-        raise InputTypeError(f"dtype={shown(dtype)}: one of floats such as torch.float16, its name, or 'auto' would do")
+        raise InputTypeError(
+            f"dtype={short_repr(dtype)}: one of floats such as torch.float16, its name, or 'auto' would do"
+        )
     return found
 
 
@@ -149,7 +151,7 @@ def as_device(name: str, value: Any) -> torch.device | None:
     except Exception as error:  # torch raises RuntimeError, AssertionError and more
         kind = InputError if isinstance(value, (str, int, torch.device)) else InputTypeError
         reason = str(error).partition("\n")[0]  # no such device, none that is free, or a process that was forked
-        raise kind(f"{name}={shown(value)}: {would_do} would do; torch says: {reason}", key=name) from error
+        raise kind(f"{name}={short_repr(value)}: {would_do} would do; torch says: {reason}", key=name) from error
     return device
 
 
@@ -184,7 +186,7 @@ def as_move(
             continue
         read = as_device(name, value) if name == "device" else as_dtype(value) if name == "dtype" else value
         if read == "auto" or not isinstance(read, KINDS[name]):
-            raise InputTypeError(f"{name}={shown(value)}: a {KINDS[name].__name__} would do", key=name)
+            raise InputTypeError(f"{name}={short_repr(value)}: a {KINDS[name].__name__} would do", key=name)
         if found.setdefault(name, read) != read:
             raise InputError(f"{name}: {found[name]} and {read} came; one of them would do", key=name)
     return found
@@ -267,7 +269,7 @@ def alike(name: str, value: Any, other: str, like: Tensor) -> None:
 
 
 def checked(check: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A method that is first shown to `check`, with all that it is called with; not where it is being compiled."""
+    """A method that is first short_repr to `check`, with all that it is called with; not where it is being compiled."""
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)

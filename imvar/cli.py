@@ -16,7 +16,7 @@ from PIL.Image import Image
 
 from . import __version__
 from .contact_sheet import Row, contact_sheet
-from .errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, shown
+from .errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, short_repr
 from .image.load_image import distinct, load_image, spare
 from .noise import LARGEST_SEED
 from .oom import keep_freed_memory, naming_what_needs_less
@@ -296,7 +296,7 @@ def has_bfloat16() -> bool:
 
 def a_count(text: str, least: int = 1, most: int = 10**6) -> int:
     if not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: a whole number from {least} to {most} would do")
+        raise argparse.ArgumentTypeError(f"{short_repr(text)}: a whole number from {least} to {most} would do")
     return int(text)
 
 

@@ -21,7 +21,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 from .checks import truth
-from .errors import InputError, InputTypeError, shown
+from .errors import InputError, InputTypeError, short_repr
 
 
 def one_of(default: Any, *others: Any) -> Any:
@@ -144,7 +144,7 @@ class Config(dict[str, Any]):
         defaults = taken(settings.get(DEFAULTS, ()), Sequence[str])
         if defaults is UNFIT:
             raise InputTypeError(
-                f"{cls.__name__}: {DEFAULTS}={shown(settings[DEFAULTS])} is not supported; it can be "
+                f"{cls.__name__}: {DEFAULTS}={short_repr(settings[DEFAULTS])} is not supported; it can be "
                 "a list of settings",
                 key=DEFAULTS,
             )
@@ -178,7 +178,7 @@ class Config(dict[str, Any]):
             if fit is UNFIT:
                 error = InputError if allowed or isinstance(value, Number) else InputTypeError
                 raise error(
-                    f"{type(self).__name__}: {f.name}={shown(value)} is not supported; it can be "
+                    f"{type(self).__name__}: {f.name}={short_repr(value)} is not supported; it can be "
                     + (" or ".join(dict.fromkeys(map(repr, allowed))) if allowed else would_do(kind)),
                     key=f.name,
                 )
@@ -224,7 +224,7 @@ def json_text(settings: Mapping[str, Any]) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         bad = next((name for name, value in settings.items() if not writable(name, value)), "config")
         raise InputError(
-            f"{bad}={shown(settings.get(bad))}: cannot be written as JSON ({error})", key=str(bad)
+            f"{bad}={short_repr(settings.get(bad))}: cannot be written as JSON ({error})", key=str(bad)
         ) from error
 
 
@@ -272,7 +272,7 @@ class Configured:
         if "config" in settings and not args:
             args = (settings.pop("config"),)
             if as_settings(args[0]) is None:
-                raise InputTypeError(f"config={shown(args[0])}: a config or a dictionary would do", key="config")
+                raise InputTypeError(f"config={short_repr(args[0])}: a config or a dictionary would do", key="config")
         if len(args) == 1 and not settings and (given := as_settings(args[0])) is not None:
             self.config = given if isinstance(given, self.config_class) else self.config_class.read(given)
         else:
@@ -296,7 +296,9 @@ class Configured:
             raise InputTypeError(f"config: {type(config).__name__} came; a config or a dictionary would do")
         named = [name for name in settings if str(name)[:1] != "_"]
         if named and not known & set(named):
-            raise InputError(f"config: {shown(named)} came, none of which is a setting of {cls.__name__}", key="config")
+            raise InputError(
+                f"config: {short_repr(named)} came, none of which is a setting of {cls.__name__}", key="config"
+            )
         return cls(cls.config_class.read(settings, **changes))
 
     def register_to_config(self, **changes: Any) -> None:

@@ -1,27 +1,31 @@
-"""What can go wrong, by whose fault.
+"""Exceptions and warnings of imvar, and the one form of their messages: `name: expected X, got Y; hint`.
 
-Every error names the argument, file or key, what came and what would do. `InputError` is also a
-`ValueError` and `CheckpointError` also an `OSError`, so code that catches those goes on working.
+`InputError` is also a `ValueError` and `CheckpointError` also an `OSError`, so existing `except` clauses keep working.
 """
 
 import reprlib
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 
-LONGEST = 2000  # characters of a message
+MAX_MESSAGE_LENGTH = 2000  # characters
+INTERNAL = tuple(str(Path(module).resolve().parent) for module in (__file__, torch.__file__ or ""))
+
+E = TypeVar("E", bound="ImvarError")
 
 
 class ImvarError(Exception):
-    """The root of every error that imvar raises on purpose."""
+    """Base class of every error that imvar raises on purpose."""
 
 
 class InputError(ImvarError, ValueError):
-    """An argument has a value that cannot do what was asked.
+    """An argument has a value that is not supported.
 
-    Attribute: `key`, the argument or setting, where it is one.
+    Attribute: `key`, the name of the argument or config field, if the error is about one.
     """
 
     def __init__(self, *args: Any, key: str | None = None):
@@ -30,20 +34,25 @@ class InputError(ImvarError, ValueError):
 
 
 class InputTypeError(InputError, TypeError):
-    """An argument is of a type that cannot do what was asked."""
+    """An argument has a type that is not supported."""
 
 
 class CheckpointError(ImvarError, OSError):
     """A checkpoint cannot be found, read, written or used.
 
-    Attributes: `reason`, in words; `path`, the file or folder; `key`, the tensor or config field.
+    Attributes: `reason`, the message without file and key; `path`, the file or folder; `key`, the tensor or config
+    field.
     """
 
     def __init__(self, reason: str, *, path: str | Path | None = None, key: str | None = None):
         self.reason, self.path, self.key = reason, None if path is None else Path(path), key
-        told = key is not None and (reason.startswith(f"{key}:") or f"{key}=" in reason or f": {key}" in reason)
-        parts = (path, None if told else key, reason)
+        named = key is not None and (reason.startswith(f"{key}:") or f": {key}" in reason)
+        parts = (path, None if named else key, reason)
         super().__init__(printable(": ".join(str(part) for part in parts if part is not None)))
+
+    def at(self, path: str | Path | None) -> Self:
+        """Return the same error about another file or folder."""
+        return type(self)(self.reason, path=path, key=self.key)
 
     def __reduce__(self):
         return _checkpoint_error, (self.reason, self.path, self.key)
@@ -52,20 +61,14 @@ class CheckpointError(ImvarError, OSError):
         return str(self.args[0])
 
 
-def printable(text: str) -> str:
-    """Names out of a file must not write over the terminal that shows them, nor fill it."""
-    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 200]} ... {text[-200:]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 class OutOfMemoryError(ImvarError, torch.OutOfMemoryError):
-    """There is not enough memory, of the machine or its accelerator, for what was asked; a `RuntimeError` as well."""
+    """The host or the accelerator ran out of memory; also a `RuntimeError`."""
 
 
 class FlaggedError(ImvarError):
-    """The safety checker flagged a picture, and the call was asked to say so with `on_flagged="raise"`.
+    """The safety checker flagged an image and the call asked for an error (`on_flagged="raise"`).
 
-    Attributes: `flags`, one a picture; `scores`, as those of the output; `seeds`, of all pictures, or None.
+    Attributes: `flags`, one per image; `scores`, as in the pipeline output; `seeds`, of all images, or None.
     """
 
     def __init__(self, message: str, flags: Sequence[bool] = (), scores: Any = None, seeds: Any = None):
@@ -76,27 +79,67 @@ class FlaggedError(ImvarError):
         return str(self.args[0])
 
 
-def shown(value: Any) -> str:
-    """`repr` of what came, cut to a length that a message can have."""
-    return _shown.repr(value)
+def invalid(kind: type[E], name: Any, expected: str, got: str, hint: str = "", **details: Any) -> E:
+    """Return an error of class `kind` with the message `name: expected X, got Y; hint`.
+
+    Every `raise` in imvar goes through here. `name`: an argument or config field, which becomes the `key` of an
+    `InputError`, or the file or folder of a `CheckpointError`. `got` is text: `short_repr(value)` for a value,
+    `describe(value)` for a type or shape. `details` are further arguments of `kind`, such as `key`.
+    """
+    reason = f"expected {expected}, got {got}" + (f"; {hint}" if hint else "")
+    error: Any = kind  # whose constructor depends on the class
+    if issubclass(kind, CheckpointError):
+        return error(reason, path=name, **details)
+    if issubclass(kind, InputError):
+        details.setdefault("key", str(name))
+    return error(printable(f"{name}: {reason}"), **details)
 
 
-class Shown(reprlib.Repr):
-    """Also of whole numbers that are too long for Python to write down."""
+def in_checkpoint(error: InputError, path: str | Path | None) -> CheckpointError:
+    """Return an `InputError` about a config field as a `CheckpointError` about the file that holds the field."""
+    return CheckpointError(str(error), path=path, key=error.key)
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called into imvar: the first frame outside imvar and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_back.f_code.co_filename.startswith(INTERNAL):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def printable(text: str) -> str:
+    """Return `text` with control characters escaped, cut to `MAX_MESSAGE_LENGTH`: names from files are untrusted."""
+    text = text if len(text) <= MAX_MESSAGE_LENGTH else f"{text[: MAX_MESSAGE_LENGTH - 200]} ... {text[-200:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def short_repr(value: Any) -> str:
+    """Return `repr(value)`, cut to the length that a message can hold."""
+    return _repr.repr(value)
+
+
+def describe(value: Any) -> str:
+    """Return the shape of a tensor, or the class name of anything else."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+class ShortRepr(reprlib.Repr):
+    """Also abbreviates integers too long for Python to print."""
 
     def repr_int(self, x: int, level: int) -> str:
-        return super().repr_int(x, level) if x.bit_length() < 4096 else f"<a whole number of {x.bit_length()} bits>"
+        return super().repr_int(x, level) if x.bit_length() < 4096 else f"<an integer of {x.bit_length()} bits>"
 
 
-_shown = Shown()
-_shown.maxstring = _shown.maxother = _shown.maxlong = 200
-_shown.maxlist = _shown.maxtuple = _shown.maxdict = 10
+_repr = ShortRepr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 200
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 10
 
 
 def _checkpoint_error(reason: str, path: Path | None, key: str | None) -> CheckpointError:
     return CheckpointError(reason, path=path, key=key)
-
-
-def formed(value: Any) -> str:
-    """A tensor by its shape, anything else by its class."""
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import count
-from .errors import InputError, InputTypeError, shown
+from .errors import InputError, InputTypeError, short_repr
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Seeds = int | Sequence[int]
@@ -64,7 +64,7 @@ def check_generator(generator: Any, batch: int) -> None:
         return
     if not isinstance(generator, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in generator):
         raise InputTypeError(
-            f"generator={shown(generator)}: torch.Generator().manual_seed(42), or a list of them, would do; or seed=42"
+            f"generator={short_repr(generator)}: torch.Generator().manual_seed(42), or a list of them, would do; or seed=42"
         )
     if len(generator) != batch:
         raise InputError(f"generator: {len(generator)} came for a batch of {batch}; one, or one each, would do")

@@ -23,8 +23,8 @@ class Output(Mapping[str, Any]):
     """The base of every result: subclasses are dataclasses."""
 
     def _present(self) -> dict[str, Any]:
-        shown = (f for f in fields(self) if not f.metadata.get("aside"))  # type: ignore[arg-type]
-        values = ((f.name, getattr(self, f.name)) for f in shown)
+        short_repr = (f for f in fields(self) if not f.metadata.get("aside"))  # type: ignore[arg-type]
+        values = ((f.name, getattr(self, f.name)) for f in short_repr)
         return {name: value for name, value in values if value is not None}
 
     def __getitem__(self, key: str | int | slice) -> Any:

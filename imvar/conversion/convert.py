@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from ..checks import a_path
-from ..errors import CheckpointError, InputError, shown
+from ..errors import CheckpointError, InputError, short_repr
 from ..weights.model_index import INDEX, PARTS
 from ..weights.writing import Written, size_in_bytes
 from .inspect import Found, Survey, survey
@@ -124,7 +124,7 @@ def check(to: str, dtype: str, part: str | None) -> None:
     """Arguments that cannot be honoured, before anything is read."""
     for name, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES), ("part", part, (None, *MODELS))):
         if not isinstance(value, str | None) or value not in choices:
-            raise InputError(f"{name}={shown(value)}: {' or '.join(map(repr, choices))} would do", key=name)
+            raise InputError(f"{name}={short_repr(value)}: {' or '.join(map(repr, choices))} would do", key=name)
 
 
 def check_fit(parts: dict[str, Found]) -> None:

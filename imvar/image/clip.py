@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..checks import LARGEST_SIDE
 from ..config import UNFIT, Config, number, one_of
-from ..errors import InputError, InputTypeError, shown
+from ..errors import InputError, InputTypeError, short_repr
 from ..outputs import Output
 from ..weights.pretrained import Pretrained
 from .clip_tensor import can_prepare
@@ -51,7 +51,8 @@ class CLIPImageProcessorConfig(Config):
         for name, fine in LEFT_OUT.items():
             if foreign.get(name) not in (None, fine):
                 raise InputError(
-                    f"{type(self).__name__}: {name}={shown(foreign[name])} is not supported; it can be {fine}", key=name
+                    f"{type(self).__name__}: {name}={short_repr(foreign[name])} is not supported; it can be {fine}",
+                    key=name,
                 )
         return super().marked(given, foreign)
 
@@ -98,7 +99,7 @@ class CLIPImageProcessorConfig(Config):
         return tuple(float(v) for v in values)
 
     def _refused(self, name: str, would_do: str) -> InputError:
-        came = f"{name}={shown(getattr(self, name))}"
+        came = f"{name}={short_repr(getattr(self, name))}"
         return InputError(f"{type(self).__name__}: {came} is not supported; it can be {would_do}", key=name)
 
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..checks import a_path
-from ..errors import InputError, InputTypeError, shown
+from ..errors import InputError, InputTypeError, short_repr
 from .read import to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -26,7 +26,7 @@ def load_image(image: str | Path | bytes | BinaryIO, formats: Sequence[str] = FO
     `formats`: those that are let in, by Pillow's names. Of an animation the first frame is taken, with a warning. What
     is transparent turns white. Addresses are not followed. Raises `InputError` for what cannot be read.
     """
-    name = str(image) if isinstance(image, (str, Path)) else shown(getattr(image, "name", image))
+    name = str(image) if isinstance(image, (str, Path)) else short_repr(getattr(image, "name", image))
     try:
         with Image.open(opened(image), formats=allowed(formats)) as file:
             if (frames := getattr(file, "n_frames", 1)) > 1:
@@ -49,7 +49,8 @@ def opened(image: Any) -> Any:
         return io.BytesIO(image)
     if isinstance(image, str) and ADDRESS.match(image):
         raise InputError(
-            f"image={shown(image)}: is an address, and nothing is fetched; a file, or its bytes, would do", key="image"
+            f"image={short_repr(image)}: is an address, and nothing is fetched; a file, or its bytes, would do",
+            key="image",
         )
     if callable(getattr(image, "read", None)):
         if isinstance(image, io.TextIOBase):
@@ -67,7 +68,8 @@ def allowed(formats: Any) -> list[str]:
     several = isinstance(formats, Sequence) and not isinstance(formats, str) and len(formats)
     if not several or not all(isinstance(one, str) and one in Image.OPEN for one in formats):
         raise InputError(
-            f"formats={shown(formats)}: a list of Pillow's formats, such as {list(FORMATS)}, would do", key="formats"
+            f"formats={short_repr(formats)}: a list of Pillow's formats, such as {list(FORMATS)}, would do",
+            key="formats",
         )
     return list(formats)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..checks import LARGEST_SIDE, count, floats, readable
 from ..config import Config, Configured, one_of, only
-from ..errors import InputError, InputTypeError, shown
+from ..errors import InputError, InputTypeError, short_repr
 from .read import WOULD_DO, load
 
 FILTERS = {
@@ -136,7 +136,7 @@ class VaeImageProcessor(Configured):
         flags = flags.tolist() if isinstance(flags, (np.ndarray, Tensor)) else flags
         if not isinstance(flags, (list, tuple)) or len(flags) != len(image):
             raise InputError(
-                f"do_denormalize={shown(do_denormalize)} came for {len(image)} pictures; a list of a flag each would do"
+                f"do_denormalize={short_repr(do_denormalize)} came for {len(image)} pictures; a list of a flag each would do"
             )
         if all(flags):
             image = self.denormalize(image)

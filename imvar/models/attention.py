@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from ..checks import count
-from ..errors import InputError, InputTypeError, shown
+from ..errors import InputError, InputTypeError, short_repr
 from ..kernels.autotune import quickest
 from ..kernels.cpu_kernels import linear
 from .layers import GroupNorm, Linear, Seams
@@ -38,7 +38,7 @@ aten = torch.ops.aten
 def sliced(size: int, attend: Attend = sdpa) -> Attend:
     """The same answer, `size` heads of one picture at a time: less memory at once, more time."""
     if not callable(attend):
-        raise InputTypeError(f"attend={shown(attend)}: a function of q, k and v would do", key="attend")
+        raise InputTypeError(f"attend={short_repr(attend)}: a function of q, k and v would do", key="attend")
     return partial(by_slices, count("size", size), attend)
 
 
@@ -88,7 +88,9 @@ class Backend:
     def __post_init__(self) -> None:
         if not isinstance(self.name, SDPBackend) or self.name not in _OPERATORS:
             names = ", ".join(backend.name for backend in _OPERATORS)
-            raise InputError(f"attention_op={shown(self.name)}: an SDPBackend out of {names} would do, or a callable")
+            raise InputError(
+                f"attention_op={short_repr(self.name)}: an SDPBackend out of {names} would do, or a callable"
+            )
         vars(self).update(operator=_OPERATORS[self.name], dtypes=_DTYPES[self.name])  # as compilers cannot look it up
 
     def __reduce__(self) -> tuple[Any, ...]:  # as the backends themselves cannot be pickled
@@ -230,7 +232,7 @@ def set_attend(model: nn.Module, attend: Attend) -> None:
     """Give every attention layer of `model` this kernel: a function, or a module with weights."""
     if not callable(attend) or not isinstance(model, nn.Module):
         raise InputTypeError(
-            f"set_attend({type(model).__name__}, {shown(attend)}): a model, and a function of q, k and v, would do"
+            f"set_attend({type(model).__name__}, {short_repr(attend)}): a model, and a function of q, k and v, would do"
         )
     if not (layers := attentions(model)):
         raise InputError(f"set_attend: {type(model).__name__} has no attention layers of imvar", key="model")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import finite
-from ..errors import InputError, shown
+from ..errors import InputError, short_repr
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FreeU:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if (number := finite(name, value)) <= 0:
-                raise InputError(f"{name}={shown(value)}: a number above 0 would do; 1 changes nothing", key=name)
+                raise InputError(f"{name}={short_repr(value)}: a number above 0 would do; 1 changes nothing", key=name)
             object.__setattr__(self, name, number)
 
     def __call__(self, h: Tensor, skip: Tensor, level: int) -> Tensor:

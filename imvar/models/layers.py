@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import InputTypeError, shown
+from ..errors import InputTypeError, short_repr
 from ..kernels import cpu_kernels as cpu
 from ..kernels import polyphase as phases
 from ..kernels.autotune import quickest
@@ -174,7 +174,7 @@ class Seams:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.seams:
             if not callable(value) and not (value is None and name == "override"):
-                raise InputTypeError(f"{type(self).__name__}.{name}={shown(value)}: a function would do", key=name)
+                raise InputTypeError(f"{type(self).__name__}.{name}={short_repr(value)}: a function would do", key=name)
             # nn.Module lets no function take a module's place
             vars(self).get("_modules", {}).pop(name, None)
         super().__setattr__(name, value)
@@ -187,7 +187,7 @@ def swap(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> 
     """
     if not isinstance(model, nn.Module) or not isinstance(old, type) or not callable(make):
         raise InputTypeError(
-            f"swap({type(model).__name__}, {shown(old)}, {shown(make)}): a model, a class of layers, "
+            f"swap({type(model).__name__}, {short_repr(old)}, {short_repr(make)}): a model, a class of layers, "
             "and a function of one that returns another would do"
         )
     found = [
@@ -199,6 +199,8 @@ def swap(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> 
     for parent, name, child in found:
         made: Any = make(child)  # type: ignore[arg-type]
         if not isinstance(made, nn.Module):
-            raise InputTypeError(f"swap: {shown(make)} made {shown(made)} of {type(child).__name__}; a layer would do")
+            raise InputTypeError(
+                f"swap: {short_repr(make)} made {short_repr(made)} of {type(child).__name__}; a layer would do"
+            )
         setattr(parent, name, made)
     return len(found)

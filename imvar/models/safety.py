@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import checked, sizes
 from ..config import Config, as_settings
-from ..errors import ImvarError, InputTypeError, shown
+from ..errors import ImvarError, InputTypeError, short_repr
 from ..weights import key_tables as tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import TransformersModel
@@ -44,7 +44,7 @@ class CLIPConfig(Config):
         vision = {} if self.vision_config is None else as_settings(self.vision_config)
         if vision is None:
             raise InputTypeError(
-                f"vision_config={shown(self.vision_config)}: the tower's settings would do", key="vision_config"
+                f"vision_config={short_repr(self.vision_config)}: the tower's settings would do", key="vision_config"
             )
         object.__setattr__(self, "vision_config", CLIPVisionConfig.read(vision))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import checked, count, levels, real, side, sizes
 from ..config import Config, one_of, only
-from ..errors import InputError, shown
+from ..errors import InputError, short_repr
 from ..outputs import UNet2DConditionOutput
 from ..weights import key_tables as tables
 from ..weights.keymap import Keymap
@@ -119,13 +119,13 @@ class UNetConfig(Config):
             types, kinds = getattr(self, name), (WITH_ATTENTION[i], WITHOUT[i])
             if len(types) != number or any(kind not in kinds for kind in types):
                 raise InputError(
-                    f"{name}={shown(list(types))}: {number} of {' or '.join(kinds)} would do, one per "
+                    f"{name}={short_repr(list(types))}: {number} of {' or '.join(kinds)} would do, one per "
                     f"entry of block_out_channels={list(self.block_out_channels)}",
                     key=name,
                 )
         if len(self.heads) != number:
             raise InputError(
-                f"attention_head_dim={shown(self.attention_head_dim)}: one number, or one per level, would do",
+                f"attention_head_dim={short_repr(self.attention_head_dim)}: one number, or one per level, would do",
                 key="attention_head_dim",
             )
         for heads in self.heads:

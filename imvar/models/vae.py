@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import checked, levels, option, real, side, sizes
 from ..config import Config, one_of, only
-from ..errors import InputError, shown
+from ..errors import InputError, short_repr
 from ..kernels.packed_weights import running
 from ..noise import Generators, randn
 from ..outputs import AutoencoderKLOutput, DecoderOutput
@@ -59,7 +59,7 @@ class VAEConfig(Config):
         for name, kind in ("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"):
             if list(getattr(self, name)) != [kind] * number:
                 raise InputError(
-                    f"{name}={shown(list(getattr(self, name)))}: {number} times {kind} would do, once per "
+                    f"{name}={short_repr(list(getattr(self, name)))}: {number} times {kind} would do, once per "
                     f"entry of block_out_channels={list(self.block_out_channels)}",
                     key=name,
                 )

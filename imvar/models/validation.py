@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Conv2d
 
 from ..checks import as_float, count, readable, real, tensor
-from ..errors import InputError, InputTypeError, formed, shown
+from ..errors import InputError, InputTypeError, describe, short_repr
 from .stock import IMVAR, Ready, ours, package
 
 LARGEST_TIME = 2**31  # far more than any model was trained for
@@ -34,7 +34,7 @@ def unet(
             readable("timestep", timestep)
         time(timestep, len(sample))
     if merge is not None and not callable(merge):
-        raise InputTypeError(f"merge={shown(merge)}: a function of h, skip and the level would do", key="merge")
+        raise InputTypeError(f"merge={short_repr(merge)}: a function of h, skip and the level would do", key="merge")
 
 
 def asked(layer: Any) -> tuple[int | str, Tensor | None]:
@@ -77,17 +77,17 @@ def time(timestep: Any, samples: int) -> None:
         number = as_float(one)
         if number is None:
             raise InputTypeError(
-                f"timestep={shown(one)}: a number, or a tensor of one for each sample, would do", key="timestep"
+                f"timestep={short_repr(one)}: a number, or a tensor of one for each sample, would do", key="timestep"
             )
         if not 0 <= number <= LARGEST_TIME:
-            raise InputError(f"timestep={shown(one)}: a finite number from 0 would do", key="timestep")
+            raise InputError(f"timestep={short_repr(one)}: a finite number from 0 would do", key="timestep")
 
 
 def answered(kernel: Any, answer: Any, q: Tensor) -> Tensor:
     """What an attention kernel, of whatever kind, answers to q."""
     if not isinstance(answer, Tensor) or answer.shape != q.shape:
         raise InputTypeError(
-            f"attend={shown(kernel)}: it answered with {formed(answer)}; {tuple(q.shape)}, as q has it, would do",
+            f"attend={short_repr(kernel)}: it answered with {describe(answer)}; {tuple(q.shape)}, as q has it, would do",
             key="attend",
         )
     return answer

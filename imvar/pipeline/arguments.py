@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..checks import FLOATS, count, finite, readable, real
-from ..errors import ImvarError, InputError, InputTypeError, shown
+from ..errors import ImvarError, InputError, InputTypeError, short_repr
 from ..image.read import turned
 from ..noise import check_generator, seeds_of
 
@@ -104,7 +104,7 @@ def check_call(
     one_of("output_type", output_type, OUTPUT_TYPES)
     one_of("on_flagged", on_flagged, ON_FLAGGED)
     if not isinstance(return_dict, bool):
-        raise InputTypeError(f"return_dict={shown(return_dict)}: True or False would do")
+        raise InputTypeError(f"return_dict={short_repr(return_dict)}: True or False would do")
     if callback is not None:
         check_callback(callback)
     if seed is None:
@@ -134,7 +134,7 @@ def check_callback(callback: Any) -> None:
     except ValueError:  # of some that are written in C nobody can tell
         return
     if not fits:
-        raise InputTypeError(f"callback={shown(callback)}: a function of (step, timestep, latents) would do")
+        raise InputTypeError(f"callback={short_repr(callback)}: a function of (step, timestep, latents) would do")
 
 
 def check_seeds(seeds: list[int] | None, latents: Any, options: Mapping[str, Any]) -> None:
@@ -146,7 +146,7 @@ def check_seeds(seeds: list[int] | None, latents: Any, options: Mapping[str, Any
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         kind = InputError if isinstance(value, str) else InputTypeError
-        raise kind(f"{name}={shown(value)}: {', '.join(map(repr, choices))} would do")
+        raise kind(f"{name}={short_repr(value)}: {', '.join(map(repr, choices))} would do")
 
 
 def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: bool) -> tuple[tuple[float, float], int]:
@@ -159,7 +159,7 @@ def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: b
         )
     if not isinstance(guidance_interval, (tuple, list)) or len(guidance_interval) != 2:
         raise InputTypeError(
-            f"guidance_interval={shown(guidance_interval)}: two shares of the steps would do, such as (0.0, 0.8)"
+            f"guidance_interval={short_repr(guidance_interval)}: two shares of the steps would do, such as (0.0, 0.8)"
         )
     low, high = (real("guidance_interval", share) for share in guidance_interval)
     if low > high:

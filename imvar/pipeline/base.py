@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 
 from ..checks import as_device, as_move, count, option
 from ..context import holding
-from ..errors import InputError, InputTypeError, shown
+from ..errors import InputError, InputTypeError, short_repr
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
 from ..models.stock import untouched
@@ -244,7 +244,7 @@ class Assembly(Storage):
         if iterable is None and total is None:
             raise InputError("progress_bar: an iterable or a total would do")
         if iterable is not None and not isinstance(iterable, Iterable):
-            raise InputTypeError(f"iterable={shown(iterable)}: something to go through would do", key="iterable")
+            raise InputTypeError(f"iterable={short_repr(iterable)}: something to go through would do", key="iterable")
         return tqdm(iterable, total=total, **self._bar_options)
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -263,7 +263,7 @@ class Assembly(Storage):
                 trial.update()
         except Exception as error:  # of a name that it does not know, tqdm's own is a KeyError
             raise InputTypeError(
-                f"set_progress_bar_config({shown(options)}): options of tqdm would do, such as disable=True ({error})"
+                f"set_progress_bar_config({short_repr(options)}): options of tqdm would do, such as disable=True ({error})"
             ) from error
         self._bar_options = options
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, device
 from torch.nn import Module
 
-from ..errors import InputError, InputTypeError, formed, shown
+from ..errors import InputError, InputTypeError, describe, short_repr
 from ..weights.model_index import MAY_LACK
 
 NEEDED = {  # of the part of this name
@@ -112,7 +112,7 @@ def check_walk(scheduler: Any) -> None:
     times = getattr(scheduler, "timesteps", None)
     if times is None or not len(times):
         raise InputTypeError(
-            f"scheduler: set_timesteps left {type(scheduler).__name__} with timesteps={shown(times)}; "
+            f"scheduler: set_timesteps left {type(scheduler).__name__} with timesteps={short_repr(times)}; "
             "a tensor or a list of them would do",
             key="scheduler",
         )
@@ -122,7 +122,7 @@ def check_context(context: Any, rows: int, unet: Any = None) -> None:
     """What the UNet is told of each picture is there, and as wide as its cross-attention expects, if it is imvar's."""
     if not isinstance(context, Tensor) or context.ndim != 3 or not len(context) or len(context) % rows:
         raise InputTypeError(
-            f"image_encoder: {formed(context)} came as the context; a tensor ({rows}, 1, width) would "
+            f"image_encoder: {describe(context)} came as the context; a tensor ({rows}, 1, width) would "
             "do, under guidance with zeros for half of the rows",
             key="image_encoder",
         )

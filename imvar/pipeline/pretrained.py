@@ -11,7 +11,7 @@ from typing import Any, Self
 from ..atomic.folder import private, replaced, unchanged
 from ..checks import Dtype, a_path, as_dtype, option
 from ..config import Config
-from ..errors import CheckpointError, InputError, InputTypeError, shown
+from ..errors import CheckpointError, InputError, InputTypeError, short_repr
 from ..weights.hub import Hub, inside, locate, read_json, within, write_text
 from ..weights.model_index import INDEX, KNOWN, MAY_LACK, OPTIONAL, PARTS, entry, first_class, index_text, served
 from ..weights.options import READING, asked_for, config_folder, which_ema, writes
@@ -212,7 +212,7 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], 
         return None
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, str) for entry in value):
         raise CheckpointError(
-            f"is {shown(value)}; a library and a class would do, of which imvar has "
+            f"is {short_repr(value)}; a library and a class would do, of which imvar has "
             f"{', '.join(PARTS.get(name, {})) or 'none'}",
             path=folder / INDEX,
             key=name,
@@ -220,7 +220,7 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], 
     found = served(name, value[1], folder / INDEX)
     if value[0].partition(".")[0] not in KNOWN:
         raise CheckpointError(
-            f"is of the library {shown(value[0])}; {', '.join(KNOWN)} would do. Others can be "
+            f"is of the library {short_repr(value[0])}; {', '.join(KNOWN)} would do. Others can be "
             f"handed over: from_pretrained(..., {name}=...)",
             path=folder / INDEX,
             key=name,
@@ -235,7 +235,9 @@ def setting(folder: Path, name: str, value: Any, default: Any) -> Any:
     """A setting of the pipeline itself, of the type of its default."""
     if type(value) is not type(default) and isinstance(default, (bool, int, float, str)):
         raise CheckpointError(
-            f"is {shown(value)}; a {type(default).__name__} such as {default!r} would do", path=folder / INDEX, key=name
+            f"is {short_repr(value)}; a {type(default).__name__} such as {default!r} would do",
+            path=folder / INDEX,
+            key=name,
         )
     return value
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import FlaggedError, InputTypeError, shown
+from ..errors import FlaggedError, InputTypeError, short_repr
 from ..models.safety import Flags
 
 CELLS = 8  # a side, that are left of a picture that is blurred
@@ -53,17 +53,23 @@ def verdict(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
     """
     would_do = f"pictures of shape {tuple(pixels.shape)} and {len(pixels)} flags would do"
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        raise InputTypeError(f"safety_checker: it returned {shown(answer)}; {would_do}", key="safety_checker")
+        raise InputTypeError(f"safety_checker: it returned {short_repr(answer)}; {would_do}", key="safety_checker")
     checked, flags = answer
     if not isinstance(checked, Tensor) or checked.shape != pixels.shape or checked.device != pixels.device:
-        came = f"a tensor {tuple(checked.shape)} on {checked.device}" if isinstance(checked, Tensor) else shown(checked)
+        came = (
+            f"a tensor {tuple(checked.shape)} on {checked.device}"
+            if isinstance(checked, Tensor)
+            else short_repr(checked)
+        )
         raise InputTypeError(f"safety_checker: it returned {came}; {would_do}", key="safety_checker")
     if flags is None or isinstance(flags, Flags):
         return checked, flags
     flags = flags.tolist() if isinstance(flags, (Tensor, np.ndarray)) else flags
     flags = list(flags) if isinstance(flags, Iterable) and not isinstance(flags, (str, Mapping)) else flags
     if not isinstance(flags, list) or len(flags) != len(pixels) or any(flag not in (0, 1, None) for flag in flags):
-        raise InputTypeError(f"safety_checker: it returned {shown(flags)} for flags; {would_do}", key="safety_checker")
+        raise InputTypeError(
+            f"safety_checker: it returned {short_repr(flags)} for flags; {would_do}", key="safety_checker"
+        )
     return checked, [bool(flag) for flag in flags]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..context import holding
-from ..errors import InputError, shown
+from ..errors import InputError, short_repr
 from ..kernels import autotune as trial
 from ..models.attention import attentions
 from ..oom import is_of_memory
@@ -55,7 +55,7 @@ class Compiler:
         try:
             torch.compile(gave_up, **self.options)  # which looks at the options, and at the function when it is called
         except Exception as error:
-            raise InputError(f"compile({shown(options)}): options of torch.compile would do: {error}") from error
+            raise InputError(f"compile({short_repr(options)}): options of torch.compile would do: {error}") from error
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.recordings: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self.shared: tuple[Any, Any] | None = None  # by the recordings, of which only one is replayed at a time

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import alike, checked, count, floats, readable, real, single
 from ..config import Config, one_of
-from ..errors import InputError, InputTypeError, shown
+from ..errors import InputError, InputTypeError, short_repr
 from ..noise import check_generator
 from ..outputs import SchedulerOutput
 from ..weights.pretrained import Pretrained
@@ -82,7 +82,7 @@ class SchedulerConfig(Config):
             betas = np.asarray(self.trained_betas, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise InputTypeError(
-                f"trained_betas={shown(self.trained_betas)}: a list of numbers would do", key="trained_betas"
+                f"trained_betas={short_repr(self.trained_betas)}: a list of numbers would do", key="trained_betas"
             ) from error
         if betas.shape != (steps,):
             raise InputError(
@@ -206,7 +206,7 @@ class VariancePreserving(Scheduler):
         return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the network is shown of `sample`: here, `sample` itself."""
+        """What the network is short_repr of `sample`: here, `sample` itself."""
         return sample
 
     @checked(mixed_inputs)

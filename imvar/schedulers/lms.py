@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import as_device, checked, count, real
 from ..config import one_of
-from ..errors import InputError, shown
+from ..errors import InputError, short_repr
 from ..outputs import DenoisedOutput
 from .common import Scheduler, SchedulerConfig, mixed_inputs, step_inputs
 from .timesteps import beta, exponential, karras, space_timesteps, to_timesteps
@@ -186,14 +186,14 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         near = all(not isinstance(t, Tensor) or t.device.type == "cpu" for t in (here, timestep))  # else one would wait
         if self.begin_index is None and near and abs(real("timestep", timestep, high=math.inf) - float(here)) >= 1:
             raise InputError(
-                f"timestep={shown(timestep)}: the walk has come to {here:g}; scheduler.timesteps, one "
+                f"timestep={short_repr(timestep)}: the walk has come to {here:g}; scheduler.timesteps, one "
                 "after another, would do",
                 key="timestep",
             )
         return self.step_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """What the network is shown of `sample`: the same at unit variance. To be called before every step."""
+        """What the network is short_repr of `sample`: the same at unit variance. To be called before every step."""
         sigma = self.sigmas[self.locate(timestep)]
         self.is_scale_input_called = True
         return sample / (sigma**2 + 1) ** 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import CheckpointError, InputError, shown
+from ..errors import CheckpointError, InputError, short_repr
 
 BUNDLED = ("imvar-emoji",)
 HOME = Path(__file__).resolve().parents[1] / "checkpoints"  # resolved, since some installers link file by file
@@ -17,10 +17,13 @@ def bundled_checkpoint(name: str = BUNDLED[0], revision: str | None = None) -> P
     not bundled, `CheckpointError` if the folder is not there.
     """
     if name not in BUNDLED:
-        raise InputError(f"{shown(name)}: no checkpoint of that name comes with imvar; {' or '.join(BUNDLED)} would do")
+        raise InputError(
+            f"{short_repr(name)}: no checkpoint of that name comes with imvar; {' or '.join(BUNDLED)} would do"
+        )
     if revision not in (None, "main"):
         raise InputError(
-            f"revision={shown(revision)}: {name} comes with imvar and has no revisions; leave it out", key="revision"
+            f"revision={short_repr(revision)}: {name} comes with imvar and has no revisions; leave it out",
+            key="revision",
         )
     folder = HOME / name
     if not folder.is_dir():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..checks import option
-from ..errors import CheckpointError, InputError, shown
+from ..errors import CheckpointError, InputError, short_repr
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Stem:
     def named(self, ending: str, variant: str | None) -> str:
         stem = self.safetensors if ending == "safetensors" else self.pickle
         if option("variant", variant, str) and not re.fullmatch(r"\w[\w.-]*", variant):  # type: ignore[arg-type]
-            raise InputError(f"variant={shown(variant)}: letters, digits, '.', '_' and '-', as in 'fp16', would do")
+            raise InputError(
+                f"variant={short_repr(variant)}: letters, digits, '.', '_' and '-', as in 'fp16', would do"
+            )
         return f"{stem}.{variant}" if variant else stem
 
     def file(self, ending: str, variant: str | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import huggingface_hub
 
 from ..checks import a_path, option
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from .bundled import BUNDLED, bundled_checkpoint
 
 T = TypeVar("T")
@@ -122,10 +122,6 @@ def locate_file(source: str | Path, hub: Hub) -> Path:
     name, revision, file = link.groups()
     hub = replace(hub, revision=revision or hub.revision)
     return locate(name, hub, lambda _: [file]) / file
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 LARGEST_JSON = 2**21  # bytes of a config, an index or the header of a weights file; ours have 100,000 at the most

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import json_text
-from ..errors import CheckpointError, shown
+from ..errors import CheckpointError, short_repr
 
 INDEX = "model_index.json"
 FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
@@ -41,7 +41,7 @@ def served(part: str, class_name: Any, path: Path) -> Any:
     found = classes.get(class_name) if isinstance(class_name, str) else None
     if found is None:
         raise CheckpointError(
-            f"is {shown(class_name)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
+            f"is {short_repr(class_name)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
             f"be handed over: from_pretrained(..., {part}=...)",
             path=path,
             key=part,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import a_path, option
-from ..errors import InputError, InputTypeError, shown
+from ..errors import InputError, InputTypeError, short_repr
 from .hub import Hub, locate
 
 SAVING = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
@@ -19,7 +19,9 @@ def config_folder(config: str | Path | None, hub: Hub, subfolder: str | None = N
     """The folder that `config=` names: itself, that of a file in it, or of a hub repository."""
     if config is None:
         if option("subfolder", subfolder, str):
-            raise InputError(f"subfolder={shown(subfolder)}: is that of config, which did not come", key="subfolder")
+            raise InputError(
+                f"subfolder={short_repr(subfolder)}: is that of config, which did not come", key="subfolder"
+            )
         return None
     path = a_path("config", config)
     folder = path.parent if os.path.isfile(path) else locate(path, hub, lambda _: ["*.json", "*/*.json"])

@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import torch
 
-from ..errors import CheckpointError
-from .hub import first_line
+from ..errors import CheckpointError, first_line
+from .hub import 
 
 MOST_INSTRUCTIONS = 250_000  # some 8,000 tensors
 LARGEST_PROGRAM = 2**24  # bytes of data.pkl, or of all that comes before the numbers in an old file

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..atomic.folder import replaced, unchanged
 from ..checks import Dtype, a_path, as_dtype, option
 from ..config import Configured, json_text
-from ..errors import CheckpointError, InputError, shown
+from ..errors import CheckpointError, InputError, short_repr
 from .filenames import DIFFUSERS, TRANSFORMERS, Stem
 from .hub import Hub, inside, locate, read_json, within, write_text
 from .keymap import Keymap, Naming
@@ -79,7 +79,7 @@ class Pretrained(Configured):
         owners = [part for part, classes in PARTS.items() if isinstance(name, str) and name in classes]
         if owners and cls.part not in owners:
             raise CheckpointError(
-                f"is {shown(name)}, of the {owners[0]}; settings of the {cls.part} would do",
+                f"is {short_repr(name)}, of the {owners[0]}; settings of the {cls.part} would do",
                 path=path,
                 key="_class_name",
             )
@@ -89,7 +89,7 @@ class Pretrained(Configured):
             config = cls.config_class.read(settings, **changes)
             if cls.part in PLAIN and (odd := sorted(name for name in config.foreign if name[:1] != "_")):
                 warnings.warn(
-                    f"{path}: {', '.join(map(shown, odd[:10]))}: no setting of {cls.__name__}, so left alone",
+                    f"{path}: {', '.join(map(short_repr, odd[:10]))}: no setting of {cls.__name__}, so left alone",
                     stacklevel=5,
                 )
             return config

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from .filenames import Stem
-from .hub import LARGEST_JSON, beginning, first_line, inside, parse_json, read_json
+from .hub import LARGEST_JSON, beginning, inside, parse_json, read_json
 
 MOST_TENSORS = 2**13  # in one file, or in all shards of one part
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..checks import readable
-from ..errors import CheckpointError, InputError, InputTypeError, shown
+from ..errors import CheckpointError, InputError, InputTypeError, short_repr
 from . import key_tables as tables
 from .hub import Hub, locate_file, parse_json
 from .keymap import Dialect, Keymap, Naming, listed
@@ -117,7 +117,7 @@ class SingleFile:
         if isinstance(source, Mapping):
             odd = [name for name, value in source.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
             if odd:
-                raise InputTypeError(f"{shown(odd[0])}: a dictionary of tensors by name would do")
+                raise InputTypeError(f"{short_repr(odd[0])}: a dictionary of tensors by name would do")
             for name, tensor in source.items():
                 readable(name, tensor)
             return cls(Path("(tensors in memory)"), source)
