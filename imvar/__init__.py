@@ -22,10 +22,10 @@ try:
         CLIPVisionModelWithProjection,
         StableDiffusionSafetyChecker,
         UNet2DConditionModel,
+        replace_layers,
         sdpa,
         set_attend,
         sliced,
-        swap,
     )
     from .oom import keep_freed_memory
     from .outputs import StableDiffusionPipelineOutput
@@ -63,8 +63,8 @@ __all__ = [
     "bundled_examples",
     "keep_freed_memory",
     "load_image",
+    "replace_layers",
     "sdpa",
     "set_attend",
     "sliced",
-    "swap",
 ]

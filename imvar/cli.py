@@ -15,25 +15,25 @@ import torch
 from PIL.Image import Image
 
 from . import __version__
-from .contact_sheet import Row, contact_sheet
+from .contact_sheet import SheetRow, contact_sheet
 from .errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, short_repr
-from .image.load_image import distinct, load_image, spare
-from .noise import LARGEST_SEED
-from .oom import keep_freed_memory, naming_what_needs_less
+from .image.load_image import check_overwrites, load_image, unique_names
+from .noise import MAX_SEED
+from .oom import explain_out_of_memory, keep_freed_memory
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .weights.bundled import bundled_examples
-from .weights.hub import write_whole
+from .weights.hub import atomic_write
 
 CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
 EMOJI = "imvar-emoji"
-KNOWS = (
+EMOJI_NOTICE = (
     f"{EMOJI} knows drawings in the style of emoji: objects, animals, food, vehicles and faces; not photographs, "
     f"which --checkpoint {CHECKPOINT} knows, a download of 6 GB"
 )
-TRAINED = (64, 64)
+EMOJI_SIZE = (64, 64)
 STEPS, EMOJI_STEPS = 50, 20
-DONE = {"black": " and made black", "blur": " and blurred", "keep": ""}  # to what the safety checker flagged
+FLAG_NOTES = {"black": " and made black", "blur": " and blurred", "keep": ""}  # to what the safety checker flagged
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCHEDULERS = {  # and what each is told: some published configs leave clip_sample on, which spoils latents
     "ddim": (DDIMScheduler, {"clip_sample": False}),
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of photos need not exist in a terminal's encoding
     try:
-        with naming_what_needs_less():
+        with explain_out_of_memory():
             vary(args)
     except OutOfMemoryError:
         print("imvar: out of memory: --batch 1, or a smaller --size, would need less", file=sys.stderr)
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PHOTO",
         help=f"a JPEG, PNG or WebP file (default with --checkpoint {EMOJI}: drawings that come with it)",
     )
-    add("-n", type=a_count, default=4, metavar="N", help="variations of each photo (default: 4)")
+    add("-n", type=int_arg, default=4, metavar="N", help="variations of each photo (default: 4)")
     add(
         "-o",
         dest="out",
@@ -96,12 +96,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where the pictures go; made if need be (default: variations)",
     )
-    add("--seed", type=a_seed, default=0, metavar="S", help="seed of the first variation (default: 0)")
-    add("--steps", type=a_count, metavar="N", help=f"steps of denoising (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
-    add("--guidance", type=a_number, default=3.0, metavar="W", help="how closely to follow the photo (default: 3)")
+    add("--seed", type=seed_arg, default=0, metavar="S", help="seed of the first variation (default: 0)")
+    add("--steps", type=int_arg, metavar="N", help=f"steps of denoising (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
+    add("--guidance", type=float_arg, default=3.0, metavar="W", help="how closely to follow the photo (default: 3)")
     add(
         "--size",
-        type=a_size,
+        type=size_arg,
         default=(None, None),
         metavar="N|HxW",
         help="pixels of a variation, multiples of 8 (default: what the checkpoint was trained at)",
@@ -123,13 +123,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--on-flagged",
-        choices=DONE,
+        choices=FLAG_NOTES,
         default="black",
         help="what becomes of a picture that the safety checker flags (default: black)",
     )
     add(
         "--batch",
-        type=a_count,
+        type=int_arg,
         default=4,
         metavar="N",
         help="variations made at a time; fewer need less memory (default: 4)",
@@ -140,21 +140,21 @@ def parser() -> argparse.ArgumentParser:
 def vary(args: argparse.Namespace) -> None:
     """Make, save and report the variations; device, photos and names are checked before the checkpoint is loaded."""
     emoji = is_emoji(args.checkpoint)
-    fill_in(args, emoji)
+    apply_defaults(args, emoji)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     pictures = [load_image(path) for path in args.photos]
-    names = distinct([path.stem for path in args.photos])
+    names = unique_names([path.stem for path in args.photos])
     seeds = range(args.seed, args.seed + args.n)
-    if seeds[-1] > LARGEST_SEED:
-        raise InputError(f"--seed {args.seed}: the last of {args.n} would be above {LARGEST_SEED}; a smaller would do")
+    if seeds[-1] > MAX_SEED:
+        raise InputError(f"--seed {args.seed}: the last of {args.n} would be above {MAX_SEED}; a smaller would do")
     sheet = args.out / "contact-sheet.png"
     outputs = [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)]
     check_folder(args.out)
-    spare(args.photos, outputs)
+    check_overwrites(args.photos, outputs)
     if emoji:
-        print(f"imvar: {KNOWS}", file=sys.stderr)
-        if args.size[0] and args.size != TRAINED:
+        print(f"imvar: {EMOJI_NOTICE}", file=sys.stderr)
+        if args.size[0] and args.size != EMOJI_SIZE:
             print(
                 f"imvar: {EMOJI} was trained at 64x64 pixels, and what it makes at other sizes is seldom a thing; "
                 "the larger, the slower",
@@ -163,14 +163,14 @@ def vary(args: argparse.Namespace) -> None:
     pipe = load(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rows = [Row(path.name, picture) for path, picture in zip(args.photos, pictures, strict=True)]
+    rows = [SheetRow(path.name, picture) for path, picture in zip(args.photos, pictures, strict=True)]
     for row, name in zip(rows, names, strict=True):
         pipe.set_progress_bar_config(desc=name)
         for seed, picture, flagged in variations(pipe, row.photo, seeds, args):
             path, note = args.out / f"{name}-{seed}.png", ", flagged" if flagged else ""
             save(picture, path)
             row.variations.append((f"seed {seed}{note}", picture))
-            print(f"{path}{note} by the safety checker{DONE[args.on_flagged]}" if flagged else path)
+            print(f"{path}{note} by the safety checker{FLAG_NOTES[args.on_flagged]}" if flagged else path)
 
     scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     footer = f"{args.steps} step{'s' * (args.steps > 1)} of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
@@ -191,10 +191,10 @@ def check_folder(folder: Path) -> None:
 
 def save(picture: Image, path: Path) -> None:
     """As PNG, whole or not at all: what had that name before stays if this fails."""
-    write_whole(path, lambda temporary: picture.save(temporary, "PNG"))
+    atomic_write(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
-def fill_in(args: argparse.Namespace, emoji: bool) -> None:
+def apply_defaults(args: argparse.Namespace, emoji: bool) -> None:
     """Fill in what was not said and depends on the checkpoint: photos, steps and dtype."""
     args.steps = args.steps or (EMOJI_STEPS if emoji else STEPS)
     if emoji and args.dtype == "auto":  # so that pictures are those of the same lines in Python, on any machine
@@ -294,17 +294,17 @@ def has_bfloat16() -> bool:
     return any(look().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def a_count(text: str, least: int = 1, most: int = 10**6) -> int:
+def int_arg(text: str, least: int = 1, most: int = 10**6) -> int:
     if not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
         raise argparse.ArgumentTypeError(f"{short_repr(text)}: a whole number from {least} to {most} would do")
     return int(text)
 
 
-def a_seed(text: str) -> int:
-    return a_count(text, least=0, most=LARGEST_SEED)
+def seed_arg(text: str) -> int:
+    return int_arg(text, least=0, most=MAX_SEED)
 
 
-def a_number(text: str) -> float:
+def float_arg(text: str) -> float:
     try:
         if math.isfinite(number := float(text)):
             return number
@@ -313,7 +313,7 @@ def a_number(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r}: a finite number would do")
 
 
-def a_size(text: str) -> tuple[int, int]:
+def size_arg(text: str) -> tuple[int, int]:
     """Height and width: (512, 512) of "512", (384, 512) of "384x512"."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) in range(8, 2**16, 8) for side in sides):

@@ -20,7 +20,7 @@ from numbers import Number
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
-from .checks import truth
+from .checks import is_bool
 from .errors import InputError, InputTypeError, short_repr
 
 
@@ -29,7 +29,7 @@ def one_of(default: Any, *others: Any) -> Any:
     return field(default=default, metadata={"allowed": (default, *others)})
 
 
-def only(default: Any) -> Any:
+def fixed(default: Any) -> Any:
     """A field that the format has and every published checkpoint leaves at this one value.
 
     Where that asks for nothing (None, False, 0), other ways to say so are taken as well, also once per level.
@@ -40,8 +40,8 @@ def only(default: Any) -> Any:
 
 # What a field's annotation lets it hold
 
-LONGEST = 10_000  # entries of a list
-UNFIT = object()
+MAX_LIST_LENGTH = 10_000  # entries of a list
+INVALID = object()
 WORDS = {
     bool: "True or False",
     int: "a whole number below 2^31",
@@ -51,55 +51,55 @@ WORDS = {
 }
 
 
-def taken(value: Any, kind: Any) -> Any:
+def coerce(value: Any, kind: Any) -> Any:
     """`value` as a field of this type holds it, or UNFIT; numbers of numpy and torch become Python's."""
     if kind in (bool, str, NoneType):
-        return value if isinstance(value, kind) else UNFIT
+        return value if isinstance(value, kind) else INVALID
     if kind in (int, float):
-        return number(value, kind)
+        return coerce_number(value, kind)
     origin, of = get_origin(kind), get_args(kind)
     if origin is Sequence:
-        return listed(value, of[0])
+        return coerce_list(value, of[0])
     if origin is Mapping:
-        return value if isinstance(value, Mapping) else UNFIT
+        return value if isinstance(value, Mapping) else INVALID
     if origin in (UnionType, Union):
-        return next((fit for one in of if (fit := taken(value, one)) is not UNFIT), UNFIT)
-    return value if kind is Any or not isinstance(kind, type) or isinstance(value, kind) else UNFIT
+        return next((fit for one in of if (fit := coerce(value, one)) is not INVALID), INVALID)
+    return value if kind is Any or not isinstance(kind, type) or isinstance(value, kind) else INVALID
 
 
-def number(value: Any, kind: type) -> Any:
+def coerce_number(value: Any, kind: type) -> Any:
     """A whole number below 2^31, or any finite one."""
-    if truth(value) or isinstance(value, (str, bytes, bytearray)):
-        return UNFIT
+    if is_bool(value) or isinstance(value, (str, bytes, bytearray)):
+        return INVALID
     try:
         found = operator.index(value) if kind is int or type(value) is int else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        return UNFIT
-    return found if (math.isfinite(found) if type(found) is float else abs(found) < 2**31) else UNFIT
+        return INVALID
+    return found if (math.isfinite(found) if type(found) is float else abs(found) < 2**31) else INVALID
 
 
-def listed(value: Any, kind: Any) -> Any:
+def coerce_list(value: Any, kind: Any) -> Any:
     """A list or tuple whose every entry fits, itself if it is in order; other sequences and arrays as a list."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) > LONGEST:
-        return UNFIT
-    entries = [taken(entry, kind) for entry in value]
-    if any(entry is UNFIT for entry in entries):
-        return UNFIT
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) > MAX_LIST_LENGTH:
+        return INVALID
+    entries = [coerce(entry, kind) for entry in value]
+    if any(entry is INVALID for entry in entries):
+        return INVALID
     same = isinstance(value, (list, tuple)) and all(map(operator.is_, entries, value))
     return value if same else tuple(entries) if isinstance(value, tuple) else entries
 
 
-def would_do(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
     """In words, what a field of this type can hold."""
     if get_origin(kind) is Sequence:
-        return f"a list, for each entry {would_do(get_args(kind)[0])}"
+        return f"a list, for each entry {describe_type(get_args(kind)[0])}"
     if get_origin(kind) in (UnionType, Union):
-        return " or ".join(map(would_do, get_args(kind)))
+        return " or ".join(map(describe_type, get_args(kind)))
     return WORDS.get(kind) or getattr(get_origin(kind) or kind, "__name__", str(kind))
 
 
 @functools.cache
-def kinds(cls: type[Config]) -> Mapping[str, Any]:
+def field_types(cls: type[Config]) -> Mapping[str, Any]:
     """The type of each field; of none where a fork's annotations name what only its own function knows."""
     try:
         return get_type_hints(cls)
@@ -141,8 +141,8 @@ class Config(dict[str, Any]):
         Values that were only defaults over there are left to this class's own defaults; keys this
         class does not know are kept in `foreign`.
         """
-        defaults = taken(settings.get(DEFAULTS, ()), Sequence[str])
-        if defaults is UNFIT:
+        defaults = coerce(settings.get(DEFAULTS, ()), Sequence[str])
+        if defaults is INVALID:
             raise InputTypeError(
                 f"{cls.__name__}: {DEFAULTS}={short_repr(settings[DEFAULTS])} is not supported; it can be "
                 "a list of settings",
@@ -169,17 +169,21 @@ class Config(dict[str, Any]):
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, allowed, kind = getattr(self, f.name), f.metadata.get("allowed"), kinds(type(self)).get(f.name, Any)
+            value, allowed, kind = (
+                getattr(self, f.name),
+                f.metadata.get("allowed"),
+                field_types(type(self)).get(f.name, Any),
+            )
             if allowed:
                 per_level = f.metadata.get("per_level") and isinstance(value, (list, tuple)) and value
-                fit = value if all(is_one_of(one, allowed) for one in (value if per_level else [value])) else UNFIT
+                fit = value if all(is_one_of(one, allowed) for one in (value if per_level else [value])) else INVALID
             else:
-                fit = taken(value, kind)
-            if fit is UNFIT:
+                fit = coerce(value, kind)
+            if fit is INVALID:
                 error = InputError if allowed or isinstance(value, Number) else InputTypeError
                 raise error(
                     f"{type(self).__name__}: {f.name}={short_repr(value)} is not supported; it can be "
-                    + (" or ".join(dict.fromkeys(map(repr, allowed))) if allowed else would_do(kind)),
+                    + (" or ".join(dict.fromkeys(map(repr, allowed))) if allowed else describe_type(kind)),
                     key=f.name,
                 )
             object.__setattr__(self, f.name, fit)
@@ -206,7 +210,7 @@ class Config(dict[str, Any]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested configs included, ready for JSON."""
-        return {key: plain(value) for key, value in self.items() if key != DEFAULTS}
+        return {key: to_jsonable(value) for key, value in self.items() if key != DEFAULTS}
 
     def explicit(self) -> dict[str, Any]:
         """Only what was given, foreign keys included: what carries over to another class."""
@@ -222,13 +226,13 @@ def json_text(settings: Mapping[str, Any]) -> str:
     try:
         return json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
-        bad = next((name for name, value in settings.items() if not writable(name, value)), "config")
+        bad = next((name for name, value in settings.items() if not is_json_serializable(name, value)), "config")
         raise InputError(
             f"{bad}={short_repr(settings.get(bad))}: cannot be written as JSON ({error})", key=str(bad)
         ) from error
 
 
-def writable(name: Any, value: Any) -> bool:
+def is_json_serializable(name: Any, value: Any) -> bool:
     try:
         json.dumps({name: value}, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -247,12 +251,12 @@ def _restore(cls: type[Config], values: dict[str, Any], given: frozenset[str], f
     return cls(**values).marked(given, foreign)
 
 
-def plain(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """Configs to dictionaries, tuples and arrays to lists: what JSON can hold."""
     if isinstance(value, Mapping):
-        return value.to_dict() if isinstance(value, Config) else {key: plain(item) for key, item in value.items()}
+        return value.to_dict() if isinstance(value, Config) else {key: to_jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_jsonable(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -15,7 +15,7 @@ PAPER, INK, FAINT, RULE = "#faf9f6", "#2b2a28", "#8a8780", "#dedbd4"
 
 
 @dataclass
-class Row:
+class SheetRow:
     """A photo under its name, and its variations under theirs."""
 
     name: str
@@ -23,7 +23,7 @@ class Row:
     variations: list[tuple[str, Image.Image]] = field(default_factory=list)
 
 
-def contact_sheet(rows: Sequence[Row], footer: str) -> Image.Image:
+def contact_sheet(rows: Sequence[SheetRow], footer: str) -> Image.Image:
     """The sheet as an RGB picture; every row has at least one variation."""
     first = rows[0].variations[0][1]
     width, height = size_on_sheet(first)
@@ -39,7 +39,7 @@ def contact_sheet(rows: Sequence[Row], footer: str) -> Image.Image:
 
     def place(picture: Image.Image, caption: str, x: int, y: int, ink: str) -> None:
         sheet.paste(picture, (x, y + height - picture.height))
-        draw.text((x, y + height + 7), fitted(caption, font, picture.width), ink, font)
+        draw.text((x, y + height + 7), fit_text(caption, font, picture.width), ink, font)
 
     for i, (row, photo) in enumerate(zip(rows, photos, strict=True)):
         y = MARGIN + i * (height + CAPTION + GAP)
@@ -49,7 +49,7 @@ def contact_sheet(rows: Sequence[Row], footer: str) -> Image.Image:
             place(variation.resize((width, height), smooth), caption, x, y, FAINT)
     x = MARGIN + column + GUTTER // 2
     draw.line((x, MARGIN, x, down - MARGIN // 2 - 2 * CAPTION - GAP), RULE)
-    draw.text((MARGIN, down - MARGIN // 2 - CAPTION + 4), fitted(footer, font, across - 2 * MARGIN), FAINT, font)
+    draw.text((MARGIN, down - MARGIN // 2 - CAPTION + 4), fit_text(footer, font, across - 2 * MARGIN), FAINT, font)
     return sheet
 
 
@@ -60,7 +60,7 @@ def size_on_sheet(picture: Image.Image) -> tuple[int, int]:
     return ImageOps.contain(picture, (SIDE, SIDE)).size
 
 
-def fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def fit_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """The text, shortened to what fits."""
     if font.getlength(text) <= width:
         return text

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import count
+from .checks import check_int
 from .errors import InputError, InputTypeError, short_repr
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Seeds = int | Sequence[int]
-LARGEST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 
 
 def randn(
@@ -40,7 +40,7 @@ def randn(
     return noise
 
 
-def seeds_of(seed: Seeds, batch: int) -> list[int]:
+def per_image_seeds(seed: Seeds, batch: int) -> list[int]:
     """The seed of each of a batch: `seed` + k for the k-th, or `seed` itself where it is a list of one each.
 
     Raises `InputTypeError` for other than whole numbers, `InputError` for one out of 0..2^63 - 1 or a wrong number.
@@ -48,12 +48,12 @@ def seeds_of(seed: Seeds, batch: int) -> list[int]:
     if isinstance(seed, (list, tuple, range)):
         if len(seed) != batch:
             raise InputError(f"seed: {len(seed)} came for a batch of {batch}; one, or one each, would do", key="seed")
-        return [count(f"seed[{k}]", one, low=0, high=LARGEST_SEED) for k, one in enumerate(seed)]
-    first = count("seed", seed, low=0, high=LARGEST_SEED - batch + 1)
+        return [check_int(f"seed[{k}]", one, low=0, high=MAX_SEED) for k, one in enumerate(seed)]
+    first = check_int("seed", seed, low=0, high=MAX_SEED - batch + 1)
     return list(range(first, first + batch))
 
 
-def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """A generator for each seed, on the CPU, so that every device gets the same noise."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 

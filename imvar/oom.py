@@ -36,17 +36,17 @@ def keep_freed_memory() -> bool:
 
 
 @contextmanager
-def naming_what_needs_less(ways: str = WAYS) -> Iterator[None]:
+def explain_out_of_memory(ways: str = WAYS) -> Iterator[None]:
     """Out of memory in here becomes an `OutOfMemoryError` that says what would need less."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, OutOfMemoryError) or not is_of_memory(error):
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(f"out of memory: {ways} would need less") from error
 
 
-def is_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether there was too little memory, on a device or of the machine, for which PyTorch has no class of error."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(error) for words in ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")

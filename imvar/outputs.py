@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ASIDE = {"aside": True}  # of a field that is read by attribute alone
+ATTRIBUTE_ONLY = {"aside": True}  # of a field that is read by attribute alone
 
 
 class Output(Mapping[str, Any]):
@@ -53,8 +53,8 @@ class StableDiffusionPipelineOutput(Output):
 
     images: list[Image] | np.ndarray | Tensor
     nsfw_content_detected: list[bool] | None
-    seeds: list[int] | None = field(default=None, metadata=ASIDE)
-    scores: list[dict[str, Any]] | None = field(default=None, metadata=ASIDE)
+    seeds: list[int] | None = field(default=None, metadata=ATTRIBUTE_ONLY)
+    scores: list[dict[str, Any]] | None = field(default=None, metadata=ATTRIBUTE_ONLY)
 
 
 @dataclass(eq=False)

@@ -98,7 +98,7 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def second_name(entry: os.DirEntry[str], path: Path) -> bool:
+def hard_link(entry: os.DirEntry[str], path: Path) -> bool:
     """Give a file a second name, `path`; where it cannot have one, an empty file stands there: False."""
     try:
         if entry.is_symlink():
@@ -115,7 +115,7 @@ def second_name(entry: os.DirEntry[str], path: Path) -> bool:
     return False
 
 
-def alike(old: Path, new: Path) -> bool:
+def copy_ownership(old: Path, new: Path) -> bool:
     """Give a folder the rights of another; False where that is not ours to do."""
     was, now = old.stat(), new.stat()
     if (was.st_uid, was.st_dev) != (now.st_uid, now.st_dev):
@@ -124,15 +124,15 @@ def alike(old: Path, new: Path) -> bool:
         if was.st_gid != now.st_gid:
             os.chown(new, -1, was.st_gid)
         shutil.copystat(old, new)
-        return writable(new)
+        return is_writable(new)
     return False
 
 
-def writable(folder: Path) -> bool:
+def is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
-def here(folder: Path) -> bool:
+def contains_cwd(folder: Path) -> bool:
     """Whether this process is in `folder`: its current directory would no longer be what that name says."""
     try:
         return Path(os.path.realpath(os.getcwd())).is_relative_to(folder)

@@ -18,21 +18,23 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError
-from ..weights.hub import plainly, sync, write_whole
-from .filesystem import alike, exchange, here, locked, mounted, remove, second_name, writable
+from ..weights.hub import atomic_write, explain_os_error, sync
+from .filesystem import contains_cwd, copy_ownership, exchange, hard_link, is_writable, locked, mounted, remove
 
 T = TypeVar("T")
-Mark = tuple[int, int, int]
+FileStamp = tuple[int, int, int]
 """Inode, size and time of change: a file that is replaced or written again has another."""
 
-MANY = 10_000  # files and folders in a folder; where there are more, it is no checkpoint's own and stays in place
+MAX_LINKED_FILES = (
+    10_000  # files and folders in a folder; where there are more, it is no checkpoint's own and stays in place
+)
 WEIGHTS = (".safetensors", ".bin", ".json")  # what a save may have to remove: such files are always taken over
-TRIES = 5
+MAX_READS = 5
 _filling: set[Path] = set()  # the temporary folders of this process
 
 
 @contextmanager
-def replaced(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` if all goes well: old or new, never a mix.
 
     Killed at any point, out of disk, or after an error in the `with` block, the old folder is as it was. The new one
@@ -51,14 +53,14 @@ def replaced(folder: str | Path) -> Iterator[Path]:
     if folder in _filling:
         yield folder
         return
-    with plainly(folder):
+    with explain_os_error(folder):
         if folder.is_symlink():
             raise CheckpointError("is a link that leads back to itself; a folder would do", path=folder)
         if folder.exists() and not folder.is_dir():
             raise CheckpointError("is a file; a folder would do", path=folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        stays = folder.exists() and (mounted(folder) or not writable(folder.parent))
-        with alone(folder, folder if stays else folder.parent) as temporary:
+        stays = folder.exists() and (mounted(folder) or not is_writable(folder.parent))
+        with exclusive(folder, folder if stays else folder.parent) as temporary:
             if any(parent in _filling for parent in folder.parents):
                 folder.mkdir(exist_ok=True)
                 yield folder
@@ -80,11 +82,11 @@ def replaced(folder: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """The same for one file: a name to write it under, which takes the place of `path` if all goes well."""
-    with plainly(path):
+    with explain_os_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path, path.parent) as temporary:
+        with exclusive(path, path.parent) as temporary:
             temporary.mkdir()
             try:
                 yield temporary / path.name
@@ -97,7 +99,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path, place: Path) -> Iterator[Path]:
+def exclusive(folder: Path, place: Path) -> Iterator[Path]:
     """While nobody else saves `folder`, which may be a file: a free name in `place`, without what killed saves left.
 
     Where the system has no locks nobody waits, and nothing is removed.
@@ -129,13 +131,13 @@ class Save:
         self.existed = folder.exists()
         self.movable = new.parent == folder.parent
         self.old: dict[str, int] = {}  # inodes in the old folder, by relative path
-        self.taken: dict[str, Mark] = {}  # files in the new one as they were taken over
+        self.taken: dict[str, FileStamp] = {}  # files in the new one as they were taken over
         if not self.existed:
             return
-        if not writable(folder):
+        if not is_writable(folder):
             raise PermissionError(errno.EACCES, "no permission", str(folder))
         folders = self.take_over()
-        self.movable = self.movable and all(alike(folder / name, new / name) for name in reversed(folders))
+        self.movable = self.movable and all(copy_ownership(folder / name, new / name) for name in reversed(folders))
 
     def take_over(self) -> list[str]:
         """Take over the upper files first, up to `MANY` and then what weights may be; says which folders there are."""
@@ -151,7 +153,7 @@ class Save:
                 name = os.path.join(inside, entry.name)
                 if entry.path == str(self.new):
                     continue
-                if len(self.old) >= MANY:
+                if len(self.old) >= MAX_LINKED_FILES:
                     self.movable = False
                     if os.sep in inside or not (entry.name.endswith(WEIGHTS) or (not inside and entry.is_dir())):
                         continue
@@ -161,8 +163,8 @@ class Save:
                         folders.append(name)
                         queue.append(name)
                     else:
-                        self.movable &= second_name(entry, self.new / name)
-                        self.taken[name] = mark(self.new / name)
+                        self.movable &= hard_link(entry, self.new / name)
+                        self.taken[name] = file_stamp(self.new / name)
                     self.old[name] = entry.inode()
         return folders
 
@@ -175,7 +177,7 @@ class Save:
         for path in (*(self.new / name for name in written), *folders, self.new):
             if not path.is_symlink():
                 sync(path)
-        stays = not self.movable or here(self.folder) or mounted(self.folder, within=True)
+        stays = not self.movable or contains_cwd(self.folder) or mounted(self.folder, within=True)
         replaces = bool(gone) or any(str(name) in self.taken for name in written)
         if self.existed and (stays or not replaces):
             return self.move_in(written, gone)
@@ -191,7 +193,7 @@ class Save:
 
     def untouched(self, root: Path, path: Path) -> bool:
         """Whether a file is as it was taken over."""
-        return mark(path) == self.taken.get(str(path.relative_to(root)))
+        return file_stamp(path) == self.taken.get(str(path.relative_to(root)))
 
     def keep_newcomers(self) -> None:
         """After the exchange `new` is the old folder, about to be removed: what came into it meanwhile moves over."""
@@ -207,12 +209,12 @@ class Save:
         """File by file: weights, then the removal of what they replace, then settings, the index of all last."""
         for target in (self.folder / name for name in (*written, *gone)):
             above = next(parent for parent in target.parents if parent.exists())
-            if not above.is_dir() or not writable(above):
+            if not above.is_dir() or not is_writable(above):
                 raise OSError(errno.EACCES if above.is_dir() else errno.ENOTDIR, "cannot be written", str(above))
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "a folder", str(target))
         named = sorted(written, key=lambda name: (-len(name.parts), name.name.endswith("index.json")))
-        with plainly(self.folder, "some of the new files are in place, beside old ones"):
+        with explain_os_error(self.folder, "some of the new files are in place, beside old ones"):
             for name in (name for name in named if name.suffix != ".json"):
                 move(self.new / name, self.folder / name)
             for name in gone:
@@ -229,14 +231,14 @@ def move(source: Path, target: Path) -> None:
     try:
         source.replace(target)
     except OSError:  # as into a mounted folder; what is in the way of a copy as well is told by that
-        write_whole(target, lambda temporary: shutil.copyfile(source, temporary))
+        atomic_write(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def private(folder: Path) -> None:
+def break_hard_links(folder: Path) -> None:
     """Make every file in a folder a copy of its own, so that others may write to it in place."""
     for path in contents(folder):
         if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
-            write_whole(path, lambda temporary, path=path: shutil.copy2(path, temporary))
+            atomic_write(path, lambda temporary, path=path: shutil.copy2(path, temporary))
 
 
 def contents(folder: Path) -> Iterator[Path]:
@@ -245,19 +247,19 @@ def contents(folder: Path) -> Iterator[Path]:
         yield from (Path(inside, name) for name in (*folders, *files))
 
 
-def mark(path: Path) -> Mark:
+def file_stamp(path: Path) -> FileStamp:
     status = path.lstat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def unchanged(folder: Path, patterns: Sequence[str], read: Callable[[], T]) -> T:
+def read_consistently(folder: Path, patterns: Sequence[str], read: Callable[[], T]) -> T:
     """What `read` returns, if the files that match stayed the same meanwhile; otherwise it reads again, a few times.
 
     So no result is a mix of two saves, whoever saved and in which format: a name for each save, kept in the files,
     would tell no more, and only of saves that wrote it.
     """
     fault = None
-    for _ in range(TRIES):
+    for _ in range(MAX_READS):
         before = stamps(folder, patterns)
         try:
             result = read()
@@ -267,13 +269,13 @@ def unchanged(folder: Path, patterns: Sequence[str], read: Callable[[], T]) -> T
             if stamps(folder, patterns) == before:
                 raise
             fault = error
-    raise CheckpointError(f"was changed while it was being read, {TRIES} times over", path=folder) from fault
+    raise CheckpointError(f"was changed while it was being read, {MAX_READS} times over", path=folder) from fault
 
 
-def stamps(folder: Path, patterns: Sequence[str]) -> dict[Path, Mark]:
+def stamps(folder: Path, patterns: Sequence[str]) -> dict[Path, FileStamp]:
     """The marks of the files that match, where links are followed: those of a hub's cache."""
     found = {}
     for path in chain.from_iterable(map(folder.glob, patterns)):
         with suppress(OSError, RuntimeError):  # it is gone by now, or leads nowhere, or back to itself
-            found[path] = mark(path.resolve())
+            found[path] = file_stamp(path.resolve())
     return found

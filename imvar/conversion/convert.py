@@ -10,28 +10,28 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.utils import tqdm
 
-from ..checks import a_path
+from ..checks import as_path
 from ..errors import CheckpointError, InputError, short_repr
 from ..weights.model_index import INDEX, PARTS
-from ..weights.writing import Written, size_in_bytes
-from .inspect import Found, Survey, survey
-from .layouts import Target, ToFile, ToFolder
+from ..weights.writing import WrittenFile, size_in_bytes
+from .inspect import InspectedPart, Inspection, inspect_checkpoint
+from .layouts import DiffusersLayout, Layout, OriginalLayout
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TARGETS: dict[str, type[Target]] = {"diffusers": ToFolder, "original": ToFile}
+LAYOUTS: dict[str, type[Layout]] = {"diffusers": DiffusersLayout, "original": OriginalLayout}
 MODELS = ("unet", "vae", "image_encoder", "safety_checker")
 
-Say = Callable[[str], Any]
+Log = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
 class Report:
     """What a conversion found and wrote. `left_out`: the parts that the target goes without, and why."""
 
-    source: Survey
-    parts: dict[str, Found]
+    source: Inspection
+    parts: dict[str, InspectedPart]
     left_out: dict[str, str]
-    written: list[Written] = field(default_factory=list)
+    written: list[WrittenFile] = field(default_factory=list)
 
 
 def convert(
@@ -47,7 +47,7 @@ def convert(
     max_shard_size: int | str = "10GB",
     dry_run: bool = False,
     verify: bool = False,
-    say: Say = lambda line: None,
+    say: Log = lambda line: None,
 ) -> Report:
     """Convert a checkpoint to a folder in diffusers' layout, or to one safetensors file in the original layout.
 
@@ -62,11 +62,11 @@ def convert(
 
     Raises `CheckpointError` naming the file and tensor, before anything is written, and `InputError` for arguments.
     """
-    source, target = a_path("source", source), a_path("target", target)
-    settings = None if config is None else a_path("config", config)
-    filler = None if fill is None else a_path("fill", fill)
-    check(to, dtype, part)
-    TARGETS[to].check_path(target)
+    source, target = as_path("source", source), as_path("target", target)
+    settings = None if config is None else as_path("config", config)
+    filler = None if fill is None else as_path("fill", fill)
+    check_choices(to, dtype, part)
+    LAYOUTS[to].check_path(target)
     shard_size = size_in_bytes(max_shard_size)
     if target.absolute().parent == source.absolute() and target.name in PARTS:
         raise InputError(
@@ -74,16 +74,18 @@ def convert(
         )
     if filler is not None and not filler.exists():
         raise CheckpointError("no such file or folder to fill from", path=filler)
-    found = survey(source, ema=ema, config=settings, only=part)
-    tell(found, say)
+    found = inspect_checkpoint(source, ema=ema, config=settings, only=part)
+    log_inspection(found, say)
     parts = dict(found.parts)
     if filler is not None:
         spare = {
-            name: more for name, more in survey(filler).parts.items() if name not in parts and part in (None, name)
+            name: more
+            for name, more in inspect_checkpoint(filler).parts.items()
+            if name not in parts and part in (None, name)
         }
         say(f"filled from {fill}: {', '.join(spare) or 'nothing, as nothing is missing that it has'}")
         parts |= spare
-        check_fit(parts)
+        check_compatible(parts)
     if part is None and (lost := [name for name in found.lacking if name not in parts]):
         raise CheckpointError(
             f"names {' and '.join(lost)}, which is not there; fill= (--fill) can take it from "
@@ -91,13 +93,13 @@ def convert(
             path=source / INDEX,
             key=lost[0],
         )
-    job = TARGETS[to](target, {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype], shard_size)
+    job = LAYOUTS[to](target, {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype], shard_size)
     if part is None:
         job.check_leftovers()
     left_out = {} if part else job.left_out
     for name, why in left_out.items():
         say(f"without {name}: {why}")
-    say(f"target: {target}, {job.kind}: {', '.join(job.parts)}; {size(job.bytes)}, dtype {dtype}")
+    say(f"target: {target}, {job.kind}: {', '.join(job.parts)}; {format_bytes(job.bytes)}, dtype {dtype}")
     for path in job.beside:
         say(f"stays beside: {path}, which goes with what was there before")
     if dry_run:
@@ -109,7 +111,7 @@ def convert(
     with progress("writing and verifying", 2 * job.bytes) if verify else progress("writing", job.bytes) as bar:
         written = job.write(bar.update, verify)
     for file in written:
-        say(f"wrote {file.path}: {file.tensors} tensors, {size(file.bytes)}, sha256 {file.sha256}")
+        say(f"wrote {file.path}: {file.tensors} tensors, {format_bytes(file.bytes)}, sha256 {file.sha256}")
     if verify:
         say("verified: what was written reads back the same, bit for bit")
     return Report(found, job.parts, left_out, written)
@@ -120,14 +122,14 @@ def progress(what: str, total: int) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
 
 
-def check(to: str, dtype: str, part: str | None) -> None:
+def check_choices(to: str, dtype: str, part: str | None) -> None:
     """Arguments that cannot be honoured, before anything is read."""
-    for name, value, choices in (("to", to, TARGETS), ("dtype", dtype, DTYPES), ("part", part, (None, *MODELS))):
+    for name, value, choices in (("to", to, LAYOUTS), ("dtype", dtype, DTYPES), ("part", part, (None, *MODELS))):
         if not isinstance(value, str | None) or value not in choices:
             raise InputError(f"{name}={short_repr(value)}: {' or '.join(map(repr, choices))} would do", key=name)
 
 
-def check_fit(parts: dict[str, Found]) -> None:
+def check_compatible(parts: dict[str, InspectedPart]) -> None:
     """Parts that come from two checkpoints have to speak of pictures in numbers of one length."""
     if {"unet", "image_encoder"} <= parts.keys():
         unet, encoder = parts["unet"], parts["image_encoder"]
@@ -140,7 +142,7 @@ def check_fit(parts: dict[str, Found]) -> None:
             )
 
 
-def tell(found: Survey, say: Say) -> None:
+def log_inspection(found: Inspection, say: Log) -> None:
     """What there is, a line for each part."""
     say(f"source: {found.source}, {found.kind}")
     for part in found.parts.values():
@@ -155,7 +157,7 @@ def tell(found: Survey, say: Say) -> None:
         say(f"  {note}")
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes as people read them."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:

@@ -11,18 +11,18 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError
 from ..weights.filenames import DIFFUSERS, TRANSFORMERS
-from ..weights.hub import inside, read_json
-from ..weights.infer_config import guess, settings_of
+from ..weights.hub import read_json, safe_join
+from ..weights.infer_config import infer_config, uninferable_warning
 from ..weights.keymap import PUBLISHED, Keymap, Naming
 from ..weights.model_index import INDEX, PARTS, first_class, served
 from ..weights.pretrained import PretrainedModel, settings_part
-from ..weights.published_config import taken_as_64
+from ..weights.published_config import has_legacy_sample_size
 from ..weights.reading import read_weights
-from ..weights.single_file import EMA, RAW, Held, SingleFile, recognise
+from ..weights.single_file import EMA, RAW, PartTensors, SingleFile, detect_part
 
 
 @dataclass(frozen=True)
-class Found:
+class InspectedPart:
     """A part of a checkpoint: an object of its class, with the weights as the file has them, and where it is from."""
 
     part: str
@@ -30,7 +30,7 @@ class Found:
     path: Path
     how: str
     """In words: the dialect of the names, and which weights were taken where there was a choice."""
-    held: Held | None = None
+    held: PartTensors | None = None
     """What the file has of it; None for a part without weights."""
 
     @property
@@ -62,7 +62,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Inspection:
     """A checkpoint that was looked over.
 
     `notes` say, in words, what of it is left where it is; `lacking` are parts that its index names and it has not.
@@ -70,12 +70,14 @@ class Survey:
 
     source: Path
     kind: str
-    parts: dict[str, Found]
+    parts: dict[str, InspectedPart]
     notes: list[str] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
 
 
-def survey(source: str | Path, *, ema: str = "auto", config: Path | None = None, only: str | None = None) -> Survey:
+def inspect_checkpoint(
+    source: str | Path, *, ema: str = "auto", config: Path | None = None, only: str | None = None
+) -> Inspection:
     """Look over a folder in diffusers' layout, the folder of one part, or a single file in any known dialect.
 
     `only`: the one part that is wanted. `ema` and `config` are as in `from_single_file`. Raises `CheckpointError` for
@@ -83,9 +85,9 @@ def survey(source: str | Path, *, ema: str = "auto", config: Path | None = None,
     """
     source = Path(source)
     if source.is_dir():
-        found = survey_folder(source, ema, config, only)
+        found = inspect_folder(source, ema, config, only)
     elif source.exists():
-        found = survey_file(SingleFile.read(source), ema, config, only)
+        found = inspect_file(SingleFile.read(source), ema, config, only)
     else:
         raise CheckpointError("no such file or folder", path=source)
     if not found.parts or (only and only not in found.parts):
@@ -93,7 +95,7 @@ def survey(source: str | Path, *, ema: str = "auto", config: Path | None = None,
     return found
 
 
-def survey_file(file: SingleFile, ema: str, config: Path | None, only: str | None) -> Survey:
+def inspect_file(file: SingleFile, ema: str, config: Path | None, only: str | None) -> Inspection:
     wanted = list(file.parts) if only is None else [only]
     if only is None:
         file.check_known()
@@ -103,22 +105,22 @@ def survey_file(file: SingleFile, ema: str, config: Path | None, only: str | Non
         model: Any = first_class(part).read_single(file, config, ema=ema, dtype=None, tell=notes.append)
         how = held.naming.dialect.value
         if part == "unet":
-            how += chosen(held.naming, file)
-        parts[part] = Found(part, grown_up(model), file.path, how, held)
+            how += describe_ema_choice(held.naming, file)
+        parts[part] = InspectedPart(part, with_modern_sample_size(model), file.path, how, held)
     if "unet" in parts and not file.alone and only is None:
         for part in ("scheduler", "feature_extractor"):
             encoder = parts["image_encoder"].value if "image_encoder" in parts else None
             value = settings_part(part, file, config, encoder)
             where = "--config" if config else "this file" if part in file.settings else "the published settings"
-            parts[part] = Found(part, value, file.path, f"from {where}")
+            parts[part] = InspectedPart(part, value, file.path, f"from {where}")
     if tables := [name for name in file.tensors if file.droppable(name)]:
         notes.append(f"{len(tables)} tensors of the schedule and of the moving average's state are left out")
     if file.aside:
         notes.append(f"left where they are: {', '.join(file.aside)}")
-    return Survey(file.path, "one part alone" if file.alone else "the original layout, one file", parts, notes)
+    return Inspection(file.path, "one part alone" if file.alone else "the original layout, one file", parts, notes)
 
 
-def chosen(naming: Naming, file: SingleFile) -> str:
+def describe_ema_choice(naming: Naming, file: SingleFile) -> str:
     """Which of the UNet's weights were taken, and what was there."""
     there = {held.naming for held in file.parts["unet"]}
     if naming == EMA:
@@ -128,7 +130,7 @@ def chosen(naming: Naming, file: SingleFile) -> str:
     return ""
 
 
-def survey_folder(folder: Path, ema: str, config: Path | None, only: str | None) -> Survey:
+def inspect_folder(folder: Path, ema: str, config: Path | None, only: str | None) -> Inspection:
     if ema != "auto":
         raise InputError(
             f"ema={ema!r}: a folder has one set of weights for the UNet, so there is nothing to choose; 'auto' would do"
@@ -146,58 +148,58 @@ def survey_folder(folder: Path, ema: str, config: Path | None, only: str | None)
         notes = [f"left where they are: {', '.join(none + odd)}"] if none + odd else []
         lacking = [part for part in PARTS if part not in there and index.get(part, [None, None]) != [None, None]]
         found = {
-            part: survey_part(part, inside(folder, part), config, index.get(part))
+            part: inspect_part(part, safe_join(folder, part), config, index.get(part))
             for part in there
             if part not in none and only in (None, part)
         }
-        return Survey(folder, "a folder in diffusers' layout", found, notes, lacking)
-    held = held_in(folder)
-    alone = recognise(held.tensors) if held else None
+        return Inspection(folder, "a folder in diffusers' layout", found, notes, lacking)
+    held = find_weights(folder)
+    alone = detect_part(held.tensors) if held else None
     if alone is None:
         raise CheckpointError("holds neither parts of a checkpoint, such as unet/, nor the weights of one", path=folder)
-    return Survey(folder, "the folder of one part", {alone[0]: survey_part(alone[0], folder, config)})
+    return Inspection(folder, "the folder of one part", {alone[0]: inspect_part(alone[0], folder, config)})
 
 
-def survey_part(part: str, folder: Path, config: Path | None, listed: Any = None) -> Found:
+def inspect_part(part: str, folder: Path, config: Path | None, listed: Any = None) -> InspectedPart:
     """One part's folder: settings, and weights if its kind has any. `listed`: what the index says of it."""
     kind = first_class(part)
-    path = inside(folder, kind.config_name) if config is None else kind.settings_file(config)
+    path = safe_join(folder, kind.config_name) if config is None else kind.settings_file(config)
     if not issubclass(kind, PretrainedModel):
         settings = read_json(path)
         if part == "scheduler":
             name = listed[-1] if config is None and listed and isinstance(listed, list) else settings.get("_class_name")
             kind = served(part, name, path)
-        return Found(part, kind.built(kind.checked(settings, path), path), path, "settings alone")
-    held = held_in(folder)
+        return InspectedPart(part, kind.built(kind.checked(settings, path), path), path, "settings alone")
+    held = find_weights(folder)
     if held is None:
         raise CheckpointError("holds no weights", path=folder)
     held = replace(held, part=part)
     told = path.is_file()
     weights = held.path or folder
-    settings = kind.read_config(path) if told else kind.checked(settings_of(held), weights)
-    guessed = None if told else guess(held, settings)
+    settings = kind.read_config(path) if told else kind.checked(infer_config(held), weights)
+    guessed = None if told else uninferable_warning(held, settings)
     model = kind.holding(
         held.tensors, settings, path if told else weights, dtype=None, naming=held.naming, path=weights
     )
-    found = Found(part, grown_up(model), weights, held.naming.dialect.value, held)
+    found = InspectedPart(part, with_modern_sample_size(model), weights, held.naming.dialect.value, held)
     current = {found.keymap.spelled(name) for name in model.state_dict()}
     older = " of 2022" if held.naming == PUBLISHED and not current <= held.tensors.keys() else ""
     return replace(found, how=f"{found.how}{older}, from {weights.name}{f'; {guessed}' if guessed else ''}")
 
 
-def held_in(folder: Path) -> Held | None:
+def find_weights(folder: Path) -> PartTensors | None:
     """The weights in a part's folder, safetensors before pickles and plain files before variants; None without any."""
     names = [path.name for path in folder.iterdir()]
     for stem in (DIFFUSERS, TRANSFORMERS):
         for variant in stem.variants(names)[:1]:
             path, tensors = read_weights(folder, stem, variant, None)
-            part, naming = recognise(tensors) or ("", PUBLISHED)
-            return Held(part, naming, tensors, path)
+            part, naming = detect_part(tensors) or ("", PUBLISHED)
+            return PartTensors(part, naming, tensors, path)
     return None
 
 
-def grown_up(model: Any) -> Any:
+def with_modern_sample_size(model: Any) -> Any:
     """The model, with the setting that a pipeline puts right by the age of its file: what is written is of today."""
-    if model.part == "unet" and taken_as_64(model.config):
+    if model.part == "unet" and has_legacy_sample_size(model.config):
         model.register_to_config(sample_size=64)
     return model

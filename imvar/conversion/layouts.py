@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic.folder import replaced, replaced_file
+from ..atomic.folder import atomic_file, atomic_folder
 from ..errors import CheckpointError, InputError
 from ..weights.hub import write_text
 from ..weights.keymap import PUBLISHED, Naming
@@ -23,8 +23,8 @@ from ..weights.model_index import INDEX, PARTS, index_text
 from ..weights.pretrained import Pretrained
 from ..weights.reading import read_checkpoint, read_weights
 from ..weights.single_file import PREFIXED, SETTINGS_KEY
-from ..weights.writing import Written, write_tensors, write_weights
-from .inspect import Found
+from ..weights.writing import WrittenFile, write_tensors, write_weights
+from .inspect import InspectedPart
 
 PIPELINE = "StableDiffusionImageVariationPipeline"
 WHOLE = {"unet", "vae", "image_encoder"}  # without these there is no pipeline, and so no index of its parts
@@ -34,12 +34,12 @@ WIDER = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OnBytes = Callable[[int], Any]
 
 
-class Target(ABC):
+class Layout(ABC):
     """A checkpoint to be written: where, with which parts, and as which dtype (None: as each tensor is)."""
 
     kind: str
 
-    def __init__(self, path: Path, parts: Mapping[str, Found], dtype: torch.dtype | None, max_shard_size: int):
+    def __init__(self, path: Path, parts: Mapping[str, InspectedPart], dtype: torch.dtype | None, max_shard_size: int):
         self.path, self.dtype, self.max_shard_size = path, dtype, max_shard_size
         self.parts = {name: found for name, found in parts.items() if self.takes(found)}
         if not self.parts:
@@ -51,7 +51,7 @@ class Target(ABC):
         """Raise `InputError` for a path that cannot be of this layout."""
 
     @abstractmethod
-    def takes(self, found: Found) -> bool:
+    def takes(self, found: InspectedPart) -> bool:
         """Whether the layout has a place for this part."""
 
     @property
@@ -64,7 +64,7 @@ class Target(ABC):
         """What tensors of the part are called."""
 
     @abstractmethod
-    def write(self, on_bytes: OnBytes, verify: bool) -> list[Written]:
+    def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         """Write it whole or not at all; to `verify`, read it back before it takes its place."""
 
     @abstractmethod
@@ -133,7 +133,7 @@ class Target(ABC):
                 on_bytes(self.written_bytes(tensor))
 
 
-class ToFolder(Target):
+class DiffusersLayout(Layout):
     """A folder in diffusers' layout: settings and safetensors for each part, and an index if they make a pipeline."""
 
     kind = "a folder in diffusers' layout"
@@ -146,7 +146,7 @@ class ToFolder(Target):
                 "like one; to='original' writes one file"
             )
 
-    def takes(self, found: Found) -> bool:
+    def takes(self, found: InspectedPart) -> bool:
         return True
 
     @property
@@ -177,9 +177,9 @@ class ToFolder(Target):
             if found.value.stem.left(path.name)
         ]
 
-    def write(self, on_bytes: OnBytes, verify: bool) -> list[Written]:
+    def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         written = []
-        with replaced(self.path) as new:
+        with atomic_folder(self.path) as new:
             for name, found in self.parts.items():
                 Pretrained.save_pretrained(found.value, new / name)
                 if found.has_weights:
@@ -205,7 +205,7 @@ class ToFolder(Target):
         return read_weights(place / part, self.parts[part].value.stem, None, True)[1]
 
 
-class ToFile(Target):
+class OriginalLayout(Layout):
     """One safetensors file in the original layout, raw weights for the UNet; the settings are in its metadata."""
 
     kind = "one file in the original layout"
@@ -217,7 +217,7 @@ class ToFile(Target):
                 f"target={str(path)!r}: the original layout is one file, and a name that ends in .safetensors would do"
             )
 
-    def takes(self, found: Found) -> bool:
+    def takes(self, found: InspectedPart) -> bool:
         return found.part in PREFIXED or not found.has_weights
 
     @property
@@ -227,10 +227,10 @@ class ToFile(Target):
     def naming(self, part: str) -> Naming:
         return PREFIXED[part][0]
 
-    def write(self, on_bytes: OnBytes, verify: bool) -> list[Written]:
+    def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
         settings = json.dumps({name: found.value.config_file() for name, found in self.parts.items()}, sort_keys=True)
-        with replaced_file(self.path) as new:
+        with atomic_file(self.path) as new:
             written = write_tensors(
                 new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True, metadata={SETTINGS_KEY: settings}
             )

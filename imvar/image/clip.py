@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..checks import LARGEST_SIDE
-from ..config import UNFIT, Config, number, one_of
+from ..checks import MAX_SIDE
+from ..config import INVALID, Config, coerce_number, one_of
 from ..errors import InputError, InputTypeError, short_repr
 from ..outputs import Output
 from ..weights.pretrained import Pretrained
@@ -79,8 +79,8 @@ class CLIPImageProcessorConfig(Config):
             value = {key: n for key, n in value.items() if n is not None}
         if not isinstance(value, Mapping) or set(value) not in forms:
             raise self._refused(name, " or ".join(str(dict.fromkeys(sorted(form), 224)) for form in forms))
-        if not all(type(n) is int and 1 <= n <= LARGEST_SIDE for n in value.values()):
-            raise self._refused(name, f"whole numbers in 1..{LARGEST_SIDE}")
+        if not all(type(n) is int and 1 <= n <= MAX_SIDE for n in value.values()):
+            raise self._refused(name, f"whole numbers in 1..{MAX_SIDE}")
         return dict(value)
 
     def _resample(self) -> int:
@@ -93,8 +93,8 @@ class CLIPImageProcessorConfig(Config):
         value = getattr(self, name)
         several = isinstance(value, Sequence) or np.ndim(value)
         values = tuple(value) if several else (value,) * count
-        values = [number(entry, float) for entry in values]
-        if len(values) != count or any(v is UNFIT or abs(v) > 1e30 for v in values):  # float32 holds no more
+        values = [coerce_number(entry, float) for entry in values]
+        if len(values) != count or any(v is INVALID or abs(v) > 1e30 for v in values):  # float32 holds no more
             raise self._refused(name, "one number" if count == 1 else f"one finite number or {count}")
         return tuple(float(v) for v in values)
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..checks import a_path
+from ..checks import as_path
 from ..errors import InputError, InputTypeError, short_repr
 from .read import to_rgb
 
@@ -28,7 +28,7 @@ def load_image(image: str | Path | bytes | BinaryIO, formats: Sequence[str] = FO
     """
     name = str(image) if isinstance(image, (str, Path)) else short_repr(getattr(image, "name", image))
     try:
-        with Image.open(opened(image), formats=allowed(formats)) as file:
+        with Image.open(to_openable(image), formats=check_formats(formats)) as file:
             if (frames := getattr(file, "n_frames", 1)) > 1:
                 warnings.warn(f"{name}: an animation of {frames} frames, of which the first is taken", stacklevel=2)
             return to_rgb(ImageOps.exif_transpose(file), name)
@@ -43,7 +43,7 @@ def load_image(image: str | Path | bytes | BinaryIO, formats: Sequence[str] = FO
         raise InputError(f"{name}: cannot be read as a picture: {error}") from error
 
 
-def opened(image: Any) -> Any:
+def to_openable(image: Any) -> Any:
     """What Pillow can open of a path, bytes, or a file."""
     if isinstance(image, (bytes, bytearray, memoryview)):
         return io.BytesIO(image)
@@ -56,13 +56,13 @@ def opened(image: Any) -> Any:
         if isinstance(image, io.TextIOBase):
             raise InputTypeError("image: a file opened as text came; one opened in mode 'rb' would do", key="image")
         return image
-    path = a_path("image", image)
+    path = as_path("image", image)
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a writer
         raise InputError(f"{path}: is no file; a picture's would do", key="image")
     return path
 
 
-def allowed(formats: Any) -> list[str]:
+def check_formats(formats: Any) -> list[str]:
     """Formats as Pillow takes them; a typing error would keep all out, and None would let all in."""
     Image.init()
     several = isinstance(formats, Sequence) and not isinstance(formats, str) and len(formats)
@@ -74,7 +74,7 @@ def allowed(formats: Any) -> list[str]:
     return list(formats)
 
 
-def distinct(stems: Sequence[str]) -> list[str]:
+def unique_names(stems: Sequence[str]) -> list[str]:
     """The same names, numbered where they repeat, also for file systems that take a for A."""
     names: list[str] = []
     for stem in stems:
@@ -85,7 +85,7 @@ def distinct(stems: Sequence[str]) -> list[str]:
     return names
 
 
-def spare(photos: Sequence[Path], outputs: Sequence[Path]) -> None:
+def check_overwrites(photos: Sequence[Path], outputs: Sequence[Path]) -> None:
     """Raise `InputError` where a variation would be written over a photo, or cannot be since a folder has its name."""
     sources = {os.path.realpath(path) for path in photos}
     for path in outputs:

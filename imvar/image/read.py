@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from ..checks import readable
+from ..checks import check_has_data
 from ..errors import InputError, InputTypeError
 
 CHANNELS = (1, 3, 4)
@@ -49,7 +49,7 @@ def load(image: Image.Image, name: str) -> None:
         ) from error
 
 
-def turned(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """How EXIF, or XMP, says that a picture is to be turned: 1, where it is upright or nobody can tell."""
     if not {"exif", "xmp", "XML:com.adobe.xmp"} & set(image.info or ()):
         return 1
@@ -107,7 +107,7 @@ def to_8_bit(image: Image.Image, name: str) -> Image.Image:
 def to_pixels(image: np.ndarray | torch.Tensor, name: str, layout: str | None) -> np.ndarray:
     """An array or tensor as (h w c), uint8 if it holds whole numbers, else float32; c is 1, 3 or 4."""
     if isinstance(image, torch.Tensor):
-        readable(name, image)
+        check_has_data(name, image)
         image = (image.float() if image.is_floating_point() else image).detach().resolve_conj().cpu().numpy()
     if image.ndim != 3 or not image.size:
         raise InputError(f"{name}: shape {image.shape} came; (h, w, 3) or (3, h, w) would do")

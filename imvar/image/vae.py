@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import LARGEST_SIDE, count, floats, readable
-from ..config import Config, Configured, one_of, only
+from ..checks import MAX_SIDE, check_floating, check_has_data, check_int
+from ..config import Config, Configured, fixed, one_of
 from ..errors import InputError, InputTypeError, short_repr
 from .read import WOULD_DO, load
 
@@ -34,11 +34,11 @@ class VaeImageProcessorConfig(Config):
     vae_scale_factor: int = 8
     vae_latent_channels: int = 4
     resample: str = one_of(*FILTERS)
-    reducing_gap: int | None = only(None)
+    reducing_gap: int | None = fixed(None)
     do_normalize: bool = one_of(True, False)
-    do_binarize: bool = only(False)
+    do_binarize: bool = fixed(False)
     do_convert_rgb: bool = one_of(False, True)
-    do_convert_grayscale: bool = only(False)
+    do_convert_grayscale: bool = fixed(False)
 
     def check(self) -> None:
         super().check()
@@ -109,7 +109,7 @@ class VaeImageProcessor(Configured):
             own = tuple(image.shape[1:3] if isinstance(image, np.ndarray) else image.shape[2:4])
         factor, sizes = self.config.vae_scale_factor, []
         for name, value, default in zip(("height", "width"), (height, width), own, strict=True):
-            size = count(name, default if value is None else value, low=factor, high=LARGEST_SIDE)
+            size = check_int(name, default if value is None else value, low=factor, high=MAX_SIDE)
             sizes.append(size - size % factor)
         return sizes[0], sizes[1]
 
@@ -124,12 +124,12 @@ class VaeImageProcessor(Configured):
             raise InputError(f"output_type={output_type!r} is not supported; it can be 'pil', 'np', 'pt' or 'latent'")
         if not isinstance(image, Tensor):
             raise InputTypeError(f"image: {type(image).__name__} came; a tensor (b, c, h, w) would do")
-        readable("image", image)
+        check_has_data("image", image)
         if output_type == "latent":
             return image
         if image.ndim != 4:
             raise InputError(f"image: shape {tuple(image.shape)} came; (b, c, h, w) would do")
-        floats("image", image)
+        check_floating("image", image)
         if not image.isfinite().all():
             raise InputError("image: NaN or infinite values came, of which no picture can be made")
         flags = [self.config.do_normalize] * len(image) if do_denormalize is None else do_denormalize
@@ -239,7 +239,7 @@ def _as_batch(image: np.ndarray | Tensor) -> Tensor:
     if image.ndim not in (3, 4):
         raise InputError(f"image: shape {tuple(image.shape)} came; one picture has 3 axes, a batch 4")
     if isinstance(image, Tensor):
-        readable("image", image)
+        check_has_data("image", image)
     if isinstance(image, np.ndarray) and image.dtype.kind not in "fiu":
         raise InputTypeError(f"image: values of type {image.dtype} came; floats in [0, 1] would do")
     image = image[None] if image.ndim == 3 else image
@@ -247,6 +247,6 @@ def _as_batch(image: np.ndarray | Tensor) -> Tensor:
 
 
 def _check_range(x: Tensor) -> None:
-    floats("image", x)
+    check_floating("image", x)
     if not x.isfinite().all() or x.max() > 1:
         raise InputError(f"image: values {x.min():.4g}..{x.max():.4g} came; [0, 1] would do")

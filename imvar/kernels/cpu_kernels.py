@@ -15,20 +15,26 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..models.stock import ours
+from ..models.stock import is_stock
 from . import packed_weights as kept
 from . import polyphase as phases
 from . import winograd
 
-WORTH_IT = 2**24  # multiplications, below which the way to a kernel costs more than it saves
-FEW = 512  # pixels of a batch: so few that to read the weights takes longer than to multiply by them
-SOME = 2048  # pixels in a whole run, below which it takes longer to make 16 matrices of a kernel than they save
-WIDE = 150  # channels, half the harmonic mean of those before and after: below, it takes longer to sum than to multiply
-IN_A_SUM = 2**13  # pixels of a channel: more in one sum cost digits
+MIN_MACS = 2**24  # multiplications, below which the way to a kernel costs more than it saves
+MIN_PIXELS_CHANNELS_LAST = (
+    512  # pixels of a batch: so few that to read the weights takes longer than to multiply by them
+)
+MIN_PIXELS_WINOGRAD = (
+    2048  # pixels in a whole run, below which it takes longer to make 16 matrices of a kernel than they save
+)
+MIN_CHANNELS_WINOGRAD = (
+    150  # channels, half the harmonic mean of those before and after: below, it takes longer to sum than to multiply
+)
+MAX_PIXELS_PER_SUM = 2**13  # pixels of a channel: more in one sum cost digits
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def eager(x: Tensor) -> bool:
+def is_plain_inference(x: Tensor) -> bool:
     """Whether x is computed with here and now, on the CPU, for its values alone."""
     return (
         x.is_cpu
@@ -45,20 +51,20 @@ def eager(x: Tensor) -> bool:
 
 
 @cache
-def has_onednn(dtype: torch.dtype) -> bool:
+def has_onednn_ops(dtype: torch.dtype) -> bool:
     """Whether they are here and do what they should."""
     conv, x = nn.Conv2d(3, 4, 1, dtype=dtype), torch.ones(2, 3, 1, 1, dtype=dtype)
     weight, bias = torch.ones(4, 3, 1, 1, dtype=dtype), torch.ones(4, dtype=dtype)
     try:
         linear = onednn_linear(x.flatten(1), weight.flatten(1), bias)
-        convolved = onednn_convolution(x, packed(weight, conv), bias, conv)
+        convolved = onednn_convolution(x, pack_conv_weight(weight, conv), bias, conv)
     except (AttributeError, RuntimeError, TypeError):
         return False
     return bool((linear == 4).all() and (convolved == 4).all())
 
 
-def usable(x: Tensor) -> bool:
-    return torch.backends.mkldnn.enabled and has_onednn(x.dtype)  # type: ignore[attr-defined]
+def onednn_available(x: Tensor) -> bool:
+    return torch.backends.mkldnn.enabled and has_onednn_ops(x.dtype)  # type: ignore[attr-defined]
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,15 +74,15 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def onednn_convolution(x: Tensor, packed: Tensor, bias: Tensor | None, like: nn.Conv2d) -> Tensor:
     """x by a kernel that lies in memory as oneDNN wants it; otherwise it is moved there in every call."""
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *strides(like), "none", [], "")
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *conv_args(like), "none", [], "")
 
 
-def packed(weight: Tensor, like: nn.Conv2d) -> Tensor:
-    padding, stride, dilation, groups = strides(like)
+def pack_conv_weight(weight: Tensor, like: nn.Conv2d) -> Tensor:
+    padding, stride, dilation, groups = conv_args(like)
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups)
 
 
-def strides(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
+def conv_args(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
     return conv.padding, conv.stride, conv.dilation, conv.groups
 
 
@@ -85,45 +91,55 @@ def strides(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, the quickest that is here."""
-    if x.numel() * len(weight) >= WORTH_IT and eager(x) and weight.dtype == x.dtype and eager(weight) and usable(x):
+    if (
+        x.numel() * len(weight) >= MIN_MACS
+        and is_plain_inference(x)
+        and weight.dtype == x.dtype
+        and is_plain_inference(weight)
+        and onednn_available(x)
+    ):
         return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def conv2d(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`conv` of x, the quickest way that is here."""
-    run = kept.run() if eager(x) and conv.weight.dtype == x.dtype and phases.is_plain(conv) else None
+    run = (
+        kept.active()
+        if is_plain_inference(x) and conv.weight.dtype == x.dtype and phases.is_zero_padded(conv)
+        else None
+    )
     if run is None:
         return conv._conv_forward(x, conv.weight, conv.bias)
-    if x.dtype == torch.float32 and fewer_products_pay(conv, x, run.calls):
-        return by_matrices(winograd.convolve, winograd.convolution_matrices, conv, x, run)
-    if x.dtype == torch.bfloat16 and usable(x):
-        return onednn_convolution(channels_last(x), run.get(packed, conv.weight, conv), conv.bias, conv)
-    few = len(x) * x.shape[2] * x.shape[3] < FEW
+    if x.dtype == torch.float32 and winograd_pays(conv, x, run.calls):
+        return winograd_conv(winograd.winograd_conv2d, winograd.transform_filter, conv, x, run)
+    if x.dtype == torch.bfloat16 and onednn_available(x):
+        return onednn_convolution(channels_last(x), run.get(pack_conv_weight, conv.weight, conv), conv.bias, conv)
+    few = len(x) * x.shape[2] * x.shape[3] < MIN_PIXELS_CHANNELS_LAST
     return conv._conv_forward(x.contiguous() if few else channels_last(x), conv.weight, conv.bias)
 
 
-def fewer_products_pay(conv: nn.Conv2d, x: Tensor, calls: int) -> bool:
+def winograd_pays(conv: nn.Conv2d, x: Tensor, calls: int) -> bool:
     """Whether F(2x2, 3x3) can be used, and is quicker. (In half precision its sums would round too much.)"""
     n, c, h, w = x.shape
     return (
-        phases.is_usual(conv)
+        phases.is_same_3x3(conv)
         and h % 2 == w % 2 == 0
-        and n * h * w >= FEW
-        and calls * n * h * w >= SOME
-        and c * conv.out_channels >= WIDE * (c + conv.out_channels)
+        and n * h * w >= MIN_PIXELS_CHANNELS_LAST
+        and calls * n * h * w >= MIN_PIXELS_WINOGRAD
+        and c * conv.out_channels >= MIN_CHANNELS_WINOGRAD * (c + conv.out_channels)
     )
 
 
-def by_matrices(way: Any, matrices: Any, conv: nn.Conv2d, x: Tensor, run: kept.Kept) -> Tensor:
+def winograd_conv(way: Any, matrices: Any, conv: nn.Conv2d, x: Tensor, run: kept.PackedWeights) -> Tensor:
     """One of Winograd's ways, b c h w, with the matrices that it needs of the kernel kept for the run."""
-    fast = usable(x)
-    made = run.get(listed, conv.weight, matrices, fast)
+    fast = onednn_available(x)
+    made = run.get(pack_filters, conv.weight, matrices, fast)
     pixels = way(rearrange(x, "b c h w -> b h w c"), made, conv.bias, onednn_linear if fast else F.linear)
     return rearrange(pixels, "b h w c -> b c h w")
 
 
-def listed(weight: Tensor, matrices: Any, fast: bool) -> list[list[Tensor]]:
+def pack_filters(weight: Tensor, matrices: Any, fast: bool) -> list[list[Tensor]]:
     made = matrices(weight)
     pack = torch.ops.mkldnn._reorder_linear_weight if fast else torch.Tensor.contiguous
     return [[pack(matrix) for matrix in line] for line in made]
@@ -137,9 +153,9 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """`norm` of x; PyTorch's own loses the digits of a mean far from 0 where pictures lie pixel by pixel."""
     b, c, h, w = x.shape
     apart = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if not (apart and eager(x) and kept.run() and x.dtype == norm.weight.dtype == torch.float32):
+    if not (apart and is_plain_inference(x) and kept.active() and x.dtype == norm.weight.dtype == torch.float32):
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    number = next(n for n in range(min(-(-h * w // IN_A_SUM), h), h + 1) if h % n == 0)  # parts of a size
+    number = next(n for n in range(min(-(-h * w // MAX_PIXELS_PER_SUM), h), h + 1) if h % n == 0)  # parts of a size
     found = [
         torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0))  # mean and variance: 2 c
         for one in x.split(1)
@@ -156,34 +172,35 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 # Every pixel repeated to 2x2, then convolved by 3x3: b c h w -> b d 2h 2w
 
 
-def enlarging_pays(conv: nn.Module, x: Tensor) -> bool:
+def fused_upsample_pays(conv: nn.Module, x: Tensor) -> bool:
     """Whether `enlarge` would be quicker than to repeat pixels and convolve."""
     return (
-        eager(x)
-        and len(x) * x.shape[2] * x.shape[3] >= (FEW if kept.run() is None else FEW / 4)
+        is_plain_inference(x)
+        and len(x) * x.shape[2] * x.shape[3]
+        >= (MIN_PIXELS_CHANNELS_LAST if kept.active() is None else MIN_PIXELS_CHANNELS_LAST / 4)
         and isinstance(conv, nn.Conv2d)
-        and ours(conv)
-        and phases.is_usual(conv)
+        and is_stock(conv)
+        and phases.is_same_3x3(conv)
         and conv.weight.dtype == x.dtype
     )
 
 
-def enlarge(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def upsample_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """With a quarter of the multiplications; in half precision with less than half, and no more rounding."""
-    run = kept.run()
+    run = kept.active()
     if run and x.dtype == torch.float32:
-        return by_matrices(winograd.enlarge, winograd.enlargement_matrices, conv, x, run)
+        return winograd_conv(winograd.winograd_upsample_conv, winograd.transform_upsample_filter, conv, x, run)
     made = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
-    if not run or not usable(x):
-        return phases.enlarge(x, phases.kernels(conv.weight), conv.bias, made)
-    return phases.enlarge(
+    if not run or not onednn_available(x):
+        return phases.upsample_conv_by_phases(x, phases.phase_kernels(conv.weight), conv.bias, made)
+    return phases.upsample_conv_by_phases(
         channels_last(x),
-        run.get(packed_phases, conv.weight, conv),
+        run.get(pack_phase_kernels, conv.weight, conv),
         conv.bias,
         channels_last(made),
         lambda x, kernel, bias: onednn_convolution(x, kernel, bias, conv),
     )
 
 
-def packed_phases(weight: Tensor, like: nn.Conv2d) -> list[list[Tensor]]:
-    return [[packed(kernel, like) for kernel in line] for line in phases.kernels(weight)]
+def pack_phase_kernels(weight: Tensor, like: nn.Conv2d) -> list[list[Tensor]]:
+    return [[pack_conv_weight(kernel, like) for kernel in line] for line in phases.phase_kernels(weight)]

@@ -11,40 +11,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Conv = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """x: b c h w, a kernel d c 2 2 or what was made of it, a bias (d,): to b d h+1 w+1, padded by 1 all around."""
 
 
-def is_plain(conv: nn.Conv2d) -> bool:
+def is_zero_padded(conv: nn.Conv2d) -> bool:
     """Whether a convolution is no more than its kernel and its bias, with zeros around."""
     return conv.padding_mode == "zeros" and "_conv_forward" not in vars(conv) and isinstance(conv.padding, tuple)
 
 
-def is_usual(conv: nn.Conv2d) -> bool:
+def is_same_3x3(conv: nn.Conv2d) -> bool:
     """Whether it is, by 3x3, and leaves the size as it is."""
     form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-    return is_plain(conv) and form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    return is_zero_padded(conv) and form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
-def padded(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+def padded_conv(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, kernel, bias, padding=1)
 
 
-def kernels(weight: Tensor) -> list[list[Tensor]]:
+def phase_kernels(weight: Tensor) -> list[list[Tensor]]:
     """Those that make even and odd rows, of even and odd columns each.
 
     Of a kernel d c 3 3 those weights are summed, in single precision, that would meet the same pixel.
     """
-    return [[kernel.to(weight.dtype) for kernel in halves(rows, dim=3)] for rows in halves(weight.float(), dim=2)]
+    return [[kernel.to(weight.dtype) for kernel in fold_taps(rows, dim=3)] for rows in fold_taps(weight.float(), dim=2)]
 
 
-def halves(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def fold_taps(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     before, here, after = kernel.unbind(dim)
     return torch.stack([before, here + after], dim), torch.stack([before + here, after], dim)
 
 
-def enlarge(
-    x: Tensor, kernels: Sequence[Sequence[Tensor]], bias: Tensor | None, made: Tensor, convolve: Convolve = padded
+def upsample_conv_by_phases(
+    x: Tensor, kernels: Sequence[Sequence[Tensor]], bias: Tensor | None, made: Tensor, convolve: Conv = padded_conv
 ) -> Tensor:
     """b c h w to b d 2h 2w, which `made` has room for."""
     for row, line in enumerate(kernels):

@@ -3,7 +3,7 @@
 from .attention import Attention, CrossAttention, PixelAttention, SelfAttention, sdpa, set_attend, sliced
 from .clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from .freeu import FreeU
-from .layers import ResnetBlock, swap
+from .layers import ResnetBlock, replace_layers
 from .safety import CLIPConfig, StableDiffusionSafetyChecker
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
@@ -21,8 +21,8 @@ __all__ = [
     "SelfAttention",
     "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
+    "replace_layers",
     "sdpa",
     "set_attend",
     "sliced",
-    "swap",
 ]

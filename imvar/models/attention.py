@@ -18,13 +18,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from ..checks import count
+from ..checks import check_int
 from ..errors import InputError, InputTypeError, short_repr
-from ..kernels.autotune import quickest
+from ..kernels.autotune import autotuned
 from ..kernels.cpu_kernels import linear
-from .layers import GroupNorm, Linear, Seams
-from .stock import Ready, repeated
-from .validation import answered
+from .layers import CallableSlots, GroupNorm, Linear
+from .stock import Precomputed, repeat_to_batch
+from .validation import check_attention_output
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q: b h n d; k, v: b h m d; answer: b h n d, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, equation 1)."""
@@ -39,10 +39,10 @@ def sliced(size: int, attend: Attend = sdpa) -> Attend:
     """The same answer, `size` heads of one picture at a time: less memory at once, more time."""
     if not callable(attend):
         raise InputTypeError(f"attend={short_repr(attend)}: a function of q, k and v would do", key="attend")
-    return partial(by_slices, count("size", size), attend)
+    return partial(sliced_attention, check_int("size", size), attend)
 
 
-def by_slices(size: int, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sliced_attention(size: int, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     groups = zip(*(rearrange(t, "b h n d -> (b h) 1 n d").split(size) for t in (q, k, v)), strict=True)
     return torch.cat([attend(*group) for group in groups]).view_as(q)
 
@@ -74,7 +74,7 @@ ALIGNED = 8  # what the width of a head has to be a multiple of, for each of the
 
 
 @dataclass(frozen=True)
-class Backend:
+class SDPAKernel:
     """A kernel: one of PyTorch's SDPA backends, for these calls alone, as no process-wide flag is touched.
 
     On CUDA the backend's own operator is called, with heads of another width than a multiple of 8 padded with zeros;
@@ -94,7 +94,7 @@ class Backend:
         vars(self).update(operator=_OPERATORS[self.name], dtypes=_DTYPES[self.name])  # as compilers cannot look it up
 
     def __reduce__(self) -> tuple[Any, ...]:  # as the backends themselves cannot be pickled
-        return backend_named, (self.name.name,)
+        return sdpa_kernel, (self.name.name,)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not q.is_cuda:
@@ -113,24 +113,24 @@ class Backend:
         return answer[..., :width] if lacking else answer
 
 
-def backend_named(name: str) -> Backend:
-    return Backend(getattr(SDPBackend, name))
+def sdpa_kernel(name: str) -> SDPAKernel:
+    return SDPAKernel(getattr(SDPBackend, name))
 
 
-BACKENDS = sdpa, *(Backend(name) for name in _OPERATORS if name != SDPBackend.MATH)
+BACKENDS = sdpa, *(SDPAKernel(name) for name in _OPERATORS if name != SDPBackend.MATH)
 
 
 def memory_efficient(attention_op: SDPBackend | Attend | None = None) -> Attend:
     """The kernel that such an option stands for; off CUDA a backend comes with a warning."""
     if callable(attention_op):
         return attention_op
-    kernel = Backend() if attention_op is None else Backend(attention_op)
+    kernel = SDPAKernel() if attention_op is None else SDPAKernel(attention_op)
     if not torch.cuda.is_available():
         warnings.warn("memory-efficient attention: no CUDA here, so the default SDPA answers", stacklevel=3)
     return kernel
 
 
-class Attention(Seams, nn.Module):
+class Attention(CallableSlots, nn.Module):
     """Four projections around a kernel. `x` asks, `context` answers."""
 
     attend: Attend
@@ -151,13 +151,17 @@ class Attention(Seams, nn.Module):
     @property
     def is_softmax(self) -> bool:
         """Whether the kernel is one that is known to weigh the keys by a softmax."""
-        return self.attend is sdpa and (self.override is None or isinstance(self.override, Backend))
+        return self.attend is sdpa and (self.override is None or isinstance(self.override, SDPAKernel))
 
     def answer(self, x: Tensor, context: Tensor, *qkv: Tensor) -> Tensor:
         kernel = self.override or (sliced(self.slice_size, self.attend) if self.slice_size else self.attend)
         projected = linear(x, *qkv).chunk(3, dim=-1) if qkv else (self.to_q(x), self.to_k(context), self.to_v(context))
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in projected)
-        attended = quickest("attend", BACKENDS, q, k, v) if kernel is sdpa else answered(kernel, kernel(q, k, v), q)
+        attended = (
+            autotuned("attend", BACKENDS, q, k, v)
+            if kernel is sdpa
+            else check_attention_output(kernel, kernel(q, k, v), q)
+        )
         return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
 
 
@@ -195,16 +199,16 @@ class CrossAttention(Attention):
         super().__init__(dim, context_dim, heads, attend=attend)
         self.norm = nn.LayerNorm(dim)
 
-    def prepare(self, context: Tensor) -> Ready | Tensor:
+    def prepare(self, context: Tensor) -> Precomputed | Tensor:
         """The answer (b 1 c), the same at every position, where it needs no question; else the context as it is."""
         if context.shape[1] > 1 or not self.is_softmax:
             return context
         answer = self.to_out(self.to_v(context))
-        return Ready(answer + self.nothing() if torch.is_grad_enabled() else answer)
+        return Precomputed(answer + self.nothing() if torch.is_grad_enabled() else answer)
 
-    def forward(self, x: Tensor, context: Tensor | Ready) -> Tensor:
-        told = context if isinstance(context, Ready) else self.prepare(context)
-        return told.value if isinstance(told, Ready) else self.answer(self.norm(repeated(x, told)), told)
+    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
+        told = context if isinstance(context, Precomputed) else self.prepare(context)
+        return told.value if isinstance(told, Precomputed) else self.answer(self.norm(repeat_to_batch(x, told)), told)
 
     def nothing(self) -> Tensor:
         """Zero, from the parameters that one token leaves out: so trainers find a gradient, and it is zero."""
@@ -224,7 +228,7 @@ class PixelAttention(Attention):
         return x + rearrange(self.answer(pixels, pixels), "b (h w) c -> b c h w", h=x.shape[2])
 
 
-def attentions(model: nn.Module) -> list[Attention]:
+def attention_layers(model: nn.Module) -> list[Attention]:
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
@@ -234,13 +238,13 @@ def set_attend(model: nn.Module, attend: Attend) -> None:
         raise InputTypeError(
             f"set_attend({type(model).__name__}, {short_repr(attend)}): a model, and a function of q, k and v, would do"
         )
-    if not (layers := attentions(model)):
+    if not (layers := attention_layers(model)):
         raise InputError(f"set_attend: {type(model).__name__} has no attention layers of imvar", key="model")
     for layer in layers:
         layer.attend = attend
 
 
-class AttentionSettings:
+class AttentionMixin:
     """What a model with attention layers lets its user choose about them."""
 
     def set_attention_slice(self, slice_size: str | int | Sequence[int] | None = "auto") -> None:
@@ -248,7 +252,7 @@ class AttentionSettings:
 
         A sequence has one number per attention layer. Raises `InputError` for more heads than a layer has.
         """
-        layers = attentions(self)  # type: ignore[arg-type]
+        layers = attention_layers(self)  # type: ignore[arg-type]
         for layer, size in zip(layers, slice_sizes(slice_size, [layer.heads for layer in layers]), strict=True):
             layer.slice_size = size
 
@@ -258,12 +262,12 @@ class AttentionSettings:
         Takes precedence over slicing. Off CUDA a backend is the default SDPA, with a warning. No xformers needed.
         """
         override = memory_efficient(attention_op)
-        for layer in attentions(self):  # type: ignore[arg-type]
+        for layer in attention_layers(self):  # type: ignore[arg-type]
             layer.override = override
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Back to each layer's own kernel, sliced if slicing is on."""
-        for layer in attentions(self):  # type: ignore[arg-type]
+        for layer in attention_layers(self):  # type: ignore[arg-type]
             layer.override = None
 
 
@@ -276,4 +280,4 @@ def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) 
     sizes = list(slice_size) if isinstance(slice_size, (list, tuple)) else [slice_size] * len(heads)
     if len(sizes) != len(heads):
         raise InputError(f"slice_size: {len(sizes)} numbers for {len(heads)} attention layers")
-    return [count("slice_size", size, high=most) for size, most in zip(sizes, heads, strict=True)]
+    return [check_int("slice_size", size, high=most) for size, most in zip(sizes, heads, strict=True)]

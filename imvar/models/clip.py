@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..checks import LARGEST_SIDE, checked, real, sizes
-from ..config import Config, one_of, only
+from ..checks import MAX_SIDE, check_float, check_ints, validated
+from ..config import Config, fixed, one_of
 from ..errors import InputError
 from ..outputs import CLIPVisionModelOutput
 from ..weights import key_tables as tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import TransformersModel
 from . import validation as inputs
-from .attention import AttentionSettings, SelfAttention
-from .layers import Checkpointing, Linear
+from .attention import AttentionMixin, SelfAttention
+from .layers import GradientCheckpointingMixin, Linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class CLIPVisionConfig(Config):
     patch_size: int = 32
     hidden_act: str = one_of("quick_gelu", "gelu")
     layer_norm_eps: float = 1e-5
-    attention_dropout: float = only(0.0)
+    attention_dropout: float = fixed(0.0)
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
 
@@ -59,7 +59,7 @@ class CLIPVisionConfig(Config):
 
     def check(self) -> None:
         super().check()
-        sizes(
+        check_ints(
             self,
             "hidden_size",
             "intermediate_size",
@@ -68,9 +68,9 @@ class CLIPVisionConfig(Config):
             "num_attention_heads",
             "num_channels",
         )
-        sizes(self, "image_size", high=LARGEST_SIDE)
-        sizes(self, "patch_size", high=self.image_size)
-        real("layer_norm_eps", self.layer_norm_eps)
+        check_ints(self, "image_size", high=MAX_SIDE)
+        check_ints(self, "patch_size", high=self.image_size)
+        check_float("layer_norm_eps", self.layer_norm_eps)
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size={self.hidden_size} cannot be split into num_attention_heads={self.num_attention_heads}",
@@ -101,7 +101,7 @@ class Layer(nn.Module):
         return x + self.mlp(x)
 
 
-class VisionTower(Checkpointing, nn.Module):
+class VisionTower(GradientCheckpointingMixin, nn.Module):
     """Patches and one class token through a transformer; the class token's answer is the picture's."""
 
     def __init__(self, config: CLIPVisionConfig):
@@ -127,7 +127,7 @@ class VisionTower(Checkpointing, nn.Module):
         return self.norm_out(x[:, 0]), x
 
 
-class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel, part="image_encoder", also=("CLIPModel",)):
+class CLIPVisionModelWithProjection(AttentionMixin, TransformersModel, part="image_encoder", also=("CLIPModel",)):
     """The image encoder: picture to embedding, in the space that pictures and texts share."""
 
     config_class = CLIPVisionConfig
@@ -148,7 +148,7 @@ class CLIPVisionModelWithProjection(AttentionSettings, TransformersModel, part="
     def keymap(self) -> Keymap:
         return tables.image_encoder(self.config.num_hidden_layers)
 
-    @checked(inputs.clip)
+    @validated(inputs.check_clip_inputs)
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, return_dict: bool = True
     ) -> CLIPVisionModelOutput | tuple[Any, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import finite
+from ..checks import check_finite
 from ..errors import InputError, short_repr
 
 
@@ -26,7 +26,7 @@ class FreeU:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if (number := finite(name, value)) <= 0:
+            if (number := check_finite(name, value)) <= 0:
                 raise InputError(f"{name}={short_repr(value)}: a number above 0 would do; 1 changes nothing", key=name)
             object.__setattr__(self, name, number)
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputTypeError, short_repr
 from ..kernels import cpu_kernels as cpu
 from ..kernels import polyphase as phases
-from ..kernels.autotune import quickest
-from .stock import Ready, ours, repeated
+from ..kernels.autotune import autotuned
+from .stock import Precomputed, is_stock, repeat_to_batch
 
 Old = TypeVar("Old", bound=nn.Module)
 
@@ -31,7 +31,7 @@ class Conv2d(nn.Conv2d):
     """PyTorch's, by the quickest kernel that is here."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return cpu.convolve(self, input)
+        return cpu.conv2d(self, input)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -41,7 +41,7 @@ class GroupNorm(nn.GroupNorm):
         return cpu.group_norm(self, input)
 
 
-def normed_silu(norm: nn.Module, x: Tensor) -> Tensor:
+def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """SiLU of the normalised x; over it in memory, where neither a gradient nor a hook has a use for it."""
     h = norm(x)
     return F.silu(h, inplace=type(norm) is GroupNorm and not norm._forward_hooks and not torch.is_grad_enabled())
@@ -59,15 +59,15 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def prepare(self, time: Tensor) -> Ready:
-        return Ready(self.time(F.silu(time))[:, :, None, None] if self.time else None)  # b c -> b c 1 1
+    def prepare(self, time: Tensor) -> Precomputed:
+        return Precomputed(self.time(F.silu(time))[:, :, None, None] if self.time else None)  # b c -> b c 1 1
 
-    def forward(self, x: Tensor, time: Tensor | Ready | None = None) -> Tensor:
-        h = self.conv1(normed_silu(self.norm1, x))
+    def forward(self, x: Tensor, time: Tensor | Precomputed | None = None) -> Tensor:
+        h = self.conv1(norm_silu(self.norm1, x))
         if self.time is not None and time is not None:
-            shift = (time if isinstance(time, Ready) else self.prepare(time)).value
-            h = h + (shift if len(shift) == 1 else repeated(shift, h))
-        h = self.conv2(normed_silu(self.norm2, h))
+            shift = (time if isinstance(time, Precomputed) else self.prepare(time)).value
+            h = h + (shift if len(shift) == 1 else repeat_to_batch(shift, h))
+        h = self.conv2(norm_silu(self.norm2, h))
         return self.skip(x) + h
 
 
@@ -109,19 +109,19 @@ class Upsample(nn.Module):
         twice = 2 * x.shape[2], 2 * x.shape[3]
         if size not in (None, twice):
             return self.conv(F.interpolate(x, size, mode="nearest"))
-        if cpu.enlarging_pays(self.conv, x):
-            return cpu.enlarge(self.conv, x)
+        if cpu.fused_upsample_pays(self.conv, x):
+            return cpu.upsample_conv(self.conv, x)
         conv = self.conv
-        known = type(conv) is Conv2d and ours(conv) and phases.is_usual(conv)
+        known = type(conv) is Conv2d and is_stock(conv) and phases.is_same_3x3(conv)
         ways = (self.plain, self.in_phases) if known else (self.plain,)
-        return quickest("enlarge", ways, x)
+        return autotuned("enlarge", ways, x)
 
     def plain(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
     def in_phases(self, x: Tensor) -> Tensor:
         made = x.new_empty(len(x), len(self.conv.weight), 2 * x.shape[2], 2 * x.shape[3])
-        return phases.enlarge(x, phases.kernels(self.conv.weight), self.conv.bias, made)
+        return phases.upsample_conv_by_phases(x, phases.phase_kernels(self.conv.weight), self.conv.bias, made)
 
 
 class TimestepEmbedding(nn.Module):
@@ -144,7 +144,7 @@ class TimestepEmbedding(nn.Module):
         return F.pad(torch.cat(waves, dim=-1), (0, self.dim % 2))  # an odd width ends in a zero
 
 
-class Checkpointing:
+class GradientCheckpointingMixin:
     """Trade time for memory in training: recompute a part's activations in the backward pass."""
 
     gradient_checkpointing = False
@@ -166,7 +166,7 @@ class Checkpointing:
         return part(*inputs)
 
 
-class Seams:
+class CallableSlots:
     """Attributes, named in `seams`, that may be a function now and a module with weights then, or the reverse."""
 
     seams: ClassVar[tuple[str, ...]] = ()
@@ -180,7 +180,7 @@ class Seams:
         super().__setattr__(name, value)
 
 
-def swap(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> int:
+def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> int:
     """Replace every `old` layer in `model` by `make(layer)`; returns how many there were.
 
     Works on loaded weights: `make` takes what it needs from the layer that it is given.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checks import checked, sizes
+from ..checks import check_ints, validated
 from ..config import Config, as_settings
 from ..errors import ImvarError, InputTypeError, short_repr
 from ..weights import key_tables as tables
@@ -22,7 +22,7 @@ from ..weights.pretrained import TransformersModel
 from . import validation as inputs
 from .clip import CLIPVisionConfig, VisionTower
 
-CONCEPTS, SPECIAL = 17, 3
+N_CONCEPTS, N_SPECIAL = 17, 3
 ADJUSTMENT = 0.01  # what a special-care hit adds to every later score of that picture
 
 logger = logging.getLogger("imvar")
@@ -40,7 +40,7 @@ class CLIPConfig(Config):
 
     def check(self) -> None:
         super().check()
-        sizes(self, "projection_dim")
+        check_ints(self, "projection_dim")
         vision = {} if self.vision_config is None else as_settings(self.vision_config)
         if vision is None:
             raise InputTypeError(
@@ -65,10 +65,10 @@ class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
         vision, dim = self.config.vision_config, self.config.projection_dim
         self.tower = VisionTower(vision)
         self.proj = nn.Linear(vision.hidden_size, dim, bias=False)
-        self.concept_embeds = nn.Parameter(torch.ones(CONCEPTS, dim), requires_grad=False)
-        self.concept_embeds_weights = nn.Parameter(torch.ones(CONCEPTS), requires_grad=False)  # the thresholds
-        self.special_care_embeds = nn.Parameter(torch.ones(SPECIAL, dim), requires_grad=False)
-        self.special_care_embeds_weights = nn.Parameter(torch.ones(SPECIAL), requires_grad=False)
+        self.concept_embeds = nn.Parameter(torch.ones(N_CONCEPTS, dim), requires_grad=False)
+        self.concept_embeds_weights = nn.Parameter(torch.ones(N_CONCEPTS), requires_grad=False)  # the thresholds
+        self.special_care_embeds = nn.Parameter(torch.ones(N_SPECIAL, dim), requires_grad=False)
+        self.special_care_embeds_weights = nn.Parameter(torch.ones(N_SPECIAL), requires_grad=False)
 
     @classmethod
     def least_tensors(cls, config: CLIPConfig) -> int:
@@ -96,7 +96,7 @@ class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
         concepts = excess(self.concept_embeds, self.concept_embeds_weights)
         return special, (concepts + ADJUSTMENT * hit[:, -1:]).round(decimals=3)
 
-    @checked(inputs.checker)
+    @validated(inputs.check_checker_inputs)
     def forward(self, clip_input: Tensor, images: Any) -> tuple[Any, Flags]:
         """Judge pictures by `clip_input` (b, 3, s, s) and return `images` with the flagged ones black, and flags.
 
@@ -107,7 +107,7 @@ class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
             logger.warning(
                 "the safety checker flagged %d of %d pictures; another seed may help", sum(flags), len(flags)
             )
-            images = blackened(images, flags)
+            images = black_out(images, flags)
         return images, flags
 
 
@@ -121,18 +121,18 @@ class Flags(list[bool]):
                 "with NaN, or half precision that overflowed; safety_checker.float() tells which"
             )
         super().__init__((concepts > 0).any(dim=1).tolist())
-        few = [reported("special_scores", "special_care", row) for row in special]
-        many = [reported("concept_scores", "bad_concepts", row) for row in concepts]
+        few = [score_report("special_scores", "special_care", row) for row in special]
+        many = [score_report("concept_scores", "bad_concepts", row) for row in concepts]
         self.scores = [one | other for one, other in zip(few, many, strict=True)]
 
 
-def reported(name: str, hits: str, scores: Tensor) -> dict[str, Any]:
+def score_report(name: str, hits: str, scores: Tensor) -> dict[str, Any]:
     """The scores of one picture by the number of the concept, and which of them are hits."""
     by_number = {number: round(score, 3) for number, score in enumerate(scores.tolist())}
     return {name: by_number, hits: [number for number, score in by_number.items() if score > 0]}
 
 
-def black_one(image: Any) -> Any:
+def black_like(image: Any) -> Any:
     if isinstance(image, Image.Image):
         return Image.new(image.mode, image.size)
     if not isinstance(image, (Tensor, np.ndarray)):
@@ -140,12 +140,12 @@ def black_one(image: Any) -> Any:
     return torch.zeros_like(image) if isinstance(image, Tensor) else np.zeros_like(image)
 
 
-def blackened(images: Any, flags: Sequence[bool]) -> Any:
+def black_out(images: Any, flags: Sequence[bool]) -> Any:
     """A copy of `images` in which the flagged ones are zero."""
     if images is None:
         return None
     if isinstance(images, (list, tuple)):
-        return [black_one(image) if flag else image for image, flag in zip(images, flags, strict=True)]
+        return [black_like(image) if flag else image for image, flag in zip(images, flags, strict=True)]
     black = images.clone() if isinstance(images, Tensor) else np.array(images)
     for i, flag in enumerate(flags):
         if flag:

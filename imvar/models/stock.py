@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 IMVAR = __name__.partition(".")[0]
-EVERYWHERE = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks  # hooks of all layers
+GLOBAL_HOOKS = (
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_forward_hooks,
+)  # hooks of all layers
 
 
-class Ready(NamedTuple):
+class Precomputed(NamedTuple):
     """What one layer, or a list of them, made of a time or a context: the part of its answer that no latents change.
 
     `weights`: in a run, some of the layer's own, put together so that they multiply at once.
@@ -21,12 +24,12 @@ class Ready(NamedTuple):
     weights: tuple[Tensor, ...] = ()
 
 
-def ready(layer: nn.Module, told: Tensor) -> Any:
+def precompute(layer: nn.Module, told: Tensor) -> Any:
     """`told` as `layer.prepare` makes it ready; as it came, for a layer that is not ours or that others watch."""
-    return layer.prepare(told) if hasattr(layer, "prepare") and ours(layer) else told  # type: ignore[operator]
+    return layer.prepare(told) if hasattr(layer, "prepare") and is_stock(layer) else told  # type: ignore[operator]
 
 
-def ours(layer: nn.Module) -> bool:
+def is_stock(layer: nn.Module) -> bool:
     """Whether this layer is PyTorch's or imvar's as it was written, without a hook or an override of others.
 
     Nor with a weight that is made anew for every call, as `torch.nn.utils` has it.
@@ -34,34 +37,36 @@ def ours(layer: nn.Module) -> bool:
     hooks = *layer._forward_pre_hooks.values(), *layer._forward_hooks.values()
     return (
         "forward" not in vars(layer)
-        and all(map(own, (type(layer), type(layer).forward)))
-        and all(package(hook) == IMVAR for hook in hooks)
+        and all(map(is_first_party, (type(layer), type(layer).forward)))
+        and all(top_package(hook) == IMVAR for hook in hooks)
         and "parametrizations" not in layer._modules
     )
 
 
-def untouched(model: nn.Module) -> bool:
+def is_unmodified(model: nn.Module) -> bool:
     """Whether a run of this model may be prepared: every layer is as it was written, every attention kernel a softmax.
 
     Else somebody sees what goes from layer to layer, and gets to see what a plain call shows.
     """
-    return not any(EVERYWHERE) and all(ours(layer) and getattr(layer, "is_softmax", True) for layer in model.modules())
+    return not any(GLOBAL_HOOKS) and all(
+        is_stock(layer) and getattr(layer, "is_softmax", True) for layer in model.modules()
+    )
 
 
-def own(code: Any) -> bool:
-    return package(code) in ("torch", IMVAR)
+def is_first_party(code: Any) -> bool:
+    return top_package(code) in ("torch", IMVAR)
 
 
-def package(code: Any) -> str:
+def top_package(code: Any) -> str:
     return (getattr(code, "__module__", None) or "").partition(".")[0]
 
 
-def version(tensor: Tensor) -> int:
+def write_count(tensor: Tensor) -> int:
     """How often a tensor was written to, where autograd sees that."""
     return 0 if tensor.is_inference() else tensor._version
 
 
-def repeated(x: Tensor, like: Tensor) -> Tensor:
+def repeat_to_batch(x: Tensor, like: Tensor) -> Tensor:
     """x, b ..., over and over until it is as many as `like`, k b ...: a context of k per sample makes k of each.
 
     What comes before the first context is thus computed once for both halves of guidance.

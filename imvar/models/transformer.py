@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attention import CrossAttention, SelfAttention
 from .layers import Conv2d, FeedForward, GroupNorm
-from .stock import Ready, ready, repeated
+from .stock import Precomputed, precompute, repeat_to_batch
 
 
 class TransformerBlock(nn.Module):
@@ -19,14 +19,14 @@ class TransformerBlock(nn.Module):
         self.cross_attn = CrossAttention(dim, context_dim, heads)
         self.feed_forward = FeedForward(dim)
 
-    def prepare(self, context: Tensor) -> Ready:
-        return Ready(ready(self.cross_attn, context))
+    def prepare(self, context: Tensor) -> Precomputed:
+        return Precomputed(precompute(self.cross_attn, context))
 
-    def forward(self, x: Tensor, context: Tensor | Ready) -> Tensor:
-        told = context if isinstance(context, Ready) else self.prepare(context)
+    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
+        told = context if isinstance(context, Precomputed) else self.prepare(context)
         x = x + self.self_attn(x, *told.weights)
         answer = self.cross_attn(x, told.value)
-        x = repeated(x, answer) + answer
+        x = repeat_to_batch(x, answer) + answer
         return x + self.feed_forward(x)
 
 
@@ -40,12 +40,12 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
         self.proj_out = Conv2d(channels, channels, 1)
 
-    def prepare(self, context: Tensor) -> Ready:
-        return Ready([ready(block, context) for block in self.blocks])
+    def prepare(self, context: Tensor) -> Precomputed:
+        return Precomputed([precompute(block, context) for block in self.blocks])
 
-    def forward(self, x: Tensor, context: Tensor | Ready) -> Tensor:
-        told = context if isinstance(context, Ready) else self.prepare(context)
+    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
+        told = context if isinstance(context, Precomputed) else self.prepare(context)
         pixels = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         for block, own in zip(self.blocks, told.value, strict=True):
             pixels = block(pixels, own)
-        return repeated(x, pixels) + self.proj_out(rearrange(pixels, "b (h w) c -> b c h w", h=x.shape[2]))
+        return repeat_to_batch(x, pixels) + self.proj_out(rearrange(pixels, "b (h w) c -> b c h w", h=x.shape[2]))

@@ -9,30 +9,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checks import checked, count, levels, real, side, sizes
-from ..config import Config, one_of, only
+from ..checks import check_block_channels, check_float, check_image_size, check_int, check_ints, validated
+from ..config import Config, fixed, one_of
 from ..errors import InputError, short_repr
 from ..outputs import UNet2DConditionOutput
 from ..weights import key_tables as tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
 from . import validation as inputs
-from .attention import AttentionSettings
+from .attention import AttentionMixin
 from .freeu import FreeU
 from .layers import (
-    Checkpointing,
+    CallableSlots,
     Conv2d,
     Downsample,
+    GradientCheckpointingMixin,
     GroupNorm,
     ResnetBlock,
-    Seams,
     TimestepEmbedding,
     Upsample,
-    normed_silu,
+    norm_silu,
 )
-from .stock import Ready, ready, repeated
+from .stock import Precomputed, precompute, repeat_to_batch
 from .transformer import Transformer
-from .unet_blocks import DownLevel, MidLevel, UpLevel
+from .unet_blocks import DownBlock, MidBlock, UpBlock
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """h: b c h w, skip: b d h w, the level counted from the coarsest; answer: b c+d h w."""
@@ -47,55 +47,55 @@ class UNetConfig(Config):
     sample_size: int | Sequence[int] | None = None
     in_channels: int = 4
     out_channels: int = 4
-    center_input_sample: bool = only(False)
+    center_input_sample: bool = fixed(False)
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
     down_block_types: Sequence[str] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str = only("UNetMidBlock2DCrossAttn")
+    mid_block_type: str = fixed("UNetMidBlock2DCrossAttn")
     up_block_types: Sequence[str] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    only_cross_attention: bool = only(False)
+    only_cross_attention: bool = fixed(False)
     block_out_channels: Sequence[int] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    downsample_padding: int = only(1)
-    mid_block_scale_factor: float = only(1)
-    dropout: float = only(0.0)
+    downsample_padding: int = fixed(1)
+    mid_block_scale_factor: float = fixed(1)
+    dropout: float = fixed(0.0)
     act_fn: str = one_of("silu", "swish")
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1280
     transformer_layers_per_block: int = 1
-    reverse_transformer_layers_per_block: None = only(None)
-    encoder_hid_dim: None = only(None)
-    encoder_hid_dim_type: None = only(None)
+    reverse_transformer_layers_per_block: None = fixed(None)
+    encoder_hid_dim: None = fixed(None)
+    encoder_hid_dim_type: None = fixed(None)
     attention_head_dim: int | Sequence[int] = 8
-    num_attention_heads: None = only(None)
-    dual_cross_attention: bool = only(False)
-    use_linear_projection: bool = only(False)
-    class_embed_type: None = only(None)
-    addition_embed_type: None = only(None)
-    addition_time_embed_dim: None = only(None)
-    num_class_embeds: None = only(None)
-    upcast_attention: bool = only(False)
-    resnet_time_scale_shift: str = only("default")
-    resnet_skip_time_act: bool = only(False)
-    resnet_out_scale_factor: float = only(1.0)
-    time_embedding_type: str = only("positional")
+    num_attention_heads: None = fixed(None)
+    dual_cross_attention: bool = fixed(False)
+    use_linear_projection: bool = fixed(False)
+    class_embed_type: None = fixed(None)
+    addition_embed_type: None = fixed(None)
+    addition_time_embed_dim: None = fixed(None)
+    num_class_embeds: None = fixed(None)
+    upcast_attention: bool = fixed(False)
+    resnet_time_scale_shift: str = fixed("default")
+    resnet_skip_time_act: bool = fixed(False)
+    resnet_out_scale_factor: float = fixed(1.0)
+    time_embedding_type: str = fixed("positional")
     time_embedding_dim: int | None = None
-    time_embedding_act_fn: None = only(None)
-    timestep_post_act: None = only(None)
-    time_cond_proj_dim: None = only(None)
-    conv_in_kernel: int = only(3)
-    conv_out_kernel: int = only(3)
-    projection_class_embeddings_input_dim: None = only(None)
-    attention_type: str = only("default")
-    class_embeddings_concat: bool = only(False)
-    mid_block_only_cross_attention: bool | None = only(None)
-    cross_attention_norm: None = only(None)
-    addition_embed_type_num_heads: int = only(64)
+    time_embedding_act_fn: None = fixed(None)
+    timestep_post_act: None = fixed(None)
+    time_cond_proj_dim: None = fixed(None)
+    conv_in_kernel: int = fixed(3)
+    conv_out_kernel: int = fixed(3)
+    projection_class_embeddings_input_dim: None = fixed(None)
+    attention_type: str = fixed("default")
+    class_embeddings_concat: bool = fixed(False)
+    mid_block_only_cross_attention: bool | None = fixed(None)
+    cross_attention_norm: None = fixed(None)
+    addition_embed_type_num_heads: int = fixed(64)
 
     def check(self) -> None:
         super().check()
-        sizes(
+        check_ints(
             self,
             "in_channels",
             "out_channels",
@@ -105,9 +105,9 @@ class UNetConfig(Config):
             "norm_num_groups",
             "time_embedding_dim",
         )  # one for all levels
-        levels(self)
-        real("norm_eps", self.norm_eps)
-        side("sample_size", self.sample_size)
+        check_block_channels(self)
+        check_float("norm_eps", self.norm_eps)
+        check_image_size("sample_size", self.sample_size)
         if self.freq_shift == self.block_out_channels[0] // 2:
             raise InputError(
                 f"freq_shift={self.freq_shift}: another number than half of block_out_channels[0], which "
@@ -129,7 +129,7 @@ class UNetConfig(Config):
                 key="attention_head_dim",
             )
         for heads in self.heads:
-            count("attention_head_dim", heads)
+            check_int("attention_head_dim", heads)
         kinds = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
         attends = [any(kind in WITH_ATTENTION for kind in both) for both in kinds]
         attends[-1] = True  # in the middle, at the least
@@ -147,12 +147,12 @@ class UNetConfig(Config):
         return [per_level] * len(self.block_out_channels) if isinstance(per_level, int) else per_level
 
 
-def concat(h: Tensor, skip: Tensor, level: int) -> Tensor:
+def concat_skip(h: Tensor, skip: Tensor, level: int) -> Tensor:
     """The usual merge of a skip."""
     return torch.cat([h, skip], dim=1)
 
 
-class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedModel, part="unet"):
+class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingMixin, PretrainedModel, part="unet"):
     """Down, middle, up, with skips across: eps(x_t, t, context) of arXiv:2112.10752, equation 3.
 
     Seams for forks: `block` and `transformer` are the classes it is built of, `merge` joins a skip.
@@ -196,17 +196,17 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         for level, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
             resnets = [resnet(width if i else skips[-1], width) for i in range(layers)]
             shrink = Downsample(width) if level < last else None
-            self.down.append(DownLevel(resnets, transformers(layers, level, kind), shrink))
+            self.down.append(DownBlock(resnets, transformers(layers, level, kind), shrink))
             skips += [width] * (layers + (level < last))
 
-        self.mid = MidLevel([resnet(widths[-1], widths[-1]) for _ in range(2)], transformers(1, last))
+        self.mid = MidBlock([resnet(widths[-1], widths[-1]) for _ in range(2)], transformers(1, last))
 
         self.up, above = nn.ModuleList(), widths[-1]  # the channels that come from below
         for kind, level in zip(config.up_block_types, reversed(range(len(widths))), strict=True):
             width = widths[level]
             resnets = [resnet((width if i else above) + skips.pop(), width) for i in range(layers + 1)]
             grow = Upsample(width) if level else None
-            self.up.append(UpLevel(resnets, transformers(layers + 1, level, kind), grow))
+            self.up.append(UpBlock(resnets, transformers(layers + 1, level, kind), grow))
             above = width
 
         self.norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
@@ -235,21 +235,21 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
     def levels(self) -> list[Any]:
         return [*self.down, self.mid, *self.up]
 
-    def prepare_time(self, timesteps: Tensor) -> Ready:
+    def prepare_time(self, timesteps: Tensor) -> Precomputed:
         """What each resnet block makes of these timesteps, (n,): a row for each, and a list of blocks per level."""
         time = self.time(timesteps)
-        return Ready([[ready(block, time) for block in level.resnets] for level in self.levels])
+        return Precomputed([[precompute(block, time) for block in level.resnets] for level in self.levels])
 
-    def prepare_context(self, context: Tensor) -> Ready:
+    def prepare_context(self, context: Tensor) -> Precomputed:
         """What each transformer makes of the context, (b, m, c), on its own: a list of them per level."""
-        return Ready([[ready(layer, context) for layer in level.transformers] for level in self.levels])
+        return Precomputed([[precompute(layer, context) for layer in level.transformers] for level in self.levels])
 
-    @checked(inputs.unet)
+    @validated(inputs.check_unet_inputs)
     def forward(
         self,
         sample: Tensor,
-        timestep: Tensor | float | Ready,
-        encoder_hidden_states: Tensor | Ready,
+        timestep: Tensor | float | Precomputed,
+        encoder_hidden_states: Tensor | Precomputed,
         *unsupported: None,
         merge: Merge | None = None,
         return_dict: bool = True,
@@ -262,12 +262,12 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         come `Ready`, as a loop has them; `merge` joins the skips of this call. Of diffusers' further arguments
         `return_dict` alone can be other than None: `InputError`.
         """
-        refuse(unsupported, more)
+        refuse_unsupported(unsupported, more)
         x, time, context = self.conv_in(sample), timestep, encoder_hidden_states
         merge = self.merge if merge is None else merge
-        if not isinstance(time, Ready):
+        if not isinstance(time, Precomputed):
             time = self.prepare_time(torch.as_tensor(time, device=x.device).expand(len(x)))
-        if not isinstance(context, Ready):
+        if not isinstance(context, Precomputed):
             context = self.prepare_context(context)
         told = list(zip(time.value, context.value, strict=True))  # level by level
 
@@ -277,11 +277,11 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
             skips += more_skips
         x = self.run(self.mid, x, *told.pop(0))
         for i, level in enumerate(self.up):
-            here = [repeated(skips.pop(), x) for _ in range(self.config.layers_per_block + 1)]
+            here = [repeat_to_batch(skips.pop(), x) for _ in range(self.config.layers_per_block + 1)]
             size = skips[-1].shape[2:] if skips else None  # odd sizes: the next skip tells what to grow to
             x = self.run(level, x, here, *told.pop(0), lambda h, skip, i=i: merge(h, skip, i), size)
 
-        sample = self.conv_out(normed_silu(self.norm_out, x))
+        sample = self.conv_out(norm_silu(self.norm_out, x))
         return UNet2DConditionOutput(sample) if return_dict else (sample,)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
@@ -292,10 +292,10 @@ class UNet2DConditionModel(Seams, AttentionSettings, Checkpointing, PretrainedMo
         """The usual merge, or a subclass's own."""
         vars(self).pop("merge", None)
         if not hasattr(type(self), "merge"):
-            self.merge = concat
+            self.merge = concat_skip
 
 
-def refuse(unsupported: Sequence[Any], more: dict[str, Any]) -> None:
+def refuse_unsupported(unsupported: Sequence[Any], more: dict[str, Any]) -> None:
     """Arguments of the reference's UNet that no part of this pipeline has a use for."""
     given = {f"positional argument {i + 4}": value for i, value in enumerate(unsupported)} | more
     names = [name for name, value in given.items() if value is not None and value != {}]

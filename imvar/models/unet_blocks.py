@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Level(nn.Module):
+class UNetBlock(nn.Module):
     """One resolution: resnet blocks, each followed by a transformer where the level has any.
 
     `time` and `context` are lists: what each resnet block and each transformer is told of them.
@@ -24,7 +24,7 @@ class Level(nn.Module):
         return self.transformers[i](x, context[i]) if i < len(self.transformers) else x
 
 
-class DownLevel(Level):
+class DownBlock(UNetBlock):
     def forward(self, x: Tensor, time: list[Any], context: list[Any]) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
@@ -36,13 +36,13 @@ class DownLevel(Level):
         return x, skips
 
 
-class MidLevel(Level):
+class MidBlock(UNetBlock):
     def forward(self, x: Tensor, time: list[Any], context: list[Any]) -> Tensor:
         x = self.layer(0, x, time, context)
         return self.resnets[1](x, time[1])
 
 
-class UpLevel(Level):
+class UpBlock(UNetBlock):
     def forward(
         self,
         x: Tensor,

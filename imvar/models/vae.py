@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import checked, levels, option, real, side, sizes
-from ..config import Config, one_of, only
+from ..checks import check_block_channels, check_float, check_image_size, check_ints, check_type, validated
+from ..config import Config, fixed, one_of
 from ..errors import InputError, short_repr
-from ..kernels.packed_weights import running
+from ..kernels.packed_weights import packing
 from ..noise import Generators, randn
 from ..outputs import AutoencoderKLOutput, DecoderOutput
 from ..weights import key_tables as tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
 from . import validation as inputs
-from .attention import AttentionSettings, PixelAttention
-from .layers import Checkpointing, Conv2d, Downsample, GroupNorm, ResnetBlock, Upsample, normed_silu
+from .attention import AttentionMixin, PixelAttention
+from .layers import Conv2d, Downsample, GradientCheckpointingMixin, GroupNorm, ResnetBlock, Upsample, norm_silu
 
 EPS = 1e-6  # of every norm in here
 
@@ -41,20 +41,20 @@ class VAEConfig(Config):
     norm_num_groups: int = 32
     sample_size: int | Sequence[int] = 32
     scaling_factor: float = 0.18215
-    shift_factor: None = only(None)
-    latents_mean: None = only(None)
-    latents_std: None = only(None)
+    shift_factor: None = fixed(None)
+    latents_mean: None = fixed(None)
+    latents_std: None = fixed(None)
     force_upcast: bool = True
-    use_quant_conv: bool = only(True)
-    use_post_quant_conv: bool = only(True)
-    mid_block_add_attention: bool = only(True)
+    use_quant_conv: bool = fixed(True)
+    use_post_quant_conv: bool = fixed(True)
+    mid_block_add_attention: bool = fixed(True)
 
     def check(self) -> None:
         super().check()
-        sizes(self, "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
-        levels(self)
-        side("sample_size", self.sample_size)
-        real("scaling_factor", self.scaling_factor, low=1e-6, high=1e6)
+        check_ints(self, "in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+        check_block_channels(self)
+        check_image_size("sample_size", self.sample_size)
+        check_float("scaling_factor", self.scaling_factor, low=1e-6, high=1e6)
         number = len(self.block_out_channels)
         for name, kind in ("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"):
             if list(getattr(self, name)) != [kind] * number:
@@ -75,7 +75,7 @@ def resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBloc
     return ResnetBlock(in_channels, out_channels, groups=config.norm_num_groups, eps=EPS)
 
 
-class Level(nn.Module):
+class VAEBlock(nn.Module):
     """Resnet blocks, then a change of size at all levels but the last."""
 
     def __init__(self, resnets: list[ResnetBlock], resample: nn.Module | None):
@@ -88,7 +88,7 @@ class Level(nn.Module):
         return x if self.resample is None else self.resample(x)
 
 
-class Middle(nn.Module):
+class VAEMidBlock(nn.Module):
     """A resnet block on either side of attention over all pixels."""
 
     def __init__(self, channels: int, config: VAEConfig):
@@ -101,7 +101,7 @@ class Middle(nn.Module):
         return self.resnet2(self.attention(self.resnet1(x)))
 
 
-class Encoder(Checkpointing, nn.Module):
+class Encoder(GradientCheckpointingMixin, nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = config.block_out_channels
@@ -110,9 +110,9 @@ class Encoder(Checkpointing, nn.Module):
         for width in widths:
             resnets = [resnet(width if i else before, width, config) for i in range(config.layers_per_block)]
             last = len(self.down) == len(widths) - 1
-            self.down.append(Level(resnets, None if last else Downsample(width, one_sided=True)))
+            self.down.append(VAEBlock(resnets, None if last else Downsample(width, one_sided=True)))
             before = width
-        self.mid = Middle(widths[-1], config)
+        self.mid = VAEMidBlock(widths[-1], config)
         self.norm_out = GroupNorm(config.norm_num_groups, widths[-1], EPS)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -121,20 +121,20 @@ class Encoder(Checkpointing, nn.Module):
         for level in self.down:
             x = self.run(level, x)
         x = self.run(self.mid, x)
-        return self.conv_out(normed_silu(self.norm_out, x))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
-class Decoder(Checkpointing, nn.Module):
+class Decoder(GradientCheckpointingMixin, nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = list(reversed(config.block_out_channels))
         self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid = Middle(widths[0], config)
+        self.mid = VAEMidBlock(widths[0], config)
         self.up, before = nn.ModuleList(), widths[0]
         for width in widths:
             resnets = [resnet(width if i else before, width, config) for i in range(config.layers_per_block + 1)]
             last = len(self.up) == len(widths) - 1
-            self.up.append(Level(resnets, None if last else Upsample(width)))
+            self.up.append(VAEBlock(resnets, None if last else Upsample(width)))
             before = width
         self.norm_out = GroupNorm(config.norm_num_groups, widths[-1], EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
@@ -143,7 +143,7 @@ class Decoder(Checkpointing, nn.Module):
         x = self.run(self.mid, self.conv_in(z))
         for level in self.up:
             x = self.run(level, x)
-        return self.conv_out(normed_silu(self.norm_out, x))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class DiagonalGaussianDistribution:
@@ -179,7 +179,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
-class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae"):
+class AutoencoderKL(AttentionMixin, GradientCheckpointingMixin, PretrainedModel, part="vae"):
     """Compress pictures to latents and back (arXiv:2112.10752, section 3.1)."""
 
     config_class = VAEConfig
@@ -206,14 +206,14 @@ class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae
     def keymap(self) -> Keymap:
         return tables.vae(len(self.config.block_out_channels), self.config.layers_per_block)
 
-    @checked(inputs.pictures)
+    @validated(inputs.check_encode_inputs)
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Pictures (b, 3, h, w) with values in [-1, 1] to a Gaussian over (b, 4, h/8, w/8), unscaled."""
         moments = self._sliced(self._encode, x)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
-    @checked(inputs.latents)
+    @validated(inputs.check_decode_inputs)
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:
         """Latents (b, 4, h, w), already divided by `scaling_factor`, to pictures (b, 3, 8h, 8w) around [-1, 1].
 
@@ -251,7 +251,7 @@ class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae
 
     def _sliced(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         parts = x.split(1) if self.use_slicing else [x]
-        with running(self, calls=len(parts)):
+        with packing(self, calls=len(parts)):
             made = [run(part).contiguous() for part in parts]
         return made[0] if len(made) == 1 else torch.cat(made)
 
@@ -264,7 +264,7 @@ class AutoencoderKL(AttentionSettings, Checkpointing, PretrainedModel, part="vae
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
         """Encode and decode large pictures in overlapping tiles, blended: approximate, memory of one tile."""
-        self.use_tiling = bool(option("use_tiling", use_tiling, bool))
+        self.use_tiling = bool(check_type("use_tiling", use_tiling, bool))
 
     def disable_tiling(self) -> None:
         self.use_tiling = False
@@ -290,15 +290,15 @@ def tiled(run: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int, 
         for left in range(0, x.shape[3], stride):
             tile = run(x[:, :, top : top + size, left : left + size])
             if rows:
-                tile = faded(rows[-1][len(row)], tile, fade, dim=2)
+                tile = blend_edge(rows[-1][len(row)], tile, fade, dim=2)
             if row:
-                tile = faded(row[-1], tile, fade, dim=3)
+                tile = blend_edge(row[-1], tile, fade, dim=3)
             row.append(tile)
         rows.append(row)
     return torch.cat([torch.cat([tile[:, :, :keep, :keep] for tile in row], dim=3) for row in rows], dim=2)
 
 
-def faded(before: Tensor, tile: Tensor, fade: int, dim: int) -> Tensor:
+def blend_edge(before: Tensor, tile: Tensor, fade: int, dim: int) -> Tensor:
     """`tile` with its first `fade` rows (dim 2) or columns (dim 3) turning gradually from `before`'s last."""
     fade = min(fade, before.shape[dim], tile.shape[dim])
     if fade == 0:

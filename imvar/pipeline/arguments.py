@@ -13,15 +13,15 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import Module
 
-from ..checks import FLOATS, count, finite, readable, real
+from ..checks import FLOAT_DTYPES, check_finite, check_float, check_has_data, check_int
 from ..errors import ImvarError, InputError, InputTypeError, short_repr
-from ..image.read import turned
-from ..noise import check_generator, seeds_of
+from ..image.read import exif_orientation
+from ..noise import check_generator, per_image_seeds
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ON_FLAGGED = ("black", "blur", "keep", "raise")
-FARTHEST = 16.0  # from 0 that a normalised pixel can be thought to lie; CLIP's lie within 2.2
-LARGEST = 2**16  # pixels on a side
+MAX_NORMALIZED_PIXEL = 16.0  # from 0 that a normalised pixel can be thought to lie; CLIP's lie within 2.2
+MAX_SIDE = 2**16  # pixels on a side
 CALLER = 6  # frames up from a check of `check_inputs`: who called the pipeline
 
 
@@ -38,19 +38,19 @@ def check_inputs(image: Any, height: int, width: int, callback_steps: int, facto
                 "(b, 3, h, w) of preprocessed pixels would do"
             )
         if isinstance(one, Image):
-            look_at(one, "image" if one is image else f"image[{i}]")
+            warn_exif_rotation(one, "image" if one is image else f"image[{i}]")
         elif one is not image and getattr(one, "ndim", 3) > 3:
             raise InputError(f"image[{i}]: a batch of shape {tuple(one.shape)} came; each in the list is one picture")
     if isinstance(image, Tensor):
         check_pixels(image)
     for name, size in ("height", height), ("width", width):
-        if count(name, size, low=factor, high=LARGEST) % factor:
-            raise InputError(f"{name}={size}: a multiple of {factor} from {factor} to {LARGEST} pixels would do")
-    count("callback_steps", callback_steps)
+        if check_int(name, size, low=factor, high=MAX_SIDE) % factor:
+            raise InputError(f"{name}={size}: a multiple of {factor} from {factor} to {MAX_SIDE} pixels would do")
+    check_int("callback_steps", callback_steps)
 
 
 @contextmanager
-def renamed(theirs: str, ours: str) -> Iterator[None]:
+def rename_argument(theirs: str, ours: str) -> Iterator[None]:
     """In an error about an argument, its name as who called the pipeline knows it."""
     try:
         yield
@@ -60,9 +60,9 @@ def renamed(theirs: str, ours: str) -> Iterator[None]:
         raise type(error)(ours + str(error)[len(theirs) :], key=error.key) from error
 
 
-def look_at(picture: Image, name: str) -> None:
+def warn_exif_rotation(picture: Image, name: str) -> None:
     """Warn of a picture whose EXIF says to turn it: like the reference, the pipeline takes it as it is stored."""
-    if turned(picture) in range(2, 9):
+    if exif_orientation(picture) in range(2, 9):
         warnings.warn(
             f"{name}: its EXIF says that it is to be turned, and it is taken as it is stored; "
             "imvar.load_image, or PIL.ImageOps.exif_transpose, turns it",
@@ -72,14 +72,14 @@ def look_at(picture: Image, name: str) -> None:
 
 def check_pixels(image: Tensor) -> None:
     """A tensor goes to the image encoder as it is, so it has to look like what CLIPImageProcessor makes."""
-    readable("image", image)
+    check_has_data("image", image)
     if image.ndim != 4 or image.shape[1] != 3 or not image.numel():
         raise InputError(f"image: a tensor of shape {tuple(image.shape)} came; (b, 3, h, w) or (3, h, w) would do")
-    if image.dtype not in FLOATS:
+    if image.dtype not in FLOAT_DTYPES:
         raise InputTypeError(f"image: a tensor of {image.dtype} came; floats as CLIPImageProcessor makes them would do")
     if not image.isfinite().all():
         raise InputError("image: the tensor holds NaN or infinite values")
-    if (most := float(image.abs().max())) > FARTHEST:
+    if (most := float(image.abs().max())) > MAX_NORMALIZED_PIXEL:
         warnings.warn(
             f"image: the tensor holds values up to {most:.4g}, where normalised pixels lie within 3 of 0; "
             "CLIPImageProcessor makes them of 0..255",
@@ -87,7 +87,7 @@ def check_pixels(image: Tensor) -> None:
         )
 
 
-def check_call(
+def check_arguments(
     generator: Any,
     seed: Any,
     latents: Any,
@@ -111,15 +111,15 @@ def check_call(
         return None
     if generator is not None:
         raise InputError("seed and generator both came; one of them would do")
-    return seeds_of(seed, shape[0])
+    return per_image_seeds(seed, shape[0])
 
 
 def check_numbers(num_inference_steps: Any, guidance_scale: Any, eta: Any) -> tuple[int, float, float]:
     """The numbers as Python's own; how many steps there can be, and how much noise, is the scheduler's to judge."""
     return (
-        count("num_inference_steps", num_inference_steps),
-        finite("guidance_scale", guidance_scale),
-        finite("eta", eta),
+        check_int("num_inference_steps", num_inference_steps),
+        check_finite("guidance_scale", guidance_scale),
+        check_finite("eta", eta),
     )
 
 
@@ -151,7 +151,7 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
 
 def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: bool) -> tuple[tuple[float, float], int]:
     """What trades a little of the pictures for speed, as Python's own numbers."""
-    cache_interval = count("cache_interval", cache_interval)
+    cache_interval = check_int("cache_interval", cache_interval)
     if cache_interval > 1 and not preparable:
         raise InputError(
             f"cache_interval={cache_interval}: needs a UNet2DConditionModel of imvar with no hooks or "
@@ -161,13 +161,13 @@ def check_approximate(guidance_interval: Any, cache_interval: Any, preparable: b
         raise InputTypeError(
             f"guidance_interval={short_repr(guidance_interval)}: two shares of the steps would do, such as (0.0, 0.8)"
         )
-    low, high = (real("guidance_interval", share) for share in guidance_interval)
+    low, high = (check_float("guidance_interval", share) for share in guidance_interval)
     if low > high:
         raise InputError(f"guidance_interval=({low}, {high}): the lower share first would do")
     return (low, high), cache_interval
 
 
-def check_finite(what: str, x: Tensor, model: Any, *causes: str) -> None:
+def check_all_finite(what: str, x: Tensor, model: Any, *causes: str) -> None:
     """Raise `ImvarError` for values of which no picture can be made, with the likely cause."""
     if x.isfinite().all():
         return
@@ -188,8 +188,8 @@ def check_finite(what: str, x: Tensor, model: Any, *causes: str) -> None:
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(latents, Tensor):
         raise InputTypeError(f"latents: {type(latents).__name__} came; a tensor of shape {shape} would do")
-    readable("latents", latents)
+    check_has_data("latents", latents)
     if tuple(latents.shape) != shape:
         raise InputError(f"latents: shape {tuple(latents.shape)} came; {shape} would do")
-    if latents.dtype not in FLOATS or not latents.isfinite().all():
+    if latents.dtype not in FLOAT_DTYPES or not latents.isfinite().all():
         raise InputError("latents: finite floats would do; integers, NaN or infinite values came")

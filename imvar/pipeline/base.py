@@ -17,26 +17,26 @@ from PIL.Image import Image
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from ..checks import as_device, as_move, count, option
+from ..checks import as_device, check_int, check_type, parse_to_args
 from ..context import holding
 from ..errors import InputError, InputTypeError, short_repr
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
-from ..models.stock import untouched
-from ..oom import naming_what_needs_less
+from ..models.stock import is_unmodified
+from ..oom import explain_out_of_memory
 from ..runtime.precompute import Runner
-from .components import home
+from .components import device_of
 from .offload import Offload
-from .pretrained import Storage
+from .pretrained import PretrainedPipeline
 
 if TYPE_CHECKING:
     from ..runtime.compiled import Compiler
 
-_stepping: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("imvar_stepping", default=())
+_active_calls: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("imvar_stepping", default=())
 """The pipelines that are being called here, innermost last, each with that call's own scheduler."""
 
 
-class Assembly(Storage):
+class PipelineBase(PretrainedPipeline):
     """The base of a pipeline: holds its parts as attributes and treats them as one."""
 
     vae: Any
@@ -58,7 +58,7 @@ class Assembly(Storage):
 
     def register_to_config(self, **settings: Any) -> None:
         """Keep settings of the pipeline itself, which are saved with it."""
-        option("requires_safety_checker", settings.get("requires_safety_checker"), bool)
+        check_type("requires_safety_checker", settings.get("requires_safety_checker"), bool)
         self._settings = self._settings | settings
 
     @property
@@ -76,7 +76,7 @@ class Assembly(Storage):
     @property
     def scheduler(self) -> Any:
         """The scheduler; within a call, the copy that this call steps."""
-        return next((own for pipe, own in reversed(_stepping.get()) if pipe is self), self._scheduler)
+        return next((own for pipe, own in reversed(_active_calls.get()) if pipe is self), self._scheduler)
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
@@ -94,14 +94,14 @@ class Assembly(Storage):
             own = scheduler if replaced else copy.copy(scheduler)
         except Exception:  # one that cannot be copied, such as some that hand all on to another
             own = scheduler
-        return holding(_stepping, (*_stepping.get(), (self, own)))
+        return holding(_active_calls, (*_active_calls.get(), (self, own)))
 
     # Where and what the weights are
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return home(self.components, torch.device("cpu"))
+        return device_of(self.components, torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,10 +118,10 @@ class Assembly(Storage):
         A device, a dtype of floats, both, or a tensor to take both from; `non_blocking` and `memory_format`. Raises
         `InputError` for what is none of these, before anything moves, and `OutOfMemoryError`.
         """
-        wanted = as_move(*args, **kwargs)
+        wanted = parse_to_args(*args, **kwargs)
         if "device" in wanted:
             self.remove_all_hooks()
-        with naming_what_needs_less("torch.float16, or enable_model_cpu_offload() in place of to()"):
+        with explain_out_of_memory("torch.float16, or enable_model_cpu_offload() in place of to()"):
             for module in self.modules.values():
                 module.to(**wanted)
         return self
@@ -138,7 +138,7 @@ class Assembly(Storage):
             device = torch.accelerator.current_accelerator()
         if gpu_id is not None:
             own, _, number = str(device).partition(":")
-            if number not in ("", str(count("gpu_id", gpu_id, low=0))):
+            if number not in ("", str(check_int("gpu_id", gpu_id, low=0))):
                 raise InputError(f"gpu_id={gpu_id} and device={device} name different devices", key="gpu_id")
             device = f"{own}:{gpu_id}"
         target = as_device("device", device) or torch.device("cpu")
@@ -193,7 +193,7 @@ class Assembly(Storage):
         compiler = self._compiler
         if compiler is None or self._offload:
             return partial
-        return lambda function, model: (compiler if untouched(model) else partial)(function, model)
+        return lambda function, model: (compiler if is_unmodified(model) else partial)(function, model)
 
     # Settings that belong to the models
 

@@ -10,7 +10,7 @@ from torch import Tensor, device
 from torch.nn import Module
 
 from ..errors import InputError, InputTypeError, describe, short_repr
-from ..weights.model_index import MAY_LACK
+from ..weights.model_index import OPTIONAL_COMPONENTS
 
 NEEDED = {  # of the part of this name
     "vae": ("decode", "config"),
@@ -20,7 +20,7 @@ NEEDED = {  # of the part of this name
     "safety_checker": ("__call__",),
     "feature_extractor": ("__call__",),
 }
-WOULD_BE = {
+EXPECTED_TYPE = {
     "vae": "an AutoencoderKL",
     "image_encoder": "a CLIPVisionModelWithProjection",
     "unet": "a UNet2DConditionModel",
@@ -30,22 +30,22 @@ WOULD_BE = {
 }
 
 
-def used(parts: Mapping[str, Any], output_type: Any) -> dict[str, Any]:
+def required_components(parts: Mapping[str, Any], output_type: Any) -> dict[str, Any]:
     """The parts that a call needs: not what a subclass has beside them, nor what latents alone go without."""
     spared = ("vae", "safety_checker") if isinstance(output_type, str) and output_type == "latent" else ()
     return {name: part for name, part in parts.items() if name in NEEDED and name not in spared}
 
 
-def home(parts: Mapping[str, Any], default: device) -> device:
+def device_of(parts: Mapping[str, Any], default: device) -> device:
     """Where the first of these has its weights."""
     return next((p.device for part in parts.values() if isinstance(part, Module) for p in part.parameters()), default)
 
 
-def check_parts(parts: Mapping[str, Any]) -> None:
+def check_components(parts: Mapping[str, Any]) -> None:
     """Every part that a call needs is there, and can do what is asked of a part of its name."""
     for name, part in parts.items():
         needed = NEEDED[name]
-        if part is None and name in MAY_LACK:
+        if part is None and name in OPTIONAL_COMPONENTS:
             continue
         if isinstance(part, type):
             raise InputTypeError(f"{name}: the class {part.__name__} came; one made of it would do", key=name)
@@ -58,17 +58,17 @@ def check_parts(parts: Mapping[str, Any]) -> None:
                 else f"a {type(part).__name__} came, which "
                 + (f"has no {lacking[0]}" if lacking else f"is for {other}")
             )
-            raise InputTypeError(f"{name}: {came}; {WOULD_BE[name]} would do", key=name)
+            raise InputTypeError(f"{name}: {came}; {EXPECTED_TYPE[name]} would do", key=name)
 
 
-def check_fit(parts: Mapping[str, Any], output_type: str, whole: bool) -> None:
+def check_compatible(parts: Mapping[str, Any], output_type: str, whole: bool) -> None:
     """The parts go together, as far as their settings tell: what one makes is what the next one takes.
 
     `whole`: nobody has put anything between the UNet and its latents.
     """
     checker, extractor = parts.get("safety_checker"), parts.get("feature_extractor")
-    unet_in, unet_out = (setting(parts["unet"], name) for name in ("in_channels", "out_channels"))
-    vae_in, vae_out = (setting(parts["vae"], name) for name in ("latent_channels", "out_channels"))
+    unet_in, unet_out = (config_value(parts["unet"], name) for name in ("in_channels", "out_channels"))
+    vae_in, vae_out = (config_value(parts["vae"], name) for name in ("latent_channels", "out_channels"))
     if whole and unet_in != unet_out:
         raise InputError(
             f"unet: its in_channels={unet_in} and out_channels={unet_out} differ; as many would do", key="unet"
@@ -91,8 +91,11 @@ def check_fit(parts: Mapping[str, Any], output_type: str, whole: bool) -> None:
             "feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None",
             key="feature_extractor",
         )
-    sees, side = setting(setting(checker, "vision_config", checker), "image_size"), setting(extractor, "crop_size")
-    known = sees is not None and setting(extractor, "do_center_crop") and isinstance(side, Mapping)
+    sees, side = (
+        config_value(config_value(checker, "vision_config", checker), "image_size"),
+        config_value(extractor, "crop_size"),
+    )
+    known = sees is not None and config_value(extractor, "do_center_crop") and isinstance(side, Mapping)
     if known and set(side.values()) != {sees}:
         raise InputError(
             f"safety_checker, feature_extractor: one looks at {sees} x {sees} pixels, and the other makes "
@@ -101,13 +104,13 @@ def check_fit(parts: Mapping[str, Any], output_type: str, whole: bool) -> None:
         )
 
 
-def setting(part: Any, name: str, default: Any = None) -> Any:
+def config_value(part: Any, name: str, default: Any = None) -> Any:
     """A setting of a part of imvar's; of those of others nobody knows what it means."""
     config = getattr(part, "config", part)
     return getattr(config, name, default) if type(config).__module__.startswith("imvar.") else default
 
 
-def check_walk(scheduler: Any) -> None:
+def check_timesteps(scheduler: Any) -> None:
     """It has timesteps to go by."""
     times = getattr(scheduler, "timesteps", None)
     if times is None or not len(times):
@@ -126,7 +129,7 @@ def check_context(context: Any, rows: int, unet: Any = None) -> None:
             "do, under guidance with zeros for half of the rows",
             key="image_encoder",
         )
-    width = setting(unet, "cross_attention_dim")
+    width = config_value(unet, "cross_attention_dim")
     if width is not None and context.shape[-1] != width:
         raise InputError(
             f"image_encoder, unet: embeddings of {context.shape[-1]} numbers came to a UNet of "
@@ -135,13 +138,13 @@ def check_context(context: Any, rows: int, unet: Any = None) -> None:
         )
 
 
-def answer(part: Any, name: str, output: Any, field: str) -> Tensor:
+def require_tensor(part: Any, name: str, output: Any, field: str) -> Tensor:
     """The tensor of this name in what a part, of whatever kind, returned."""
     value = getattr(output, field, None)
     if not isinstance(value, Tensor):
         raise InputTypeError(
             f"{name}: {type(part).__name__} returned {type(output).__name__} with no tensor in "
-            f"`{field}`; {WOULD_BE[name]} would do",
+            f"`{field}`; {EXPECTED_TYPE[name]} would do",
             key=name,
         )
     return value

@@ -11,21 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import count
+from ..checks import check_int
 from ..errors import InputError
 from ..image import VaeImageProcessor
-from ..kernels.packed_weights import Kept
-from ..noise import seeded
-from ..oom import naming_what_needs_less
+from ..kernels.packed_weights import PackedWeights
+from ..noise import seed_generators
+from ..oom import explain_out_of_memory
 from ..outputs import StableDiffusionPipelineOutput
-from ..runtime.guidance import Guided, Predict, preparable
-from ..runtime.precompute import Watch
-from ..weights.published_config import taken_as_64
-from .arguments import check_approximate, check_call, check_numbers, check_seeds
-from .components import answer, check_context, check_devices, check_fit, check_parts, check_walk, home, used
-from .steps import Steps, dtype_of, how_many
+from ..runtime.guidance import ClassifierFreeGuidance, Predict, can_precompute
+from ..runtime.precompute import Fingerprint
+from ..weights.published_config import has_legacy_sample_size
+from .arguments import check_approximate, check_arguments, check_numbers, check_seeds
+from .components import (
+    check_compatible,
+    check_components,
+    check_context,
+    check_devices,
+    check_timesteps,
+    device_of,
+    require_tensor,
+    required_components,
+)
+from .steps import Steps, batch_size, dtype_of
 
-MOST = 2**16  # variations of a picture in one call
+MAX_IMAGES_PER_PROMPT = 2**16  # variations of a picture in one call
 
 
 class StableDiffusionImageVariationPipeline(Steps):
@@ -54,7 +63,9 @@ class StableDiffusionImageVariationPipeline(Steps):
             "safety_checker": safety_checker,
             "feature_extractor": feature_extractor,
         }
-        check_parts({name: part for name, part in given.items() if part is not None and name != "feature_extractor"})
+        check_components(
+            {name: part for name, part in given.items() if part is not None and name != "feature_extractor"}
+        )
         if safety_checker is None and requires_safety_checker:
             warnings.warn(
                 "safety_checker=None: nobody looks at the pictures before they are handed out; with "
@@ -66,7 +77,7 @@ class StableDiffusionImageVariationPipeline(Steps):
                 "feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None",
                 key="feature_extractor",
             )
-        if unet is not None and taken_as_64(unet.config):
+        if unet is not None and has_legacy_sample_size(unet.config):
             unet.register_to_config(sample_size=64)
         self.register_modules(**given)
         self.register_to_config(requires_safety_checker=requires_safety_checker)
@@ -131,8 +142,8 @@ class StableDiffusionImageVariationPipeline(Steps):
             InputError: an argument that cannot do what was asked, by its name, before the first step.
             OutOfMemoryError: what would need less. ImvarError: a result that is not finite, and the likely cause.
         """
-        with self.own_scheduler(), self._offload or contextlib.nullcontext(), naming_what_needs_less():
-            check_parts(parts := used(self.components, output_type))
+        with self.own_scheduler(), self._offload or contextlib.nullcontext(), explain_out_of_memory():
+            check_components(parts := required_components(self.components, output_type))
             if not self._offload:
                 check_devices(parts)
             image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
@@ -141,21 +152,21 @@ class StableDiffusionImageVariationPipeline(Steps):
             height, width, callback_steps = int(height), int(width), int(callback_steps)
             steps, scale, eta = check_numbers(num_inference_steps, guidance_scale, eta)
             n = 1 if num_images_per_prompt is None else num_images_per_prompt
-            each = count("num_images_per_prompt", n, high=MOST)
-            shape = self.latents_shape(how_many(image) * each, self.unet.config.in_channels, height, width)
-            plain = preparable(self.unet)
+            each = check_int("num_images_per_prompt", n, high=MAX_IMAGES_PER_PROMPT)
+            shape = self.latents_shape(batch_size(image) * each, self.unet.config.in_channels, height, width)
+            plain = can_precompute(self.unet)
             whole = plain and type(self).predictor is Steps.predictor  # nobody stands between the UNet and its latents
-            check_fit(self.components, output_type, whole)
+            check_compatible(self.components, output_type, whole)
             noise = latents if type(self).prepare_latents is Steps.prepare_latents else None  # else it is theirs to say
-            seeds = check_call(generator, seed, noise, output_type, return_dict, callback, on_flagged, shape)
+            seeds = check_arguments(generator, seed, noise, output_type, return_dict, callback, on_flagged, shape)
             interval, every = check_approximate(guidance_interval, cache_interval, plain)
-            generator = seeded(seeds) if seeds else generator
+            generator = seed_generators(seeds) if seeds else generator
 
-            device = self._execution_device if "vae" in parts or self._offload else home(parts, self.device)
+            device = self._execution_device if "vae" in parts or self._offload else device_of(parts, self.device)
             guided = scale > 1
             scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
             scheduler.set_timesteps(steps, device=device)
-            check_walk(scheduler)
+            check_timesteps(scheduler)
             options = self.prepare_extra_step_kwargs(generator, eta)
             check_seeds(seeds, latents, options)
             context = self._encode_image(image, device, each, guided)
@@ -166,23 +177,28 @@ class StableDiffusionImageVariationPipeline(Steps):
             numbers = times.cpu() if isinstance(times, Tensor) else times
 
             def ready() -> Predict:
-                make = partial(self.predictor, times, cache_interval=every, kept=Kept(len(times)))
-                return Guided(make, context, scale, interval, len(times)) if guided else make(context)
+                make = partial(self.predictor, times, cache_interval=every, kept=PackedWeights(len(times)))
+                return ClassifierFreeGuidance(make, context, scale, interval, len(times)) if guided else make(context)
 
-            predict, watch = ready(), Watch(self.unet) if callback and isinstance(self.unet, torch.nn.Module) else None
+            predict, watch = (
+                ready(),
+                Fingerprint(self.unet) if callback and isinstance(self.unet, torch.nn.Module) else None,
+            )
             opening = len(times) - steps * order  # PNDM takes a few more
             with self.progress_bar(total=steps) as bar:
                 for i, t in enumerate(numbers):
                     eps = predict(scheduler.scale_model_input(x, t), i)
-                    x = answer(scheduler, "scheduler", scheduler.step(eps, t, x, **options), "prev_sample").to(x.dtype)
+                    x = require_tensor(scheduler, "scheduler", scheduler.step(eps, t, x, **options), "prev_sample").to(
+                        x.dtype
+                    )
                     if i == len(times) - 1 or (i >= opening and (i + 1) % order == 0):
                         bar.update()
                         if callback is not None and i % callback_steps == 0:
                             callback(i // order, times[i], x)
                             if watch and watch.changed(self.unet):
-                                check_parts(used(self.components, output_type))
+                                check_components(required_components(self.components, output_type))
                                 context, x = (told.to(dtype_of(self.unet, told.dtype)) for told in (context, x))
-                                predict, watch = ready(), Watch(self.unet)
+                                predict, watch = ready(), Fingerprint(self.unet)
 
             del predict  # and what is kept for the UNet, before the autoencoder wants memory
             images, flags = self.finish(x, output_type, device, context.dtype, on_flagged, seeds)

@@ -24,7 +24,7 @@ class Offload:
         for part in parts.values():
             part.to("cpu")
             for module in (part, *part.children()):
-                self.hooks.append(module.register_forward_pre_hook(Visit(self, part)))
+                self.hooks.append(module.register_forward_pre_hook(OnloadHook(self, part)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "turn"}
@@ -66,7 +66,7 @@ class Offload:
         self.hooks.clear()
 
 
-class Visit:
+class OnloadHook:
     """The hook of a module of `part`; a class, so that it can be copied with the part and pickled."""
 
     def __init__(self, offload: Offload, part: nn.Module):

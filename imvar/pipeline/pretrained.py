@@ -8,17 +8,27 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..atomic.folder import private, replaced, unchanged
-from ..checks import Dtype, a_path, as_dtype, option
+from ..atomic.folder import atomic_folder, break_hard_links, read_consistently
+from ..checks import Dtype, as_dtype, as_path, check_type
 from ..config import Config
 from ..errors import CheckpointError, InputError, InputTypeError, short_repr
-from ..weights.hub import Hub, inside, locate, read_json, within, write_text
-from ..weights.model_index import INDEX, KNOWN, MAY_LACK, OPTIONAL, PARTS, entry, first_class, index_text, served
-from ..weights.options import READING, asked_for, config_folder, which_ema, writes
+from ..weights.hub import Hub, locate, read_json, safe_join, within, write_text
+from ..weights.model_index import (
+    INDEX,
+    KNOWN,
+    OPTIONAL,
+    OPTIONAL_COMPONENTS,
+    PARTS,
+    entry,
+    first_class,
+    index_text,
+    served,
+)
+from ..weights.options import READING, config_folder, filter_kwargs, resolve_ema, should_write
 from ..weights.pretrained import Pretrained, PretrainedModel, settings_part
 
 
-class Storage:
+class PretrainedPipeline:
     """`from_pretrained` and `save_pretrained` of a pipeline."""
 
     components: Any
@@ -51,20 +61,20 @@ class Storage:
         `disable_mmap` say. `compile`: call `compile()` on it.
         Raises `CheckpointError` naming the file and what is wrong with it.
         """
-        option("compile", compile, bool)
-        option("variant", variant, str)
-        option("low_cpu_mem_usage", low_cpu_mem_usage, bool)
-        option("disable_mmap", disable_mmap, bool)
+        check_type("compile", compile, bool)
+        check_type("variant", variant, str)
+        check_type("low_cpu_mem_usage", low_cpu_mem_usage, bool)
+        check_type("disable_mmap", disable_mmap, bool)
         known = cls.parameters()
         parts = [name for name, parameter in known.items() if parameter.default is parameter.empty]
-        overrides = asked_for(overrides, known, f"{cls.__name__}.from_pretrained")
+        overrides = filter_kwargs(overrides, known, f"{cls.__name__}.from_pretrained")
         dtypes = dtypes_by_part(torch_dtype if dtype is None else dtype)
         reading = {"variant": variant, "use_safetensors": use_safetensors}
         hub = Hub(revision, cache_dir, local_files_only, token)
         folder = locate(pretrained_model_name_or_path, hub, lambda names: wanted_files(names, overrides, **reading))
 
         def listed() -> dict[str, Any]:
-            index = dict.fromkeys(OPTIONAL) | read_index(inside(folder, INDEX), known)
+            index = dict.fromkeys(OPTIONAL) | read_index(safe_join(folder, INDEX), known)
             if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
                 raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
             if absent := sorted(set(parts) - index.keys() - overrides.keys()):
@@ -72,7 +82,7 @@ class Storage:
                     f"is not listed; from_pretrained(..., {absent[0]}=...) would do", path=folder / INDEX, key=absent[0]
                 )
             there = {name for name, value in index.items() if value is not None}
-            if empty := sorted(set(parts) - overrides.keys() - set(MAY_LACK) - there):
+            if empty := sorted(set(parts) - overrides.keys() - set(OPTIONAL_COMPONENTS) - there):
                 raise CheckpointError(
                     f"is empty; from_pretrained(..., {empty[0]}=...) would do", path=folder / INDEX, key=empty[0]
                 )
@@ -84,7 +94,7 @@ class Storage:
                 if name not in overrides
             }
 
-        found = unchanged(folder, wanted_files(None, overrides, **reading), listed)
+        found = read_consistently(folder, wanted_files(None, overrides, **reading), listed)
         try:
             pipe = cls(**(found | overrides))
         except InputError as error:
@@ -123,11 +133,11 @@ class Storage:
 
         hub = Hub(revision, cache_dir, local_files_only, token)
         overrides = {name: value for name, value in overrides.items() if name not in READING}
-        overrides = asked_for(overrides, cls.parameters(), f"{cls.__name__}.from_single_file")
+        overrides = filter_kwargs(overrides, cls.parameters(), f"{cls.__name__}.from_single_file")
         dtypes = dtypes_by_part(torch_dtype if dtype is None else dtype)
         file = SingleFile.of(pretrained_model_link_or_path, hub)
         file.check(overrides)
-        folder, ema = config_folder(config, hub), which_ema(ema, extract_ema)
+        folder, ema = config_folder(config, hub), resolve_ema(ema, extract_ema)
         found = {
             part: first_class(part).read_single(file, folder, ema=ema, dtype=dtypes[part])
             for part in file.parts
@@ -151,22 +161,22 @@ class Storage:
         All of it or nothing, even if killed; `atomic/folder.py` says how, and where that cannot be. Other files
         that are there stay. `is_main_process=False` writes nothing, as in a distributed run.
         """
-        options = asked_for(options, ("is_main_process",), f"{type(self).__name__}.save_pretrained")
-        if not writes(options.get("is_main_process")):
+        options = filter_kwargs(options, ("is_main_process",), f"{type(self).__name__}.save_pretrained")
+        if not should_write(options.get("is_main_process")):
             return
         for name, part in self.components.items():
             if part is not None and not hasattr(part, "save_pretrained"):
                 raise InputTypeError(f"{name}: a {type(part).__name__} cannot be saved: it has no save_pretrained")
             if (of := getattr(part, "part", name)) != name:
                 raise InputTypeError(f"{name}: a {type(part).__name__} came, which is for {of}", key=name)
-        option("safe_serialization", safe_serialization, bool)
+        check_type("safe_serialization", safe_serialization, bool)
         sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}  # each part has its own default
         ours = (Pretrained.save_pretrained, PretrainedModel.save_pretrained)
-        with replaced(a_path("save_directory", save_directory)) as new:
+        with atomic_folder(as_path("save_directory", save_directory)) as new:
             for name, part in self.components.items():
                 if part is not None:
                     if getattr(type(part), "save_pretrained", None) not in ours:
-                        private(new / name)  # it may write in place
+                        break_hard_links(new / name)  # it may write in place
                     part.save_pretrained(new / name, safe_serialization=safe_serialization, variant=variant, **sizes)
             write_text(new / INDEX, index_text(type(self).__name__, self.components, self._settings))
 
@@ -225,7 +235,7 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], 
             path=folder / INDEX,
             key=name,
         )
-    folder = inside(folder, name)
+    folder = safe_join(folder, name)
     if not issubclass(found, PretrainedModel):
         return found.from_pretrained(folder)
     return found.read(folder, dtype=dtypes[name], **part_reading(folder, found, **reading))

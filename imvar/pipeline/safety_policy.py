@@ -13,11 +13,13 @@ from torch import Tensor
 from ..errors import FlaggedError, InputTypeError, short_repr
 from ..models.safety import Flags
 
-CELLS = 8  # a side, that are left of a picture that is blurred
-SAME = 0.05  # of [-1, 1], by how much a picture may be off that shows the same
+PIXELATE_GRID = 8  # a side, that are left of a picture that is blurred
+SAME_IMAGE_ATOL = 0.05  # of [-1, 1], by how much a picture may be off that shows the same
 
 
-def treated(pixels: Tensor, checked: Tensor, flags: Sequence[bool], how: str, seeds: list[int] | None) -> Tensor:
+def apply_flag_policy(
+    pixels: Tensor, checked: Tensor, flags: Sequence[bool], how: str, seeds: list[int] | None
+) -> Tensor:
     """Pictures (b, 3, h, w) as the checker left them, and the flagged ones as `on_flagged` asks: black, or what the
     checker put in their place; blurred; kept; or a `FlaggedError`."""
     hit = [i for i, flag in enumerate(flags) if flag]
@@ -32,21 +34,21 @@ def treated(pixels: Tensor, checked: Tensor, flags: Sequence[bool], how: str, se
             getattr(flags, "scores", None),
             seeds,
         )
-    treat = {"black": replacement, "blur": blurred, "keep": lambda picture, _: picture}[how]
+    treat = {"black": keep_replacement_or_black, "blur": pixelate, "keep": lambda picture, _: picture}[how]
     left = checked.clone()
     for i in hit:
         left[i] = treat(pixels[i], checked[i])
     return left
 
 
-def replacement(picture: Tensor, made: Tensor) -> Tensor:
+def keep_replacement_or_black(picture: Tensor, made: Tensor) -> Tensor:
     """What a checker put in the place of a picture, (3, h, w) in [0, 1], if it did; black where that shows it still."""
     in_range = made.min() >= 0 and made.max() <= 1  # as black pictures and others in their place are; decoded, few are
-    shows = torch.allclose(made.float(), picture.float(), atol=SAME)
+    shows = torch.allclose(made.float(), picture.float(), atol=SAME_IMAGE_ATOL)
     return made if in_range and not shows else torch.zeros_like(made)
 
 
-def verdict(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
+def parse_checker_output(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
     """What a safety checker, of whatever kind, said of pictures (b, 3, h, w): these, and a flag each.
 
     Raises `InputTypeError` for other than a pair of both, lest pictures go out that nobody judged.
@@ -73,7 +75,7 @@ def verdict(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
     return checked, [bool(flag) for flag in flags]
 
 
-def blurred(picture: Tensor, _: Tensor) -> Tensor:
+def pixelate(picture: Tensor, _: Tensor) -> Tensor:
     """(3, h, w) of which no more is left than the colours of 8 x 8 cells, faded into each other."""
-    cells = F.adaptive_avg_pool2d(picture.float(), CELLS)
+    cells = F.adaptive_avg_pool2d(picture.float(), PIXELATE_GRID)
     return F.interpolate(cells[None], picture.shape[1:], mode="bilinear")[0].to(picture.dtype)

@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import real
+from ..checks import check_float
 from ..errors import InputError, InputTypeError
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_levels
-from ..kernels.packed_weights import Kept
-from ..models.stock import untouched
+from ..kernels.packed_weights import PackedWeights
+from ..models.stock import is_unmodified
 from ..noise import randn
-from ..runtime.guidance import Predict, predictor
-from .arguments import check_finite, check_inputs, check_latents, renamed
-from .base import Assembly
-from .components import answer
-from .safety_policy import treated, verdict
+from ..runtime.guidance import Predict, make_predictor
+from .arguments import check_all_finite, check_inputs, check_latents, rename_argument
+from .base import PipelineBase
+from .components import require_tensor
+from .safety_policy import apply_flag_policy, parse_checker_output
 
-AT_A_TIME = 2**18  # pixels that are decoded at a time: those of 512 x 512
+MAX_DECODE_PIXELS = 2**18  # pixels that are decoded at a time: those of 512 x 512
 
 
-class Steps(Assembly):
+class Steps(PipelineBase):
     """What a call of the pipeline does one after another. Subclasses may override each."""
 
     image_encoder: Any
@@ -64,14 +64,14 @@ class Steps(Assembly):
                     "tensor of preprocessed pixels as `image`",
                     key="feature_extractor",
                 )
-            with renamed("images", "image"):  # as it is called here
+            with rename_argument("images", "image"):  # as it is called here
                 features = self.feature_extractor(images=image, return_tensors="pt")
-            image = answer(self.feature_extractor, "feature_extractor", features, "pixel_values")
+            image = require_tensor(self.feature_extractor, "feature_extractor", features, "pixel_values")
         dtype = dtype_of(self.image_encoder, torch.float32)
-        with renamed("pixel_values", "image"):
+        with rename_argument("pixel_values", "image"):
             output = self.image_encoder(image.to(device=device, dtype=dtype))
-        embeds = answer(self.image_encoder, "image_encoder", output, "image_embeds")
-        check_finite("the image embeddings", embeds, self.image_encoder, "pixels too large")
+        embeds = require_tensor(self.image_encoder, "image_encoder", output, "image_embeds")
+        check_all_finite("the image embeddings", embeds, self.image_encoder, "pixels too large")
         context = embeds[:, None].repeat_interleave(num_images_per_prompt, dim=0)  # b c -> bn 1 c
         context = context.to(dtype_of(self.unet, dtype))
         return torch.cat([torch.zeros_like(context), context]) if do_classifier_free_guidance else context
@@ -97,15 +97,17 @@ class Steps(Assembly):
             check_latents(latents, shape)  # which may be too large for this dtype
         return latents * self.scheduler.init_noise_sigma
 
-    def predictor(self, timesteps: Any, context: Tensor, cache_interval: int = 1, kept: Kept | None = None) -> Predict:
+    def predictor(
+        self, timesteps: Any, context: Tensor, cache_interval: int = 1, kept: PackedWeights | None = None
+    ) -> Predict:
         """The UNet as a function of scaled latents (b n, 4, h, w) and a step's number: a prediction per context."""
-        return predictor(self.unet, timesteps, context, cache_interval, self.runner, kept)
+        return make_predictor(self.unet, timesteps, context, cache_interval, self.runner, kept)
 
     def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
         """Which of `eta` and `generator` this scheduler's step takes."""
         takes = inspect.signature(self.scheduler.step).parameters
         if "eta" in takes:
-            real("eta", eta)
+            check_float("eta", eta)
         return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
 
     def finish(
@@ -118,14 +120,14 @@ class Steps(Assembly):
         seeds: list[int] | None = None,
     ) -> tuple[Any, list[bool] | None]:
         """Decode, judge, hand over."""
-        check_finite(
+        check_all_finite(
             "the latents after the last step", latents, self.unet, "a guidance_scale too large", "latents too large"
         )
         if output_type == "latent":
             return latents, None
         pixels = self.decode_finite(latents)
-        checked, flags = verdict(self.run_safety_checker(pixels.clone(), device, dtype), pixels)
-        pixels = treated(pixels, checked, flags or [], on_flagged, seeds)
+        checked, flags = parse_checker_output(self.run_safety_checker(pixels.clone(), device, dtype), pixels)
+        pixels = apply_flag_policy(pixels, checked, flags or [], on_flagged, seeds)
         black = flags if flags and on_flagged == "black" else [False] * len(pixels)  # which 0 in [-1, 1] is not
         images = self.image_processor.postprocess(pixels, output_type, do_denormalize=[not flag for flag in black])
         return images, flags
@@ -144,7 +146,7 @@ class Steps(Assembly):
             wide = copy.copy(self)
             wide.vae, wide._compiler = copy.deepcopy(self.vae).float(), None
             pixels = wide.decode(latents.float()).to(latents.dtype)
-        check_finite("the decoded pictures", pixels, self.vae)
+        check_all_finite("the decoded pictures", pixels, self.vae)
         return pixels
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -155,8 +157,8 @@ class Steps(Assembly):
         latents = (latents / self.vae.config.scaling_factor).to(dtype_of(self.vae, latents.dtype))
         run = self.runner(decode, self.vae)
         pixels = latents.shape[2] * latents.shape[3] * self.vae_scale_factor**2
-        plain = untouched(self.vae)
-        at_a_time = max(AT_A_TIME // pixels, 1) if plain else len(latents)
+        plain = is_unmodified(self.vae)
+        at_a_time = max(MAX_DECODE_PIXELS // pixels, 1) if plain else len(latents)
         made = [run(part) for part in latents.split(at_a_time)]
         pictures = made[0] if len(made) == 1 else torch.cat(made)
         due = tuple(side * self.vae_scale_factor for side in latents.shape[2:])
@@ -183,7 +185,7 @@ class Steps(Assembly):
             array = isinstance(image, np.ndarray)
             pictures = self.numpy_to_pil(image) if array else self.image_processor.postprocess(image)
             features = self.feature_extractor(pictures, return_tensors="pt")
-            seen = answer(self.feature_extractor, "feature_extractor", features, "pixel_values")
+            seen = require_tensor(self.feature_extractor, "feature_extractor", features, "pixel_values")
         seen = seen.to(device=device, dtype=dtype_of(self.safety_checker, dtype))
         return self.safety_checker(images=image, clip_input=seen)
 
@@ -202,5 +204,5 @@ def dtype_of(part: Any, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in parameters if p.is_floating_point()), default)
 
 
-def how_many(image: Any) -> int:
+def batch_size(image: Any) -> int:
     return len(image) if isinstance(image, (list, tuple, Tensor)) else 1

@@ -20,12 +20,15 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..context import holding
 from ..errors import InputError, short_repr
 from ..kernels import autotune as trial
-from ..models.attention import attentions
-from ..oom import is_of_memory
+from ..models.attention import attention_layers
+from ..oom import is_out_of_memory
 from .fp8 import Fp8Linear
 
-GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}  # graphs are made here
-KEPT = 8  # recordings
+MODE_WITHOUT_GRAPHS = {
+    "max-autotune": "max-autotune-no-cudagraphs",
+    "reduce-overhead": "default",
+}  # graphs are made here
+MAX_GRAPHS = 8  # recordings
 
 _sized: ContextVar[bool] = ContextVar("imvar_sized", default=False)
 
@@ -34,8 +37,8 @@ def sized() -> bool:
     return _sized.get()
 
 
-trial.sized = sized
-for constant in trial.chosen, sized:  # in what is compiled; marked here, as whatever marks it takes a second to import
+trial.is_static_shape = sized
+for constant in trial.winner, sized:  # in what is compiled; marked here, as whatever marks it takes a second to import
     torch.compiler.assume_constant_result(constant)
 
 
@@ -51,9 +54,11 @@ class Compiler:
 
     def __init__(self, **options: Any):
         self.options: dict[str, Any] = {"fullgraph": True, "dynamic": False} | options
-        self.options["mode"] = GRAPHS.get(options.get("mode", ""), options.get("mode"))
+        self.options["mode"] = MODE_WITHOUT_GRAPHS.get(options.get("mode", ""), options.get("mode"))
         try:
-            torch.compile(gave_up, **self.options)  # which looks at the options, and at the function when it is called
+            torch.compile(
+                warn_fallback, **self.options
+            )  # which looks at the options, and at the function when it is called
         except Exception as error:
             raise InputError(f"compile({short_repr(options)}): options of torch.compile would do: {error}") from error
         self.compiled: dict[Any, Callable[..., Any]] = {}
@@ -74,20 +79,20 @@ class Compiler:
             if not all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4):
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # tensor cores' order
                 torch.cuda.current_stream().synchronize()  # for threads with streams of their own
-            return partial(self.replay, function, model, state(model))
+            return partial(self.replay, function, model, graph_key(model))
 
     def run(self, function: Callable[..., Any], model: nn.Module, *inputs: Any) -> Any:
         """The compiled call."""
         if function not in self.compiled:
             self.compiled[function] = torch.compile(function, **self.options)
         try:
-            with many_shapes(), holding(_sized, self.options["dynamic"] is False):
+            with allow_many_shapes(), holding(_sized, self.options["dynamic"] is False):
                 return self.compiled[function](model, *inputs)
         except Exception as error:
-            if is_of_memory(error):
+            if is_out_of_memory(error):
                 raise  # of these inputs, and no fault of the compiler
             if self.compiled[function] is not function:
-                gave_up("compile", error)
+                warn_fallback("compile", error)
             self.compiled[function] = function
             return function(model, *inputs)
 
@@ -107,7 +112,7 @@ class Compiler:
                     tensors,
                     form,
                 )
-                while len(self.recordings) > KEPT:
+                while len(self.recordings) > MAX_GRAPHS:
                     self.recordings.popitem(last=False)
             self.recordings.move_to_end(key)
             return self.recordings[key](*tensors)
@@ -120,18 +125,18 @@ class Compiler:
         form: Any,
     ) -> Callable[..., Any]:
         try:
-            with trial.trying():  # so that the quickest ways for these sizes are known before they are compiled
+            with trial.autotuning():  # so that the quickest ways for these sizes are known before they are compiled
                 eager(*tree_unflatten(tensors, form))
             self.shared = self.shared or (torch.cuda.graph_pool_handle(), torch.cuda.Event())
-            return Recording(call, tensors, *self.shared)
+            return CUDAGraphCall(call, tensors, *self.shared)
         except Exception as error:
-            if is_of_memory(error):
+            if is_out_of_memory(error):
                 raise
-            gave_up("record", error)
+            warn_fallback("record", error)
             return call
 
 
-class Recording:
+class CUDAGraphCall:
     """A call as a CUDA graph: its tensors copied in, every kernel started at once, the answer copied out.
 
     Recordings that share `pool`, their memory, share `done` as well: when the last of them was through.
@@ -160,31 +165,31 @@ class Recording:
 
     def take(self, inputs: tuple[Tensor, ...]) -> None:
         """Copy the tensors in, but for those that were given before: what a run prepared stays from step to step."""
-        new = [i for i, (given, t) in enumerate(zip(self.given, inputs, strict=True)) if not is_same(t, *given)]
+        new = [i for i, (given, t) in enumerate(zip(self.given, inputs, strict=True)) if not is_unchanged(t, *given)]
         if new:
             torch._foreach_copy_([self.inputs[i] for i in new], [inputs[i] for i in new])  # type: ignore[attr-defined]
         self.given = [(weakref.ref(t), None if t.is_inference() else t._version) for t in inputs]
 
 
-def is_same(tensor: Tensor, given: Callable[[], Tensor | None], version: int | None) -> bool:
+def is_unchanged(tensor: Tensor, given: Callable[[], Tensor | None], version: int | None) -> bool:
     """Whether this very tensor was given before, and was not written to since; inference mode tells nothing of that."""
     return given() is tensor and version is not None and version == tensor._version
 
 
-def gave_up(doing: str, error: Exception) -> None:
+def warn_fallback(doing: str, error: Exception) -> None:
     reason = shorten(f"{type(error).__name__}: {error}", 200)
     warnings.warn(f"compile: cannot {doing} this model here, so it runs without: {reason}", stacklevel=2)
 
 
-def state(model: nn.Module) -> tuple[Any, ...]:
+def graph_key(model: nn.Module) -> tuple[Any, ...]:
     """What a recording holds for: where the weights lie, and the settings that change what is computed."""
     eights = (layer.weight8.data_ptr() for layer in model.modules() if isinstance(layer, Fp8Linear))
-    kernels = [(layer.attend, layer.override, layer.slice_size) for layer in attentions(model)]
+    kernels = [(layer.attend, layer.override, layer.slice_size) for layer in attention_layers(model)]
     return getattr(model, "merge", None), *(p.data_ptr() for p in model.parameters()), *eights, *kernels
 
 
 @contextmanager
-def many_shapes() -> Iterator[None]:
+def allow_many_shapes() -> Iterator[None]:
     """PyTorch takes more than a few shapes for a mistake; here they are sizes that somebody asked for."""
     with torch._dynamo.config.patch(recompile_limit=64):  # type: ignore[attr-defined]
         yield

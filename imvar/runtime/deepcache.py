@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.packed_weights import Kept
-from ..models.layers import normed_silu
-from ..models.stock import Ready, repeated
-from .precompute import Prepared, Runner, row
+from ..kernels.packed_weights import PackedWeights
+from ..models.layers import norm_silu
+from ..models.stock import Precomputed, repeat_to_batch
+from .precompute import PrecomputedUNet, Runner, at_step
 
 
-class Cached(Prepared):
+class DeepCacheUNet(PrecomputedUNet):
     """A prepared UNet that runs whole when that was `interval` steps ago, and in the others its last layer alone.
 
     The last layer meets what the whole UNet told it from below in an earlier step, and the skip of this one.
@@ -26,15 +26,15 @@ class Cached(Prepared):
         context: Tensor,
         interval: int,
         runner: Runner = partial,
-        kept: Kept | None = None,
+        kept: PackedWeights | None = None,
     ):
         super().__init__(unet, timesteps, context, kept=kept)
-        self.remembering, self.last_layer = runner(remembering, unet), runner(last_layer, unet)
+        self.remembering, self.last_layer = runner(predict_and_cache, unet), runner(predict_from_cache, unet)
         self.interval, self.whole_at = interval, -interval
         self.deep: Any = None
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        time = row(self.times, step)
+        time = at_step(self.times, step)
         with self.kept.at_hand():
             if step - self.whole_at < self.interval:
                 return self.last_layer(x, time, self.context, self.deep)
@@ -43,7 +43,7 @@ class Cached(Prepared):
         return sample
 
 
-def remembering(unet: Any, x: Tensor, time: Ready, context: Ready) -> tuple[Tensor, Tensor]:
+def predict_and_cache(unet: Any, x: Tensor, time: Precomputed, context: Precomputed) -> tuple[Tensor, Tensor]:
     """The prediction, and what the last layer was told from below."""
     deep = x
 
@@ -56,9 +56,9 @@ def remembering(unet: Any, x: Tensor, time: Ready, context: Ready) -> tuple[Tens
     return sample.contiguous(), deep
 
 
-def last_layer(unet: Any, x: Tensor, time: Ready, context: Ready, deep: Tensor) -> Tensor:
+def predict_from_cache(unet: Any, x: Tensor, time: Precomputed, context: Precomputed, deep: Tensor) -> Tensor:
     """The prediction by the first convolution, whose result is the last skip, and the last layer."""
-    skip, level = repeated(unet.conv_in(x), deep), unet.up[-1]
+    skip, level = repeat_to_batch(unet.conv_in(x), deep), unet.up[-1]
     h = unet.merge(deep.clone(), skip, len(unet.up) - 1)
     h = level.layer(len(level.resnets) - 1, h, time.value[-1], context.value[-1])
-    return unet.conv_out(normed_silu(unet.norm_out, h)).contiguous()
+    return unet.conv_out(norm_silu(unet.norm_out, h)).contiguous()

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..models.attention import SelfAttention
-from ..models.layers import FeedForward, Linear, swap
-from ..models.stock import ours, version
+from ..models.layers import FeedForward, Linear, replace_layers
+from ..models.stock import is_stock, write_count
 
 E4M3 = torch.float8_e4m3fn  # four bits of exponent, three of mantissa
-LARGEST = torch.finfo(E4M3).max
-MULTIPLE = 16  # of channels, which the product asks for
-CAPABLE = (8, 9)  # Ada; then Hopper and later
+MAX_E4M3 = torch.finfo(E4M3).max
+CHANNEL_MULTIPLE = 16  # of channels, which the product asks for
+MIN_COMPUTE_CAPABILITY = (8, 9)  # Ada; then Hopper and later
 
 
 class Fp8Linear(Linear):
@@ -33,8 +33,8 @@ class Fp8Linear(Linear):
     def from_layer(cls, layer: Linear) -> Self | Linear:
         """The layer with the same parameters; itself where it is of another class, of a size that the product does
         not take, or watched by others."""
-        fits = not layer.in_features % MULTIPLE and not layer.out_features % MULTIPLE
-        if type(layer) is not Linear or not ours(layer) or not fits:
+        fits = not layer.in_features % CHANNEL_MULTIPLE and not layer.out_features % CHANNEL_MULTIPLE
+        if type(layer) is not Linear or not is_stock(layer) or not fits:
             return layer
         made = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         made.weight, made.bias = layer.weight, layer.bias
@@ -51,9 +51,9 @@ class Fp8Linear(Linear):
     @torch.no_grad()
     def round_weight(self) -> None:
         """Anew, if the weight was changed since."""
-        if self.rounded_of != stamp(self.weight):
-            self.weight8, self.scale = rounded(self.weight)
-            self.rounded_of = stamp(self.weight)
+        if self.rounded_of != weight_version(self.weight):
+            self.weight8, self.scale = quantize_rows(self.weight)
+            self.rounded_of = weight_version(self.weight)
 
     def _apply(self, *args: Any, **options: Any) -> Self:
         super()._apply(*args, **options)
@@ -70,35 +70,35 @@ class Fp8Linear(Linear):
             return super().forward(input)
         if not torch.compiler.is_compiling():
             self.round_weight()
-        x, scale = rounded(input.flatten(0, -2))
+        x, scale = quantize_rows(input.flatten(0, -2))
         made = torch.ops.aten._scaled_mm(x, self.weight8.T, scale, self.scale.T, out_dtype=torch.bfloat16)
         made = made.to(input.dtype).unflatten(0, input.shape[:-1])
         return made if self.bias is None else made + self.bias
 
 
-def stamp(weight: Tensor) -> tuple[int, int]:
+def weight_version(weight: Tensor) -> tuple[int, int]:
     """Changes with the weight."""
-    return weight.data_ptr(), version(weight)
+    return weight.data_ptr(), write_count(weight)
 
 
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (n, c) as E4M3, and the scale of each, (n, 1) float32, that they are to be multiplied by again."""
-    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (x / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / MAX_E4M3
+    return (x / scale).clamp(-MAX_E4M3, MAX_E4M3).to(E4M3), scale
 
 
 def enable(model: nn.Module) -> None:
     """Have self-attention and feed-forward layers multiply in eight bits."""
     device = next(model.parameters()).device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABLE:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_COMPUTE_CAPABILITY:
         raise InputError(
             f"enable_fp8: {torch.cuda.get_device_name(device)} does not multiply in eight bits; one of "
-            f"compute capability {'.'.join(map(str, CAPABLE))} or more would do"
+            f"compute capability {'.'.join(map(str, MIN_COMPUTE_CAPABILITY))} or more would do"
         )
     for part in model.modules():
         if isinstance(part, (SelfAttention, FeedForward)):
-            swap(part, Linear, Fp8Linear.from_layer)
+            replace_layers(part, Linear, Fp8Linear.from_layer)
 
 
 def disable(model: nn.Module) -> None:
-    swap(model, Fp8Linear, Fp8Linear.exact)
+    replace_layers(model, Fp8Linear, Fp8Linear.exact)

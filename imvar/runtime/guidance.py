@@ -8,38 +8,38 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.packed_weights import Kept
+from ..kernels.packed_weights import PackedWeights
 from ..models import UNet2DConditionModel
-from ..models.stock import repeated, untouched
-from .deepcache import Cached
-from .precompute import Prepared, Runner
+from ..models.stock import is_unmodified, repeat_to_batch
+from .deepcache import DeepCacheUNet
+from .precompute import PrecomputedUNet, Runner
 
 Predict = Callable[[Tensor, int], Tensor]
 """Scaled latents (b, 4, h, w) and the number of a step to a prediction for each context, (k b, 4, h, w)."""
 
 
-def predictor(
+def make_predictor(
     unet: Any,
     timesteps: Any,
     context: Tensor,
     cache_interval: int = 1,
     runner: Runner = partial,
-    kept: Kept | None = None,
+    kept: PackedWeights | None = None,
 ) -> Predict:
     """Prepared, if it can be; else the UNet is called with all that it is told, each time."""
-    if preparable(unet):
+    if can_precompute(unet):
         if cache_interval > 1:
-            return Cached(unet, timesteps, context, cache_interval, runner, kept)
-        return Prepared(unet, timesteps, context, runner, kept)
-    return lambda x, i: unet(repeated(x, context), timesteps[i], encoder_hidden_states=context).sample
+            return DeepCacheUNet(unet, timesteps, context, cache_interval, runner, kept)
+        return PrecomputedUNet(unet, timesteps, context, runner, kept)
+    return lambda x, i: unet(repeat_to_batch(x, context), timesteps[i], encoder_hidden_states=context).sample
 
 
-def preparable(unet: Any) -> bool:
+def can_precompute(unet: Any) -> bool:
     """Whether a UNet is imvar's and nobody watches its layers."""
-    return isinstance(unet, UNet2DConditionModel) and untouched(unet)
+    return isinstance(unet, UNet2DConditionModel) and is_unmodified(unet)
 
 
-class Guided:
+class ClassifierFreeGuidance:
     """Classifier-free guidance (arXiv:2207.12598, equation 6): `scale` times from no picture to the picture told.
 
     In the steps from the share `interval[0]` of all of them up to `interval[1]` (arXiv:2404.07724); in the others

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.packed_weights import Kept
-from ..models.stock import Ready, version
+from ..kernels.packed_weights import PackedWeights
+from ..models.stock import Precomputed, write_count
 
 Runner = Callable[[Callable[..., Any], Any], Callable[..., Any]]
 """How a function of a model and of tensors is to be run: as `partial(function, model)`, or quicker."""
 
 
-class Prepared:
+class PrecomputedUNet:
     """The UNet as a function of the latents (b, c, h, w) and the number of a step, to (k b, c, h, w).
 
     A table of the time's biases, a row per step, and the answers of cross-attention to a single token. `timesteps`:
@@ -26,21 +26,21 @@ class Prepared:
     """
 
     def __init__(
-        self, unet: Any, timesteps: Tensor, context: Tensor, runner: Runner = partial, kept: Kept | None = None
+        self, unet: Any, timesteps: Tensor, context: Tensor, runner: Runner = partial, kept: PackedWeights | None = None
     ):
         timesteps = torch.as_tensor(timesteps, device=context.device)
-        self.times, self.context = unet.prepare_time(timesteps), fused(unet, unet.prepare_context(context))
-        self.whole, self.kept = runner(whole, unet), kept or Kept(len(timesteps))
+        self.times, self.context = unet.prepare_time(timesteps), fuse_qkv(unet, unet.prepare_context(context))
+        self.whole, self.kept = runner(predict, unet), kept or PackedWeights(len(timesteps))
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         with self.kept.at_hand():
-            return self.whole(x, row(self.times, step), self.context)
+            return self.whole(x, at_step(self.times, step), self.context)
 
 
-HELD = [attrgetter(name) for name in ("_modules", "_parameters", "_forward_pre_hooks", "_forward_hooks")]
+TRACKED = [attrgetter(name) for name in ("_modules", "_parameters", "_forward_pre_hooks", "_forward_hooks")]
 
 
-class Watch:
+class Fingerprint:
     """Tells whether anything was changed in a model that a prepared run depends on: weights, layers, hooks, kernels."""
 
     def __init__(self, model: Any):
@@ -52,21 +52,21 @@ class Watch:
         return model is not self.model or self.look() != self.seen
 
     def look(self) -> list[Any]:
-        parts = [[part for layer in self.layers for part in map(id, held(layer).values())] for held in HELD]
+        parts = [[part for layer in self.layers for part in map(id, held(layer).values())] for held in TRACKED]
         kernels = [vars(layer).get(name) for layer in self.layers for name in ("forward", "attend", "override")]
-        return [*parts, kernels, [p.data_ptr() for p in self.weights], [version(p) for p in self.weights]]
+        return [*parts, kernels, [p.data_ptr() for p in self.weights], [write_count(p) for p in self.weights]]
 
 
-def whole(unet: Any, x: Tensor, time: Ready, context: Ready) -> Tensor:
+def predict(unet: Any, x: Tensor, time: Precomputed, context: Precomputed) -> Tensor:
     return unet(x, time, context).sample.contiguous()
 
 
-def fused(unet: Any, context: Ready) -> Ready:
+def fuse_qkv(unet: Any, context: Precomputed) -> Precomputed:
     """A context made ready, with the weights beside it that self-attention multiplies the same x by."""
-    return Ready(
+    return Precomputed(
         [
             [
-                Ready(
+                Precomputed(
                     [
                         ready._replace(weights=block.self_attn.qkv())
                         for block, ready in zip(layer.blocks, told.value, strict=True)
@@ -79,8 +79,8 @@ def fused(unet: Any, context: Ready) -> Ready:
     )
 
 
-def row(table: Any, step: int) -> Any:
+def at_step(table: Any, step: int) -> Any:
     """Of what was made ready for the times (n,), what one of them needs."""
-    if isinstance(table, Ready):
-        return Ready(row(table.value, step))
-    return table[step : step + 1] if isinstance(table, Tensor) else [row(part, step) for part in table]
+    if isinstance(table, Precomputed):
+        return Precomputed(at_step(table.value, step))
+    return table[step : step + 1] if isinstance(table, Tensor) else [at_step(part, step) for part in table]

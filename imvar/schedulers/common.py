@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import alike, checked, count, floats, readable, real, single
+from ..checks import check_float, check_floating, check_has_data, check_int, check_same_shape, item, validated
 from ..config import Config, one_of
 from ..errors import InputError, InputTypeError, short_repr
 from ..noise import check_generator
@@ -24,7 +24,7 @@ from ..weights.pretrained import Pretrained
 from .timesteps import make_betas
 
 
-class Sampler(Protocol):
+class SchedulerLike(Protocol):
     """All that the pipeline asks of a scheduler; any object that has these five will do."""
 
     timesteps: Any
@@ -57,7 +57,7 @@ def to_eps(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
 
 # The classes
 
-MOST_TIMESTEPS = 10_000  # every table has as many entries
+MAX_TIMESTEPS = 10_000  # every table has as many entries
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,10 +72,10 @@ class SchedulerConfig(Config):
 
     def check(self) -> None:
         super().check()
-        steps = count("num_train_timesteps", self.num_train_timesteps, high=MOST_TIMESTEPS)
-        real("beta_start", self.beta_start)
-        real("beta_end", self.beta_end)
-        count("steps_offset", getattr(self, "steps_offset", 0), low=0, high=MOST_TIMESTEPS)
+        steps = check_int("num_train_timesteps", self.num_train_timesteps, high=MAX_TIMESTEPS)
+        check_float("beta_start", self.beta_start)
+        check_float("beta_end", self.beta_end)
+        check_int("steps_offset", getattr(self, "steps_offset", 0), low=0, high=MAX_TIMESTEPS)
         if self.trained_betas is None:
             return
         try:
@@ -96,7 +96,7 @@ class SchedulerConfig(Config):
             )
 
 
-def between(scheduler: Any, alphas: Tensor) -> None:
+def check_signal_range(scheduler: Any, alphas: Tensor) -> None:
     """The timesteps of a walk leave some of the signal, and not all of it, so that no step divides by 0."""
     low, high = (float(share) for share in alphas.aminmax())
     if low <= 0 or high >= 1:
@@ -108,30 +108,30 @@ def between(scheduler: Any, alphas: Tensor) -> None:
         )
 
 
-def step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *_: Any, **options: Any) -> None:
+def check_step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *_: Any, **options: Any) -> None:
     """Of a step: floats of one shape, also what is to be its noise."""
     if not isinstance(sample, Tensor):
         raise InputTypeError(f"sample: {type(sample).__name__} came; a tensor (b, c, h, w) would do", key="sample")
-    floats("sample", sample)
-    alike("model_output", model_output, "sample", sample)
+    check_floating("sample", sample)
+    check_same_shape("model_output", model_output, "sample", sample)
     generators = options.get("generator")
     one = not sample.ndim or (isinstance(generators, (list, tuple)) and len(generators) == 1)
     check_generator(generators, 1 if one else len(sample))
     if options.get("variance_noise") is not None:
-        alike("variance_noise", options["variance_noise"], "sample", sample)
+        check_same_shape("variance_noise", options["variance_noise"], "sample", sample)
 
 
-def mixed_inputs(scheduler: Any, original_samples: Any, noise: Any, timesteps: Any) -> None:
+def check_noise_inputs(scheduler: Any, original_samples: Any, noise: Any, timesteps: Any) -> None:
     """Of samples and noise that are mixed: one shape, and a time for all or for each."""
     if not isinstance(original_samples, Tensor) or not original_samples.ndim:
         raise InputTypeError(
             f"original_samples: {type(original_samples).__name__} came; a tensor (b, ...) would do",
             key="original_samples",
         )
-    floats("original_samples", original_samples)
-    alike("noise", noise, "the samples", original_samples)
+    check_floating("original_samples", original_samples)
+    check_same_shape("noise", noise, "the samples", original_samples)
     if isinstance(timesteps, Tensor) and not original_samples.is_meta:
-        readable("timesteps", timesteps)
+        check_has_data("timesteps", timesteps)
     times = as_times(timesteps)
     if times is None or times.ndim > 1 or (times.ndim and len(times) not in (1, len(original_samples))):
         came = type(timesteps).__name__ if times is None else f"shape {tuple(times.shape)}"
@@ -199,7 +199,7 @@ class VariancePreserving(Scheduler):
 
     def index(self, timestep: Any) -> int:
         """A timestep, given as a number or as a tensor that holds one; `InputError` if training had no such."""
-        return count("timestep", single(timestep), low=0, high=len(self) - 1)
+        return check_int("timestep", item(timestep), low=0, high=len(self) - 1)
 
     def alpha(self, timestep: int) -> Tensor:
         """The alpha of a timestep, 0-d; below 0 the walk has ended."""
@@ -209,7 +209,7 @@ class VariancePreserving(Scheduler):
         """What the network is short_repr of `sample`: here, `sample` itself."""
         return sample
 
-    @checked(mixed_inputs)
+    @validated(check_noise_inputs)
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t from x_0 and noise, both (b, ...), at `timesteps`, (b,) or (): equation 4 of arXiv:2010.02502."""
         signal, sigma = self.mixture(original_samples, timesteps)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import as_device, checked, real
+from ..checks import as_device, check_float, validated
 from ..config import one_of
 from ..errors import InputError
 from ..noise import Generators, randn
 from ..outputs import DenoisedOutput
-from .common import SchedulerConfig, VariancePreserving, mixed_inputs, step_inputs, to_eps, to_x0
+from .common import SchedulerConfig, VariancePreserving, check_noise_inputs, check_step_inputs, to_eps, to_x0
 from .timesteps import make_betas, whole_timesteps, zero_terminal_snr
 
 
@@ -56,9 +56,9 @@ class DDIMConfig(SchedulerConfig):
 
     def check(self) -> None:
         super().check()
-        real("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio)
-        real("clip_sample_range", self.clip_sample_range, high=math.inf)
-        real("sample_max_value", self.sample_max_value, high=math.inf)
+        check_float("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio)
+        check_float("clip_sample_range", self.clip_sample_range, high=math.inf)
+        check_float("sample_max_value", self.sample_max_value, high=math.inf)
 
 
 class DDIMScheduler(VariancePreserving, part="scheduler"):
@@ -92,7 +92,7 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         self.timesteps = torch.from_numpy(timesteps).to(as_device("device", device))
         self.num_inference_steps = len(timesteps)
 
-    @checked(step_inputs)
+    @validated(check_step_inputs)
     def step(
         self,
         model_output: Tensor,
@@ -112,7 +112,7 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         """
         config, t = self.config, self.index(timestep)
         alpha, alpha_prev = self.alpha(t), self.alpha(t - self.stride)
-        sigma = ddim_sigma(alpha, alpha_prev, eta) if real("eta", eta) else 0.0
+        sigma = ddim_sigma(alpha, alpha_prev, eta) if check_float("eta", eta) else 0.0
         bounded = config.thresholding or config.clip_sample
         if alpha == 0 and config.prediction_type == "epsilon" and not bounded:
             raise InputError(
@@ -142,7 +142,7 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
             raise InputError("variance_noise and generator both came; one of them would do")
         return given
 
-    @checked(mixed_inputs)
+    @validated(check_noise_inputs)
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The v that a network of `v_prediction` learns, from x_0 and noise, (b, ...), at `timesteps`, (b,) or ()."""
         signal, sigma = self.mixture(sample, timesteps)

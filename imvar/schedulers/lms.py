@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import as_device, checked, count, real
+from ..checks import as_device, check_float, check_int, validated
 from ..config import one_of
 from ..errors import InputError, short_repr
 from ..outputs import DenoisedOutput
-from .common import Scheduler, SchedulerConfig, mixed_inputs, step_inputs
+from .common import Scheduler, SchedulerConfig, check_noise_inputs, check_step_inputs
 from .timesteps import beta, exponential, karras, space_timesteps, to_timesteps
 
 
@@ -135,7 +135,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             high, low = sigmas[0], sigmas[-1]
             if respace is not karras:  # an Euler scheduler's settings, honoured where the reference does
                 high, low = (
-                    real(name, config.get(name) or level, low=1e-9, high=1e9)
+                    check_float(name, config.get(name) or level, low=1e-9, high=1e9)
                     for name, level in (("sigma_max", high), ("sigma_min", low))
                 )
             sigmas = respace(high, low, n)
@@ -160,7 +160,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start the next walk at this entry of `timesteps` instead of finding it by value."""
-        self.begin_index = count("begin_index", begin_index, low=0, high=len(self.timesteps) - 1)
+        self.begin_index = check_int("begin_index", begin_index, low=0, high=len(self.timesteps) - 1)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """Where a timestep stands in `timesteps`, or in another schedule; of several places, the second.
@@ -168,7 +168,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         Raises `InputError` for a timestep that is not in it.
         """
         timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        places = (timesteps == real("timestep", timestep, high=math.inf)).nonzero().flatten().tolist()
+        places = (timesteps == check_float("timestep", timestep, high=math.inf)).nonzero().flatten().tolist()
         if not places:
             raise InputError(
                 f"timestep={float(timestep):g}: one of scheduler.timesteps would do, which go from "
@@ -184,7 +184,11 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             raise InputError(f"step: all {len(self.timesteps)} timesteps are done; set_timesteps begins another run")
         here = self.timesteps[self.step_index]
         near = all(not isinstance(t, Tensor) or t.device.type == "cpu" for t in (here, timestep))  # else one would wait
-        if self.begin_index is None and near and abs(real("timestep", timestep, high=math.inf) - float(here)) >= 1:
+        if (
+            self.begin_index is None
+            and near
+            and abs(check_float("timestep", timestep, high=math.inf) - float(here)) >= 1
+        ):
             raise InputError(
                 f"timestep={short_repr(timestep)}: the walk has come to {here:g}; scheduler.timesteps, one "
                 "after another, would do",
@@ -205,10 +209,10 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
 
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
         """The weight of the slope `current_order` steps back, of `order` slopes, in step number `t`."""
-        weights = self.weights(t, count("order", order, high=t + 1))
-        return weights[count("current_order", current_order, low=0, high=order - 1)]
+        weights = self.weights(t, check_int("order", order, high=t + 1))
+        return weights[check_int("current_order", current_order, low=0, high=order - 1)]
 
-    @checked(step_inputs)
+    @validated(check_step_inputs)
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4, return_dict: bool = True
     ) -> DenoisedOutput | tuple[Tensor, Tensor]:
@@ -221,7 +225,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             warnings.warn(
                 "step: scale_model_input was not called, so the network may have seen a wrong scale", stacklevel=3
             )
-        order, i = count("order", order), self.locate(timestep)
+        order, i = check_int("order", order), self.locate(timestep)
         sigma = self.sigmas[i]
         x0 = to_x0(self.config.prediction_type, model_output, sample, sigma)
         self.derivatives = [*self.derivatives, (sample - x0) / sigma][-max(order, len(self.derivatives)) :]
@@ -231,7 +235,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         self.step_index = i + 1
         return DenoisedOutput(prev, x0) if return_dict else (prev, x0)
 
-    @checked(mixed_inputs)
+    @validated(check_noise_inputs)
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_0 + sigma noise, both (b, ...), at `timesteps`, (b,), each one of `self.timesteps`.
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import as_device, checked
+from ..checks import as_device, validated
 from ..config import one_of
 from ..errors import InputError
 from ..outputs import SchedulerOutput
-from .common import SchedulerConfig, VariancePreserving, between, step_inputs, to_eps
+from .common import SchedulerConfig, VariancePreserving, check_signal_range, check_step_inputs, to_eps
 from .timesteps import whole_timesteps
 
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -89,11 +89,11 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
             self.prk_timesteps, self.plms_timesteps = np.concatenate(opening), t[3:]
         self.num_inference_steps = len(t)
         visited = torch.from_numpy(np.concatenate([self.prk_timesteps, self.plms_timesteps]))
-        between(self, self.alphas_cumprod[visited])
+        check_signal_range(self, self.alphas_cumprod[visited])
         self.timesteps = visited.to(as_device("device", device))
         self.counter, self.ets, self.start, self.blend = 0, [], None, 0.0
 
-    @checked(step_inputs)
+    @validated(check_step_inputs)
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import count
+from ..checks import check_int
 from ..errors import InputError
 
 
@@ -38,7 +38,7 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 def space_timesteps(config: Any, steps: int) -> np.ndarray:
     """`steps` of the training timesteps, the noisiest first: table 2 of arXiv:2305.08891. Fractional for linspace."""
     total = config.num_train_timesteps
-    steps = count("num_inference_steps", steps, high=total)
+    steps = check_int("num_inference_steps", steps, high=total)
     if config.timestep_spacing == "linspace":
         return np.linspace(0, total - 1, steps)[::-1]
     if config.timestep_spacing == "leading":

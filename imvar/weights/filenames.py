@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..checks import option
+from ..checks import check_type
 from ..errors import CheckpointError, InputError, short_repr
 
 
 @dataclass(frozen=True)
-class Stem:
+class WeightsName:
     """How the weights of a part are called, by format, before the endings."""
 
     safetensors: str
@@ -19,7 +19,7 @@ class Stem:
 
     def named(self, ending: str, variant: str | None) -> str:
         stem = self.safetensors if ending == "safetensors" else self.pickle
-        if option("variant", variant, str) and not re.fullmatch(r"\w[\w.-]*", variant):  # type: ignore[arg-type]
+        if check_type("variant", variant, str) and not re.fullmatch(r"\w[\w.-]*", variant):  # type: ignore[arg-type]
             raise InputError(
                 f"variant={short_repr(variant)}: letters, digits, '.', '_' and '-', as in 'fp16', would do"
             )
@@ -39,7 +39,7 @@ class Stem:
 
         Where the names are not known, None, the patterns of all files that there may be.
         """
-        option("use_safetensors", use_safetensors, bool)
+        check_type("use_safetensors", use_safetensors, bool)
         endings = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
         if names is None:
             return [f"{self.named(ending, None)}*.{ending}*" for ending in endings]
@@ -64,5 +64,5 @@ class Stem:
         return sorted(found, key=lambda variant: variant or "")
 
 
-DIFFUSERS = Stem("diffusion_pytorch_model", "diffusion_pytorch_model")
-TRANSFORMERS = Stem("model", "pytorch_model")
+DIFFUSERS = WeightsName("diffusion_pytorch_model", "diffusion_pytorch_model")
+TRANSFORMERS = WeightsName("model", "pytorch_model")

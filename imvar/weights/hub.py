@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 
-from ..checks import a_path, option
+from ..checks import as_path, check_type
 from ..errors import CheckpointError, first_line
 from .bundled import BUNDLED, bundled_checkpoint
 
@@ -41,10 +41,10 @@ class Hub:
     token: str | bool | None = None
 
     def __post_init__(self) -> None:
-        option("revision", self.revision, str)
-        option("cache_dir", self.cache_dir, str, os.PathLike)
-        option("local_files_only", self.local_files_only, bool)
-        option("token", self.token, str, bool)
+        check_type("revision", self.revision, str)
+        check_type("cache_dir", self.cache_dir, str, os.PathLike)
+        check_type("local_files_only", self.local_files_only, bool)
+        check_type("token", self.token, str, bool)
 
 
 def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
@@ -54,7 +54,7 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
     """
     if isinstance(source, str) and not source:
         raise CheckpointError("an empty name came; a folder or a hub id, which looks like 'owner/name', would do")
-    folder, name = a_path("pretrained_model_name_or_path", source), str(source).rstrip("/")
+    folder, name = as_path("pretrained_model_name_or_path", source), str(source).rstrip("/")
     if os.path.isdir(folder):
         if name in BUNDLED and next(folder.rglob("*.json"), None) is None:
             raise CheckpointError(
@@ -107,7 +107,7 @@ def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
 
 def locate_file(source: str | Path, hub: Hub) -> Path:
     """A file: at that path, or on the hub as a link there or as "owner/name/file" says."""
-    path = a_path("pretrained_model_link_or_path", source)
+    path = as_path("pretrained_model_link_or_path", source)
     if os.path.isfile(path):
         return path
     if os.path.isdir(path):
@@ -124,10 +124,10 @@ def locate_file(source: str | Path, hub: Hub) -> Path:
     return locate(name, hub, lambda _: [file]) / file
 
 
-LARGEST_JSON = 2**21  # bytes of a config, an index or the header of a weights file; ours have 100,000 at the most
+MAX_JSON_BYTES = 2**21  # bytes of a config, an index or the header of a weights file; ours have 100,000 at the most
 
 
-def inside(folder: Path, name: str) -> Path:
+def safe_join(folder: Path, name: str) -> Path:
     """The file or folder `name` of a checkpoint's folder, refused where it lies elsewhere, as by `..` or a link.
 
     The folder itself may be a link. In the hub's cache, where files are links, the repository's folder is the bound.
@@ -145,7 +145,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def beginning(path: Path) -> bytes:
+def read_magic(path: Path) -> bytes:
     """The first bytes of a file that is one, and has any."""
     try:
         kind = path.stat().st_mode
@@ -166,16 +166,16 @@ def beginning(path: Path) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or a `CheckpointError` that says what is there instead."""
-    beginning(path)
+    read_magic(path)
     with path.open("rb") as file:
-        content = file.read(LARGEST_JSON + 1)
+        content = file.read(MAX_JSON_BYTES + 1)
     return parse_json(content, path)
 
 
 def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, Any]:
     """The object that a JSON text in `path` says; a `CheckpointError` where it does not say one, or says it twice."""
-    if len(content) > LARGEST_JSON:
-        raise CheckpointError(f"cannot be read as JSON: it has more than {LARGEST_JSON} bytes", path=path, key=key)
+    if len(content) > MAX_JSON_BYTES:
+        raise CheckpointError(f"cannot be read as JSON: it has more than {MAX_JSON_BYTES} bytes", path=path, key=key)
     if content.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             "cannot be read as JSON: it is a git-lfs pointer; git lfs pull would fetch the file", path=path
@@ -185,7 +185,12 @@ def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, 
             "cannot be read as JSON: it is a web page, such as a server sends in place of a file", path=path
         )
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=number, parse_float=number)
+        value = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=reject_duplicate_keys,
+            parse_constant=parse_number,
+            parse_float=parse_number,
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read as JSON: {first_line(error)}", path=path, key=key) from error
     if not isinstance(value, dict):
@@ -193,7 +198,7 @@ def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, 
     return value
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -208,7 +213,7 @@ class NotFinite(str):
     """NaN, Infinity or a number too large, as it stands in a file."""
 
 
-def number(text: str) -> float | NotFinite:
+def parse_number(text: str) -> float | NotFinite:
     value = float(text)
     return value if math.isfinite(value) else NotFinite(text)
 
@@ -234,7 +239,7 @@ REASONS = {
 
 
 @contextmanager
-def plainly(path: Path, state: str = "nothing was changed") -> Iterator[None]:
+def explain_os_error(path: Path, state: str = "nothing was changed") -> Iterator[None]:
     """What goes wrong with files in here becomes a `CheckpointError` that says why, and in what `state` `path` is."""
     try:
         yield
@@ -245,13 +250,13 @@ def plainly(path: Path, state: str = "nothing was changed") -> Iterator[None]:
         raise CheckpointError(f"cannot be written: {reason}; {state}", path=path) from error
 
 
-def write_whole(path: Path, write: Callable[[Path], T]) -> T:
+def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
     """Have `write` make a temporary neighbour, then rename it over `path`: never half a file, nor one after a crash.
 
     Renaming also keeps a file intact that is mapped into memory, as loaded weights are, or that has a second name.
     """
     temporary = path.with_name(f".{path.name[:50]}.{os.urandom(8).hex()}.tmp")
-    with plainly(path):
+    with explain_os_error(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             result = write(temporary)
@@ -265,7 +270,7 @@ def write_whole(path: Path, write: Callable[[Path], T]) -> T:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def sync(path: Path) -> None:

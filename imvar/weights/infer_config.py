@@ -14,9 +14,11 @@ from ..errors import CheckpointError
 from . import key_tables as tables
 from .keymap import Dialect
 from .published_config import SETTINGS
-from .single_file import Held
+from .single_file import PartTensors
 
-UNTOLD: dict[str, tuple[Any, dict[str, Any]]] = {  # the published widths, and what goes with them but shows nowhere
+NOT_INFERABLE: dict[
+    str, tuple[Any, dict[str, Any]]
+] = {  # the published widths, and what goes with them but shows nowhere
     "unet": ([320, 640, 1280, 1280], {"attention_head_dim": 8, "norm_num_groups": 32, "sample_size": 64}),
     "vae": ([128, 256, 512, 512], {"norm_num_groups": 32, "scaling_factor": 0.18215}),
     "image_encoder": (1024, {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}),
@@ -55,7 +57,7 @@ CLIP = {  # layers
 }
 
 
-def settings_of(held: Held) -> dict[str, Any]:
+def infer_config(held: PartTensors) -> dict[str, Any]:
     """The settings of a part by its tensors, and by the published checkpoint in what no tensor shows.
 
     Raises `CheckpointError` naming a tensor without which they cannot be told.
@@ -63,9 +65,9 @@ def settings_of(held: Held) -> dict[str, Any]:
     return {"unet": unet, "vae": vae, "image_encoder": image_encoder, "safety_checker": safety_checker}[held.part](held)
 
 
-def guess(held: Held, settings: Mapping[str, Any]) -> str | None:
+def uninferable_warning(held: PartTensors, settings: Mapping[str, Any]) -> str | None:
     """What of these settings no tensor shows, in words, for a part of another size than the published one."""
-    widths, untold = UNTOLD[held.part]
+    widths, untold = NOT_INFERABLE[held.part]
     vision = settings.get("vision_config", settings)
     if widths in (vision.get("block_out_channels"), vision.get("hidden_size")):
         return None
@@ -82,18 +84,18 @@ def settings_without_weights(part: str, image_size: int) -> dict[str, Any]:
     return SETTINGS[part] | (size if part == "feature_extractor" else {})
 
 
-def counted(held: Held, name: Callable[[int], str], first: int = 0) -> int:
+def count_tensors(held: PartTensors, name: Callable[[int], str], first: int = 0) -> int:
     """How many of the numbered tensors are there, from the first one on."""
     return sum(1 for _ in takewhile(lambda i: held.has(name(i)), count(first)))
 
 
-def unet(held: Held) -> dict[str, Any]:
+def unet(held: PartTensors) -> dict[str, Any]:
     if held.naming.dialect in UNET:
-        levels, layers, depth = (counted(held, template.format) for template in UNET[held.naming.dialect])
+        levels, layers, depth = (count_tensors(held, template.format) for template in UNET[held.naming.dialect])
     else:  # the original counts resnets and changes of size through; a change of size ends a level
-        layers = counted(held, "input_blocks.{}.0.in_layers.0.weight".format, first=1)
-        levels = 1 + counted(held, lambda i: f"input_blocks.{i * (layers + 1)}.0.op.weight", first=1)
-        depth = counted(held, "middle_block.1.transformer_blocks.{}.norm1.weight".format)
+        layers = count_tensors(held, "input_blocks.{}.0.in_layers.0.weight".format, first=1)
+        levels = 1 + count_tensors(held, lambda i: f"input_blocks.{i * (layers + 1)}.0.op.weight", first=1)
+        depth = count_tensors(held, "middle_block.1.transformer_blocks.{}.norm1.weight".format)
     levels = max(levels, 1)
     found = tables.unet([True] * levels, [True] * levels, layers, depth)
 
@@ -115,8 +117,8 @@ def unet(held: Held) -> dict[str, Any]:
     }
 
 
-def vae(held: Held) -> dict[str, Any]:
-    levels, layers = (counted(held, template.format) for template in VAE[held.naming.dialect])
+def vae(held: PartTensors) -> dict[str, Any]:
+    levels, layers = (count_tensors(held, template.format) for template in VAE[held.naming.dialect])
     levels = max(levels, 1)
     found = tables.vae(levels, layers)
     return SETTINGS["vae"] | {
@@ -130,8 +132,8 @@ def vae(held: Held) -> dict[str, Any]:
     }
 
 
-def image_encoder(held: Held) -> dict[str, Any]:
-    layers = max(counted(held, template.format) for template in CLIP[held.naming.dialect])
+def image_encoder(held: PartTensors) -> dict[str, Any]:
+    layers = max(count_tensors(held, template.format) for template in CLIP[held.naming.dialect])
     found = tables.safety_checker(layers)
     width, patch = held.size(found, "tower.class_token"), held.size(found, "tower.patch.weight", 2)
     if width % CLIP_HEAD or width > CLIP_WIDEST:
@@ -152,6 +154,6 @@ def image_encoder(held: Held) -> dict[str, Any]:
     }
 
 
-def safety_checker(held: Held) -> dict[str, Any]:
+def safety_checker(held: PartTensors) -> dict[str, Any]:
     seen = image_encoder(held)
     return {"projection_dim": seen.pop("projection_dim"), "vision_config": seen}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .keymap import POINTWISE, TRANSPOSED, Dialect, Keymap, Row, Share, under
+from .keymap import POINTWISE, TRANSPOSED, Chunk, Dialect, Keymap, KeyRow, nest
 
 VAE_TRAINING = ("loss.*", "model_ema.decay", "model_ema.num_updates")  # in autoencoders' own original files
 POSITION_IDS = "*embeddings.position_ids"  # int64 numbers from 0, once saved as a buffer
@@ -24,53 +24,53 @@ ORIGINAL_TEXT_TOWER = (
 )
 
 UNET_RESNET = [
-    Row("norm1", "norm1", original="in_layers.0"),
-    Row("conv1", "conv1", original="in_layers.2"),
-    Row("time", "time_emb_proj", original="emb_layers.1"),
-    Row("norm2", "norm2", original="out_layers.0"),
-    Row("conv2", "conv2", original="out_layers.3"),
-    Row("skip", "conv_shortcut", original="skip_connection"),
+    KeyRow("norm1", "norm1", original="in_layers.0"),
+    KeyRow("conv1", "conv1", original="in_layers.2"),
+    KeyRow("time", "time_emb_proj", original="emb_layers.1"),
+    KeyRow("norm2", "norm2", original="out_layers.0"),
+    KeyRow("conv2", "conv2", original="out_layers.3"),
+    KeyRow("skip", "conv_shortcut", original="skip_connection"),
 ]
 
 VAE_RESNET = [
-    Row("skip", "conv_shortcut", original="nin_shortcut"),
+    KeyRow("skip", "conv_shortcut", original="nin_shortcut"),
 ]
 
 TRANSFORMER_BLOCK = [
-    Row("self_attn", "attn1"),
-    Row("self_attn.norm", "norm1"),
-    Row("self_attn.to_out", "attn1.to_out.0"),
-    Row("cross_attn", "attn2"),
-    Row("cross_attn.norm", "norm2"),
-    Row("cross_attn.to_out", "attn2.to_out.0"),
-    Row("feed_forward", "ff"),
-    Row("feed_forward.norm", "norm3"),
-    Row("feed_forward.widen", "ff.net.0.proj"),
-    Row("feed_forward.narrow", "ff.net.2"),
+    KeyRow("self_attn", "attn1"),
+    KeyRow("self_attn.norm", "norm1"),
+    KeyRow("self_attn.to_out", "attn1.to_out.0"),
+    KeyRow("cross_attn", "attn2"),
+    KeyRow("cross_attn.norm", "norm2"),
+    KeyRow("cross_attn.to_out", "attn2.to_out.0"),
+    KeyRow("feed_forward", "ff"),
+    KeyRow("feed_forward.norm", "norm3"),
+    KeyRow("feed_forward.widen", "ff.net.0.proj"),
+    KeyRow("feed_forward.narrow", "ff.net.2"),
 ]
 
 PIXEL_ATTENTION = [
-    Row("norm", "group_norm", original="norm"),
-    Row("to_q", "to_q", older=("query",), original="q", form=POINTWISE),
-    Row("to_k", "to_k", older=("key",), original="k", form=POINTWISE),
-    Row("to_v", "to_v", older=("value",), original="v", form=POINTWISE),
-    Row("to_out", "to_out.0", older=("proj_attn",), original="proj_out", form=POINTWISE),
+    KeyRow("norm", "group_norm", original="norm"),
+    KeyRow("to_q", "to_q", older=("query",), original="q", form=POINTWISE),
+    KeyRow("to_k", "to_k", older=("key",), original="k", form=POINTWISE),
+    KeyRow("to_v", "to_v", older=("value",), original="v", form=POINTWISE),
+    KeyRow("to_out", "to_out.0", older=("proj_attn",), original="proj_out", form=POINTWISE),
 ]
 
 CLIP_LAYER = [
-    Row("attn", "self_attn", original="attn"),
-    Row("attn.norm", "layer_norm1", original="ln_1"),
-    *(Row(f"attn.to_{x}", f"self_attn.{x}_proj") for x in "qkv"),
+    KeyRow("attn", "self_attn", original="attn"),
+    KeyRow("attn.norm", "layer_norm1", original="ln_1"),
+    *(KeyRow(f"attn.to_{x}", f"self_attn.{x}_proj") for x in "qkv"),
     *(
-        Row(f"attn.to_{x}.{kind}", f"self_attn.{x}_proj.{kind}", original=f"attn.in_proj_{kind}", form=Share(i))
+        KeyRow(f"attn.to_{x}.{kind}", f"self_attn.{x}_proj.{kind}", original=f"attn.in_proj_{kind}", form=Chunk(i))
         for i, x in enumerate("qkv")
         for kind in ("weight", "bias")
     ),
-    Row("attn.to_out", "self_attn.out_proj", original="attn.out_proj"),
-    Row("mlp", "mlp"),
-    Row("mlp.norm", "layer_norm2", original="ln_2"),
-    Row("mlp.widen", "mlp.fc1", original="mlp.c_fc"),
-    Row("mlp.narrow", "mlp.fc2", original="mlp.c_proj"),
+    KeyRow("attn.to_out", "self_attn.out_proj", original="attn.out_proj"),
+    KeyRow("mlp", "mlp"),
+    KeyRow("mlp.norm", "layer_norm2", original="ln_2"),
+    KeyRow("mlp.widen", "mlp.fc1", original="mlp.c_fc"),
+    KeyRow("mlp.narrow", "mlp.fc2", original="mlp.c_proj"),
 ]
 
 
@@ -82,45 +82,45 @@ def unet(down: Sequence[bool], up: Sequence[bool], layers: int, depth: int) -> K
     """
     levels = len(down)
 
-    def resnet(place: Row) -> Iterator[Row]:
-        yield from under(place, UNET_RESNET)
+    def resnet(place: KeyRow) -> Iterator[KeyRow]:
+        yield from nest(place, UNET_RESNET)
 
-    def transformer(place: Row) -> Iterator[Row]:
+    def transformer(place: KeyRow) -> Iterator[KeyRow]:
         yield place
         for j in range(depth):
-            block = Row(f"blocks.{j}", f"transformer_blocks.{j}")
-            yield from under(place, under(block, TRANSFORMER_BLOCK))
+            block = KeyRow(f"blocks.{j}", f"transformer_blocks.{j}")
+            yield from nest(place, nest(block, TRANSFORMER_BLOCK))
 
-    def level(ours: str, theirs: str, originals: Sequence[str]) -> Iterator[Row]:
-        yield Row(ours, theirs)
+    def level(ours: str, theirs: str, originals: Sequence[str]) -> Iterator[KeyRow]:
+        yield KeyRow(ours, theirs)
         for j, original in enumerate(originals):
-            yield from resnet(Row(f"{ours}.resnets.{j}", f"{theirs}.resnets.{j}", original=f"{original}.0"))
-            at = Row(f"{ours}.transformers.{j}", f"{theirs}.attentions.{j}", original=f"{original}.1")
+            yield from resnet(KeyRow(f"{ours}.resnets.{j}", f"{theirs}.resnets.{j}", original=f"{original}.0"))
+            at = KeyRow(f"{ours}.transformers.{j}", f"{theirs}.attentions.{j}", original=f"{original}.1")
             yield from transformer(at)
 
-    def rows() -> Iterator[Row]:
-        yield Row("conv_in", "conv_in", original="input_blocks.0.0")
-        yield Row("time.linear1", "time_embedding.linear_1", original="time_embed.0")
-        yield Row("time.linear2", "time_embedding.linear_2", original="time_embed.2")
+    def rows() -> Iterator[KeyRow]:
+        yield KeyRow("conv_in", "conv_in", original="input_blocks.0.0")
+        yield KeyRow("time.linear1", "time_embedding.linear_1", original="time_embed.0")
+        yield KeyRow("time.linear2", "time_embedding.linear_2", original="time_embed.2")
         for i in range(levels):
             first, last = 1 + i * (layers + 1), (i + 1) * (layers + 1)
             yield from level(f"down.{i}", f"down_blocks.{i}", [f"input_blocks.{n}" for n in range(first, last)])
-            at = Row(f"down.{i}.resample", f"down_blocks.{i}.downsamplers.0", original=f"input_blocks.{last}.0")
-            yield from under(at, [Row("conv", "conv", original="op")])
-        yield from resnet(Row("mid.resnets.0", "mid_block.resnets.0", original="middle_block.0"))
-        yield from transformer(Row("mid.transformers.0", "mid_block.attentions.0", original="middle_block.1"))
-        yield from resnet(Row("mid.resnets.1", "mid_block.resnets.1", original="middle_block.2"))
-        yield Row("mid", "mid_block")
+            at = KeyRow(f"down.{i}.resample", f"down_blocks.{i}.downsamplers.0", original=f"input_blocks.{last}.0")
+            yield from nest(at, [KeyRow("conv", "conv", original="op")])
+        yield from resnet(KeyRow("mid.resnets.0", "mid_block.resnets.0", original="middle_block.0"))
+        yield from transformer(KeyRow("mid.transformers.0", "mid_block.attentions.0", original="middle_block.1"))
+        yield from resnet(KeyRow("mid.resnets.1", "mid_block.resnets.1", original="middle_block.2"))
+        yield KeyRow("mid", "mid_block")
         for i in range(levels):
             first, last = i * (layers + 1), (i + 1) * (layers + 1) - 1
             yield from level(f"up.{i}", f"up_blocks.{i}", [f"output_blocks.{n}" for n in range(first, last + 1)])
-            yield Row(
+            yield KeyRow(
                 f"up.{i}.resample",
                 f"up_blocks.{i}.upsamplers.0",  # behind a transformer if there is one
                 original=f"output_blocks.{last}.{2 if up[i] else 1}",
             )
-        yield Row("norm_out", "conv_norm_out", original="out.0")
-        yield Row("conv_out", "conv_out", original="out.2")
+        yield KeyRow("norm_out", "conv_norm_out", original="out.0")
+        yield KeyRow("conv_out", "conv_out", original="out.2")
 
     return Keymap(rows())
 
@@ -131,53 +131,53 @@ def vae(levels: int, layers: int) -> Keymap:
     The original counts the levels of the decoder from the finest.
     """
 
-    def level(place: Row, layers: int, resample: Row) -> Iterator[Row]:
+    def level(place: KeyRow, layers: int, resample: KeyRow) -> Iterator[KeyRow]:
         yield place
         for j in range(layers):
-            yield from under(place, under(Row(f"resnets.{j}", f"resnets.{j}", original=f"block.{j}"), VAE_RESNET))
-        yield from under(place, [resample])
+            yield from nest(place, nest(KeyRow(f"resnets.{j}", f"resnets.{j}", original=f"block.{j}"), VAE_RESNET))
+        yield from nest(place, [resample])
 
-    def half(place: Row, levels: Iterator[Row]) -> Iterator[Row]:
-        yield from under(place, levels)
-        yield from under(place, under(Row("mid.resnet1", "mid_block.resnets.0", original="mid.block_1"), VAE_RESNET))
-        yield from under(place, under(Row("mid.resnet2", "mid_block.resnets.1", original="mid.block_2"), VAE_RESNET))
-        attention = Row("mid.attention", "mid_block.attentions.0", original="mid.attn_1")
-        yield from under(place, under(attention, PIXEL_ATTENTION))
-        yield from under(place, [Row("norm_out", "conv_norm_out", original="norm_out")])
+    def half(place: KeyRow, levels: Iterator[KeyRow]) -> Iterator[KeyRow]:
+        yield from nest(place, levels)
+        yield from nest(place, nest(KeyRow("mid.resnet1", "mid_block.resnets.0", original="mid.block_1"), VAE_RESNET))
+        yield from nest(place, nest(KeyRow("mid.resnet2", "mid_block.resnets.1", original="mid.block_2"), VAE_RESNET))
+        attention = KeyRow("mid.attention", "mid_block.attentions.0", original="mid.attn_1")
+        yield from nest(place, nest(attention, PIXEL_ATTENTION))
+        yield from nest(place, [KeyRow("norm_out", "conv_norm_out", original="norm_out")])
 
-    def down() -> Iterator[Row]:
+    def down() -> Iterator[KeyRow]:
         for i in range(levels):
-            at = Row(f"down.{i}", f"down_blocks.{i}", original=f"down.{i}")
-            yield from level(at, layers, Row("resample", "downsamplers.0", original="downsample"))
+            at = KeyRow(f"down.{i}", f"down_blocks.{i}", original=f"down.{i}")
+            yield from level(at, layers, KeyRow("resample", "downsamplers.0", original="downsample"))
 
-    def up() -> Iterator[Row]:
+    def up() -> Iterator[KeyRow]:
         for i in range(levels):
-            at = Row(f"up.{i}", f"up_blocks.{i}", original=f"up.{levels - 1 - i}")
-            yield from level(at, layers + 1, Row("resample", "upsamplers.0", original="upsample"))
+            at = KeyRow(f"up.{i}", f"up_blocks.{i}", original=f"up.{levels - 1 - i}")
+            yield from level(at, layers + 1, KeyRow("resample", "upsamplers.0", original="upsample"))
 
-    def rows() -> Iterator[Row]:
-        yield from half(Row("encoder", "encoder"), down())
-        yield from half(Row("decoder", "decoder"), up())
+    def rows() -> Iterator[KeyRow]:
+        yield from half(KeyRow("encoder", "encoder"), down())
+        yield from half(KeyRow("decoder", "decoder"), up())
 
     return Keymap(rows(), {Dialect.ORIGINAL: VAE_TRAINING})
 
 
-def clip_tower(layers: int, *, older: tuple[str, ...] = ()) -> Iterator[Row]:
+def clip_tower(layers: int, *, older: tuple[str, ...] = ()) -> Iterator[KeyRow]:
     """A vision tower and its projection."""
 
-    def tower() -> Iterator[Row]:
-        yield Row("class_token", "embeddings.class_embedding", original="class_embedding")
-        yield Row("patch", "embeddings.patch_embedding", original="conv1")
-        yield Row("positions", "embeddings.position_embedding.weight", original="positional_embedding")
-        yield Row("norm_in", "pre_layrnorm", original="ln_pre")
+    def tower() -> Iterator[KeyRow]:
+        yield KeyRow("class_token", "embeddings.class_embedding", original="class_embedding")
+        yield KeyRow("patch", "embeddings.patch_embedding", original="conv1")
+        yield KeyRow("positions", "embeddings.position_embedding.weight", original="positional_embedding")
+        yield KeyRow("norm_in", "pre_layrnorm", original="ln_pre")
         for i in range(layers):
-            at = Row(f"layers.{i}", f"encoder.layers.{i}", original=f"transformer.resblocks.{i}")
-            yield from under(at, CLIP_LAYER)
-        yield Row("norm_out", "post_layernorm", original="ln_post")
+            at = KeyRow(f"layers.{i}", f"encoder.layers.{i}", original=f"transformer.resblocks.{i}")
+            yield from nest(at, CLIP_LAYER)
+        yield KeyRow("norm_out", "post_layernorm", original="ln_post")
 
-    yield from under(Row("tower", "vision_model", older=older, original="visual"), tower())
-    yield Row("proj", "visual_projection")
-    yield Row("proj.weight", "visual_projection.weight", original="visual.proj", form=TRANSPOSED)
+    yield from nest(KeyRow("tower", "vision_model", older=older, original="visual"), tower())
+    yield KeyRow("proj", "visual_projection")
+    yield KeyRow("proj.weight", "visual_projection.weight", original="visual.proj", form=TRANSPOSED)
 
 
 def image_encoder(layers: int) -> Keymap:

@@ -29,7 +29,7 @@ class Dialect(Enum):
     DOTLESS = "the original names without dots"  # as the original code's moving average keeps them
 
 
-class Form:
+class Transform:
     """How a tensor of ours lies in one of theirs; this one, as it is."""
 
     index = 0  # its place among those that share one of theirs
@@ -43,7 +43,7 @@ class Form:
         return ours
 
 
-class Transposed(Form):
+class Transposed(Transform):
     """A matrix that is applied from the right over there."""
 
     def take(self, theirs: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Transposed(Form):
         return ours.mT
 
 
-class Pointwise(Form):
+class Pointwise(Transform):
     """A linear layer that is a 1x1 convolution over there. Biases are the same."""
 
     def take(self, theirs: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Pointwise(Form):
 
 
 @dataclass(frozen=True)
-class Share(Form):
+class Chunk(Transform):
     """One of `of` equal pieces, stacked along the first dimension over there."""
 
     index: int  # type: ignore[misc]
@@ -75,31 +75,31 @@ class Share(Form):
         return theirs[self.index * rows : (self.index + 1) * rows] if rows else theirs
 
 
-AS_IS, TRANSPOSED, POINTWISE = Form(), Transposed(), Pointwise()
+AS_IS, TRANSPOSED, POINTWISE = Transform(), Transposed(), Pointwise()
 
 
 @dataclass(frozen=True)
-class Row:
+class KeyRow:
     """One place: our name, the published name, its older spellings, and the original name and form if they differ."""
 
     ours: str
     theirs: str
     older: tuple[str, ...] = ()
     original: str | None = None
-    form: Form = AS_IS
+    form: Transform = AS_IS
 
     @property
     def spellings(self) -> tuple[str, ...]:
         return (self.theirs, *self.older)
 
 
-def under(place: Row, rows: Iterable[Row]) -> Iterator[Row]:
+def nest(place: KeyRow, rows: Iterable[KeyRow]) -> Iterator[KeyRow]:
     """The place, and the rows that lie in it."""
     yield place
     for row in rows:
         theirs = [f"{outer}.{inner}" for outer in place.spellings for inner in row.spellings]
         original = f"{place.original or place.theirs}.{row.original or row.theirs}"
-        yield Row(f"{place.ours}.{row.ours}", theirs[0], tuple(theirs[1:]), original, row.form)
+        yield KeyRow(f"{place.ours}.{row.ours}", theirs[0], tuple(theirs[1:]), original, row.form)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Source:
     """Where a tensor of ours lies: in which tensor of the file, and how."""
 
     name: str
-    form: Form = AS_IS
+    form: Transform = AS_IS
 
 
 class Keymap:
@@ -127,20 +127,20 @@ class Keymap:
     `droppable` lists, by dialect, patterns of what a file may hold beside the weights.
     """
 
-    def __init__(self, rows: Iterable[Row], droppable: Mapping[Dialect, Collection[str]] | None = None):
+    def __init__(self, rows: Iterable[KeyRow], droppable: Mapping[Dialect, Collection[str]] | None = None):
         self.rows = {row.ours: row for row in rows}
         self.droppable = droppable or {}
 
-    def row(self, ours: str) -> Row:
+    def row(self, ours: str) -> KeyRow:
         """The row of a tensor of ours: that of its place, with the rest of its name on either side."""
         place, rest = ours, ""
         while place not in self.rows:
             if not place:
-                return Row(ours, ours)
+                return KeyRow(ours, ours)
             place, _, last = place.rpartition(".")
             rest = f".{last}{rest}"
         row = self.rows[place]
-        return Row(
+        return KeyRow(
             ours,
             row.theirs + rest,
             tuple(name + rest for name in row.older),
@@ -207,7 +207,7 @@ class Keymap:
         unknown = [name for name in tensors if name not in used and not self.drops(name, naming)]
         if missing or unknown:
             faults = [
-                f"{len(keys)} {what.format('s' * (len(keys) > 1))}: {listed(keys)}"
+                f"{len(keys)} {what.format('s' * (len(keys) > 1))}: {abbreviate(keys)}"
                 for keys, what in ((missing, "tensor{} missing"), (unknown, "unknown tensor{}"))
                 if keys
             ]
@@ -215,5 +215,5 @@ class Keymap:
         return found
 
 
-def listed(keys: list[str]) -> str:
+def abbreviate(keys: list[str]) -> str:
     return ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "")

@@ -41,9 +41,9 @@ def load(
     try:
         found = model.keymap.to_ours(tensors, expected, naming, path)
     except CheckpointError as error:
-        from .single_file import recognise  # see weights/__init__.py
+        from .single_file import detect_part  # see weights/__init__.py
 
-        other = recognise(tensors)
+        other = detect_part(tensors)
         if other is None or other[0] == model.part:
             raise
         reason = f"{error.reason}; these look like the weights of another part, the {other[0]}"
@@ -74,7 +74,7 @@ def load(
         )
 
 
-class Unset(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """In here the functions of `torch.nn.init` do nothing: what they would set is about to be loaded."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,7 +83,7 @@ class Unset(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def take_published_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def rename_published_keys(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before `load_state_dict`, of the model or of one that it is a part of: published names become ours."""
     theirs = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     expected = model.state_dict()

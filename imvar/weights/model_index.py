@@ -23,7 +23,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 OPTIONAL = ("safety_checker",)  # what an index need not list
-MAY_LACK = "safety_checker", "feature_extractor"  # parts without which some calls do
+OPTIONAL_COMPONENTS = "safety_checker", "feature_extractor"  # parts without which some calls do
 
 LIBRARIES = {
     "image_encoder": "transformers",

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checks import a_path, option
+from ..checks import as_path, check_type
 from ..errors import InputError, InputTypeError, short_repr
 from .hub import Hub, locate
 
@@ -18,26 +18,26 @@ READING = {"use_safetensors", "disable_mmap", "low_cpu_mem_usage"}  # how to rea
 def config_folder(config: str | Path | None, hub: Hub, subfolder: str | None = None) -> Path | None:
     """The folder that `config=` names: itself, that of a file in it, or of a hub repository."""
     if config is None:
-        if option("subfolder", subfolder, str):
+        if check_type("subfolder", subfolder, str):
             raise InputError(
                 f"subfolder={short_repr(subfolder)}: is that of config, which did not come", key="subfolder"
             )
         return None
-    path = a_path("config", config)
+    path = as_path("config", config)
     folder = path.parent if os.path.isfile(path) else locate(path, hub, lambda _: ["*.json", "*/*.json"])
-    return folder / (option("subfolder", subfolder, str) or "")
+    return folder / (check_type("subfolder", subfolder, str) or "")
 
 
-def which_ema(ema: str, extract_ema: bool | None) -> str:
-    return ema if option("extract_ema", extract_ema, bool) is None else "yes" if extract_ema else "no"
+def resolve_ema(ema: str, extract_ema: bool | None) -> str:
+    return ema if check_type("extract_ema", extract_ema, bool) is None else "yes" if extract_ema else "no"
 
 
-def writes(is_main_process: bool | None) -> bool:
+def should_write(is_main_process: bool | None) -> bool:
     """Whether this process is the one of a distributed run that writes; it is, unless it is said not to be."""
-    return option("is_main_process", is_main_process, bool) is not False
+    return check_type("is_main_process", is_main_process, bool) is not False
 
 
-def asked_for(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:
+def filter_kwargs(options: Mapping[str, Any], known: Container[str], where: str) -> dict[str, Any]:
     """The known ones of `options`. One that is unknown may be there only to say None or False: diffusers has many."""
     odd = {name for name, value in options.items() if name not in known and value is not None and value is not False}
     if odd:

@@ -18,7 +18,6 @@ from typing import IO, Any
 import torch
 
 from ..errors import CheckpointError, first_line
-from .hub import 
 
 MOST_INSTRUCTIONS = 250_000  # some 8,000 tensors
 LARGEST_PROGRAM = 2**24  # bytes of data.pkl, or of all that comes before the numbers in an old file
@@ -33,7 +32,7 @@ TENSORS = re.compile(
 """The names that a pickle of dense tensors asks for."""
 
 
-class Inert:
+class InertObject:
     """Stands for an object that an original checkpoint holds beside its weights, takes all and does nothing."""
 
     def __init__(self, *_: Any):
@@ -43,7 +42,7 @@ class Inert:
         pass
 
 
-STANDINS = (
+IGNORED_GLOBALS = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
@@ -64,15 +63,22 @@ def unpickle(path: Path, *, standins: bool = False) -> Any:
     try:
         mapped = zipfile.is_zipfile(path)  # which may also raise, for one that says it goes on on another disk
         with path.open("rb") as file:
-            names = asked_for(program(path, file)) if mapped else asked_for(file.read(LARGEST_PROGRAM), pickles=5)
-        allowed = (*STANDINS, BYTES) if standins else ()
+            names = (
+                referenced_globals(read_pickle_record(path, file))
+                if mapped
+                else referenced_globals(file.read(LARGEST_PROGRAM), pickles=5)
+            )
+        allowed = (*IGNORED_GLOBALS, BYTES) if standins else ()
         if foreign := [name for name in names if not TENSORS.fullmatch(name) and name not in allowed]:
             raise CheckpointError(
                 f"cannot be read as a file of tensors: it names {foreign[0]}, and nothing but dense "
                 "tensors is ever unpickled",
                 path=path,
             )
-        with _standing_in, torch.serialization.safe_globals([(Inert, name) for name in STANDINS if standins]):
+        with (
+            _standing_in,
+            torch.serialization.safe_globals([(InertObject, name) for name in IGNORED_GLOBALS if standins]),
+        ):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (CheckpointError, MemoryError):
         raise
@@ -89,9 +95,9 @@ def unpickle(path: Path, *, standins: bool = False) -> Any:
         ) from error
 
 
-def program(path: Path, file: IO[bytes]) -> bytes:
+def read_pickle_record(path: Path, file: IO[bytes]) -> bytes:
     """The pickle in a zip file of which every record is whole and as it is, uncompressed."""
-    if (size := listing(file)) > LARGEST_LIST:
+    if (size := zip_directory_size(file)) > LARGEST_LIST:
         raise CheckpointError(
             f"cannot be read as a file of tensors: its list of records has {size} bytes, more than {LARGEST_LIST}",
             path=path,
@@ -119,7 +125,7 @@ def program(path: Path, file: IO[bytes]) -> bytes:
         return archive.read(found[0])
 
 
-def listing(file: IO[bytes]) -> int:
+def zip_directory_size(file: IO[bytes]) -> int:
     """In how many bytes a zip file says that it lists its records, all of which `zipfile` would read."""
     file.seek(-98, io.SEEK_END)
     end = file.read()  # the last 22 bytes; before them, in large files, the same in 56 and a pointer to these in 20
@@ -128,7 +134,7 @@ def listing(file: IO[bytes]) -> int:
     return int.from_bytes(end[40:48] if end[-42:-38] == b"PK\6\7" else end[-10:-6], "little")
 
 
-def asked_for(programs: bytes, pickles: int = 1) -> list[str]:
+def referenced_globals(programs: bytes, pickles: int = 1) -> list[str]:
     """The names, in full, that one or more pickles in a row ask for, the first first.
 
     Raises `ValueError` for what no checkpoint says: too much, or tuples that hold a tuple over and over. Such a one

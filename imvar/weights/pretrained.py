@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..atomic.folder import replaced, unchanged
-from ..checks import Dtype, a_path, as_dtype, option
+from ..atomic.folder import atomic_folder, read_consistently
+from ..checks import Dtype, as_dtype, as_path, check_type
 from ..config import Configured, json_text
 from ..errors import CheckpointError, InputError, short_repr
-from .filenames import DIFFUSERS, TRANSFORMERS, Stem
-from .hub import Hub, inside, locate, read_json, within, write_text
+from .filenames import DIFFUSERS, TRANSFORMERS, WeightsName
+from .hub import Hub, locate, read_json, safe_join, within, write_text
 from .keymap import Keymap, Naming
-from .loading import Unset, load, take_published_names
+from .loading import SkipInit, load, rename_published_keys
 from .model_index import FORMAT, PARTS, first_class, served
-from .options import READING, SAVING, asked_for, config_folder, which_ema, writes
+from .options import READING, SAVING, config_folder, filter_kwargs, resolve_ema, should_write
 from .reading import read_weights
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 TRANSFORMERS_FORMAT = "5.23.0"
 PLAIN = "unet", "vae"  # whose files hold their own settings and nothing else
-FEW, MOST = 100, 1000  # layers: so few are built, to name the tensors that a file lacks for them; so many never are
+MAX_LAYERS_TO_LIST, MAX_LAYERS = (
+    100,
+    1000,
+)  # layers: so few are built, to name the tensors that a file lacks for them; so many never are
 
 
 class Pretrained(Configured):
@@ -61,10 +64,10 @@ class Pretrained(Configured):
         `subfolder` is part of what the caller names, as if the path ended in it. Raises `CheckpointError` for a file
         that is missing or holds what this part cannot honour.
         """
-        name = f"{subfolder}/{cls.config_name}" if option("subfolder", subfolder, str) else cls.config_name
+        name = f"{subfolder}/{cls.config_name}" if check_type("subfolder", subfolder, str) else cls.config_name
         hub = Hub(revision, cache_dir, local_files_only, token)
         folder = locate(pretrained_model_name_or_path, hub, lambda names: [name])
-        path = inside(folder / (subfolder or ""), cls.config_name)
+        path = safe_join(folder / (subfolder or ""), cls.config_name)
         return cls.built(cls.read_config(path, **changes), path)
 
     @classmethod
@@ -84,7 +87,7 @@ class Pretrained(Configured):
                 key="_class_name",
             )
         known = [f.name for f in fields(cls.config_class)]
-        changes = cls.config_class.of(**asked_for(changes, known, cls.__name__)).explicit()
+        changes = cls.config_class.of(**filter_kwargs(changes, known, cls.__name__)).explicit()
         try:
             config = cls.config_class.read(settings, **changes)
             if cls.part in PLAIN and (odd := sorted(name for name in config.foreign if name[:1] != "_")):
@@ -121,7 +124,7 @@ class Pretrained(Configured):
         """This part's settings in the folder `config`, which may be that of a whole checkpoint."""
         for folder in (config / cls.part, config):
             if (folder / cls.config_name).is_file():
-                path = inside(folder, cls.config_name)
+                path = safe_join(folder, cls.config_name)
                 if name := cls.strange(read_json(path)):
                     raise CheckpointError(f"holds the settings of a {name}, not of the {cls.part}", path=path)
                 return path
@@ -143,11 +146,11 @@ class Pretrained(Configured):
 
         `options` are those of parts with weights, of which `is_main_process=False` alone changes something here.
         """
-        options = asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
-        if not writes(options.get("is_main_process")):
+        options = filter_kwargs(options, SAVING, f"{type(self).__name__}.save_pretrained")
+        if not should_write(options.get("is_main_process")):
             return
         text = json_text(self.config_file())
-        write_text(a_path("save_directory", save_directory) / self.config_name, text)
+        write_text(as_path("save_directory", save_directory) / self.config_name, text)
 
     def config_file(self) -> Mapping[str, Any]:
         """What the settings file says: the settings, and who wrote them in which format."""
@@ -157,11 +160,11 @@ class Pretrained(Configured):
 class PretrainedModel(Pretrained, nn.Module):
     """A model: settings, weights, and the table that knows what files call its weights."""
 
-    stem: ClassVar[Stem] = DIFFUSERS
+    stem: ClassVar[WeightsName] = DIFFUSERS
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
-        self.register_load_state_dict_pre_hook(take_published_names)
+        self.register_load_state_dict_pre_hook(rename_published_keys)
 
     @property
     def keymap(self) -> Keymap:
@@ -194,9 +197,9 @@ class PretrainedModel(Pretrained, nn.Module):
         that is missing, unknown or misshapen.
         """
         wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
-        prefix = f"{subfolder}/" if option("subfolder", subfolder, str) else ""
-        option("low_cpu_mem_usage", low_cpu_mem_usage, bool)
-        option("disable_mmap", disable_mmap, bool)
+        prefix = f"{subfolder}/" if check_type("subfolder", subfolder, str) else ""
+        check_type("low_cpu_mem_usage", low_cpu_mem_usage, bool)
+        check_type("disable_mmap", disable_mmap, bool)
 
         def wanted(names: set[str] | None) -> list[str]:
             files = cls.stem.choose(within(names, prefix), variant, use_safetensors)
@@ -218,10 +221,12 @@ class PretrainedModel(Pretrained, nn.Module):
         """The model in `folder`, all of one save."""
 
         def files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
-            config = cls.read_config(inside(folder, cls.config_name), **changes)
+            config = cls.read_config(safe_join(folder, cls.config_name), **changes)
             return config, read_weights(folder, cls.stem, variant, use_safetensors)
 
-        config, (path, tensors) = unchanged(folder, [cls.config_name, *cls.stem.choose(None, None, None)], files)
+        config, (path, tensors) = read_consistently(
+            folder, [cls.config_name, *cls.stem.choose(None, None, None)], files
+        )
         return cls.holding(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
 
     @classmethod
@@ -256,7 +261,7 @@ class PretrainedModel(Pretrained, nn.Module):
         return cls.read_single(
             file,
             config_folder(config, hub, subfolder),
-            ema=which_ema(ema, extract_ema),
+            ema=resolve_ema(ema, extract_ema),
             dtype=as_dtype(torch_dtype if dtype is None else dtype),
             **{name: value for name, value in changes.items() if name not in READING},
         )
@@ -276,11 +281,15 @@ class PretrainedModel(Pretrained, nn.Module):
 
         `tell` is told of settings that are but guessed.
         """
-        from .infer_config import guess, settings_of
+        from .infer_config import infer_config, uninferable_warning
 
         held = file.part(cls.part, ema)
-        settings, path = cls.settings_for(file, config) or (settings_of(held), file.path)
-        if path == file.path and cls.part not in file.settings and (guessed := guess(held, {**settings, **changes})):
+        settings, path = cls.settings_for(file, config) or (infer_config(held), file.path)
+        if (
+            path == file.path
+            and cls.part not in file.settings
+            and (guessed := uninferable_warning(held, {**settings, **changes}))
+        ):
             tell(guessed)
         return cls.holding(
             held.tensors, cls.checked(settings, path, **changes), path, dtype=dtype, naming=held.naming, path=file.path
@@ -301,13 +310,13 @@ class PretrainedModel(Pretrained, nn.Module):
 
         It is built on the meta device, and not at all where more layers are asked for than there can be tensors for.
         """
-        if (least := cls.least_tensors(config)) > min(max(len(tensors), FEW), MOST):
+        if (least := cls.least_tensors(config)) > min(max(len(tensors), MAX_LAYERS_TO_LIST), MAX_LAYERS):
             raise CheckpointError(
                 f"asks for {least} layers or more; {path.name} has {len(tensors)} tensors, and "
-                f"{MOST} layers are the most",
+                f"{MAX_LAYERS} layers are the most",
                 path=told,
             )
-        with torch.device("meta"), Unset():
+        with torch.device("meta"), SkipInit():
             model = cls.built(config, told)
         load(model, tensors, naming=naming, path=path, dtype=dtype)
         return model.eval()
@@ -329,11 +338,11 @@ class PretrainedModel(Pretrained, nn.Module):
         """
         from .writing import write_weights
 
-        asked_for(options, SAVING, f"{type(self).__name__}.save_pretrained")
-        if not writes(is_main_process):
+        filter_kwargs(options, SAVING, f"{type(self).__name__}.save_pretrained")
+        if not should_write(is_main_process):
             return
-        option("safe_serialization", safe_serialization, bool)
-        with replaced(a_path("save_directory", save_directory)) as new:
+        check_type("safe_serialization", safe_serialization, bool)
+        with atomic_folder(as_path("save_directory", save_directory)) as new:
             super().save_pretrained(new)
             write_weights(
                 new,

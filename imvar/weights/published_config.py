@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def taken_as_64(config: Any) -> bool:
+def has_legacy_sample_size(config: Any) -> bool:
     """Whether a UNet says it was trained at less than 64 only because its writer did not know better."""
     version = str(config.get("_diffusers_version", "")).split(".")[:2]
     old = all(part.isdecimal() and len(part) < 9 for part in version) and [int(part) for part in version] < [0, 9]

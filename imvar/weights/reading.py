@@ -13,22 +13,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
-from .filenames import Stem
-from .hub import LARGEST_JSON, beginning, inside, parse_json, read_json
+from .filenames import WeightsName
+from .hub import MAX_JSON_BYTES, parse_json, read_json, read_magic, safe_join
 
-MOST_TENSORS = 2**13  # in one file, or in all shards of one part
+MAX_TENSORS = 2**13  # in one file, or in all shards of one part
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def read_weights(
-    folder: Path, stem: Stem, variant: str | None, use_safetensors: bool | None
+    folder: Path, stem: WeightsName, variant: str | None, use_safetensors: bool | None
 ) -> tuple[Path, dict[str, Tensor]]:
     """The tensors of a part, mapped rather than read where the format allows, and the file that named them."""
     try:
         name = stem.choose((path.name for path in folder.iterdir()), variant, use_safetensors)[0]
     except CheckpointError as error:
         raise CheckpointError(error.reason, path=folder) from error
-    first = inside(folder, name)
+    first = safe_join(folder, name)
     return first, (read_shards(first) if first.suffix == ".json" else read_tensors(first))
 
 
@@ -37,8 +37,8 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise CheckpointError("has no weight_map from tensor to file name", path=index)
-    if len(places) > MOST_TENSORS:
-        raise CheckpointError(f"lists {len(places)} tensors, more than {MOST_TENSORS}", path=index)
+    if len(places) > MAX_TENSORS:
+        raise CheckpointError(f"lists {len(places)} tensors, more than {MAX_TENSORS}", path=index)
     listed: dict[str, set[str]] = defaultdict(set)
     for key, name in places.items():
         listed[name].add(key)
@@ -48,7 +48,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"names {name[:200]!r}, which is not a file beside it that holds tensors", path=index, key=min(keys)
             )
-        shard = read_tensors(inside(index.parent, name))
+        shard = read_tensors(safe_join(index.parent, name))
         if odd := sorted(keys ^ shard.keys()):
             raise CheckpointError(f"the index and {name} disagree on whether it holds this", path=index, key=odd[0])
         tensors |= shard
@@ -65,7 +65,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)
     from .pickles import unpickle  # see weights/__init__.py
 
-    return dense(named(unpickle(path), path), path)
+    return require_dense(require_names(unpickle(path), path), path)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -78,19 +78,19 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         return read_safetensors(path), []
     from .pickles import unpickle
 
-    held = named(unpickle(path, standins=True), path)
+    held = require_names(unpickle(path, standins=True), path)
     weights = held.get("state_dict")
     if weights is None:
         weights = {name: value for name, value in held.items() if isinstance(value, Tensor)}
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError("holds no tensors by name", path=path, key="state_dict")
     aside = [name for name in held if name != "state_dict" and name not in weights]
-    return dense(named(weights, path), path), aside
+    return require_dense(require_names(weights, path), path), aside
 
 
 def is_safetensors(path: Path) -> bool:
     """Whether this is one rather than a pickle; `CheckpointError` for a file that is plainly neither."""
-    start = beginning(path)
+    start = read_magic(path)
     if start[8:9] == b"{" and path.suffix not in PICKLES:
         return True
     if start.startswith(b"version https://git-lfs"):
@@ -132,10 +132,10 @@ def check_header(path: Path) -> None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         start = file.read(1)
-        if size < 10 or start != b"{" or length > LARGEST_JSON:
+        if size < 10 or start != b"{" or length > MAX_JSON_BYTES:
             raise CheckpointError(
                 "cannot be read as a safetensors file: it does not begin as one "
-                f"(a header of {length} bytes, {LARGEST_JSON} at the most)",
+                f"(a header of {length} bytes, {MAX_JSON_BYTES} at the most)",
                 path=path,
             )
         if length > size - 8:
@@ -145,8 +145,8 @@ def check_header(path: Path) -> None:
                 path=path,
             )
         header = parse_json(start + file.read(length - 1), path)
-    if len(header) > MOST_TENSORS + 1:
-        raise CheckpointError(f"holds {len(header)} tensors, more than {MOST_TENSORS}", path=path)
+    if len(header) > MAX_TENSORS + 1:
+        raise CheckpointError(f"holds {len(header)} tensors, more than {MAX_TENSORS}", path=path)
     ends = [
         entry["data_offsets"][-1:]
         for entry in header.values()
@@ -158,7 +158,7 @@ def check_header(path: Path) -> None:
         )
 
 
-def named(held: Any, path: Path) -> dict[str, Any]:
+def require_names(held: Any, path: Path) -> dict[str, Any]:
     """`held` as a dictionary by name, or a `CheckpointError`."""
     if not isinstance(held, dict):
         raise CheckpointError(f"holds a {type(held).__name__}, not tensors by name", path=path)
@@ -167,7 +167,7 @@ def named(held: Any, path: Path) -> dict[str, Any]:
     return dict(dict.items(held))  # an OrderedDict comes with attributes that the file chose
 
 
-def dense(held: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def require_dense(held: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """These entries of a pickle as plain tensors, each of which has all of its numbers in the file."""
     for name, tensor in held.items():
         if (

@@ -16,11 +16,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..checks import readable
+from ..checks import check_has_data
 from ..errors import CheckpointError, InputError, InputTypeError, short_repr
 from . import key_tables as tables
 from .hub import Hub, locate_file, parse_json
-from .keymap import Dialect, Keymap, Naming, listed
+from .keymap import Dialect, Keymap, Naming, abbreviate
 from .reading import read_checkpoint
 
 SETTINGS_KEY = "imvar.settings"  # in the metadata of an original-layout file: the settings of each part, as JSON
@@ -55,7 +55,7 @@ DROPPABLE = (
 
 
 @cache
-def telltales() -> dict[str, tuple[Keymap, tuple[str, ...]]]:
+def signatures() -> dict[str, tuple[Keymap, tuple[str, ...]]]:
     """The places that tell a part, and the dictionary that spells them; the more telling parts first."""
     return {
         "unet": (tables.unet([True], [True], 1, 1), ("time.linear1",)),
@@ -66,7 +66,7 @@ def telltales() -> dict[str, tuple[Keymap, tuple[str, ...]]]:
 
 
 @dataclass(frozen=True)
-class Held:
+class PartTensors:
     """One part as a file holds it: its tensors by the names they have there, and how those are to be read."""
 
     part: str
@@ -119,7 +119,7 @@ class SingleFile:
             if odd:
                 raise InputTypeError(f"{short_repr(odd[0])}: a dictionary of tensors by name would do")
             for name, tensor in source.items():
-                readable(name, tensor)
+                check_has_data(name, tensor)
             return cls(Path("(tensors in memory)"), source)
         return cls.read(locate_file(source, hub))
 
@@ -141,7 +141,7 @@ class SingleFile:
         return found
 
     @cached_property
-    def parts(self) -> dict[str, list[Held]]:
+    def parts(self) -> dict[str, list[PartTensors]]:
         """Each part that is there, in each of the ways it is there. Raises `CheckpointError` if there is none."""
         parts = {
             part: [held for naming in namings if (held := self._behind(part, naming)).tensors]
@@ -149,10 +149,10 @@ class SingleFile:
         }
         if found := {part: ways for part, ways in parts.items() if ways}:
             return found
-        if alone := recognise(self.tensors):
+        if alone := detect_part(self.tensors):
             part, naming = alone
-            return {part: [Held(part, naming, self.tensors, self.path)]}
-        some = listed(sorted(self.tensors)[:3]) or "none at all"
+            return {part: [PartTensors(part, naming, self.tensors, self.path)]}
+        some = abbreviate(sorted(self.tensors)[:3]) or "none at all"
         raise CheckpointError(f"holds no part of this model that is known here; its tensors are {some}", path=self.path)
 
     @property
@@ -175,18 +175,18 @@ class SingleFile:
         if unknown := [name for name in self.tensors if name not in mine and not self.droppable(name)]:
             several = "s" * (len(unknown) > 1)
             raise CheckpointError(
-                f"{len(unknown)} unknown tensor{several}: {listed(unknown)}", path=self.path, key=unknown[0]
+                f"{len(unknown)} unknown tensor{several}: {abbreviate(unknown)}", path=self.path, key=unknown[0]
             )
 
-    def _behind(self, part: str, naming: Naming) -> Held:
+    def _behind(self, part: str, naming: Naming) -> PartTensors:
         mine = {name: tensor for name, tensor in self.tensors.items() if name.startswith(naming.prefix)}
-        return Held(part, naming, mine, self.path)
+        return PartTensors(part, naming, mine, self.path)
 
     @staticmethod
     def droppable(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in DROPPABLE)
 
-    def part(self, part: str, ema: str = "auto") -> Held:
+    def part(self, part: str, ema: str = "auto") -> PartTensors:
         """The part, if it is there in two ways the one that is asked for.
 
         `ema`: for a UNet the moving average of its weights, which is what pictures are made with, "yes"; the weights
@@ -222,10 +222,10 @@ class SingleFile:
         return ways[0]
 
 
-def recognise(names: Iterable[str]) -> tuple[str, Naming] | None:
+def detect_part(names: Iterable[str]) -> tuple[str, Naming] | None:
     """The part that tensors of these names make up, and the dialect they are in; None if no part is known by them."""
     places = {name[:end] for name in names for end, letter in enumerate(f"{name}.") if letter == "."}
-    for part, (keymap, tells) in telltales().items():
+    for part, (keymap, tells) in signatures().items():
         for dialect in (Dialect.PUBLISHED, Dialect.OURS, Dialect.ORIGINAL):
             naming = Naming(dialect)
             if all(any(source.name in places for source in keymap.sources(ours, naming)) for ours in tells):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from .filenames import Stem
-from .hub import write_text, write_whole
+from .filenames import WeightsName
+from .hub import atomic_write, write_text
 
 DTYPES = {
     torch.uint64: "U64",
@@ -36,14 +36,14 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # what safetensors calls them, in the order in which it writes them
-PIECE = 2**18  # bytes written, hashed and reported at a time: measured to be up to ten times as fast as 2**24
+WRITE_CHUNK = 2**18  # bytes written, hashed and reported at a time: measured to be up to ten times as fast as 2**24
 
 OnBytes = Callable[[int], Any]
 """Is told how many more bytes are written."""
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFile:
     """A file of tensors that was written: how many of them, its size and, if asked for, its SHA-256 in hexadecimal."""
 
     path: Path
@@ -54,7 +54,7 @@ class Written:
 
 def write_weights(
     folder: Path,
-    stem: Stem,
+    stem: WeightsName,
     tensors: Mapping[str, Tensor],
     *,
     variant: str | None = None,
@@ -63,7 +63,7 @@ def write_weights(
     dtype: torch.dtype | None = None,
     on_bytes: OnBytes | None = None,
     digest: bool = False,
-) -> list[Written]:
+) -> list[WrittenFile]:
     """Write a part's tensors into `folder`, in shards if they are large, and remove what they replace.
 
     Floating tensors are written as `dtype`, where one is given. The folder is a mix of old and new
@@ -102,7 +102,7 @@ def write_tensors(
     on_bytes: OnBytes | None = None,
     metadata: Mapping[str, str] | None = None,
     digest: bool = False,
-) -> Written:
+) -> WrittenFile:
     """One file, whole or not at all, in the format of its ending; floating tensors as `dtype`, where one is given.
 
     A safetensors file is the same, byte for byte, as the library's own `save_file` writes. That one wants all tensors
@@ -110,19 +110,19 @@ def write_tensors(
     copy of it. Here each tensor is moved, cast and written in turn. Tensors that share memory are written each.
     """
 
-    def write(temporary: Path) -> Written:
+    def write(temporary: Path) -> WrittenFile:
         with temporary.open("xb") as file:
-            sink = Sink(file, on_bytes, hashlib.sha256() if digest else None)
+            sink = HashingWriter(file, on_bytes, hashlib.sha256() if digest else None)
             if path.suffix == ".safetensors":
                 write_safetensors(sink, tensors, dtype, metadata or {})
             else:
                 write_pickle(sink, tensors, dtype)
-        return Written(path, len(tensors), sink.bytes, sink.hash.hexdigest() if sink.hash else None)
+        return WrittenFile(path, len(tensors), sink.bytes, sink.hash.hexdigest() if sink.hash else None)
 
-    return write_whole(path, write)
+    return atomic_write(path, write)
 
 
-class Sink:
+class HashingWriter:
     """A file that is written to: what passes is counted, reported and, with a `hash`, hashed.
 
     Hashing while another thread writes was measured to be no faster.
@@ -135,8 +135,8 @@ class Sink:
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
-        for start in range(0, len(view), PIECE):
-            piece = view[start : start + PIECE]
+        for start in range(0, len(view), WRITE_CHUNK):
+            piece = view[start : start + WRITE_CHUNK]
             try:
                 self.file.write(piece)
             except OSError as error:
@@ -154,7 +154,7 @@ class Sink:
 
 
 def write_safetensors(
-    sink: Sink, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str]
+    sink: HashingWriter, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str]
 ) -> None:
     """The length of the header, the header, and the tensors end to end: the widest dtype first, then by name."""
     order = {found: place for place, found in enumerate(DTYPES)}
@@ -174,7 +174,7 @@ def write_safetensors(
         sink.write(as_written(name, tensors[name], dtype).reshape(-1).view(torch.uint8).numpy())
 
 
-def write_pickle(sink: Sink, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+def write_pickle(sink: HashingWriter, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
     """As `torch.save` does, which takes all tensors at once, and writes the whole memory that each is a view of."""
     dense: dict[str, Tensor] = {}
     places = set()
@@ -200,12 +200,12 @@ def as_written(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if tensor.is_meta or tensor.layout != torch.strided:
         raise InputError(f"{name}: a tensor with no values (on the meta device), or not dense, cannot be written")
     cast = tensor.detach().to("cpu", written_dtype(tensor, dtype)).contiguous()
-    if cast.dtype != tensor.dtype and not finite(cast) and finite(tensor):
+    if cast.dtype != tensor.dtype and not is_finite(cast) and is_finite(tensor):
         raise InputError(f"{name}: has values that are beyond {cast.dtype}; bfloat16 or float32 would do")
     return cast
 
 
-def finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, told without another tensor of this size."""
     wide = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()  # few functions take 8 bits
     return not wide.numel() or all(bool(bound.isfinite()) for bound in wide.aminmax())
