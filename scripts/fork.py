@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from imvar import StableDiffusionImageVariationPipeline, UNet2DConditionModel, set_attend, swap
+from imvar import StableDiffusionImageVariationPipeline, UNet2DConditionModel, replace_layers, set_attend
 from imvar.models import ResnetBlock, SelfAttention
 from imvar.outputs import SchedulerOutput
 
@@ -90,7 +90,7 @@ def tempered_attention(pipe: StableDiffusionImageVariationPipeline) -> None:
 
 
 def windowed_attention(pipe: StableDiffusionImageVariationPipeline) -> None:
-    swap(pipe.unet, SelfAttention, WindowAttention.from_layer)
+    replace_layers(pipe.unet, SelfAttention, WindowAttention.from_layer)
 
 
 def gated_blocks(pipe: StableDiffusionImageVariationPipeline) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 import imvar
 from imvar.pipeline.steps import decode
 from imvar.runtime.compiled import Compiler
-from imvar.runtime.precompute import Prepared, Runner
+from imvar.runtime.precompute import PrecomputedUNet, Runner
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHOTO = Path(__file__).resolve().parents[2] / "tests" / "photos" / "chelsea.jpg"
@@ -121,7 +121,7 @@ def guided_step(sides: Sides, batch: int, size: int, steps: int = 50) -> Case:
     x, embeds = sides.noise(batch, 4, side, side), sides.noise(batch, 1, sides.width, seed=1)
     context = torch.cat([torch.zeros_like(embeds), embeds])
     times = torch.linspace(981, 1, steps, device=sides.device).long()
-    prepared = Prepared(ours, times, context, sides.runner())
+    prepared = PrecomputedUNet(ours, times, context, sides.runner())
 
     def guided(both: Tensor) -> Tensor:
         uncond, cond = both.chunk(2)

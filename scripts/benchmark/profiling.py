@@ -68,11 +68,11 @@ def of_attention(answer: Tensor, name: str, ways: Any, q: Tensor, k: Tensor, *_:
 @contextmanager
 def watched(account: Account) -> Iterator[None]:
     """In here, every kernel of a run reports."""
-    by_matrices = account.watching("3x3 convolution, by fewer products", cpu.by_matrices)
+    by_matrices = account.watching("3x3 convolution, by fewer products", cpu.winograd_conv)
     product = account.watching("3x3 convolution, by fewer products", cpu.onednn_linear, of_linear)
     plain = account.watching("linear layers", cpu.linear, of_linear)
 
-    def convolve(conv: nn.Conv2d, x: Tensor, real: Callable[..., Tensor] = cpu.convolve) -> Tensor:
+    def convolve(conv: nn.Conv2d, x: Tensor, real: Callable[..., Tensor] = cpu.conv2d) -> Tensor:
         seen: list[Any] = []
 
         def fewer(way: Any, *args: Any) -> Tensor:
@@ -82,7 +82,7 @@ def watched(account: Account) -> Iterator[None]:
         with mock.patch.object(cpu, "by_matrices", fewer), mock.patch.object(cpu, "onednn_linear", product):
             return account.watching("convolution", real, lambda *args: 0.0 if seen else of_convolution(*args))(conv, x)
 
-    def enlarge(conv: nn.Conv2d, x: Tensor, real: Callable[..., Tensor] = cpu.enlarge) -> Tensor:
+    def enlarge(conv: nn.Conv2d, x: Tensor, real: Callable[..., Tensor] = cpu.upsample_conv) -> Tensor:
         inside = account.watching(kind := "enlarging, by fewer products", cpu.onednn_linear, of_linear)
         phase = account.watching(kind, cpu.onednn_convolution, of_kernel)
         with mock.patch.object(cpu, "onednn_linear", inside), mock.patch.object(cpu, "onednn_convolution", phase):

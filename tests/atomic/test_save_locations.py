@@ -12,7 +12,7 @@ import imvar
 from imvar import CheckpointError
 from imvar.atomic import filesystem as swapping
 from imvar.atomic import folder as folders
-from imvar.atomic.folder import replaced
+from imvar.atomic.folder import atomic_folder
 from tests.support.crashes import ROOT, equal, forked, held, mount, nano_encoder, nano_pipeline, saved, temporaries
 
 
@@ -109,7 +109,7 @@ def test_where_the_folder_stays(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "c" / "pipe")
     assert in_place(tmp_path / "c", lambda pipe: pipe.save_pretrained(tmp_path / "c"))
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "MANY", 3)
+        patch.setattr(folders, "MAX_LINKED_FILES", 3)
         assert in_place(tmp_path / "d", lambda pipe: pipe.save_pretrained(tmp_path / "d"))
     with monkeypatch.context() as patch:
 
@@ -135,14 +135,14 @@ def test_where_files_move_in_one_by_one_all_is_looked_at_first(tmp_path, monkeyp
     """What somebody else put in the way of the last one meanwhile is seen before the first has taken its place."""
 
     def save(folder):
-        with replaced(folder) as new:
+        with atomic_folder(folder) as new:
             nano_pipeline(1).save_pretrained(new)
             IN_THE_WAY[words](folder / "vae")
             before.append(held(folder))
 
     before = []
     saved(nano_pipeline(0), tmp_path / "a")
-    monkeypatch.setattr(folders, "MANY", 1)  # more than this many are not taken over, but moved in
+    monkeypatch.setattr(folders, "MAX_LINKED_FILES", 1)  # more than this many are not taken over, but moved in
     if words.startswith("no"):
         monkeypatch.setattr(folders, "writable", lambda path: path.name != "vae")
     with pytest.raises(CheckpointError, match=f"{words}; nothing was changed"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from imvar.atomic.folder import replaced
+from imvar.atomic.folder import atomic_folder
 from imvar.weights.hub import write_text
 from tests.support.crashes import equal, forked, held, nano_encoder, nano_pipeline, saved, temporaries
 
@@ -73,7 +73,7 @@ def test_permission_bits_follow_the_umask(tmp_path):
 
 def test_a_block_that_fails_changes_nothing(tmp_path):
     def fail():
-        with replaced(tmp_path / "new" / "folder") as new:
+        with atomic_folder(tmp_path / "new" / "folder") as new:
             (new / "file").write_text("half")
             raise ZeroDivisionError
 

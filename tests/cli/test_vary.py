@@ -13,8 +13,8 @@ from PIL import Image, ImageFont
 
 import imvar
 from imvar import cli
-from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, Row, contact_sheet, fitted, size_on_sheet
-from imvar.image.load_image import distinct, load_image
+from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, SheetRow, contact_sheet, fit_text, size_on_sheet
+from imvar.image.load_image import load_image, unique_names
 from imvar.weights import convert
 
 
@@ -277,13 +277,13 @@ def test_photos_stand_upright(tmp_path):
 
 
 def test_distinct_names():
-    assert distinct(["a", "b", "A", "a", "a-2"]) == ["a", "b", "A-2", "a-3", "a-2-2"]
+    assert unique_names(["a", "b", "A", "a", "a-2"]) == ["a", "b", "A-2", "a-3", "a-2-2"]
 
 
 def test_text_is_shortened_to_fit():
     font = ImageFont.load_default(13)
-    assert fitted("short", font, 100) == "short"
-    short = fitted("w" * 99, font, 100)
+    assert fit_text("short", font, 100) == "short"
+    short = fit_text("w" * 99, font, 100)
     assert font.getlength(short) <= 100 < font.getlength("w" + short)
 
 
@@ -305,8 +305,8 @@ def test_small_pictures_grow_by_a_whole_factor(size, on_sheet):
 def test_size_of_the_contact_sheet():
     picture = Image.new("RGB", (384, 256), "teal")
     rows = [
-        Row("wide", Image.new("RGB", (300, 100)), [("", picture)] * 3),
-        Row("tall", Image.new("RGB", (100, 300)), [("", picture)]),
+        SheetRow("wide", Image.new("RGB", (300, 100)), [("", picture)] * 3),
+        SheetRow("tall", Image.new("RGB", (100, 300)), [("", picture)]),
     ]
     height = SIDE * 256 // 384 + 1
     sheet = contact_sheet(rows, "a footer that is too long " * 99)

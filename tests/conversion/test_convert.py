@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import imvar
 from imvar import CheckpointError
 from imvar.weights import convert
-from imvar.weights.infer_config import settings_of
+from imvar.weights.infer_config import infer_config
 from imvar.weights.keymap import Dialect, Keymap, Naming
-from imvar.weights.single_file import EMA, PREFIXED, RAW, Held, SingleFile
+from imvar.weights.single_file import EMA, PREFIXED, RAW, PartTensors, SingleFile
 from tests.support.expected_tensors import agree, bytes_in, listed, settings, stored
 from tests.support.original_checkpoint import LAYOUTS, original, original_keys, write
 from tests.support.published_checkpoint import FILES, PUBLISHED
@@ -97,7 +97,7 @@ def test_what_the_lists_drop_is_dropped_and_nothing_else(layout):
 def in_dialect(part, dialect):
     """A part at full size, without values, as one file or folder holds it."""
     model = full_size(part)
-    return Held(part, Naming(dialect), model.keymap.to_theirs(model.state_dict(), Naming(dialect)))
+    return PartTensors(part, Naming(dialect), model.keymap.to_theirs(model.state_dict(), Naming(dialect)))
 
 
 @pytest.mark.parametrize("layout", [*SPELLINGS, Dialect.OURS, Dialect.PUBLISHED, Dialect.ORIGINAL])
@@ -109,7 +109,7 @@ def test_settings_told_by_tensors_are_the_published_ones(layout):
     else:
         helds = [held for ways in meta(layout).parts.values() for held in ways]
     for held in helds:
-        told = settings(MODELS[held.part].checked(settings_of(held), PUBLISHED))
+        told = settings(MODELS[held.part].checked(infer_config(held), PUBLISHED))
         true = settings(MODELS[held.part].read_config(PUBLISHED / "v2.0" / held.part / "config.json"))
         odd = {name for name in told if told[name] != true[name]}
         assert odd <= {"text_config"}, held.part
@@ -122,7 +122,7 @@ def test_heads_are_not_guessed_where_they_cannot_be_told(tmp_path):
         for name, tensor in in_dialect("image_encoder", Dialect.ORIGINAL).tensors.items()
     }
     with pytest.raises(CheckpointError, match=r"1280 channels.*config="):
-        settings_of(Held("image_encoder", Naming(Dialect.ORIGINAL), wide, tmp_path))
+        infer_config(PartTensors("image_encoder", Naming(Dialect.ORIGINAL), wide, tmp_path))
 
 
 # Originals, there and back

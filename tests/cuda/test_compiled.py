@@ -64,20 +64,20 @@ def test_recorded_runs_give_the_same_pictures(pipe, photo, dtype, scheduler):
     for _ in range(2):
         for call, pictures in zip(calls, expected, strict=True):
             assert near(run(pipe, **call), *pictures), call
-    assert all(isinstance(one, compiled.Recording) for one in pipe._compiler.recordings.values())
+    assert all(isinstance(one, compiled.CUDAGraphCall) for one in pipe._compiler.recordings.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_runs_give_the_same_pictures(pipe, photo, dtype):
     expected = run(pipe.to(dtype), photo), exact(pipe, photo)
-    trial._found.clear()
+    trial._winners.clear()
     pipe.compile()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a fallback would be one
         warnings.filterwarnings("ignore", "TensorFloat32")
         assert near(run(pipe, photo), *expected)
-    assert {key[0] for key in trial._found} == {"attend", "enlarge"}
-    assert all(isinstance(one, compiled.Recording) for one in pipe._compiler.recordings.values())
+    assert {key[0] for key in trial._winners} == {"attend", "enlarge"}
+    assert all(isinstance(one, compiled.CUDAGraphCall) for one in pipe._compiler.recordings.values())
 
 
 def test_a_run_records_once_for_any_values(pipe, photo):

@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import imvar
-from imvar.models.attention import Backend, sdpa
+from imvar.models.attention import SDPAKernel, sdpa
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -107,7 +107,7 @@ def test_backends_give_the_answer_and_its_gradients(backend, shape):
     flags = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     answers = []
-    for kernel in (Backend(backend), sdpa):
+    for kernel in (SDPAKernel(backend), sdpa):
         answer = kernel(q, k, v)
         answers.append((answer, *torch.autograd.grad(answer, (q, k, v), weight)))
     for mine, usual in zip(*answers, strict=True):

@@ -9,9 +9,9 @@ from torch import nn
 
 from imvar.kernels import cpu_kernels as cpu
 from imvar.kernels import winograd
-from imvar.kernels.packed_weights import Kept, run, running
+from imvar.kernels.packed_weights import PackedWeights, active, packing
 from imvar.models.layers import Conv2d, GroupNorm, Linear, Upsample
-from imvar.runtime.precompute import Prepared
+from imvar.runtime.precompute import PrecomputedUNet
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest answer
 
@@ -26,8 +26,8 @@ def asked(monkeypatch):
     """The names of the quicker kernels that were asked."""
     names = []
     for dtype in TOLERANCE:
-        cpu.has_onednn(dtype)
-    for kernel in cpu.onednn_linear, cpu.enlarge:
+        cpu.has_onednn_ops(dtype)
+    for kernel in cpu.onednn_linear, cpu.upsample_conv:
 
         def watching(*args, kernel=kernel):
             names.append(kernel.__name__)
@@ -44,7 +44,7 @@ def asked(monkeypatch):
 def test_linear(asked, dtype, bias, shape):
     layer, x = Linear(320, 256, bias=bias).to(dtype), torch.randn(shape).to(dtype)
     assert near(layer(x), F.linear(x, layer.weight, layer.bias))
-    assert asked == (["onednn_linear"] if cpu.has_onednn(dtype) else [])
+    assert asked == (["onednn_linear"] if cpu.has_onednn_ops(dtype) else [])
 
 
 @torch.no_grad()
@@ -103,12 +103,12 @@ def test_where_onednn_is_switched_off_or_gone(asked, monkeypatch):
         layer(x)
     assert not asked
     monkeypatch.setattr(cpu, "onednn_linear", lambda *_: torch.ops.mkldnn.gone())
-    cpu.has_onednn.cache_clear()
+    cpu.has_onednn_ops.cache_clear()
     try:
-        assert not cpu.has_onednn(torch.float32)
+        assert not cpu.has_onednn_ops(torch.float32)
         assert near(layer(x), F.linear(x, layer.weight, layer.bias))
     finally:
-        cpu.has_onednn.cache_clear()
+        cpu.has_onednn_ops.cache_clear()
 
 
 # Runs
@@ -119,9 +119,9 @@ def all_pay(monkeypatch):
     """Even the tiniest layer takes the way that is for large ones."""
     for limit in "WORTH_IT", "FEW", "SOME", "WIDE":
         monkeypatch.setattr(cpu, limit, 0)
-    monkeypatch.setattr(cpu, "IN_A_SUM", 12)
-    monkeypatch.setattr(winograd, "PIXELS", 8)
-    monkeypatch.setattr(winograd, "CHANNELS", 3)
+    monkeypatch.setattr(cpu, "MAX_PIXELS_PER_SUM", 12)
+    monkeypatch.setattr(winograd, "MAX_PIXELS_PER_MATMUL", 8)
+    monkeypatch.setattr(winograd, "MAX_CHANNELS_PER_TRANSFORM", 3)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def ways(monkeypatch):
     """The names of the ways that convolutions took."""
     names = []
     for dtype in TOLERANCE:
-        cpu.has_onednn(dtype)
+        cpu.has_onednn_ops(dtype)
     for module, name in (winograd, "convolve"), (winograd, "enlarge"), (cpu, "onednn_convolution"):
         real = getattr(module, name)
 
@@ -149,8 +149,12 @@ def test_fewer_products_are_exact(n, h, w, bias):
     x, kernel = torch.randn(n, h, w, 3, dtype=torch.float64), torch.randn(5, 3, 3, 3, dtype=torch.float64)
     shift = torch.randn(5, dtype=torch.float64) if bias else None
     for way, matrices, expected in (
-        (winograd.convolve, winograd.convolution_matrices, x.permute(0, 3, 1, 2)),
-        (winograd.enlarge, winograd.enlargement_matrices, F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0)),
+        (winograd.winograd_conv2d, winograd.transform_filter, x.permute(0, 3, 1, 2)),
+        (
+            winograd.winograd_upsample_conv,
+            winograd.transform_upsample_filter,
+            F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2.0),
+        ),
     ):
         made = way(x, matrices(kernel), shift, F.linear).permute(0, 3, 1, 2)
         assert (made - F.conv2d(expected, kernel, shift, padding=1)).abs().max() <= 1e-12
@@ -161,7 +165,7 @@ def test_fewer_products_round_hardly_more_than_the_usual_ones():
     torch.manual_seed(0)
     x, kernel = torch.randn(2, 320, 16, 16), torch.randn(320, 320, 3, 3) / 54
     exact = F.conv2d(x.double(), kernel.double(), padding=1)
-    made = winograd.convolve(x.permute(0, 2, 3, 1), winograd.convolution_matrices(kernel), None, F.linear)
+    made = winograd.winograd_conv2d(x.permute(0, 2, 3, 1), winograd.transform_filter(kernel), None, F.linear)
     errors = [
         (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         for found in (made.permute(0, 3, 1, 2), F.conv2d(x, kernel, padding=1))
@@ -174,13 +178,13 @@ def test_fewer_products_round_hardly_more_than_the_usual_ones():
 @torch.no_grad()
 def test_group_norm_keeps_its_digits(all_pay, monkeypatch, n, c, h, w, offset):
     torch.manual_seed(0)
-    monkeypatch.setattr(cpu, "IN_A_SUM", 2**11)
+    monkeypatch.setattr(cpu, "MAX_PIXELS_PER_SUM", 2**11)
     norm, x = GroupNorm(32, c), (torch.randn(n, c, h, w) + offset).to(memory_format=torch.channels_last)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double())
     usual = (norm(x.contiguous()) - exact).abs().max()
-    with Kept().at_hand():
+    with PackedWeights().at_hand():
         assert (norm(x) - exact).abs().max() <= max(10 * usual, 1e-5)
 
 
@@ -204,7 +208,7 @@ def test_convolutions_in_a_run(all_pay, ways, dtype, options, size):
     x = torch.randn(2, 8, *size).to(dtype)
     expected = layer(x)
     assert not ways
-    with Kept().at_hand():
+    with PackedWeights().at_hand():
         for given in x, x.to(memory_format=torch.channels_last):
             assert near(layer(given), expected)
     usual = not options.keys() - {"bias"} and size == (8, 6)
@@ -217,7 +221,7 @@ def test_convolutions_in_a_run(all_pay, ways, dtype, options, size):
 def test_enlarging_in_a_run(all_pay, ways, dtype):
     grow, x = Upsample(8).to(dtype), torch.randn(2, 8, 5, 6).to(dtype)
     expected = grow.conv(F.interpolate(x, scale_factor=2.0))
-    with Kept().at_hand():
+    with PackedWeights().at_hand():
         assert near(grow(x), expected)
     assert ways == (["enlarge"] if dtype == torch.float32 else 4 * ["onednn_convolution"])
 
@@ -231,7 +235,7 @@ def test_whole_models_in_a_run(pipe, all_pay, ways, dtype, h, w):
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     x, context, times = (torch.randn(2, 4, h, w).to(dtype), torch.randn(4, 1, 24).to(dtype), torch.tensor([500.0]))
     plain = pipe.unet(x.repeat(2, 1, 1, 1), times, context).sample
-    made = Prepared(pipe.unet, times, context)(x, 0)
+    made = PrecomputedUNet(pipe.unet, times, context)(x, 0)
     assert near(made, plain)
     assert made.is_contiguous()
     vae, picture = pipe.vae, torch.randn(2, 3, 8 * h, 8 * w).to(dtype)
@@ -251,7 +255,7 @@ def test_whole_models_in_a_run(pipe, all_pay, ways, dtype, h, w):
 @torch.no_grad()
 def test_slices_and_tiles_share_a_run(pipe, all_pay, monkeypatch):
     made = []
-    monkeypatch.setattr(cpu, "listed", lambda *args, real=cpu.listed: made.append(args[0]) or real(*args))
+    monkeypatch.setattr(cpu, "pack_filters", lambda *args, real=cpu.pack_filters: made.append(args[0]) or real(*args))
     z = torch.randn(3, 4, 16, 16)
     whole = pipe.vae.decode(z).sample
     once = len(made)
@@ -271,14 +275,14 @@ def test_weights_are_kept_for_a_run_alone():
         made.append(how)
         return weight * 2
 
-    weight, kept = nn.Parameter(torch.ones(2)), Kept(3)
-    assert run() is None
+    weight, kept = nn.Parameter(torch.ones(2)), PackedWeights(3)
+    assert active() is None
     with kept.at_hand():
-        assert run() is kept
-        with Kept().at_hand():
-            assert run() is not kept
-        assert run() is kept
-    assert run() is None
+        assert active() is kept
+        with PackedWeights().at_hand():
+            assert active() is not kept
+        assert active() is kept
+    assert active() is None
     for _ in range(2):
         assert torch.equal(kept.get(make, weight), torch.full((2,), 2.0))
     assert torch.equal(kept.get(make, weight, 7), torch.full((2,), 2.0))
@@ -289,16 +293,16 @@ def test_weights_are_kept_for_a_run_alone():
 
 
 def test_who_watches_or_wants_gradients_gets_no_run(pipe):
-    with running(pipe.vae):
-        assert run() is None  # gradients
-    with torch.no_grad(), running(pipe.vae, calls=5):
-        assert run().calls == 5
-        with running(pipe.unet):
-            assert run().calls == 5  # of which this is a part
+    with packing(pipe.vae):
+        assert active() is None  # gradients
+    with torch.no_grad(), packing(pipe.vae, calls=5):
+        assert active().calls == 5
+        with packing(pipe.unet):
+            assert active().calls == 5  # of which this is a part
     pipe.vae.decoder.conv_in.register_forward_hook(lambda *_: None)
-    with torch.no_grad(), running(pipe.vae):
-        assert run() is None
-    with torch.no_grad(), running(pipe.unet), torch.enable_grad():
+    with torch.no_grad(), packing(pipe.vae):
+        assert active() is None
+    with torch.no_grad(), packing(pipe.unet), torch.enable_grad():
         layer = pipe.unet.conv_out
         layer(torch.randn(1, 16, 8, 8)).sum().backward()
         assert layer.weight.grad is not None
@@ -307,7 +311,7 @@ def test_who_watches_or_wants_gradients_gets_no_run(pipe):
 @torch.no_grad()
 def test_weights_changed_between_steps_count(pipe, all_pay):
     x, context, times = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 24), torch.tensor([500.0, 1.0])
-    prepared = Prepared(pipe.unet, times, context)
+    prepared = PrecomputedUNet(pipe.unet, times, context)
     prepared(x, 0)
     for block in pipe.unet.mid.resnets:
         block.conv1.weight.mul_(1.5)
@@ -323,7 +327,7 @@ def test_runs_without_onednn(pipe, all_pay):
         unet = copy.deepcopy(pipe.unet).to(dtype)
         with torch.backends.mkldnn.flags(enabled=False):
             plain = unet(x.repeat(2, 1, 1, 1).to(dtype), times, context.to(dtype)).sample
-            assert near(Prepared(unet, times, context.to(dtype))(x.to(dtype), 0), plain)
+            assert near(PrecomputedUNet(unet, times, context.to(dtype))(x.to(dtype), 0), plain)
 
 
 ODD = {
@@ -352,7 +356,7 @@ def test_convolutions_that_somebody_put_there(kind, options, dtype):
     plain.load_state_dict(grow.conv.state_dict())
     large = F.interpolate(x, scale_factor=2.0, mode="nearest")
     assert near(grow(x), plain(large))
-    with running(grow, 50):
+    with packing(grow, 50):
         assert near(grow(x), plain(large))
         assert near(grow.conv(x), plain(x))
 
@@ -369,7 +373,7 @@ def test_what_a_convolution_became_after_it_was_made():
         vars(grow.conv).update(change)
         expected = nn.Conv2d.forward(grow.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
         assert near(grow(x), expected)
-        with running(grow, 50):
+        with packing(grow, 50):
             assert near(grow(x), expected)
             assert near(grow.conv(x), nn.Conv2d.forward(grow.conv, x))
 

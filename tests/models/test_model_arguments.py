@@ -157,8 +157,8 @@ SETTINGS = {
     ),
     "set_attend(UNet2DConditionModel, None)": lambda p: imvar.set_attend(p.unet, None),
     "set_attend(str": lambda p: imvar.set_attend("unet", imvar.sdpa),
-    "swap(UNet2DConditionModel, 'x'": lambda p: imvar.swap(p.unet, "x", lambda layer: layer),
-    "made None of Linear": lambda p: imvar.swap(p.unet.time, torch.nn.Linear, lambda layer: None),
+    "swap(UNet2DConditionModel, 'x'": lambda p: imvar.replace_layers(p.unet, "x", lambda layer: layer),
+    "made None of Linear": lambda p: imvar.replace_layers(p.unet.time, torch.nn.Linear, lambda layer: None),
     "vae: a UNet2DConditionModel came, which has no decode; an AutoencoderKL": lambda p: type(p)(
         **(p.components | {"vae": p.unet})
     ),

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend
 
 import imvar
 from imvar.models import CrossAttention, ResnetBlock, SelfAttention
-from imvar.models.attention import Backend, attentions
+from imvar.models.attention import SDPAKernel, attention_layers
 
 
 def run(pipe, photo, **options):
@@ -64,7 +64,7 @@ def test_added_parameters_are_trained_saved_and_loaded(pipe, tmp_path):
     gated_blocks(pipe)
     tempered_attention(pipe)
     predict(pipe.unet, tokens=2).square().mean().backward()
-    gate, temperature = pipe.unet.mid.resnets[0].gate, attentions(pipe.unet)[0].attend.temperature
+    gate, temperature = pipe.unet.mid.resnets[0].gate, attention_layers(pipe.unet)[0].attend.temperature
     assert gate.grad.abs().max() > 0
     assert temperature.grad.abs() > 0
     torch.optim.SGD(pipe.unet.parameters(), lr=1e-2).step()
@@ -102,12 +102,12 @@ def test_wider_input(pipe, tmp_path):
 @torch.no_grad()
 def test_swap_replaces_every_layer_of_a_class(pipe):
     layers = [m for m in pipe.unet.modules() if isinstance(m, SelfAttention)]
-    assert imvar.swap(pipe.unet, SelfAttention, WindowAttention.from_layer) == len(layers)
+    assert imvar.replace_layers(pipe.unet, SelfAttention, WindowAttention.from_layer) == len(layers)
     assert all(isinstance(m, WindowAttention) for m in pipe.unet.modules() if isinstance(m, SelfAttention))
     before = predict(pipe.unet)
-    assert imvar.swap(pipe.unet, ResnetBlock, lambda block: block) > 0
+    assert imvar.replace_layers(pipe.unet, ResnetBlock, lambda block: block) > 0
     assert torch.equal(predict(pipe.unet), before)
-    assert imvar.swap(pipe.unet, torch.nn.LSTM, lambda layer: layer) == 0
+    assert imvar.replace_layers(pipe.unet, torch.nn.LSTM, lambda layer: layer) == 0
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def test_kernels_go_in_and_out(pipe):
 
     imvar.set_attend(pipe.unet, counting)
     assert torch.equal(predict(pipe.unet, tokens=2), before)
-    assert len(calls) == len(attentions(pipe.unet))
+    assert len(calls) == len(attention_layers(pipe.unet))
     imvar.set_attend(pipe.unet, Tempered(2.0))
     assert not torch.equal(predict(pipe.unet, tokens=2), before)
     imvar.set_attend(pipe.unet, imvar.sdpa)
@@ -150,8 +150,8 @@ def test_a_kernel_at_fault_is_named(pipe, kernel, came):
     "seam",
     [
         (lambda unet: unet, "merge"),
-        (lambda unet: attentions(unet)[0], "attend"),
-        (lambda unet: attentions(unet)[0], "override"),
+        (lambda unet: attention_layers(unet)[0], "attend"),
+        (lambda unet: attention_layers(unet)[0], "override"),
     ],
 )
 def test_what_is_no_function_takes_no_functions_place(pipe, seam):
@@ -203,7 +203,7 @@ def test_a_kernel_of_ones_own_is_asked_about_one_token_too(pipe):
     assert torch.allclose(predict(pipe.unet), before, atol=1e-6)
     imvar.set_attend(pipe.unet, lambda q, k, v: 0.5 * F.scaled_dot_product_attention(q, k, v))
     halved = predict(pipe.unet)
-    imvar.swap(pipe.unet, CrossAttention, lambda layer: setattr(layer, "attend", imvar.sdpa) or layer)
+    imvar.replace_layers(pipe.unet, CrossAttention, lambda layer: setattr(layer, "attend", imvar.sdpa) or layer)
     assert not torch.equal(predict(pipe.unet), halved)
 
 
@@ -231,7 +231,7 @@ def test_slices_are_as_many_as_asked_for(pipe):
         pipe.unet.set_attention_slice(size)
         predict(pipe.unet, tokens=2)
         assert max(seen) == expected
-    layers = len(attentions(pipe.unet))
+    layers = len(attention_layers(pipe.unet))
     pipe.unet.set_attention_slice([1] * (layers - 1) + [4])
     for bad in (0, -1, 5, 2.5, "most", True, [1], [9] * layers):
         with pytest.raises(imvar.InputError, match="slice_size"):
@@ -273,10 +273,10 @@ def test_memory_efficient_attention_takes_precedence_over_slicing(pipe, photo):
     calls.clear()
     predict(pipe.unet, tokens=2)
     assert not calls
-    assert all(layer.slice_size == 1 for layer in attentions(pipe.unet))
+    assert all(layer.slice_size == 1 for layer in attention_layers(pipe.unet))
     with pytest.warns(UserWarning, match="no CUDA"):
         pipe.unet.enable_xformers_memory_efficient_attention(SDPBackend.FLASH_ATTENTION)
-    assert attentions(pipe.unet)[0].override == Backend(SDPBackend.FLASH_ATTENTION)
+    assert attention_layers(pipe.unet)[0].override == SDPAKernel(SDPBackend.FLASH_ATTENTION)
     for bad in (SDPBackend.OVERRIDEABLE, "flash"):
         with pytest.raises(imvar.InputError, match="attention_op"):
             pipe.unet.enable_xformers_memory_efficient_attention(bad)

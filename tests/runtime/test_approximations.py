@@ -11,9 +11,9 @@ from torch.nn.utils import prune
 from imvar import DDIMScheduler, InputError
 from imvar.models.layers import Linear
 from imvar.runtime import fp8
-from imvar.runtime.deepcache import Cached
+from imvar.runtime.deepcache import DeepCacheUNet
 from imvar.runtime.fp8 import Fp8Linear
-from imvar.runtime.precompute import Prepared
+from imvar.runtime.precompute import PrecomputedUNet
 from tests.support.random_checkpoint import tiny_pipeline
 
 
@@ -89,7 +89,7 @@ def test_the_last_layer_completes_the_unet(pipe, each):
     """Told the same latents and time, the kept features give what the whole UNet gives."""
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     times, context, x = torch.linspace(981, 500, 4), torch.randn(2 * each, 1, 24), torch.randn(2, 4, 8, 8)
-    cached, whole = Cached(pipe.unet, times, context, 3), Prepared(pipe.unet, times, context)
+    cached, whole = DeepCacheUNet(pipe.unet, times, context, 3), PrecomputedUNet(pipe.unet, times, context)
     for _ in range(3):
         assert (cached(x, 0) - whole(x, 0)).abs().max() <= 1e-6 * whole(x, 0).abs().max()
     other = torch.randn(2, 4, 8, 8)
@@ -218,7 +218,7 @@ def test_eight_bits_leave_the_layers_of_others(pipe, photo):
 def test_features_are_never_older_than_the_interval(pipe, photo, monkeypatch):
     """Also where guidance ends and begins again: 8 would otherwise meet what the whole UNet found in step 0."""
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    whole, plain = [], Cached.__call__
+    whole, plain = [], DeepCacheUNet.__call__
 
     def watched(self, x, step):
         before = self.whole_at
@@ -227,7 +227,7 @@ def test_features_are_never_older_than_the_interval(pipe, photo, monkeypatch):
         whole.extend([step] if self.whole_at != before else [])
         return sample
 
-    monkeypatch.setattr(Cached, "__call__", watched)
+    monkeypatch.setattr(DeepCacheUNet, "__call__", watched)
     run(pipe, photo, num_inference_steps=10, cache_interval=5, guidance_interval=(0.2, 0.8))
     assert whole == [0, 2, 7, 8]
 

@@ -17,10 +17,10 @@ import imvar
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
 from imvar.kernels import autotune as trial
 from imvar.kernels import cpu_kernels as cpu
-from imvar.models.attention import BACKENDS, Backend, SelfAttention, sdpa
+from imvar.models.attention import BACKENDS, SDPAKernel, SelfAttention, sdpa
 from imvar.models.layers import Upsample
 from imvar.runtime import compiled
-from imvar.runtime.compiled import Compiler, Recording, is_same, state
+from imvar.runtime.compiled import Compiler, CUDAGraphCall, graph_key, is_unchanged
 
 
 class Counting:
@@ -202,8 +202,8 @@ def test_copies_compile_for_themselves(pipe, photo):
 
 def test_a_recording_holds_for_the_same_weights_and_settings(pipe):
     """The key that a recorded call is found again by; `tests/cuda` records."""
-    before = state(pipe.unet)
-    assert state(pipe.unet) == before
+    before = graph_key(pipe.unet)
+    assert graph_key(pipe.unet) == before
     for change in (
         lambda: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4),
         lambda: pipe.unet.set_attention_slice(1),
@@ -211,11 +211,11 @@ def test_a_recording_holds_for_the_same_weights_and_settings(pipe):
         lambda: pipe.unet.to(torch.bfloat16),
     ):
         change()
-        assert state(pipe.unet) != before
-        before = state(pipe.unet)
+        assert graph_key(pipe.unet) != before
+        before = graph_key(pipe.unet)
     with torch.no_grad():
         pipe.unet.conv_in.weight.mul_(2)  # in place
-    assert state(pipe.unet) == before
+    assert graph_key(pipe.unet) == before
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -250,7 +250,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "Event", Done)
-    monkeypatch.setattr(compiled, "Recording", Replayed)
+    monkeypatch.setattr(compiled, "CUDAGraphCall", Replayed)
     return Compiler(backend="eager")
 
 
@@ -263,19 +263,19 @@ def test_calls_are_recorded_once_for_each_size_and_state(pipe, recorder):
     unet, told = pipe.unet, [torch.ones(())]
     for size, number in (8, 1), (8, 1), (16, 2), (8, 2):
         x = torch.randn(1, 4, size, size)
-        made = recorder.replay(conv_in, unet, state(unet), x, told)
+        made = recorder.replay(conv_in, unet, graph_key(unet), x, told)
         assert torch.allclose(made, conv_in(unet, x, told))
         assert len(recorder.recordings) == number
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
-    recorder.replay(conv_in, unet, state(unet), x, told)
+    recorder.replay(conv_in, unet, graph_key(unet), x, told)
     assert len(recorder.recordings) == 3
     assert len({one.shared for one in recorder.recordings.values()}) == 1
     other = copy.deepcopy(unet)
-    recorder.replay(conv_in, other, state(other), x, told)
+    recorder.replay(conv_in, other, graph_key(other), x, told)
     assert len(recorder.recordings) == 1  # those of the model that it replaces are gone
-    for size in range(8, 8 * (compiled.KEPT + 2), 8):
-        recorder.replay(conv_in, other, state(other), torch.randn(1, 4, size, 8), told)
-    assert len(recorder.recordings) == compiled.KEPT
+    for size in range(8, 8 * (compiled.MAX_GRAPHS + 2), 8):
+        recorder.replay(conv_in, other, graph_key(other), torch.randn(1, 4, size, 8), told)
+    assert len(recorder.recordings) == compiled.MAX_GRAPHS
 
 
 @torch.no_grad()
@@ -283,13 +283,13 @@ def test_what_cannot_be_recorded_is_called(pipe, recorder, monkeypatch):
     def broken(*_):
         raise RuntimeError("out of graphs")
 
-    monkeypatch.setattr(compiled, "Recording", broken)
+    monkeypatch.setattr(compiled, "CUDAGraphCall", broken)
     x, told = torch.randn(1, 4, 8, 8), [torch.ones(())]
     with pytest.warns(UserWarning, match="cannot record this model here.*out of graphs"):
-        made = recorder.replay(conv_in, pipe.unet, state(pipe.unet), x, told)
+        made = recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, told)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(recorder.replay(conv_in, pipe.unet, state(pipe.unet), x, told), made)
+        assert torch.equal(recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, told), made)
 
 
 @torch.no_grad()
@@ -297,9 +297,9 @@ def test_too_little_memory_for_a_recording_is_raised(pipe, recorder, monkeypatch
     def full(*_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(compiled, "Recording", full)
+    monkeypatch.setattr(compiled, "CUDAGraphCall", full)
     with pytest.raises(torch.OutOfMemoryError, match="full"):
-        recorder.replay(conv_in, pipe.unet, state(pipe.unet), torch.randn(1, 4, 8, 8), [torch.ones(())])
+        recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), torch.randn(1, 4, 8, 8), [torch.ones(())])
     assert not recorder.recordings
 
 
@@ -329,7 +329,7 @@ def test_threads_take_turns(pipe, recorder, monkeypatch):
 
 @torch.no_grad()
 def test_only_what_is_new_is_copied_in():
-    recording = Recording.__new__(Recording)
+    recording = CUDAGraphCall.__new__(CUDAGraphCall)
     kept, x = torch.ones(3), torch.zeros(3)
     recording.inputs, recording.given = [torch.empty(3), torch.empty(3)], [(lambda: None, None)] * 2
     recording.take((kept, x))
@@ -345,7 +345,7 @@ def test_only_what_is_new_is_copied_in():
     gc.collect()
     assert recording.given[0][0]() is None  # nothing is held for its sake
     with torch.inference_mode():
-        assert not is_same(t := torch.ones(1), lambda: t, None)
+        assert not is_unchanged(t := torch.ones(1), lambda: t, None)
 
 
 # Trials
@@ -354,7 +354,7 @@ def test_only_what_is_new_is_copied_in():
 @pytest.fixture
 def table(monkeypatch):
     found = {}
-    monkeypatch.setattr(trial, "_found", found)
+    monkeypatch.setattr(trial, "_winners", found)
     return found
 
 
@@ -377,19 +377,19 @@ def test_the_quickest_way_is_found_and_compiled_in(table, monkeypatch):
     x, ways = torch.ones(1000), (slow, gone, wrong, noise, quick)
 
     def answer(x):
-        return trial.quickest("test", ways, x)
+        return trial.autotuned("test", ways, x)
 
     assert torch.equal(answer(x), x.sin())
     assert not table
-    with trial.trying():
+    with trial.autotuning():
         assert torch.equal(answer(x), x.sin())  # what was there is the answer until it is compiled
     assert list(table.values()) == [4]
     assert torch.equal(answer(x), x.sin())
     compile = Compiler(backend="eager")(lambda model, x: answer(x), torch.nn.Identity())
     assert torch.equal(compile(x), 1.001 * x.sin())
     assert torch.equal(compile(x[:500]), x[:500].sin())  # a size that was not tried
-    monkeypatch.setattr(trial, "seconds", lambda way, *_: {slow: 1.0, quick: 0.99}.get(way, float("inf")))
-    assert trial.trial(ways, [x]) == 0  # too little to gain
+    monkeypatch.setattr(trial, "time_candidate", lambda way, *_: {slow: 1.0, quick: 0.99}.get(way, float("inf")))
+    assert trial.pick_fastest(ways, [x]) == 0  # too little to gain
 
 
 def test_what_others_compile_may_change_its_size(pipe, table):
@@ -405,7 +405,7 @@ def test_what_others_compile_may_change_its_size(pipe, table):
 @pytest.mark.parametrize("way", range(len(BACKENDS)))
 def test_every_backend_is_compiled_in_one_piece(monkeypatch, way):
     """As it would be for CUDA: with tensors that claim to be there."""
-    monkeypatch.setattr(trial, "chosen", torch.compiler.assume_constant_result(lambda key: way))
+    monkeypatch.setattr(trial, "winner", torch.compiler.assume_constant_result(lambda key: way))
     there: dict = {"device": "cuda", "dtype": torch.float16}
     with FakeTensorMode():
         layer = SelfAttention(64, 4)
@@ -428,7 +428,7 @@ class SaysItIsThere(torch.Tensor):
 @pytest.mark.parametrize("width", [4, 8, 12])
 def test_a_backend_pads_heads_of_an_odd_width(width):
     q, k, v = torch.randn(3, 2, 4, 16, width).as_subclass(SaysItIsThere).unbind()
-    answer = Backend(SDPBackend.MATH)(q, k, v)
+    answer = SDPAKernel(SDPBackend.MATH)(q, k, v)
     assert torch.allclose(answer, sdpa(q, k, v), atol=1e-5)
 
 
@@ -436,14 +436,14 @@ def test_a_backend_pads_heads_of_an_odd_width(width):
 def test_a_backend_takes_the_dtypes_that_it_is_made_for(backend):
     q = torch.randn(1, 2, 16, 8).as_subclass(SaysItIsThere)
     with pytest.raises(imvar.InputTypeError, match=rf"attention_op={backend}.*float32 came.*float16.*would do"):
-        Backend(getattr(SDPBackend, backend))(q, q, q)
+        SDPAKernel(getattr(SDPBackend, backend))(q, q, q)
 
 
 @torch.no_grad()
 def test_every_way_gives_the_same_answer_when_compiled(pipe, table, photo, monkeypatch):
     plain = run(pipe, photo)
-    monkeypatch.setattr(cpu, "FEW", 10**9)  # or the CPU would have ways of its own
-    with trial.trying():
+    monkeypatch.setattr(cpu, "MIN_PIXELS_CHANNELS_LAST", 10**9)  # or the CPU would have ways of its own
+    with trial.autotuning():
         run(pipe, photo)
     assert {key[0] for key in table} == {"attend", "enlarge"}
     table.update(dict.fromkeys(table, 1))

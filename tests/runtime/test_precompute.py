@@ -8,9 +8,9 @@ from torch.nn.utils import prune
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, set_attend
 from imvar.models import ResnetBlock, SelfAttention
 from imvar.models.layers import Conv2d, Linear
-from imvar.models.stock import untouched
-from imvar.runtime.guidance import Guided, predictor
-from imvar.runtime.precompute import Prepared
+from imvar.models.stock import is_unmodified
+from imvar.runtime.guidance import ClassifierFreeGuidance, make_predictor
+from imvar.runtime.precompute import PrecomputedUNet
 from tests.support.random_checkpoint import PUBLISHED_SCHEDULER, tiny_pipeline
 
 TIMES = torch.tensor([981.0, 500.5, 1.0])
@@ -32,7 +32,7 @@ def told(n, tokens=1, each=2):
 @torch.no_grad()
 def test_equals_the_plain_call(pipe, n, h, w, each, tokens):
     x, context = torch.randn(n, 4, h, w), told(n, tokens, each)
-    prepared = Prepared(pipe.unet, TIMES, context)
+    prepared = PrecomputedUNet(pipe.unet, TIMES, context)
     for step, t in enumerate(TIMES):
         plain = pipe.unet(x.repeat(each, 1, 1, 1), t, context).sample
         assert near(prepared(x, step), plain)
@@ -43,12 +43,14 @@ def test_equals_the_plain_call_under_freeu_and_slicing(pipe):
     x, context = torch.randn(2, 4, 8, 8), told(2)
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     pipe.enable_attention_slicing("max")
-    assert near(Prepared(pipe.unet, TIMES, context)(x, 1), pipe.unet(x.repeat(2, 1, 1, 1), TIMES[1], context).sample)
+    assert near(
+        PrecomputedUNet(pipe.unet, TIMES, context)(x, 1), pipe.unet(x.repeat(2, 1, 1, 1), TIMES[1], context).sample
+    )
 
 
 @torch.no_grad()
 def test_a_step_works_out_nothing_that_the_run_knows(pipe, monkeypatch):
-    prepared, seen = Prepared(pipe.unet, TIMES, told(3)), []
+    prepared, seen = PrecomputedUNet(pipe.unet, TIMES, told(3)), []
     names = {module: name for name, module in pipe.unet.named_modules()}
     for kind in Linear, nn.Linear, Conv2d:
 
@@ -98,16 +100,16 @@ def test_who_watches_layers_sees_every_call_as_it_was(photo):
     for change in hooked, overridden, kernel, layer, attention:
         pipe, seen = tiny_pipeline(), []
         pipe.set_progress_bar_config(disable=True)
-        assert untouched(pipe.unet)
+        assert is_unmodified(pipe.unet)
         change(pipe.unet, lambda x, seen=seen: seen.append(len(x)))
-        assert not untouched(pipe.unet)
+        assert not is_unmodified(pipe.unet)
         pipe(photo, num_inference_steps=2, output_type="latent")
         assert set(seen) == {2}, change.__name__
 
 
 def test_offloading_is_no_watching(pipe):
     pipe.enable_model_cpu_offload(device="cpu")
-    assert untouched(pipe.unet)
+    assert is_unmodified(pipe.unet)
 
 
 def test_gradients_are_those_of_the_plain_call(pipe):
@@ -134,9 +136,9 @@ def test_no_step_waits_for_the_device(pipe, kind, guided):
     times = torch.empty(len(scheduler.timesteps), device="meta")
 
     def make(context):
-        return predictor(unet, times, context)
+        return make_predictor(unet, times, context)
 
-    predict = Guided(make, context, 3.0, (0.0, 0.5), len(times)) if guided else make(context)
+    predict = ClassifierFreeGuidance(make, context, 3.0, (0.0, 0.5), len(times)) if guided else make(context)
     x = torch.empty(1, 4, 8, 8, device="meta") * scheduler.init_noise_sigma
     with pytest.raises(RuntimeError, match="meta"):
         x.sum().item()
@@ -171,7 +173,7 @@ def test_weights_and_hooks_of_others_are_what_they_are_at_every_call(pipe, photo
     else:
         handles.append(torch.nn.modules.module.register_module_forward_hook(lambda *_: None))
     try:
-        assert not untouched(pipe.unet)
+        assert not is_unmodified(pipe.unet)
         before = made(pipe, photo)
         if kind in ("pruned", "weight_norm", "parametrized"):
             weight.data.mul_(-torch.arange(1.0, 1 + len(weight))[:, None])

@@ -250,7 +250,7 @@ def test_a_size_that_it_was_not_trained_at(size, said, capsys):
 )
 def test_defaults_of_each_checkpoint(args, steps, dtype):
     found = cli.parser().parse_args(["vary", "photo.jpg", *args])
-    cli.fill_in(found, cli.is_emoji(found.checkpoint))
+    cli.apply_defaults(found, cli.is_emoji(found.checkpoint))
     assert (found.steps, found.guidance, found.dtype, found.photos) == (steps, 3, dtype, [Path("photo.jpg")])
 
 

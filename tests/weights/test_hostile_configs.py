@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import imvar
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
-from imvar.weights.hub import LARGEST_JSON
+from imvar.weights.hub import MAX_JSON_BYTES
 from tests.support.refusals import CLASSES, LFS, every_part, refuses, refuses_part, weights
 
 # Settings
@@ -28,7 +28,7 @@ from tests.support.refusals import CLASSES, LFS, every_part, refuses, refuses_pa
         (b'{"a": ' + b"1" * 10**5 + b"}", "as JSON"),
         (b'{"a": ' * 10**5, "as JSON"),
         (b'{"a": 1, "a": 1}', "'a' is there twice"),
-        (b" " * (LARGEST_JSON + 1), "more than"),
+        (b" " * (MAX_JSON_BYTES + 1), "more than"),
         (LFS, "git lfs pull"),
         (b'{"_use_default_values": 3}', "_use_default_values=3"),
     ],
