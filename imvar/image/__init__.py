@@ -1,7 +1,7 @@
 """Pictures to pixels and back: what CLIP sees, and what the autoencoder reads and writes."""
 
 from .clip import BatchFeature, CLIPImageProcessor, CLIPImageProcessorConfig
-from .vae import VaeImageProcessor, VaeImageProcessorConfig, numpy_to_pil, to_levels
+from .vae import VaeImageProcessor, VaeImageProcessorConfig, numpy_to_pil, to_uint8
 
 __all__ = [
     "BatchFeature",
@@ -10,5 +10,5 @@ __all__ = [
     "VaeImageProcessor",
     "VaeImageProcessorConfig",
     "numpy_to_pil",
-    "to_levels",
+    "to_uint8",
 ]

@@ -15,14 +15,13 @@ from ..config import INVALID, Config, coerce_number, one_of
 from ..errors import InputError, InputTypeError, short_repr
 from ..outputs import Output
 from ..weights.pretrained import Pretrained
-from .clip_tensor import can_prepare
-from .clip_tensor import prepare as prepare_levels
-from .read import load, one_by_one, to_pixels, to_rgb
+from .clip_tensor import preprocess_batch, supports
+from .read import decode_pil, iter_images, to_pixels, to_rgb
 from .resize import center_crop, resize, target_size
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-LEFT_OUT = {"do_pad": False, "default_to_square": False}  # of transformers' settings; no published one asks for these
+UNSUPPORTED = {"do_pad": False, "default_to_square": False}  # settings of transformers, at the only value supported
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,7 +47,7 @@ class CLIPImageProcessorConfig(Config):
     image_processor_type: str = one_of("CLIPImageProcessor", "CLIPImageProcessorPil", "CLIPImageProcessorFast")
 
     def marked(self, given: Iterable[str], foreign: Mapping[str, Any]) -> Self:
-        for name, fine in LEFT_OUT.items():
+        for name, fine in UNSUPPORTED.items():
             if foreign.get(name) not in (None, fine):
                 raise InputError(
                     f"{type(self).__name__}: {name}={short_repr(foreign[name])} is not supported; it can be {fine}",
@@ -150,7 +149,7 @@ class CLIPImageProcessor(
                 "'channels_last' or None"
             )
         settings = self.settings(changes)
-        pixels = [prepare(image, name, settings, input_data_format) for name, image in one_by_one(images)]
+        pixels = [preprocess_image(image, name, settings, input_data_format) for name, image in iter_images(images)]
         if return_tensors is None:
             return BatchFeature(pixels)
         if len(sizes := {x.shape[1:] for x in pixels}) > 1:
@@ -160,10 +159,10 @@ class CLIPImageProcessor(
 
     preprocess = __call__
 
-    def of_levels(self, levels: torch.Tensor) -> torch.Tensor:
+    def preprocess_uint8(self, levels: torch.Tensor) -> torch.Tensor:
         """The `pixel_values` of pictures that come as uint8 (b, 3, h, w), equal to the bit, and where these lie."""
-        if levels.device.type != "cpu" and can_prepare(levels, self.config):
-            return prepare_levels(levels, self.config)
+        if levels.device.type != "cpu" and supports(levels, self.config):
+            return preprocess_batch(levels, self.config)
         batch = self(list(levels), return_tensors="pt", input_data_format="channels_first")
         return batch.pixel_values.to(levels.device)
 
@@ -188,12 +187,12 @@ class CLIPImageProcessor(
         return self.config.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
 
 
-def prepare(image: Any, name: str, settings: Config, layout: str | None) -> np.ndarray:
+def preprocess_image(image: Any, name: str, settings: Config, layout: str | None) -> np.ndarray:
     """One picture as (3 h w). Rescaling rounds to float32 once, from double; normalising stays in float32."""
     s = settings
-    x = read(image, name, s, layout)
+    x = read_rgb(image, name, s, layout)
     if s.do_resize:
-        x = resized(x, name, s)
+        x = resize_8bit(x, name, s)
     x = np.asarray(x)  # h w 3
     if s.do_center_crop:
         x = center_crop(x, s.crop_size["height"], s.crop_size["width"])
@@ -204,12 +203,12 @@ def prepare(image: Any, name: str, settings: Config, layout: str | None) -> np.n
     return np.array(x.transpose(2, 0, 1), order="C")  # a copy, never a view of what was handed in
 
 
-def read(image: Any, name: str, settings: Config, layout: str | None) -> Image.Image | np.ndarray:
+def read_rgb(image: Any, name: str, settings: Config, layout: str | None) -> Image.Image | np.ndarray:
     """RGB: a PIL picture, or (h w 3) float32 where floats came."""
     if isinstance(image, Image.Image):
         if settings.do_convert_rgb:
             return to_rgb(image, name)
-        load(image, name)
+        decode_pil(image, name)
         if len(image.getbands()) != 3:
             raise InputError(f"{name}: mode {image.mode} came; RGB would do, or do_convert_rgb=True")
         return Image.fromarray(np.asarray(image))
@@ -224,11 +223,11 @@ def read(image: Any, name: str, settings: Config, layout: str | None) -> Image.I
     x = np.broadcast_to(x, (*x.shape[:2], 3))
     if x.dtype == np.uint8:
         return Image.fromarray(np.ascontiguousarray(x))
-    check_range(x, name, settings)
+    check_clip_range(x, name, settings)
     return x
 
 
-def check_range(x: np.ndarray, name: str, settings: Config) -> None:
+def check_clip_range(x: np.ndarray, name: str, settings: Config) -> None:
     """Floats must have the range that the settings take them to have."""
     low, high = x.min(), x.max()
     if settings.do_rescale and 0 < high <= 1:
@@ -238,7 +237,7 @@ def check_range(x: np.ndarray, name: str, settings: Config) -> None:
         raise InputError(f"{name}: floats {low}..{high} came; 0..{top} would do under do_rescale={settings.do_rescale}")
 
 
-def resized(x: Image.Image | np.ndarray, name: str, settings: Config) -> np.ndarray:
+def resize_8bit(x: Image.Image | np.ndarray, name: str, settings: Config) -> np.ndarray:
     """(h w 3) at the size the settings ask for. Resizing happens in 8 bits; floats pass through them and back."""
     s = settings
     crop = (s.crop_size["height"], s.crop_size["width"]) if s.do_center_crop else None
@@ -247,5 +246,5 @@ def resized(x: Image.Image | np.ndarray, name: str, settings: Config) -> np.ndar
     if s.do_rescale and not np.array_equal(x, np.trunc(x)):
         raise InputError(f"{name}: floats between whole numbers came; uint8 would do, or [0, 1] with do_rescale=False")
     levels = x if s.do_rescale else x * 255
-    small = resized(Image.fromarray(levels.astype(np.uint8)), name, s)
+    small = resize_8bit(Image.fromarray(levels.astype(np.uint8)), name, s)
     return small if s.do_rescale else (small * (1 / 255)).astype(np.float32)

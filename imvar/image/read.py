@@ -14,34 +14,34 @@ from PIL import ExifTags, Image
 from ..checks import check_has_data
 from ..errors import InputError, InputTypeError
 
-CHANNELS = (1, 3, 4)
-WOULD_DO = "a PIL picture, or an array or tensor of shape (h, w, 3) or (3, h, w), or a list of these would do"
+CHANNEL_COUNTS = (1, 3, 4)
+ACCEPTED = "a PIL picture, or an array or tensor of shape (h, w, 3) or (3, h, w), or a list of these would do"
 
 
-def one_by_one(images: Any) -> Iterator[tuple[str, Any]]:
+def iter_images(images: Any) -> Iterator[tuple[str, Any]]:
     """Every picture in what came, with the name that an error calls it by."""
     many = isinstance(images, (list, tuple))
     if many and not images:
-        raise InputTypeError(f"images: an empty {type(images).__name__} came; {WOULD_DO}")
+        raise InputTypeError(f"images: an empty {type(images).__name__} came; {ACCEPTED}")
     for i, image in enumerate(images if many else [images]):
         name = f"images[{i}]" if many else "images"
         if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4:
             if not len(image):
-                raise InputError(f"{name}: an empty batch of shape {tuple(image.shape)} came; {WOULD_DO}")
+                raise InputError(f"{name}: an empty batch of shape {tuple(image.shape)} came; {ACCEPTED}")
             yield from ((f"{name}[{j}]", item) for j, item in enumerate(image))
         elif isinstance(image, (Image.Image, np.ndarray, torch.Tensor)):
             yield name, image
         else:
-            raise InputTypeError(f"{name}: {type(image).__name__} came; {WOULD_DO} (open files with PIL.Image.open)")
+            raise InputTypeError(f"{name}: {type(image).__name__} came; {ACCEPTED} (open files with PIL.Image.open)")
 
 
-_one_reads = threading.Lock()
+_decode_lock = threading.Lock()
 
 
-def load(image: Image.Image, name: str) -> None:
+def decode_pil(image: Image.Image, name: str) -> None:
     """Decode a picture that was only opened. Pillow's own way is for one thread at a time."""
     try:
-        with _one_reads:
+        with _decode_lock:
             image.load()
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
         raise InputError(
@@ -53,21 +53,21 @@ def exif_orientation(image: Image.Image) -> int:
     """How EXIF, or XMP, says that a picture is to be turned: 1, where it is upright or nobody can tell."""
     if not {"exif", "xmp", "XML:com.adobe.xmp"} & set(image.info or ()):
         return 1
-    with _one_reads:
+    with _decode_lock:
         try:
             return image.getexif().get(ExifTags.Base.Orientation, 1)
         except Exception:  # Pillow raises many kinds
             return 1
 
 
-def _a_lock_of_its_own() -> None:
+def _renew_lock_after_fork() -> None:
     """For a process that was forked while another thread was reading, which is not there to let go of the lock."""
-    global _one_reads
-    _one_reads = threading.Lock()
+    global _decode_lock
+    _decode_lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_a_lock_of_its_own)
+    os.register_at_fork(after_in_child=_renew_lock_after_fork)
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
@@ -79,7 +79,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     """
     if not image.width or not image.height:
         raise InputError(f"{name}: a picture of {image.width}x{image.height} pixels came; at least 1x1 would do")
-    load(image, name)
+    decode_pil(image, name)
     if image.mode == "F":
         raise InputError(f"{name}: mode F came, whose range of values is not known; convert it to L or RGB first")
     if image.mode == "La":
@@ -111,9 +111,9 @@ def to_pixels(image: np.ndarray | torch.Tensor, name: str, layout: str | None) -
         image = (image.float() if image.is_floating_point() else image).detach().resolve_conj().cpu().numpy()
     if image.ndim != 3 or not image.size:
         raise InputError(f"{name}: shape {image.shape} came; (h, w, 3) or (3, h, w) would do")
-    x = np.moveaxis(image, 0, -1) if channels_first(image.shape, name, layout) else image
+    x = np.moveaxis(image, 0, -1) if is_channels_first(image.shape, name, layout) else image
     if x.dtype.kind == "f":
-        return finite(x.astype(np.float32, copy=False), name)
+        return check_finite_pixels(x.astype(np.float32, copy=False), name)
     if x.dtype.kind not in "iu":
         raise InputTypeError(f"{name}: values of type {x.dtype} came; uint8 or float32 would do")
     if x.dtype != np.uint8 and (x.min() < 0 or x.max() > 255):
@@ -121,9 +121,9 @@ def to_pixels(image: np.ndarray | torch.Tensor, name: str, layout: str | None) -
     return x.astype(np.uint8, copy=False)
 
 
-def channels_first(shape: tuple[int, ...], name: str, layout: str | None) -> bool:
+def is_channels_first(shape: tuple[int, ...], name: str, layout: str | None) -> bool:
     """Whether (c h w); an axis of 1, 3 or 4 holds the channels."""
-    first, last = shape[0] in CHANNELS, shape[-1] in CHANNELS
+    first, last = shape[0] in CHANNEL_COUNTS, shape[-1] in CHANNEL_COUNTS
     if layout is None and first and last:
         raise InputError(
             f"{name}: shape {shape} can be read two ways; say input_data_format='channels_first' or 'channels_last'"
@@ -134,7 +134,7 @@ def channels_first(shape: tuple[int, ...], name: str, layout: str | None) -> boo
     return wanted
 
 
-def finite(x: np.ndarray, name: str) -> np.ndarray:
+def check_finite_pixels(x: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(x).all():
         raise InputError(f"{name}: NaN or infinite values came; finite ones would do")
     return x

@@ -9,8 +9,8 @@ from PIL import Image
 
 from ..errors import InputError
 
-WASTE = 64  # times the kept area: an enlarged picture beyond this is never made whole
-LARGEST = 1 << 28  # pixels of a resized picture that is made whole
+MAX_ENLARGED_TO_KEPT = 64  # times the kept area: an enlarged picture beyond this is never made whole
+MAX_RESIZED_PIXELS = 1 << 28  # pixels of a resized picture that is made whole
 UNIT = 1 << 22  # Pillow's weights are whole numbers, this one standing for 1
 
 
@@ -50,11 +50,16 @@ def resize(
     little to save, and it takes the two axes in an order that depends on its version.)
     """
     enlarged = height >= image.height and width >= image.width
-    if crop is None or height * width <= WASTE * crop[0] * crop[1] or not enlarged or resample not in FILTERS:
-        if height * width > LARGEST:
+    if (
+        crop is None
+        or height * width <= MAX_ENLARGED_TO_KEPT * crop[0] * crop[1]
+        or not enlarged
+        or resample not in FILTERS
+    ):
+        if height * width > MAX_RESIZED_PIXELS:
             raise InputError(
                 f"images: a picture of {image.width}x{image.height} would become {width}x{height} pixels "
-                f"(w x h); up to {LARGEST} in all would do"
+                f"(w x h); up to {MAX_RESIZED_PIXELS} in all would do"
             )
         return np.asarray(image.resize((width, height), Image.Resampling(resample)))
     rows = Taps(image.height, height, center_span(height, crop[0]), resample)
@@ -98,7 +103,7 @@ def hamming(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < 1, np.sinc(x) * (0.54 + 0.46 * np.cos(np.pi * x)), 0.0)
 
 
-def cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
+def keys_cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
     """Keys' convolution: 1 at 0, 0 at every other whole number."""
     x = np.abs(x)
     near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
@@ -109,6 +114,6 @@ FILTERS: dict[int, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {  # how 
     Image.Resampling.BOX: (0.5, lambda x: np.where((x > -0.5) & (x <= 0.5), 1.0, 0.0)),
     Image.Resampling.BILINEAR: (1.0, lambda x: np.maximum(1 - np.abs(x), 0.0)),
     Image.Resampling.HAMMING: (1.0, hamming),
-    Image.Resampling.BICUBIC: (2.0, cubic),
+    Image.Resampling.BICUBIC: (2.0, keys_cubic),
     Image.Resampling.LANCZOS: (3.0, lambda x: np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)),
 }

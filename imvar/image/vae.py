@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..checks import MAX_SIDE, check_floating, check_has_data, check_int
 from ..config import Config, Configured, fixed, one_of
 from ..errors import InputError, InputTypeError, short_repr
-from .read import WOULD_DO, load
+from .read import ACCEPTED, decode_pil
 
 FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -75,7 +75,7 @@ class VaeImageProcessor(Configured):
                 x = F.interpolate(x, size=self.get_default_height_width(x, height, width))
         else:
             kinds = sorted({type(item).__name__ for item in images}) or [f"an empty {type(image).__name__}"]
-            raise InputTypeError(f"image: {', '.join(kinds)} came; {WOULD_DO}")
+            raise InputTypeError(f"image: {', '.join(kinds)} came; {ACCEPTED}")
         if not self.config.do_normalize:
             return x
         if x.min() < 0:
@@ -88,7 +88,7 @@ class VaeImageProcessor(Configured):
 
     def _from_pictures(self, images: list[Image.Image], height: int | None, width: int | None) -> Tensor:
         for i, item in enumerate(images):
-            load(item, f"image[{i}]")
+            decode_pil(item, f"image[{i}]")
         if self.config.do_convert_rgb:
             images = [item.convert("RGB") for item in images]
         for i, item in enumerate(images):
@@ -144,7 +144,7 @@ class VaeImageProcessor(Configured):
             image = torch.stack([self.denormalize(x) if flag else x for x, flag in zip(image, flags, strict=True)])
         if output_type == "pt":
             return image
-        return self.pt_to_numpy(image) if output_type == "np" else levels_to_pil(to_levels(image))
+        return self.pt_to_numpy(image) if output_type == "np" else uint8_to_pil(to_uint8(image))
 
     @staticmethod
     def normalize(images: Any) -> Any:
@@ -200,26 +200,26 @@ def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
     if images.dtype.kind != "f":
         raise InputTypeError(f"images: values of type {images.dtype} came; floats in [0, 1] would do")
     levels = (images * 255).round()
-    check_levels(float(levels.min()), float(levels.max()), images)
-    return [as_picture(picture) for picture in levels.astype(np.uint8)]
+    check_uint8_range(float(levels.min()), float(levels.max()), images)
+    return [array_to_pil(picture) for picture in levels.astype(np.uint8)]
 
 
-def to_levels(image: Tensor) -> Tensor:
+def to_uint8(image: Tensor) -> Tensor:
     """(b, c, h, w) in [0, 1] to uint8, 0 to 255, where they lie. Raises `InputError` as `numpy_to_pil` does."""
     if image.shape[1] not in (1, 3) or not image.numel():
         raise InputError(f"images: shape {tuple(image.shape)} came; (b, 3, h, w) or (b, 1, h, w) would do")
     levels = (image.detach().float() * 255).round_()
     low, high = torch.stack(levels.aminmax()).tolist()
-    check_levels(low, high, image)
+    check_uint8_range(low, high, image)
     return levels.to(torch.uint8)
 
 
-def levels_to_pil(levels: Tensor) -> list[Image.Image]:
+def uint8_to_pil(levels: Tensor) -> list[Image.Image]:
     """(b, c, h, w) uint8 to pictures."""
-    return [as_picture(picture) for picture in levels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
+    return [array_to_pil(picture) for picture in levels.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 
 
-def check_levels(low: float, high: float, images: np.ndarray | Tensor) -> None:
+def check_uint8_range(low: float, high: float, images: np.ndarray | Tensor) -> None:
     if not (low >= 0 and high <= 255):  # nor is NaN
         raise InputError(f"images: values {images.min()}..{images.max()} came; [0, 1] would do")
 
@@ -230,7 +230,7 @@ def came(value: Any) -> str:
     return type(value).__name__ + shape
 
 
-def as_picture(pixels: np.ndarray) -> Image.Image:
+def array_to_pil(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 

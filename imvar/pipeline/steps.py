@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_float
 from ..errors import InputError, InputTypeError
-from ..image import CLIPImageProcessor, VaeImageProcessor, to_levels
+from ..image import CLIPImageProcessor, VaeImageProcessor, to_uint8
 from ..kernels.packed_weights import PackedWeights
 from ..models.stock import is_unmodified
 from ..noise import randn
@@ -180,7 +180,7 @@ class Steps(PipelineBase):
         if self.safety_checker is None:
             return image, None
         if isinstance(image, Tensor) and isinstance(self.feature_extractor, CLIPImageProcessor):
-            seen = self.feature_extractor.of_levels(to_levels(self.image_processor.denormalize(image)))
+            seen = self.feature_extractor.preprocess_uint8(to_uint8(self.image_processor.denormalize(image)))
         else:
             array = isinstance(image, np.ndarray)
             pictures = self.numpy_to_pil(image) if array else self.image_processor.postprocess(image)

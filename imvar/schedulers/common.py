@@ -132,7 +132,7 @@ def check_noise_inputs(scheduler: Any, original_samples: Any, noise: Any, timest
     check_same_shape("noise", noise, "the samples", original_samples)
     if isinstance(timesteps, Tensor) and not original_samples.is_meta:
         check_has_data("timesteps", timesteps)
-    times = as_times(timesteps)
+    times = as_timestep_tensor(timesteps)
     if times is None or times.ndim > 1 or (times.ndim and len(times) not in (1, len(original_samples))):
         came = type(timesteps).__name__ if times is None else f"shape {tuple(times.shape)}"
         raise InputError(
@@ -142,7 +142,7 @@ def check_noise_inputs(scheduler: Any, original_samples: Any, noise: Any, timest
         )
 
 
-def as_times(timesteps: Any) -> Tensor | None:
+def as_timestep_tensor(timesteps: Any) -> Tensor | None:
     """A number, or a tensor of numbers, as a tensor; None for anything else."""
     if isinstance(timesteps, bool) or not isinstance(timesteps, (int, float, Tensor)):
         return None
@@ -197,7 +197,7 @@ class VariancePreserving(Scheduler):
             raise InputError("step: the scheduler has no timesteps yet; call set_timesteps first")
         return self.config.num_train_timesteps // self.num_inference_steps
 
-    def index(self, timestep: Any) -> int:
+    def timestep_index(self, timestep: Any) -> int:
         """A timestep, given as a number or as a tensor that holds one; `InputError` if training had no such."""
         return check_int("timestep", item(timestep), low=0, high=len(self) - 1)
 
@@ -212,10 +212,10 @@ class VariancePreserving(Scheduler):
     @validated(check_noise_inputs)
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t from x_0 and noise, both (b, ...), at `timesteps`, (b,) or (): equation 4 of arXiv:2010.02502."""
-        signal, sigma = self.mixture(original_samples, timesteps)
+        signal, sigma = self.signal_and_noise(original_samples, timesteps)
         return signal * original_samples + sigma * noise
 
-    def mixture(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def signal_and_noise(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of signal and noise at each timestep, in x's dtype, shaped to multiply x."""
         timesteps = torch.as_tensor(timesteps)
         if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:

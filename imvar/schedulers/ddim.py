@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..noise import Generators, randn
 from ..outputs import DenoisedOutput
 from .common import SchedulerConfig, VariancePreserving, check_noise_inputs, check_step_inputs, to_eps, to_x0
-from .timesteps import make_betas, whole_timesteps, zero_terminal_snr
+from .timesteps import integer_timesteps, make_betas, zero_terminal_snr
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
@@ -88,7 +88,7 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
 
         Raises `InputTypeError` or `InputError` for any other number.
         """
-        timesteps = whole_timesteps(self.config, num_inference_steps)
+        timesteps = integer_timesteps(self.config, num_inference_steps)
         self.timesteps = torch.from_numpy(timesteps).to(as_device("device", device))
         self.num_inference_steps = len(timesteps)
 
@@ -110,7 +110,7 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         `model_output`'s dtype. `use_clipped_model_output` takes the noise prediction anew from the clipped x_0.
         Raises `InputError` before `set_timesteps` and for arguments out of range.
         """
-        config, t = self.config, self.index(timestep)
+        config, t = self.config, self.timestep_index(timestep)
         alpha, alpha_prev = self.alpha(t), self.alpha(t - self.stride)
         sigma = ddim_sigma(alpha, alpha_prev, eta) if check_float("eta", eta) else 0.0
         bounded = config.thresholding or config.clip_sample
@@ -131,11 +131,11 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
 
         prev = ddim_step(x0, eps, alpha_prev, sigma)
         if eta > 0:
-            prev = prev + sigma * self.fresh_noise(model_output, generator, variance_noise)
+            prev = prev + sigma * self.draw_noise(model_output, generator, variance_noise)
         return DenoisedOutput(prev, x0) if return_dict else (prev, x0)
 
     @staticmethod
-    def fresh_noise(like: Tensor, generator: Generators | None, given: Tensor | None) -> Tensor:
+    def draw_noise(like: Tensor, generator: Generators | None, given: Tensor | None) -> Tensor:
         if given is None:
             return randn(like.shape, generator, dtype=like.dtype, device=like.device)
         if generator is not None:
@@ -145,5 +145,5 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
     @validated(check_noise_inputs)
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The v that a network of `v_prediction` learns, from x_0 and noise, (b, ...), at `timesteps`, (b,) or ()."""
-        signal, sigma = self.mixture(sample, timesteps)
+        signal, sigma = self.signal_and_noise(sample, timesteps)
         return signal * noise - sigma * sample

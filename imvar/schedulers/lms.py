@@ -17,10 +17,10 @@ from ..config import one_of
 from ..errors import InputError, short_repr
 from ..outputs import DenoisedOutput
 from .common import Scheduler, SchedulerConfig, check_noise_inputs, check_step_inputs
-from .timesteps import beta, exponential, karras, space_timesteps, to_timesteps
+from .timesteps import beta_sigmas, exponential_sigmas, karras_sigmas, space_timesteps, to_timesteps
 
 
-def to_x0(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+def to_denoised(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     """The clean sample that a network's output implies at x = x_0 + sigma noise."""
     if kind == "epsilon":
         return x - sigma * output
@@ -30,7 +30,7 @@ def to_x0(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
 
 
 # The 21-point rule of Gauss and Kronrod on [-1, 1]: its nodes above 0 and their weights, then that of the node 0.
-NODES = (
+KRONROD_NODES = (
     0.995657163025808081,
     0.973906528517171720,
     0.930157491355708226,
@@ -42,7 +42,7 @@ NODES = (
     0.294392862701460198,
     0.148874338981631211,
 )
-WEIGHTS = (
+KRONROD_WEIGHTS = (
     0.011694638867371874,
     0.032558162307964727,
     0.054755896574351996,
@@ -54,7 +54,7 @@ WEIGHTS = (
     0.142775938577060081,
     0.147739104901338491,
 )
-CENTRE = 0.149445554002916906
+KRONROD_CENTER_WEIGHT = 0.149445554002916906
 
 
 def lms_weights(past: np.ndarray, to: float) -> list[float]:
@@ -64,8 +64,8 @@ def lms_weights(past: np.ndarray, to: float) -> list[float]:
     but where one step spans most of the noise the rounding of the weights decides the digits that are left. So we
     keep to the rule and the precision of the reference: 21 points, polynomials in float32.
     """
-    nodes = np.array([*NODES, 0, *(-x for x in NODES)])
-    weights = np.array([*WEIGHTS, CENTRE, *WEIGHTS])
+    nodes = np.array([*KRONROD_NODES, 0, *(-x for x in KRONROD_NODES)])
+    weights = np.array([*KRONROD_WEIGHTS, KRONROD_CENTER_WEIGHT, *KRONROD_WEIGHTS])
     middle, half = (past[0].item() + to) / 2, (to - past[0].item()) / 2
     tau = (middle + half * nodes).astype(np.float32)
     return [half * float(weights @ lagrange(tau, past, j)) for j in range(len(past))]
@@ -111,7 +111,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         super().__init__(*args, **settings)
         self.table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy()  # sigma of every timestep
         self.is_scale_input_called = False
-        self.place(space_timesteps(self.config, len(self)))
+        self.set_schedule(space_timesteps(self.config, len(self)))
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Choose the timesteps to visit, 1 to `num_train_timesteps` of them, and forget the history.
@@ -119,9 +119,9 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         `timesteps`: (n,) float32 on `device`, fractional where the spacing is. `sigmas` stays on the CPU. Raises
         `InputTypeError` or `InputError` for any other number.
         """
-        self.place(space_timesteps(self.config, num_inference_steps), device)
+        self.set_schedule(space_timesteps(self.config, num_inference_steps), device)
 
-    def place(self, timesteps: np.ndarray, device: torch.device | str | None = None) -> None:
+    def set_schedule(self, timesteps: np.ndarray, device: torch.device | str | None = None) -> None:
         """Find the noise level of each timestep, or respace the levels and find the timestep of each; start anew."""
         config, n = self.config, len(timesteps)
         timesteps = timesteps.astype(np.float32)
@@ -131,9 +131,9 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
                 f"{type(self).__name__}: these betas give noise levels from {sigmas.min():g} to "
                 f"{sigmas.max():g}; levels above 0 and finite would do"
             )
-        if respace := self.spacing():
+        if respace := self.sigma_spacing():
             high, low = sigmas[0], sigmas[-1]
-            if respace is not karras:  # an Euler scheduler's settings, honoured where the reference does
+            if respace is not karras_sigmas:  # an Euler scheduler's settings, honoured where the reference does
                 high, low = (
                     check_float(name, config.get(name) or level, low=1e-9, high=1e9)
                     for name, level in (("sigma_max", high), ("sigma_min", low))
@@ -147,9 +147,13 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         self.begin_index: int | None = None
         self.derivatives: Sequence[Tensor] = []
 
-    def spacing(self) -> Callable[[float, float, int], np.ndarray] | None:
+    def sigma_spacing(self) -> Callable[[float, float, int], np.ndarray] | None:
         """The function that respaces the noise levels, if the settings ask for one."""
-        choices = {"use_karras_sigmas": karras, "use_exponential_sigmas": exponential, "use_beta_sigmas": beta}
+        choices = {
+            "use_karras_sigmas": karras_sigmas,
+            "use_exponential_sigmas": exponential_sigmas,
+            "use_beta_sigmas": beta_sigmas,
+        }
         return next((space for name, space in choices.items() if self.config[name]), None)
 
     @property
@@ -176,7 +180,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             )
         return places[:2][-1]
 
-    def locate(self, timestep: float | Tensor) -> int:
+    def find_step_index(self, timestep: float | Tensor) -> int:
         """The index of this step: the first timestep says where a walk starts, then they are counted."""
         if self.step_index is None:
             self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
@@ -198,18 +202,18 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """What the network is short_repr of `sample`: the same at unit variance. To be called before every step."""
-        sigma = self.sigmas[self.locate(timestep)]
+        sigma = self.sigmas[self.find_step_index(timestep)]
         self.is_scale_input_called = True
         return sample / (sigma**2 + 1) ** 0.5
 
-    def weights(self, index: int, order: int) -> list[float]:
+    def slope_weights(self, index: int, order: int) -> list[float]:
         """How much each of the last `order` slopes counts in step number `index`, the newest first."""
         past = self.sigmas[index - order + 1 : index + 1].flip(0)
         return lms_weights(past.numpy(), float(self.sigmas[index + 1]))
 
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
         """The weight of the slope `current_order` steps back, of `order` slopes, in step number `t`."""
-        weights = self.weights(t, check_int("order", order, high=t + 1))
+        weights = self.slope_weights(t, check_int("order", order, high=t + 1))
         return weights[check_int("current_order", current_order, low=0, high=order - 1)]
 
     @validated(check_step_inputs)
@@ -225,12 +229,12 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
             warnings.warn(
                 "step: scale_model_input was not called, so the network may have seen a wrong scale", stacklevel=3
             )
-        order, i = check_int("order", order), self.locate(timestep)
+        order, i = check_int("order", order), self.find_step_index(timestep)
         sigma = self.sigmas[i]
-        x0 = to_x0(self.config.prediction_type, model_output, sample, sigma)
+        x0 = to_denoised(self.config.prediction_type, model_output, sample, sigma)
         self.derivatives = [*self.derivatives, (sample - x0) / sigma][-max(order, len(self.derivatives)) :]
         # a walk that starts at a later index has fewer slopes than weights; the reference lets the rest go, too
-        weighted = zip(self.weights(i, min(i + 1, order)), reversed(self.derivatives), strict=False)
+        weighted = zip(self.slope_weights(i, min(i + 1, order)), reversed(self.derivatives), strict=False)
         prev = sample + sum(weight * slope for weight, slope in weighted)
         self.step_index = i + 1
         return DenoisedOutput(prev, x0) if return_dict else (prev, x0)

@@ -16,9 +16,9 @@ from ..config import one_of
 from ..errors import InputError
 from ..outputs import SchedulerOutput
 from .common import SchedulerConfig, VariancePreserving, check_signal_range, check_step_inputs, to_eps
-from .timesteps import whole_timesteps
+from .timesteps import integer_timesteps
 
-RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+RUNGE_KUTTA_WEIGHTS = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
 def transfer(x: Tensor, eps: Tensor, alpha: Tensor, alpha_prev: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
     plms_timesteps: Any = ()
     counter = 0
     ets: Sequence[Tensor] = ()
-    start: Tensor | None = None  # the sample that this step started from
-    blend: Tensor | float = 0.0  # the Runge-Kutta sum so far
+    cur_sample: Tensor | None = None  # the sample that this step started from
+    cur_model_output: Tensor | float = 0.0  # the Runge-Kutta sum so far
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Choose the timesteps to visit and forget the history: int64 on `device`.
@@ -78,7 +78,7 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         `num_inference_steps`: 1 to `num_train_timesteps`, from 4 without `skip_prk_steps`. Raises
         `InputTypeError` or `InputError` for any other number.
         """
-        t = whole_timesteps(self.config, num_inference_steps)
+        t = integer_timesteps(self.config, num_inference_steps)
         if self.config.skip_prk_steps:
             self.prk_timesteps, self.plms_timesteps = t[:0], np.concatenate([t[:2], t[1:]])
         elif len(t) < 4:
@@ -91,7 +91,7 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         visited = torch.from_numpy(np.concatenate([self.prk_timesteps, self.plms_timesteps]))
         check_signal_range(self, self.alphas_cumprod[visited])
         self.timesteps = visited.to(as_device("device", device))
-        self.counter, self.ets, self.start, self.blend = 0, [], None, 0.0
+        self.counter, self.ets, self.cur_sample, self.cur_model_output = 0, [], None, 0.0
 
     @validated(check_step_inputs)
     def step(
@@ -110,16 +110,16 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
         """A quarter of a Runge-Kutta step, equation 13: each evaluation probes from the same start."""
-        t, half = self.index(timestep), self.stride // 2
+        t, half = self.timestep_index(timestep), self.stride // 2
         quarter = self.counter % 4
         if self.counter >= len(self.prk_timesteps):
             raise InputError(f"step_prk: a run opens with {len(self.prk_timesteps)} of these here; step_plms would do")
         if quarter == 0:
-            self.start, self.ets = sample, [*self.ets, model_output]
-        self.blend = self.blend + RUNGE_KUTTA[quarter] * model_output
+            self.cur_sample, self.ets = sample, [*self.ets, model_output]
+        self.cur_model_output = self.cur_model_output + RUNGE_KUTTA_WEIGHTS[quarter] * model_output
         if quarter == 3:
-            model_output, self.blend = self.blend, 0.0
-        start = sample if self.start is None else self.start
+            model_output, self.cur_model_output = self.cur_model_output, 0.0
+        start = sample if self.cur_sample is None else self.cur_sample
         base = int(self.prk_timesteps[self.counter - quarter])
         return self.advance(start, model_output, base, t if quarter % 2 else t - half, return_dict)
 
@@ -127,14 +127,16 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
         """A linear multistep step, equation 12, or one of the two that open a run without Runge-Kutta."""
-        t, stride = self.index(timestep), self.stride
+        t, stride = self.timestep_index(timestep), self.stride
         if not self.config.skip_prk_steps and len(self.ets) < 3:
             raise InputError("step_plms: 12 calls of step_prk come first, or skip_prk_steps=True")
         if self.counter == 1:  # the second visit: from the first sample, along the mean of both predictions
-            start = sample if self.start is None else self.start
-            return self.advance(start, (model_output + self.ets[-1]) / 2, self.index(t + stride), t, return_dict)
+            start = sample if self.cur_sample is None else self.cur_sample
+            return self.advance(
+                start, (model_output + self.ets[-1]) / 2, self.timestep_index(t + stride), t, return_dict
+            )
         if self.counter == 0:
-            self.start = sample
+            self.cur_sample = sample
         self.ets = [*self.ets[-3:], model_output]
         return self.advance(sample, adams_bashforth(self.ets), t, t - stride, return_dict)
 

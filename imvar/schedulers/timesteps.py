@@ -46,7 +46,7 @@ def space_timesteps(config: Any, steps: int) -> np.ndarray:
     return np.arange(total, 0, -total / steps).round()[:steps] - 1  # rounding may leave one too many, timestep -1
 
 
-def whole_timesteps(config: Any, steps: int) -> np.ndarray:
+def integer_timesteps(config: Any, steps: int) -> np.ndarray:
     """The same as whole numbers, each of them trained; `InputError` where they are not."""
     total = config.num_train_timesteps
     timesteps = space_timesteps(config, steps).round().astype(np.int64)
@@ -61,18 +61,18 @@ def whole_timesteps(config: Any, steps: int) -> np.ndarray:
 # Other ways to space the levels of a walk: numpy, float64, from the noisiest down
 
 
-def karras(high: float, low: float, steps: int, rho: float = 7.0) -> np.ndarray:
+def karras_sigmas(high: float, low: float, steps: int, rho: float = 7.0) -> np.ndarray:
     """Evenly spaced in sigma^(1/rho), equation 5 of arXiv:2206.00364."""
     first, last = high ** (1 / rho), low ** (1 / rho)
     return (first + np.linspace(0, 1, steps) * (last - first)) ** rho
 
 
-def exponential(high: float, low: float, steps: int) -> np.ndarray:
+def exponential_sigmas(high: float, low: float, steps: int) -> np.ndarray:
     """Evenly spaced in log sigma."""
     return np.exp(np.linspace(math.log(high), math.log(low), steps))
 
 
-def beta(high: float, low: float, steps: int) -> np.ndarray:
+def beta_sigmas(high: float, low: float, steps: int) -> np.ndarray:
     """Spaced as the quantiles of Beta(0.6, 0.6), close at both ends: arXiv:2407.12173."""
     return low + beta_quantile(1 - np.linspace(0, 1, steps), 0.6) * (high - low)
 

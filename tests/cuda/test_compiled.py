@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import imvar
-from imvar.image import clip_tensor as device
+from imvar.image import clip_tensor
 from imvar.kernels import autotune as trial
 from imvar.runtime import compiled
 from tests.support.random_checkpoint import tiny_pipeline
@@ -153,8 +153,8 @@ def test_threads_share_recordings(pipe, photo):
 def test_pictures_are_prepared_for_the_checker_as_by_pillow(size):
     levels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     processor = imvar.CLIPImageProcessor()
-    assert device.can_prepare(levels.cuda(), processor.config)
-    assert torch.equal(processor.of_levels(levels.cuda()).cpu(), processor.of_levels(levels))
+    assert clip_tensor.supports(levels.cuda(), processor.config)
+    assert torch.equal(processor.preprocess_uint8(levels.cuda()).cpu(), processor.preprocess_uint8(levels))
 
 
 @torch.no_grad()

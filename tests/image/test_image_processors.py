@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 from imvar.errors import CheckpointError, InputError, InputTypeError
-from imvar.image import CLIPImageProcessor, VaeImageProcessor, numpy_to_pil, to_levels
-from imvar.image import clip_tensor as device
+from imvar.image import CLIPImageProcessor, VaeImageProcessor, clip_tensor, numpy_to_pil, to_uint8
 from imvar.image.clip import CLIP_MEAN, CLIP_STD
 
 
@@ -421,41 +420,41 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("size", [(512, 512), (64, 64), (512, 768), (1024, 320), (224, 224), (8, 200), (225, 223)])
 def test_pictures_on_a_device_are_prepared_as_by_pillow(settings, size):
-    """To the bit. On the CPU `of_levels` asks Pillow itself."""
+    """To the bit. On the CPU `preprocess_uint8` asks Pillow itself."""
     levels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     processor = CLIPImageProcessor(**settings)
     pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]
     expected = processor(pictures, return_tensors="pt").pixel_values
-    for made in [processor.of_levels(levels)] + device.can_prepare(levels, processor.config) * [
-        device.prepare(levels, processor.config)
+    for made in [processor.preprocess_uint8(levels)] + clip_tensor.supports(levels, processor.config) * [
+        clip_tensor.preprocess_batch(levels, processor.config)
     ]:
         assert made.dtype == expected.dtype
         assert torch.equal(made, expected)
-    assert device.can_prepare(levels, processor.config) == (settings.get("resample") != 1)
+    assert clip_tensor.supports(levels, processor.config) == (settings.get("resample") != 1)
 
 
 def test_which_axis_pillow_begins_with_is_asked(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        device.Image.Image,
+        clip_tensor.Image.Image,
         "resize",
         lambda self, size, resample, real=Image.Image.resize: (
             asked.append(size) or real(self, (size[0], size[1]), resample).rotate(180)
         ),
     )
-    device.rows_first.cache_clear()
+    clip_tensor.rows_first.cache_clear()
     try:
-        assert device.rows_first(50, 40, 30, 20, 3) is None  # a Pillow that does something else
-        assert not device.can_prepare(torch.zeros(1, 3, 50, 40, dtype=torch.uint8), CLIPImageProcessor().config)
+        assert clip_tensor.rows_first(50, 40, 30, 20, 3) is None  # a Pillow that does something else
+        assert not clip_tensor.supports(torch.zeros(1, 3, 50, 40, dtype=torch.uint8), CLIPImageProcessor().config)
     finally:
-        device.rows_first.cache_clear()
+        clip_tensor.rows_first.cache_clear()
     assert asked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_levels_are_those_of_numpy(dtype):
     x = torch.rand(2, 3, 9, 7).to(dtype)
-    levels = to_levels(x)
+    levels = to_uint8(x)
     assert levels.dtype == torch.uint8
     pictures = numpy_to_pil(x.permute(0, 2, 3, 1).float().numpy())
     assert np.array_equal(levels.permute(0, 2, 3, 1).numpy(), np.stack([np.asarray(one) for one in pictures]))
