@@ -1,4 +1,4 @@
-"""Imports go down the floors, and only to what imvar says it needs."""
+"""Imports go only downward, floor by floor, and only to the libraries that imvar depends on."""
 
 import ast
 import subprocess
@@ -14,11 +14,15 @@ FLOORS = {
     for floor, names in enumerate(
         [
             ["errors"],
-            ["checks", "context"],
-            ["config", "memory", "noise", "outputs"],
+            ["checks"],
+            ["config", "oom", "malloc", "noise", "outputs"],
+            ["atomic"],
             ["weights"],
-            ["models", "schedulers", "image"],
-            ["pipeline", "photos", "contact_sheet"],
+            ["kernels"],
+            ["models"],
+            ["schedulers", "image", "runtime"],
+            ["conversion", "pipeline"],
+            ["contact_sheet"],
             ["__init__"],
             ["cli"],
             ["__main__"],
@@ -26,35 +30,69 @@ FLOORS = {
     )
     for name in names
 }
-OTHERS = {"torch", "safetensors", "huggingface_hub", "PIL", "numpy", "einops"}
+DEPENDENCIES = {"torch", "safetensors", "huggingface_hub", "PIL", "numpy", "einops"}
+MODULES = {".".join(("imvar", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in FILES}
 
 
-def imports(file: Path) -> set[str]:
-    """Every name that a file imports, in full."""
-    package, found = ("imvar", *file.relative_to(PACKAGE).parent.parts), set()
+def imported_names(file: Path) -> set[str]:
+    """Return every name that a file imports, in full, at the top or within a function."""
+    package, names = ("imvar", *file.relative_to(PACKAGE).parent.parts), set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) + 1 - node.level] if node.level else ()
-            found |= {".".join((*above, *filter(None, [node.module]), alias.name)) for alias in node.names}
-    return found
+            parent = package[: len(package) + 1 - node.level] if node.level else ()
+            names |= {".".join((*parent, *filter(None, [node.module]), alias.name)) for alias in node.names}
+    return names
+
+
+def module_globals_written(file: Path) -> list[str]:
+    """Return the attributes of imported imvar modules that a file assigns to, with the line."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    modules = {name.rpartition(".")[2] for name in imported_names(file) if name in MODULES}
+    return [
+        f"{node.value.id}.{node.attr}, line {node.lineno}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in modules
+    ]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_down(file):
     unit = file.relative_to(PACKAGE).with_suffix("").parts[0]
-    for module in imports(file):
-        top, *inside = module.split(".")
+    for name in imported_names(file):
+        top, *inside = name.split(".")
         if top != "imvar":
-            assert top in OTHERS | sys.stdlib_module_names, f"{unit} imports {module}"
+            assert top in DEPENDENCIES | sys.stdlib_module_names, f"{unit} imports {name}"
         else:
             other = inside[0] if inside and inside[0] in FLOORS else "__init__"  # `from . import __version__`
-            assert other == unit or FLOORS[other] < FLOORS[unit], f"{unit} imports {module}"
+            assert other == unit or FLOORS[other] < FLOORS[unit], f"{unit} imports {name}"
+
+
+def test_every_module_has_a_floor():
+    assert {file.relative_to(PACKAGE).with_suffix("").parts[0] for file in FILES} == FLOORS.keys()
+
+
+def test_only_ops_imports_kernels_into_models():
+    """Networks reach the kernels through `models/ops.py`, so the other files read like a paper's code."""
+    importers = {
+        file.name
+        for file in (PACKAGE / "models").glob("*.py")
+        if any(name.startswith("imvar.kernels") for name in imported_names(file))
+    }
+    assert importers == {"ops.py"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_module_writes_into_another(file):
+    assert not module_globals_written(file)
 
 
 def test_importing_imvar_loads_no_other_library():
-    """Nor does it load what huggingface_hub needs to speak to the network, or what compiles."""
+    """Neither the network libraries of huggingface_hub nor torch's compiler."""
     command = [sys.executable, "-c", "import imvar, sys; print(*sys.modules)"]
     loaded = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout.split()
     heavy = {
