@@ -5,7 +5,7 @@
     python weights_convert.py PUBLISHED_FOLDER OUT --dtype fp16 --verify
     python weights_convert.py OUT variations.safetensors --to original
 
-`imvar.weights.convert` does the work. Exit status: 0 done, 1 failed and nothing written, 2 misused, 130 stopped.
+`imvar.conversion.convert` does the work. Exit status: 0 done, 1 failed and nothing written, 2 misused, 130 stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from imvar import ImvarError, InputError
-from imvar.weights import convert
+from imvar.conversion import convert
 
 
 def main(argv: Sequence[str] | None = None) -> int:

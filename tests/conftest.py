@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from imvar import StableDiffusionImageVariationPipeline
-from imvar.weights import convert
+from imvar.conversion import convert
 from tests.support.original_checkpoint import LAYOUTS, original, write
 from tests.support.published_checkpoint import write_checkpoint
 from tests.support.random_checkpoint import tiny_pipeline

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError
+from ..weights.configured import settings_part
 from ..weights.filenames import DIFFUSERS, TRANSFORMERS
 from ..weights.hub import read_json, safe_join
 from ..weights.infer_config import infer_config, uninferable_warning
 from ..weights.keymap import PUBLISHED, Keymap, Naming
 from ..weights.model_index import INDEX, PARTS, first_class, served
-from ..weights.pretrained import PretrainedModel, settings_part
+from ..weights.pretrained import PretrainedModel
 from ..weights.published_config import has_legacy_sample_size
 from ..weights.reading import read_weights
 from ..weights.single_file import EMA, RAW, PartTensors, SingleFile, detect_part

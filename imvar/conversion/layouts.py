@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..atomic.folder import atomic_file, atomic_folder
 from ..errors import CheckpointError, InputError
+from ..weights.configured import ConfiguredComponent
 from ..weights.hub import write_text
 from ..weights.keymap import PUBLISHED, Naming
 from ..weights.model_index import INDEX, PARTS, index_text
-from ..weights.pretrained import Pretrained
 from ..weights.reading import read_checkpoint, read_weights
 from ..weights.single_file import PREFIXED, SETTINGS_KEY
 from ..weights.writing import WrittenFile, write_tensors, write_weights
@@ -181,7 +181,7 @@ class DiffusersLayout(Layout):
         written = []
         with atomic_folder(self.path) as new:
             for name, found in self.parts.items():
-                Pretrained.save_pretrained(found.value, new / name)
+                ConfiguredComponent.save_pretrained(found.value, new / name)
                 if found.has_weights:
                     files = write_weights(
                         new / name,

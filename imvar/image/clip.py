@@ -14,7 +14,7 @@ from ..checks import MAX_SIDE
 from ..config import INVALID, Config, coerce_number, one_of
 from ..errors import InputError, InputTypeError, short_repr
 from ..outputs import Output
-from ..weights.pretrained import Pretrained
+from ..weights.configured import ConfiguredComponent
 from .clip_tensor import preprocess_batch, supports
 from .read import decode_pil, iter_images, to_pixels, to_rgb
 from .resize import center_crop, resize, target_size
@@ -117,7 +117,7 @@ class BatchFeature(Output):
 
 
 class CLIPImageProcessor(
-    Pretrained,
+    ConfiguredComponent,
     part="feature_extractor",
     also=("CLIPFeatureExtractor", "CLIPImageProcessorPil", "CLIPImageProcessorFast"),
 ):

@@ -12,6 +12,7 @@ from ..atomic.folder import atomic_folder, break_hard_links, read_consistently
 from ..checks import Dtype, as_dtype, as_path, check_type
 from ..config import Config
 from ..errors import CheckpointError, InputError, InputTypeError, short_repr
+from ..weights.configured import ConfiguredComponent, settings_part
 from ..weights.hub import Hub, locate, read_json, safe_join, within, write_text
 from ..weights.model_index import (
     INDEX,
@@ -25,7 +26,7 @@ from ..weights.model_index import (
     served,
 )
 from ..weights.options import READING, config_folder, filter_kwargs, resolve_ema, should_write
-from ..weights.pretrained import Pretrained, PretrainedModel, settings_part
+from ..weights.pretrained import PretrainedModel
 
 
 class PretrainedPipeline:
@@ -171,7 +172,7 @@ class PretrainedPipeline:
                 raise InputTypeError(f"{name}: a {type(part).__name__} came, which is for {of}", key=name)
         check_type("safe_serialization", safe_serialization, bool)
         sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}  # each part has its own default
-        ours = (Pretrained.save_pretrained, PretrainedModel.save_pretrained)
+        ours = (ConfiguredComponent.save_pretrained, PretrainedModel.save_pretrained)
         with atomic_folder(as_path("save_directory", save_directory)) as new:
             for name, part in self.components.items():
                 if part is not None:

@@ -20,7 +20,7 @@ from ..config import Config, one_of
 from ..errors import InputError, InputTypeError, short_repr
 from ..noise import check_generator
 from ..outputs import SchedulerOutput
-from ..weights.pretrained import Pretrained
+from ..weights.configured import ConfiguredComponent
 from .timesteps import make_betas
 
 
@@ -152,7 +152,7 @@ def as_timestep_tensor(timesteps: Any) -> Tensor | None:
         return None
 
 
-class Scheduler(Pretrained):
+class Scheduler(ConfiguredComponent):
     """A walk from noise to a picture: tables that say how noisy each timestep is, and where the walk stands.
 
     Attributes: `betas`, `alphas`, `alphas_cumprod`, each (num_train_timesteps,); `timesteps`, those to

@@ -1,23 +1,9 @@
-"""Checkpoints: files, names, the parts' `from_pretrained` and `save_pretrained`, and conversion.
+"""Checkpoints: files, tensor names, and the `from_pretrained` and `save_pretrained` of components.
 
-What only conversion, single files, pickles or saving need is imported by the functions that need it: together that is
-a sixth of what `import imvar` would take.
+What only single files, pickles or saving need is imported inside the functions that need it, to keep `import imvar`
+fast.
 """
 
-from typing import TYPE_CHECKING, Any
+from .pretrained import load
 
-from .loading import load
-
-if TYPE_CHECKING:
-    from ..conversion.convert import convert
-
-__all__ = ["convert", "load"]
-
-
-def __getattr__(name: str) -> Any:
-    """`convert`, with what only conversion needs, is imported when somebody asks for it."""
-    if name == "convert":
-        from ..conversion.convert import convert
-
-        return convert
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["load"]

@@ -38,7 +38,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 from fuzz.corpus import LOADERS, make
 from fuzz.corruptions import spoil
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
-from imvar.weights import convert
+from imvar.conversion import convert
 from imvar.weights.reading import read_checkpoint
 
 SECONDS, MEGABYTES, HUNG = 2.0, 200, 20.0  # the most that a case may take; after the last it is killed

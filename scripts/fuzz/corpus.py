@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import imvar
 from imvar import StableDiffusionImageVariationPipeline
-from imvar.weights import convert
+from imvar.conversion import convert
 from imvar.weights.single_file import EMA, PREFIXED, RAW
 from tests.support.original_checkpoint import lightning, write
 from tests.support.random_checkpoint import randomize, tiny_pipeline

@@ -11,7 +11,7 @@ import pytest
 
 from imvar import CheckpointError
 from imvar.atomic import filesystem as swapping
-from imvar.weights import convert
+from imvar.conversion import convert
 from tests.support.crashes import (
     forked,
     held,

@@ -14,8 +14,8 @@ from PIL import Image, ImageFont
 import imvar
 from imvar import cli
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, SheetRow, contact_sheet, fit_text, size_on_sheet
+from imvar.conversion import convert
 from imvar.image.load_image import load_image, unique_names
-from imvar.weights import convert
 
 
 @pytest.fixture

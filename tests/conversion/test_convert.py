@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import imvar
 from imvar import CheckpointError
-from imvar.weights import convert
+from imvar.conversion import convert
 from imvar.weights.infer_config import infer_config
 from imvar.weights.keymap import Dialect, Keymap, Naming
 from imvar.weights.single_file import EMA, PREFIXED, RAW, PartTensors, SingleFile

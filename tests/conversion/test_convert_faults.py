@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import weights_convert
 from imvar import CheckpointError, ImvarError
-from imvar.weights import convert
+from imvar.conversion import convert
 from tests.support.expected_tensors import bytes_in
 
 FLOAT8 = torch.float8_e4m3fn

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import imvar
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
-from imvar.weights import convert
+from imvar.conversion import convert
 from tests.support.expected_tensors import agree, bytes_in, stored
 from tests.support.published_checkpoint import FILES
 from tests.support.random_checkpoint import TINY_ENCODER

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import imvar
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
-from imvar.weights import convert
+from imvar.conversion import convert
 from tests.support.random_checkpoint import tiny_pipeline
 
 MODELS = [

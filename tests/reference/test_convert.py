@@ -7,7 +7,7 @@ import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
 import imvar
-from imvar.weights import convert
+from imvar.conversion import convert
 from tests.support.expected_tensors import agree
 
 THEIRS = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import imvar
-import imvar.weights
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline, UNet2DConditionModel
+from imvar.conversion import convert
 from tests.support.random_checkpoint import tiny_pipeline
 
 PIPELINE = StableDiffusionImageVariationPipeline
@@ -275,9 +275,9 @@ def test_of_converting(checkpoint, tmp_path):
     for option in ("to", "dtype", "part"):
         for wrong in ("foo", 3, []):
             with pytest.raises(InputError, match=f"{option}="):
-                imvar.weights.convert(checkpoint, tmp_path / "new", **{option: wrong})
+                convert(checkpoint, tmp_path / "new", **{option: wrong})
     with pytest.raises(CheckpointError, match="no such file or folder to fill from"):
-        imvar.weights.convert(checkpoint, tmp_path / "new", fill=tmp_path / "nothing")
+        convert(checkpoint, tmp_path / "new", fill=tmp_path / "nothing")
     assert not os.listdir(tmp_path)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import imvar
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
-from imvar.weights import convert
+from imvar.conversion import convert
 from tests.support.expected_tensors import agree, settings
 from tests.support.original_checkpoint import LAYOUTS, original, write
 from tests.support.random_checkpoint import TINY_VAE, randomize
