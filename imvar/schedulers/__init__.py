@@ -1,4 +1,4 @@
-"""Ways to walk from noise to a picture: one file each, the arithmetic on top, the class below."""
+"""The samplers: one per file, the paper's formulas on top and the scheduler class below."""
 
 from .ddim import DDIMScheduler
 from .lms import LMSDiscreteScheduler

@@ -1,8 +1,8 @@
-"""What the schedulers share: what a network predicts, the settings and base classes.
+"""Shared by the schedulers: conversions between prediction types, the config and the base classes.
 
-`alpha` is the share of signal left in x_t, DDIM's alpha_t and DDPM's cumulative product. It stays a
-0-d float32 tensor on the CPU: next to a tensor of any dtype and device it counts as a number, and
-Python floats would compute in double, a last bit away from the reference.
+`alpha` is the share of signal variance in x_t: alpha_t of DDIM, the cumulative product of 1 - beta in DDPM. It is kept
+as a 0-d float32 tensor on the CPU: PyTorch treats that as a scalar next to a tensor of any dtype and device, whereas
+Python floats would compute in double and differ from diffusers in the last bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import check_float, check_floating, check_has_data, check_int, check_same_shape, item, validated
 from ..config import Config, one_of
-from ..errors import InputError, InputTypeError, short_repr
+from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from ..noise import check_generator
 from ..outputs import SchedulerOutput
 from ..weights.configured import ConfiguredComponent
@@ -36,11 +36,11 @@ class SchedulerLike(Protocol):
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, /) -> SchedulerOutput | tuple[Tensor, ...]: ...
 
 
-# What a network predicts, section 2.4 of arXiv:2202.00512: x = signal x0 + noise eps, v = signal eps - noise x0
+# Prediction types, section 4 of arXiv:2202.00512: x = signal x0 + noise eps, v = signal eps - noise x0
 
 
 def to_x0(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
-    """The clean sample that a network's output implies at x."""
+    """Convert a model output at x to the predicted x_0."""
     signal, noise = alpha**0.5, (1 - alpha) ** 0.5
     if kind == "epsilon":
         return (x - noise * output) / signal
@@ -48,7 +48,7 @@ def to_x0(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
 
 
 def to_eps(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
-    """The noise that a network's output implies at x."""
+    """Convert a model output at x to the predicted noise."""
     signal, noise = alpha**0.5, (1 - alpha) ** 0.5
     if kind == "sample":
         return (x - signal * output) / noise
@@ -57,18 +57,18 @@ def to_eps(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
 
 # The classes
 
-MAX_TIMESTEPS = 10_000  # every table has as many entries
+MAX_TIMESTEPS = 10_000  # the length of every table
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SchedulerConfig(Config):
-    """The settings that every scheduler begins with. Raises `InputError` for values out of range."""
+    """Config fields common to all schedulers. Raises `InputError` for values out of range."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001  # 0 to 1, as is beta_end
     beta_end: float = 0.02
     beta_schedule: str = one_of("linear", "scaled_linear", "squaredcos_cap_v2")
-    trained_betas: Sequence[float] | np.ndarray | None = None  # (num_train_timesteps,), in place of a schedule
+    trained_betas: Sequence[float] | np.ndarray | None = None  # (num_train_timesteps,), overrides beta_schedule
 
     def check(self) -> None:
         super().check()
@@ -81,69 +81,66 @@ class SchedulerConfig(Config):
         try:
             betas = np.asarray(self.trained_betas, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise InputTypeError(
-                f"trained_betas={short_repr(self.trained_betas)}: a list of numbers would do", key="trained_betas"
-            ) from error
+            got = short_repr(self.trained_betas)
+            raise invalid(InputTypeError, "trained_betas", "a list of numbers", got) from error
         if betas.shape != (steps,):
-            raise InputError(
-                f"trained_betas: shape {betas.shape} came; ({steps},), one for each of num_train_timesteps, would do",
-                key="trained_betas",
-            )
+            expected = f"shape ({steps},), one number for each of num_train_timesteps"
+            raise invalid(InputError, "trained_betas", expected, f"shape {betas.shape}")
         if not ((betas >= 0) & (betas <= 1)).all():
-            raise InputError(
-                f"trained_betas: {betas.min():g} to {betas.max():g} came; numbers from 0 to 1 would do",
-                key="trained_betas",
-            )
+            raise invalid(InputError, "trained_betas", "numbers from 0 to 1", f"{betas.min():g} to {betas.max():g}")
 
 
 def check_signal_range(scheduler: Any, alphas: Tensor) -> None:
-    """The timesteps of a walk leave some of the signal, and not all of it, so that no step divides by 0."""
+    """Check that every sampled timestep has both signal and noise, so that no step divides by 0."""
     low, high = (float(share) for share in alphas.aminmax())
     if low <= 0 or high >= 1:
-        raise InputError(
-            f"beta_start, beta_end, trained_betas: with these, from {low:g} to {high:g} of the signal "
-            f"is left, and {type(scheduler).__name__} divides by 0 at the ends; numbers between 0 and 1 "
-            "would do",
+        raise invalid(
+            InputError,
+            "beta_start, beta_end, trained_betas",
+            "betas that leave both signal and noise at every sampled timestep",
+            f"a share of signal from {low:g} to {high:g}, where {type(scheduler).__name__} divides by 0",
+            "use numbers between 0 and 1",
             key="beta_start",
         )
 
 
+def check_steps_left(scheduler: Any, steps_done: int) -> None:
+    """Check that a run has steps left after `steps_done`."""
+    if steps_done >= (n := len(scheduler.timesteps)):
+        raise invalid(
+            InputError, "timestep", f"at most {n} steps a run", "one more", "call set_timesteps to start another run"
+        )
+
+
 def check_step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *_: Any, **options: Any) -> None:
-    """Of a step: floats of one shape, also what is to be its noise."""
+    """Check that the tensors of a step are floating-point and of one shape, and its generators one or b."""
     if not isinstance(sample, Tensor):
-        raise InputTypeError(f"sample: {type(sample).__name__} came; a tensor (b, c, h, w) would do", key="sample")
+        raise invalid(InputTypeError, "sample", "a tensor (b, c, h, w)", describe(sample))
     check_floating("sample", sample)
     check_same_shape("model_output", model_output, "sample", sample)
     generators = options.get("generator")
-    one = not sample.ndim or (isinstance(generators, (list, tuple)) and len(generators) == 1)
-    check_generator(generators, 1 if one else len(sample))
+    is_single = not sample.ndim or (isinstance(generators, (list, tuple)) and len(generators) == 1)
+    check_generator(generators, 1 if is_single else len(sample))
     if options.get("variance_noise") is not None:
         check_same_shape("variance_noise", options["variance_noise"], "sample", sample)
 
 
 def check_noise_inputs(scheduler: Any, original_samples: Any, noise: Any, timesteps: Any) -> None:
-    """Of samples and noise that are mixed: one shape, and a time for all or for each."""
+    """Check that samples and noise have one shape, and that there is one timestep, or one per sample."""
     if not isinstance(original_samples, Tensor) or not original_samples.ndim:
-        raise InputTypeError(
-            f"original_samples: {type(original_samples).__name__} came; a tensor (b, ...) would do",
-            key="original_samples",
-        )
+        raise invalid(InputTypeError, "original_samples", "a tensor (b, ...)", describe(original_samples))
     check_floating("original_samples", original_samples)
     check_same_shape("noise", noise, "the samples", original_samples)
     if isinstance(timesteps, Tensor) and not original_samples.is_meta:
         check_has_data("timesteps", timesteps)
-    times = as_timestep_tensor(timesteps)
-    if times is None or times.ndim > 1 or (times.ndim and len(times) not in (1, len(original_samples))):
-        came = type(timesteps).__name__ if times is None else f"shape {tuple(times.shape)}"
-        raise InputError(
-            f"timesteps: {came} came for {len(original_samples)} samples; a tensor of one for all, or of "
-            "one each, would do",
-            key="timesteps",
-        )
+    t, batch = as_timestep_tensor(timesteps), len(original_samples)
+    if t is None or t.ndim > 1 or (t.ndim and len(t) not in (1, batch)):
+        expected = f"a tensor of one timestep for all {batch} samples, or of one each"
+        raise invalid(InputError, "timesteps", expected, describe(timesteps if t is None else t))
 
 
 def as_timestep_tensor(timesteps: Any) -> Tensor | None:
-    """A number, or a tensor of numbers, as a tensor; None for anything else."""
+    """Return a number or tensor as a tensor, anything else as None."""
     if isinstance(timesteps, bool) or not isinstance(timesteps, (int, float, Tensor)):
         return None
     try:
@@ -153,11 +150,11 @@ def as_timestep_tensor(timesteps: Any) -> Tensor | None:
 
 
 class Scheduler(ConfiguredComponent):
-    """A walk from noise to a picture: tables that say how noisy each timestep is, and where the walk stands.
+    """Base class of the schedulers: the noise schedule of training, and the state of a sampling run.
 
-    Attributes: `betas`, `alphas`, `alphas_cumprod`, each (num_train_timesteps,); `timesteps`, those to
-    visit; `num_inference_steps`, as asked for. No step writes into a tensor or list that it was given or
-    gave out, so even a shallow copy is a walk of its own.
+    Attributes: `betas`, `alphas`, `alphas_cumprod`, each (num_train_timesteps,); `timesteps`, those of the run in
+    order; `num_inference_steps`, as passed to `set_timesteps`. No step writes into a tensor or list that it received
+    or returned, so even a shallow copy can be stepped independently.
     """
 
     config_name = "scheduler_config.json"
@@ -179,9 +176,9 @@ class Scheduler(ConfiguredComponent):
 
 
 class VariancePreserving(Scheduler):
-    """A walk along x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) noise, on whole timesteps: DDIM and PNDM.
+    """Base class of DDIM and PNDM: x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) noise, at integer timesteps.
 
-    `final_alpha_cumprod` is the alpha where the walk ends: 1, or that of timestep 0 without `set_alpha_to_one`.
+    `final_alpha_cumprod` is the alpha after the last step: 1, or that of timestep 0 without `set_alpha_to_one`.
     """
 
     init_noise_sigma = 1.0
@@ -192,40 +189,39 @@ class VariancePreserving(Scheduler):
 
     @property
     def stride(self) -> int:
-        """How far apart in training the steps are; not the distance to the next entry of `timesteps`."""
+        """Training timesteps per sampling step; the distance to the next entry of `timesteps` may differ."""
         if self.num_inference_steps is None:
-            raise InputError("step: the scheduler has no timesteps yet; call set_timesteps first")
+            raise invalid(InputError, "num_inference_steps", "a call of set_timesteps before step", "none")
         return self.config.num_train_timesteps // self.num_inference_steps
 
     def timestep_index(self, timestep: Any) -> int:
-        """A timestep, given as a number or as a tensor that holds one; `InputError` if training had no such."""
+        """Return a timestep, a number or one-element tensor, as an int. Raises `InputError` if it is out of range."""
         return check_int("timestep", item(timestep), low=0, high=len(self) - 1)
 
     def alpha(self, timestep: int) -> Tensor:
-        """The alpha of a timestep, 0-d; below 0 the walk has ended."""
+        """Return the alpha of a timestep, 0-d; below 0 that after the last step."""
         return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """What the network is short_repr of `sample`: here, `sample` itself."""
+        """Return `sample`: the UNet's input is not scaled."""
         return sample
 
     @validated(check_noise_inputs)
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t from x_0 and noise, both (b, ...), at `timesteps`, (b,) or (): equation 4 of arXiv:2010.02502."""
+        """Return x_t for x_0 and noise, both (b, ...), at `timesteps`, (b,) or (): equation 4 of arXiv:2010.02502."""
         signal, sigma = self.signal_and_noise(original_samples, timesteps)
         return signal * original_samples + sigma * noise
 
     def signal_and_noise(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The shares of signal and noise at each timestep, in x's dtype, shaped to multiply x."""
+        """Return sqrt(alpha) and sqrt(1 - alpha) of each timestep, in x's dtype, shaped to broadcast against x."""
         timesteps = torch.as_tensor(timesteps)
         if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
-            raise InputTypeError(
-                f"timesteps: values of {timesteps.dtype} came; whole numbers would do", key="timesteps"
-            )
-        timesteps = timesteps.long()  # as bytes would choose by being there
+            raise invalid(InputTypeError, "timesteps", "integers", f"values of {timesteps.dtype}")
+        timesteps = timesteps.long()  # uint8 would index as a mask
         readable = timesteps.device.type == "cpu" and not torch.compiler.is_compiling()
         if readable and not ((timesteps >= 0) & (timesteps < len(self))).all():
-            raise InputError(f"timesteps={timesteps.tolist()}: values from 0 to {len(self) - 1} would do")
+            got = short_repr(timesteps.tolist())
+            raise invalid(InputError, "timesteps", f"integers from 0 to {len(self) - 1}", got)
         alpha = self.alphas_cumprod.to(x.device, x.dtype)[timesteps.to(x.device)]
         alpha = alpha.view(-1, *[1] * (x.ndim - 1))  # b -> b 1 1 1
         return alpha**0.5, (1 - alpha) ** 0.5

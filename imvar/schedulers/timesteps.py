@@ -1,4 +1,4 @@
-"""Tables: how much noise each training timestep adds, which of them to visit, how to space noise levels."""
+"""Noise schedules (betas), the spacing of sampling timesteps and the spacing of noise levels (sigmas)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int
-from ..errors import InputError
+from ..errors import InputError, invalid
 
 
 def make_betas(config: Any) -> Tensor:
-    """The variance that each training timestep adds: (num_train_timesteps,) float32."""
+    """Return the betas, the variance that each training timestep adds: (num_train_timesteps,) float32."""
     start, end, steps = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.trained_betas is not None:
         return torch.tensor(np.asarray(config.trained_betas), dtype=torch.float32)
@@ -22,13 +22,13 @@ def make_betas(config: Any) -> Tensor:
         return torch.linspace(start, end, steps, dtype=torch.float32)
     if config.beta_schedule == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-    time = np.arange(steps + 1) / steps
-    alpha = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # equation 17 of arXiv:2102.09672
+    t = np.arange(steps + 1) / steps
+    alpha = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2  # equation 17 of arXiv:2102.09672
     return torch.tensor(np.minimum(1 - alpha[1:] / alpha[:-1], 0.999), dtype=torch.float32)
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas shifted and scaled so that the last timestep is pure noise: algorithm 1 of arXiv:2305.08891."""
+    """Rescale betas to zero terminal SNR, so that the last timestep is pure noise: algorithm 1 of arXiv:2305.08891."""
     signal = (1 - betas).cumprod(0).sqrt()
     first, last = signal[0], signal[-1]
     alpha = ((signal - last) * (first / (first - last))) ** 2
@@ -36,52 +36,51 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def space_timesteps(config: Any, steps: int) -> np.ndarray:
-    """`steps` of the training timesteps, the noisiest first: table 2 of arXiv:2305.08891. Fractional for linspace."""
+    """Return `steps` sampling timesteps, descending: table 2 of arXiv:2305.08891. Fractional for linspace."""
     total = config.num_train_timesteps
     steps = check_int("num_inference_steps", steps, high=total)
     if config.timestep_spacing == "linspace":
         return np.linspace(0, total - 1, steps)[::-1]
     if config.timestep_spacing == "leading":
         return np.arange(steps)[::-1] * (total // steps) + config.steps_offset
-    return np.arange(total, 0, -total / steps).round()[:steps] - 1  # rounding may leave one too many, timestep -1
+    return np.arange(total, 0, -total / steps).round()[:steps] - 1  # rounding may give one more, timestep -1
 
 
 def integer_timesteps(config: Any, steps: int) -> np.ndarray:
-    """The same as whole numbers, each of them trained; `InputError` where they are not."""
+    """Return `space_timesteps` rounded to integers. Raises `InputError` if the first is above the last of training."""
     total = config.num_train_timesteps
     timesteps = space_timesteps(config, steps).round().astype(np.int64)
     if timesteps[0] >= total:
-        raise InputError(
-            f"num_inference_steps={steps}: with steps_offset={config.steps_offset} the first timestep "
-            f"is {timesteps[0]}, but the last trained one {total - 1}; fewer steps would do"
-        )
+        got = f"{len(timesteps)}, whose first timestep is {timesteps[0]} with steps_offset={config.steps_offset}"
+        expected = f"steps within the training timesteps 0 to {total - 1}"
+        raise invalid(InputError, "num_inference_steps", expected, got, "use fewer steps")
     return timesteps
 
 
-# Other ways to space the levels of a walk: numpy, float64, from the noisiest down
+# Spacings of the noise levels: numpy, float64, descending
 
 
 def karras_sigmas(high: float, low: float, steps: int, rho: float = 7.0) -> np.ndarray:
-    """Evenly spaced in sigma^(1/rho), equation 5 of arXiv:2206.00364."""
+    """Return sigmas evenly spaced in sigma^(1/rho): equation 5 of arXiv:2206.00364."""
     first, last = high ** (1 / rho), low ** (1 / rho)
     return (first + np.linspace(0, 1, steps) * (last - first)) ** rho
 
 
 def exponential_sigmas(high: float, low: float, steps: int) -> np.ndarray:
-    """Evenly spaced in log sigma."""
+    """Return sigmas evenly spaced in log sigma."""
     return np.exp(np.linspace(math.log(high), math.log(low), steps))
 
 
 def beta_sigmas(high: float, low: float, steps: int) -> np.ndarray:
-    """Spaced as the quantiles of Beta(0.6, 0.6), close at both ends: arXiv:2407.12173."""
+    """Return sigmas spaced as the quantiles of Beta(0.6, 0.6), dense at both ends: arXiv:2407.12173."""
     return low + beta_quantile(1 - np.linspace(0, 1, steps), 0.6) * (high - low)
 
 
 def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
-    """Where the distribution function of Beta(a, a) reaches p.
+    """Return the quantiles of Beta(a, a) at the probabilities p.
 
-    In y = x^a the function is y times a power series in x, nearly straight up to x = 1/2, so that Newton's
-    method settles in a few rounds; the other half is its mirror image.
+    In y = x^a the cumulative distribution function is y times a power series in x, nearly linear up to x = 1/2, so that
+    Newton's method converges in a few iterations; the upper half is symmetric.
     """
     n = np.arange(64)
     series = np.cumprod(np.where(n, (n - a) / np.maximum(n, 1), 1)) * a / (a + n)  # of (1 - x)^(a - 1), integrated
@@ -94,9 +93,9 @@ def beta_quantile(p: np.ndarray, a: float) -> np.ndarray:
     return np.where(p < 0.5, x, 1 - x)
 
 
-def to_timesteps(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The fractional training timesteps of noise levels, linear in log sigma between those of `table`."""
-    log, logs = np.log(np.maximum(sigmas, 1e-10)), np.log(table)
-    i = (np.searchsorted(logs, log, side="right") - 1).clip(0, len(logs) - 2)
-    part = ((logs[i] - log) / (logs[i] - logs[i + 1])).clip(0, 1)
-    return (1 - part) * i + part * (i + 1)
+def to_timesteps(sigmas: np.ndarray, train_sigmas: np.ndarray) -> np.ndarray:
+    """Return the fractional training timesteps of noise levels, interpolated in log sigma between `train_sigmas`."""
+    log_sigmas, log_train = np.log(np.maximum(sigmas, 1e-10)), np.log(train_sigmas)
+    i = (np.searchsorted(log_train, log_sigmas, side="right") - 1).clip(0, len(log_train) - 2)
+    fraction = ((log_train[i] - log_sigmas) / (log_train[i] - log_train[i + 1])).clip(0, 1)
+    return (1 - fraction) * i + fraction * (i + 1)

@@ -1,4 +1,4 @@
-"""The schedulers beside diffusers, live: the same settings, the same network outputs, two columns of numbers."""
+"""The schedulers against diffusers: the same configs and the same model outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from imvar.schedulers.timesteps import beta_quantile
 NAMES = ["DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"]
 SPACINGS = ["leading", "linspace", "trailing"]
 SHAPE = (2, 4, 3, 3)
-# diffusers' LMS hands float32 tensors to scipy's adaptive quadrature; the others agree to the last bit
+# diffusers' LMS calls scipy's adaptive quadrature on float32 tensors; the others agree to the last bit
 TOLERANCE = {"DDIMScheduler": 0.0, "PNDMScheduler": 0.0, "LMSDiscreteScheduler": 1e-6}
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
@@ -44,8 +44,10 @@ def difference(our: Tensor, ref: Tensor) -> float:
     return ((our - ref).abs().max() / ref.abs().max()).item()
 
 
-def walk(name: str, steps: int, settings: dict, *, dtype=torch.float32, eta: float | None = None, **options) -> None:
-    """A whole run on both sides; every result of every step must agree."""
+def compare_runs(
+    name: str, steps: int, settings: dict, *, dtype=torch.float32, eta: float | None = None, **options
+) -> None:
+    """Run both schedulers; every output of every step must agree."""
     our, ref = pair(name, **settings)
     our.set_timesteps(steps)
     ref.set_timesteps(steps)
@@ -61,9 +63,9 @@ def walk(name: str, steps: int, settings: dict, *, dtype=torch.float32, eta: flo
         our_options |= {"eta": eta, "generator": torch.Generator().manual_seed(1)}
         ref_options |= {"eta": eta, "generator": torch.Generator().manual_seed(1)}
     for t in ref.timesteps:
-        said = torch.randn(SHAPE, generator=network).to(dtype)
-        our_out = said + 0.1 * our.scale_model_input(our_x, t)  # an answer that depends on the question
-        ref_out = said + 0.1 * ref.scale_model_input(ref_x, t)
+        eps = torch.randn(SHAPE, generator=network).to(dtype)
+        our_out = eps + 0.1 * our.scale_model_input(our_x, t)  # a model output that depends on its input
+        ref_out = eps + 0.1 * ref.scale_model_input(ref_x, t)
         our_step, ref_step = our.step(our_out, t, our_x, **our_options), ref.step(ref_out, t, ref_x, **ref_options)
         assert our_step.keys() == ref_step.keys()
         for key in ref_step:
@@ -84,9 +86,9 @@ def walk(name: str, steps: int, settings: dict, *, dtype=torch.float32, eta: flo
 def test_a_run(name, spacing, prediction, steps):
     settings = {"timestep_spacing": spacing, "prediction_type": prediction, "beta_schedule": "scaled_linear"}
     if name == "PNDMScheduler":
-        walk(name, steps, settings | {"skip_prk_steps": True})
-    if name != "PNDMScheduler" or steps >= 4:  # the Runge-Kutta opening takes four
-        walk(name, steps, settings)
+        compare_runs(name, steps, settings | {"skip_prk_steps": True})
+    if name != "PNDMScheduler" or steps >= 4:  # three Runge-Kutta steps and one more
+        compare_runs(name, steps, settings)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_a_run(name, spacing, prediction, steps):
     ],
 )
 def test_a_long_run(name, steps, settings):
-    walk(name, steps, settings)
+    compare_runs(name, steps, settings)
 
 
 OPTIONS = [
@@ -153,7 +155,7 @@ OPTIONS = [
 @pytest.mark.parametrize("steps", [7, 25])
 @pytest.mark.parametrize(("name", "settings"), OPTIONS)
 def test_an_option(name, settings, steps):
-    walk(name, steps, settings)
+    compare_runs(name, steps, settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -168,17 +170,17 @@ def test_an_option(name, settings, steps):
     ],
 )
 def test_other_dtypes(name, settings, dtype):
-    walk(name, 10, settings, dtype=dtype)
+    compare_runs(name, 10, settings, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1])
 def test_ddim_noise(eta, clipped, dtype):
-    walk("DDIMScheduler", 8, {}, dtype=dtype, eta=eta, use_clipped_model_output=clipped)
+    compare_runs("DDIMScheduler", 8, {}, dtype=dtype, eta=eta, use_clipped_model_output=clipped)
 
 
-def test_ddim_noise_by_generators_one_a_row_and_by_hand():
+def test_ddim_noise_by_one_generator_per_row_and_by_variance_noise():
     our, ref = pair("DDIMScheduler")
     our.set_timesteps(5)
     ref.set_timesteps(5)
@@ -200,7 +202,7 @@ def test_ddim_noise_by_generators_one_a_row_and_by_hand():
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_lms_order(order):
-    walk("LMSDiscreteScheduler", 10, {}, order=order)
+    compare_runs("LMSDiscreteScheduler", 10, {}, order=order)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_karras_sigmas": True}, {"use_beta_sigmas": True}])
@@ -221,7 +223,7 @@ def test_lms_tables_and_coefficients(settings):
 
 
 @pytest.mark.parametrize("spacing", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
-def test_lms_takes_an_euler_schedulers_bounds(spacing):
+def test_lms_uses_the_sigma_bounds_of_an_euler_config(spacing):
     euler = {"sigma_min": 0.1, "sigma_max": 9.0, spacing: True}
     our, ref = (side.LMSDiscreteScheduler.from_config(euler) for side in (imvar.schedulers, diffusers))
     our.set_timesteps(6)
@@ -313,26 +315,26 @@ def test_zero_snr_tables():
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_of_steps(name, spacing):
-    """But for those where rounding makes `trailing` visit a timestep -1 over there, all noise at the very end."""
+    """Except those where rounding adds a timestep -1 to `trailing` in diffusers, pure noise at the end."""
     our, ref = pair(name, timestep_spacing=spacing)
-    spoilt = 0
+    n_negative = 0
     for steps in range(4, 1001, 3):
         our.set_timesteps(steps)
         ref.set_timesteps(steps)
         if ref.timesteps.min() == -1:
-            spoilt += 1
+            n_negative += 1
             assert our.timesteps.min() >= 0
         else:
             assert our.timesteps.tolist() == ref.timesteps.tolist()
-    assert (spoilt > 0) == (spacing == "trailing")
+    assert (n_negative > 0) == (spacing == "trailing")
 
 
-def test_pndm_predicts_no_sample():
+def test_pndm_refuses_prediction_type_sample():
     with pytest.raises(ValueError, match="prediction_type='sample'"):
         imvar.schedulers.PNDMScheduler(prediction_type="sample")
 
 
-# Settings, across schedulers and on disk
+# Configs, between schedulers and on disk
 
 
 def settings_of(scheduler) -> dict:
@@ -357,7 +359,7 @@ GIVEN = [
     ],
 )
 @pytest.mark.parametrize(("name", "settings"), GIVEN)
-def test_settings_pass_along_a_chain(name, settings, chain, tmp_path):
+def test_configs_pass_along_a_chain_of_schedulers(name, settings, chain, tmp_path):
     our, ref = pair(name, **settings)
     for name in chain:
         mixed = getattr(imvar.schedulers, name).from_config(ref.config)  # diffusers' own FrozenDict
@@ -381,19 +383,19 @@ def test_settings_pass_along_a_chain(name, settings, chain, tmp_path):
         ("DDIMScheduler", {"trained_betas": np.linspace(0.1, 0.2, 10), "num_train_timesteps": 10}),
     ],
 )
-def test_files_open_on_the_other_side(name, settings, loader, tmp_path):
+def test_files_load_in_the_other_library(name, settings, loader, tmp_path):
     our, ref = pair(name, **settings)
     our.save_pretrained(tmp_path / "our")
     ref.save_pretrained(tmp_path / "ref" / "scheduler")
-    ours_there = getattr(diffusers, loader).from_pretrained(tmp_path / "our")
-    theirs_here = getattr(imvar.schedulers, loader).from_pretrained(tmp_path / "ref", subfolder="scheduler")
-    assert settings_of(ours_there) == settings_of(theirs_here)
-    assert torch.equal(ours_there.betas, theirs_here.betas)
-    assert torch.equal(theirs_here.betas, our.betas)
+    ours_in_diffusers = getattr(diffusers, loader).from_pretrained(tmp_path / "our")
+    theirs_in_imvar = getattr(imvar.schedulers, loader).from_pretrained(tmp_path / "ref", subfolder="scheduler")
+    assert settings_of(ours_in_diffusers) == settings_of(theirs_in_imvar)
+    assert torch.equal(ours_in_diffusers.betas, theirs_in_imvar.betas)
+    assert torch.equal(theirs_in_imvar.betas, our.betas)
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "LMSDiscreteScheduler"])
-def test_a_setting_of_ddim_alone_is_carried_and_not_applied(name):
+def test_a_config_field_of_ddim_alone_is_kept_and_not_applied(name):
     ours, theirs = (
         getattr(library, name).from_config(library.DDIMScheduler(rescale_betas_zero_snr=True).config)
         for library in (imvar, diffusers)
@@ -403,7 +405,7 @@ def test_a_setting_of_ddim_alone_is_carried_and_not_applied(name):
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_karras_sigmas": True}])
-def test_lms_starts_past_the_last_trained_timestep(settings):
+def test_lms_starts_past_the_last_training_timestep(settings):
     settings = {"timestep_spacing": "leading", "steps_offset": 1, "num_train_timesteps": 50} | settings
     ours, theirs = (library.LMSDiscreteScheduler(**settings) for library in (imvar, diffusers))
     for scheduler in (ours, theirs):

@@ -1,4 +1,4 @@
-"""The schedulers by themselves: what the formulas promise, what a walk leaves behind, what is refused."""
+"""The schedulers without the reference: properties of the formulas, state between steps, invalid arguments."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def run(scheduler: Any, x: torch.Tensor, timesteps: Any = None) -> torch.Tensor:
 def test_predictions_agree_on_x0_and_noise(kind):
     x0, eps, alpha = noise(seed=1).double(), noise(seed=2).double(), torch.tensor(0.3, dtype=torch.float64)
     x = alpha**0.5 * x0 + (1 - alpha) ** 0.5 * eps
-    said = {"epsilon": eps, "sample": x0, "v_prediction": alpha**0.5 * eps - (1 - alpha) ** 0.5 * x0}[kind]
-    torch.testing.assert_close(to_x0(kind, said, x, alpha), x0)
-    torch.testing.assert_close(to_eps(kind, said, x, alpha), eps)
+    output = {"epsilon": eps, "sample": x0, "v_prediction": alpha**0.5 * eps - (1 - alpha) ** 0.5 * x0}[kind]
+    torch.testing.assert_close(to_x0(kind, output, x, alpha), x0)
+    torch.testing.assert_close(to_eps(kind, output, x, alpha), eps)
 
 
-def test_a_ddim_step_keeps_x0_and_noise_and_pndm_transfers_alike():
+def test_a_ddim_step_keeps_x0_and_noise_and_equals_pndm_transfer():
     x0, eps = noise(seed=1).double(), noise(seed=2).double()
     alpha, alpha_prev = torch.tensor([0.3, 0.6], dtype=torch.float64)
     x, x_prev = (a**0.5 * x0 + (1 - a) ** 0.5 * eps for a in (alpha, alpha_prev))
@@ -70,8 +70,8 @@ def test_eta_scales_the_posterior_deviation_of_ddpm():
     assert ddim_sigma(alpha, alpha_prev, 0.0) == 0
 
 
-def test_fresh_noise_keeps_the_variance():
-    """Unit noise stays unit noise at any eta, when x_0 is 0."""
+def test_added_noise_keeps_the_variance():
+    """Unit noise keeps unit variance at any eta, when x_0 is 0."""
     alpha, alpha_prev = torch.tensor([0.01, 0.02])
     eps, fresh = noise(100_000, seed=1), noise(100_000, seed=2)
     sigma = ddim_sigma(alpha, alpha_prev, 0.7)
@@ -85,13 +85,13 @@ def test_dynamic_threshold():
     assert torch.equal(dynamic_threshold(large, 0.5, 1.0), large.clamp(-1, 1))
     squeezed = dynamic_threshold(large, 0.9, 100.0)
     assert squeezed.abs().max() == 1
-    assert ((squeezed.abs() == 1).flatten(1).float().mean(1) < 0.15).all()  # the rest keeps its order
+    assert ((squeezed.abs() == 1).flatten(1).float().mean(1) < 0.15).all()  # the others are scaled, not clipped
     assert dynamic_threshold(large.half(), 0.9, 100.0).dtype == torch.float16
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_adams_bashforth_follows_polynomials(order):
-    """`order` past slopes of a polynomial of degree below `order` give its exact mean over the next step."""
+    """`order` past slopes of a polynomial of lower degree give its exact mean over the next step."""
     polynomial = np.polynomial.Polynomial([0.5, -1.0, 2.0, 0.25][:order])
     slopes = [torch.tensor(polynomial(-k), dtype=torch.float64) for k in reversed(range(order))]
     integral = polynomial.integ()
@@ -129,7 +129,7 @@ def test_zero_terminal_snr_ends_in_noise_and_begins_as_before():
     torch.testing.assert_close(rescaled[0], betas[0])
 
 
-# Walks
+# Runs
 
 
 @pytest.mark.parametrize("steps", [4, 5, 20])
@@ -144,7 +144,7 @@ def test_zero_terminal_snr_ends_in_noise_and_begins_as_before():
         (LMSDiscreteScheduler, {"use_beta_sigmas": True}),
     ],
 )
-def test_a_network_that_knows_the_noise_leads_home(cls, settings, steps):
+def test_a_perfect_noise_prediction_recovers_x0(cls, settings, steps):
     scheduler = cls(**settings)
     scheduler.set_timesteps(steps)
     x0, eps = noise(seed=1), noise(seed=2)
@@ -160,28 +160,28 @@ def scheduler_input(scheduler, x, t):
 
 
 @pytest.mark.parametrize(("cls", "settings"), ALL)
-def test_a_walk_writes_into_nothing(cls, settings):
+def test_steps_write_into_no_argument(cls, settings):
     scheduler = cls(**settings)
     scheduler.set_timesteps(6)
-    x, handed = noise(), []
+    x, arguments = noise(), []
     for i, t in enumerate(scheduler.timesteps):
-        said = noise(seed=i)
-        handed += [(x, x.clone()), (said, said.clone())]
+        output = noise(seed=i)
+        arguments += [(x, x.clone()), (output, output.clone())]
         scheduler.scale_model_input(x, t)
-        x = scheduler.step(said, t, x).prev_sample
-    assert all(torch.equal(now, before) for now, before in handed)
+        x = scheduler.step(output, t, x).prev_sample
+    assert all(torch.equal(now, before) for now, before in arguments)
 
 
 @pytest.mark.parametrize("copies", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
 @pytest.mark.parametrize(("cls", "settings"), ALL)
-def test_a_copy_in_the_middle_of_a_walk_walks_by_itself(cls, settings, copies):
+def test_a_copy_in_the_middle_of_a_run_is_independent(cls, settings, copies):
     scheduler, x = cls(**settings), noise()
     scheduler.set_timesteps(7)
     early, late = scheduler.timesteps[:3], scheduler.timesteps[3:]
     x = run(scheduler, x, early)
     twin = copies(scheduler)
-    there = run(twin, x, late)
-    assert torch.equal(run(scheduler, x, late), there)
+    expected = run(twin, x, late)
+    assert torch.equal(run(scheduler, x, late), expected)
     twin.set_timesteps(4)
     assert scheduler.num_inference_steps == 7
     assert len(scheduler.timesteps) > 5
@@ -193,7 +193,7 @@ def test_a_second_run_equals_the_first(cls, settings):
     scheduler.set_timesteps(5)
     first = run(scheduler, noise())
     scheduler.set_timesteps(8)
-    run(scheduler, noise(), scheduler.timesteps[:2])  # left in the middle
+    run(scheduler, noise(), scheduler.timesteps[:2])  # stopped in the middle
     with pytest.raises(InputError):
         scheduler.set_timesteps(0)
     assert scheduler.num_inference_steps == 8
@@ -223,7 +223,7 @@ def test_a_step_as_a_tuple(cls, settings):
     assert all(torch.equal(a, b) for a, b in zip(as_tuple, result.to_tuple(), strict=True))
 
 
-def test_pndm_visits():
+def test_pndm_timesteps():
     scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
     scheduler.set_timesteps(5)
     assert scheduler.timesteps.tolist() == [801, 601, 601, 401, 201, 1]
@@ -242,15 +242,15 @@ def test_pndm_visits():
         (LMSDiscreteScheduler, {}),
     ],
 )
-def test_trailing_visits_as_many_as_asked_for(cls, settings, steps):
-    """Also where the rounding of 1000 / steps would leave one too many, a timestep -1."""
+def test_trailing_spacing_has_the_given_number_of_steps(cls, settings, steps):
+    """Also where the rounding of 1000 / steps would add a timestep -1."""
     scheduler = cls(timestep_spacing="trailing", **settings)
     scheduler.set_timesteps(steps)
     assert len(scheduler.timesteps.unique()) == steps
     assert scheduler.timesteps.min() > 0
 
 
-def test_lms_says_when_the_input_was_never_scaled():
+def test_lms_warns_when_the_input_was_never_scaled():
     scheduler = LMSDiscreteScheduler()
     scheduler.set_timesteps(3)
     with pytest.warns(UserWarning, match="scale_model_input"):
@@ -261,7 +261,7 @@ def test_lms_says_when_the_input_was_never_scaled():
         scheduler.step(noise(), scheduler.timesteps[1], noise())
 
 
-def test_noise_comes_from_one_generator_or_from_one_a_row():
+def test_noise_is_drawn_from_one_generator_or_one_per_row():
     def seeded(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
@@ -272,7 +272,7 @@ def test_noise_comes_from_one_generator_or_from_one_a_row():
     assert torch.equal(half, torch.randn(2, 3, generator=seeded(1), dtype=torch.float16))
 
 
-# What is refused
+# Invalid arguments
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -293,22 +293,22 @@ def test_noise_comes_from_one_generator_or_from_one_a_row():
 def test_bad_numbers_of_steps(cls, steps, error):
     scheduler = cls()
     before = scheduler.timesteps
-    with pytest.raises(error, match=r"num_inference_steps=.*whole number from 1 to 1000 would do"):
+    with pytest.raises(error, match=r"num_inference_steps.*from 1 to 1000"):
         scheduler.set_timesteps(steps)
     assert scheduler.timesteps is before
 
 
 @pytest.mark.parametrize("cls", [DDIMScheduler, PNDMScheduler])
-def test_an_offset_past_the_last_trained_timestep(cls):
+def test_an_offset_past_the_last_training_timestep(cls):
     scheduler = cls(timestep_spacing="leading", steps_offset=1)
     scheduler.set_timesteps(500)
-    with pytest.raises(InputError, match="steps_offset=1 the first timestep is 1000"):
+    with pytest.raises(InputError, match=r"num_inference_steps: .* first timestep is 1000 with steps_offset=1"):
         scheduler.set_timesteps(1000)
     assert scheduler.num_inference_steps == 500
 
 
-def test_too_few_steps_for_the_opening():
-    with pytest.raises(InputError, match="num_inference_steps=3: 4 or more would do, or skip_prk_steps=True"):
+def test_too_few_steps_for_runge_kutta():
+    with pytest.raises(InputError, match="num_inference_steps: expected 4 or more, got 3; or pass skip_prk_steps=True"):
         PNDMScheduler().set_timesteps(3)
 
 
@@ -328,7 +328,11 @@ def test_too_few_steps_for_the_opening():
         ({"steps_offset": -1}, InputError, "steps_offset=-1"),
         ({"trained_betas": []}, InputError, "trained_betas"),
         ({"trained_betas": [0.1, float("nan")], "num_train_timesteps": 2}, InputError, "trained_betas"),
-        ({"trained_betas": [0.1, 1.1], "num_train_timesteps": 2}, InputError, "trained_betas: 0.1 to 1.1 came"),
+        (
+            {"trained_betas": [0.1, 1.1], "num_train_timesteps": 2},
+            InputError,
+            "trained_betas: expected numbers from 0 to 1, got 0.1 to 1.1",
+        ),
         ({"trained_betas": [0.1, 0.2], "num_train_timesteps": 3}, InputError, "trained_betas.*num_train_timesteps"),
         ({"trained_betas": ["a"]}, InputTypeError, "trained_betas"),
         ({"beta_begin": 0.1}, TypeError, "beta_begin"),
@@ -348,9 +352,17 @@ def test_bad_settings(cls, settings, error, message):
         (DDIMScheduler, {"dynamic_thresholding_ratio": 99.5}, "dynamic_thresholding_ratio=99.5"),
         (DDIMScheduler, {"sample_max_value": float("nan")}, "sample_max_value=nan"),
         (PNDMScheduler, {"prediction_type": "sample"}, "prediction_type='sample'"),
-        (LMSDiscreteScheduler, {"use_karras_sigmas": True, "use_beta_sigmas": True}, "at most one"),
-        (LMSDiscreteScheduler, {"trained_betas": [0.0, 0.1], "num_train_timesteps": 2}, "noise levels from 0 "),
-        (LMSDiscreteScheduler, {"trained_betas": [0.1, 1.0], "num_train_timesteps": 2}, "noise levels from .* to inf"),
+        (
+            LMSDiscreteScheduler,
+            {"use_karras_sigmas": True, "use_beta_sigmas": True},
+            "expected at most one to be True, got 2",
+        ),
+        (LMSDiscreteScheduler, {"trained_betas": [0.0, 0.1], "num_train_timesteps": 2}, "got noise levels from 0 "),
+        (
+            LMSDiscreteScheduler,
+            {"trained_betas": [0.1, 1.0], "num_train_timesteps": 2},
+            "got noise levels from .* to inf",
+        ),
     ],
 )
 def test_bad_settings_of_one_class(cls, settings, message):
@@ -396,25 +408,25 @@ def test_a_step_before_set_timesteps(step):
 def test_bad_timesteps(cls, timestep, error):
     scheduler = cls()
     scheduler.set_timesteps(10)
-    if cls is LMSDiscreteScheduler:  # fractions are usual there, if they are in the list
+    if cls is LMSDiscreteScheduler:  # fractions are valid, if they are in `timesteps`
         error = InputError
         scheduler.scale_model_input(noise(), scheduler.timesteps[0])
         scheduler.set_timesteps(10)
-    with pytest.raises(error, match="timestep="):
+    with pytest.raises(error, match=r"timestep[=:]"):
         scheduler.step(noise(), timestep, noise())
 
 
 @pytest.mark.parametrize("which", [(4, 1, 0), (0, 1, 0), (2, 1, 2), (2, 1, -1)])
-def test_no_such_lms_coefficient(which):
+def test_lms_coefficients_out_of_range(which):
     with pytest.raises(InputError, match="order="):
         LMSDiscreteScheduler().get_lms_coefficient(*which)
 
 
-def test_lms_past_the_end():
+def test_lms_after_the_last_step():
     scheduler = LMSDiscreteScheduler()
     scheduler.set_timesteps(2)
     run(scheduler, noise())
-    with pytest.raises(InputError, match="all 2 timesteps are done"):
+    with pytest.raises(InputError, match="timestep: expected at most 2 steps a run"):
         scheduler.scale_model_input(noise(), scheduler.timesteps[0])
 
 
@@ -432,7 +444,7 @@ def test_lms_past_the_end():
         (
             {"eta": 1, "generator": torch.Generator(), "variance_noise": noise()},
             InputError,
-            "variance_noise and generator",
+            "variance_noise, generator: expected one of them, got both",
         ),
     ],
 )
@@ -447,36 +459,38 @@ def test_no_signal_to_divide_by():
     settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
     scheduler = DDIMScheduler(**settings)
     scheduler.set_timesteps(10)
-    with pytest.raises(InputError, match=r"timestep=999: no signal is left .* 'v_prediction'"):
+    with pytest.raises(
+        InputError, match=r"timestep: expected a timestep with some signal, .* got 999, .*'v_prediction'"
+    ):
         scheduler.step(noise(), 999, noise())
     scheduler = DDIMScheduler(**settings, prediction_type="v_prediction")
     scheduler.set_timesteps(10)
     assert run(scheduler, noise()).isfinite().all()
 
 
-def test_pndm_steps_out_of_turn():
+def test_pndm_steps_out_of_order():
     scheduler = PNDMScheduler()
     scheduler.set_timesteps(10)
-    with pytest.raises(InputError, match="12 calls of step_prk come first"):
+    with pytest.raises(InputError, match="step_plms: expected 12 calls of step_prk first, got 0"):
         scheduler.step_plms(noise(), 900, noise())
     scheduler = PNDMScheduler(skip_prk_steps=True)
     scheduler.set_timesteps(10)
-    with pytest.raises(InputError, match="step_plms would do"):
+    with pytest.raises(InputError, match="step_prk: expected at most 0 calls a run, got one more; call step_plms"):
         scheduler.step_prk(noise(), 900, noise())
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_noise_at_timesteps_that_are_none(cls):
+def test_noise_at_timesteps_out_of_range(cls):
     scheduler = cls()
-    for when in ([1000, 3], [-1, 3]):
+    for timesteps in ([1000, 3], [-1, 3]):
         with pytest.raises(InputError, match="timestep"):
-            scheduler.add_noise(noise(), noise(), torch.tensor(when))
+            scheduler.add_noise(noise(), noise(), torch.tensor(timesteps))
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32])
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_whole_numbers_of_any_size_are_times(kind, shape):
+def test_timesteps_of_any_integer_dtype(kind, shape):
     x = torch.randn(1, 4, 8, 8)
-    when = torch.full(shape, 3)
-    for mix in DDIMScheduler().add_noise, PNDMScheduler().add_noise, DDIMScheduler().get_velocity:
-        assert torch.equal(mix(x, 2 * x, when.to(kind)), mix(x, 2 * x, when))
+    t = torch.full(shape, 3)
+    for method in DDIMScheduler().add_noise, PNDMScheduler().add_noise, DDIMScheduler().get_velocity:
+        assert torch.equal(method(x, 2 * x, t.to(kind)), method(x, 2 * x, t))
