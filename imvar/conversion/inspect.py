@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError
-from ..weights.configured import settings_part
+from ..weights.configured import configured_from_single
 from ..weights.filenames import DIFFUSERS, TRANSFORMERS
 from ..weights.hub import read_json, safe_join
 from ..weights.infer_config import infer_config, uninferable_warning
 from ..weights.keymap import PUBLISHED, Keymap, Naming
-from ..weights.model_index import INDEX, PARTS, first_class, served
+from ..weights.model_index import INDEX, PARTS, class_named, default_class
 from ..weights.pretrained import PretrainedModel
 from ..weights.published_config import has_legacy_sample_size
 from ..weights.reading import read_weights
@@ -103,22 +103,24 @@ def inspect_file(file: SingleFile, ema: str, config: Path | None, only: str | No
     parts, notes = {}, []
     for part in wanted:
         held = file.part(part, ema)
-        model: Any = first_class(part).read_single(file, config, ema=ema, dtype=None, tell=notes.append)
+        model: Any = default_class(part).from_single(file, config, ema=ema, dtype=None, warn=notes.append)
         how = held.naming.dialect.value
         if part == "unet":
             how += describe_ema_choice(held.naming, file)
         parts[part] = InspectedPart(part, with_modern_sample_size(model), file.path, how, held)
-    if "unet" in parts and not file.alone and only is None:
+    if "unet" in parts and not file.is_single_part and only is None:
         for part in ("scheduler", "feature_extractor"):
             encoder = parts["image_encoder"].value if "image_encoder" in parts else None
-            value = settings_part(part, file, config, encoder)
+            value = configured_from_single(part, file, config, encoder)
             where = "--config" if config else "this file" if part in file.settings else "the published settings"
             parts[part] = InspectedPart(part, value, file.path, f"from {where}")
-    if tables := [name for name in file.tensors if file.droppable(name)]:
+    if tables := [name for name in file.tensors if file.is_droppable(name)]:
         notes.append(f"{len(tables)} tensors of the schedule and of the moving average's state are left out")
     if file.aside:
         notes.append(f"left where they are: {', '.join(file.aside)}")
-    return Inspection(file.path, "one part alone" if file.alone else "the original layout, one file", parts, notes)
+    return Inspection(
+        file.path, "one part alone" if file.is_single_part else "the original layout, one file", parts, notes
+    )
 
 
 def describe_ema_choice(naming: Naming, file: SingleFile) -> str:
@@ -163,23 +165,23 @@ def inspect_folder(folder: Path, ema: str, config: Path | None, only: str | None
 
 def inspect_part(part: str, folder: Path, config: Path | None, listed: Any = None) -> InspectedPart:
     """One part's folder: settings, and weights if its kind has any. `listed`: what the index says of it."""
-    kind = first_class(part)
+    kind = default_class(part)
     path = safe_join(folder, kind.config_name) if config is None else kind.settings_file(config)
     if not issubclass(kind, PretrainedModel):
         settings = read_json(path)
         if part == "scheduler":
             name = listed[-1] if config is None and listed and isinstance(listed, list) else settings.get("_class_name")
-            kind = served(part, name, path)
-        return InspectedPart(part, kind.built(kind.checked(settings, path), path), path, "settings alone")
+            kind = class_named(part, name, path)
+        return InspectedPart(part, kind.build(kind.validate_config(settings, path), path), path, "settings alone")
     held = find_weights(folder)
     if held is None:
         raise CheckpointError("holds no weights", path=folder)
     held = replace(held, part=part)
     told = path.is_file()
     weights = held.path or folder
-    settings = kind.read_config(path) if told else kind.checked(infer_config(held), weights)
+    settings = kind.read_config(path) if told else kind.validate_config(infer_config(held), weights)
     guessed = None if told else uninferable_warning(held, settings)
-    model = kind.holding(
+    model = kind.from_tensors(
         held.tensors, settings, path if told else weights, dtype=None, naming=held.naming, path=weights
     )
     found = InspectedPart(part, with_modern_sample_size(model), weights, held.naming.dialect.value, held)

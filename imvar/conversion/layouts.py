@@ -22,7 +22,7 @@ from ..weights.hub import write_text
 from ..weights.keymap import PUBLISHED, Naming
 from ..weights.model_index import INDEX, PARTS, index_text
 from ..weights.reading import read_checkpoint, read_weights
-from ..weights.single_file import PREFIXED, SETTINGS_KEY
+from ..weights.single_file import CONFIGS_KEY, ORIGINAL_NAMINGS
 from ..weights.writing import WrittenFile, write_tensors, write_weights
 from .inspect import InspectedPart
 
@@ -218,21 +218,21 @@ class OriginalLayout(Layout):
             )
 
     def takes(self, found: InspectedPart) -> bool:
-        return found.part in PREFIXED or not found.has_weights
+        return found.part in ORIGINAL_NAMINGS or not found.has_weights
 
     @property
     def left_out(self) -> dict[str, str]:
         return {"safety_checker": "the original layout has no place for it"}
 
     def naming(self, part: str) -> Naming:
-        return PREFIXED[part][0]
+        return ORIGINAL_NAMINGS[part][0]
 
     def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
-        settings = json.dumps({name: found.value.config_file() for name, found in self.parts.items()}, sort_keys=True)
+        settings = json.dumps({name: found.value.saved_config() for name, found in self.parts.items()}, sort_keys=True)
         with atomic_file(self.path) as new:
             written = write_tensors(
-                new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True, metadata={SETTINGS_KEY: settings}
+                new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True, metadata={CONFIGS_KEY: settings}
             )
             if verify:
                 self.verify(new, on_bytes)

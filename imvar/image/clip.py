@@ -182,7 +182,7 @@ class CLIPImageProcessor(
         else:
             super().__setattr__(name, value)
 
-    def config_file(self) -> Mapping[str, Any]:
+    def saved_config(self) -> Mapping[str, Any]:
         """What transformers reads: the settings and the class, no diffusers marks."""
         return self.config.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
 

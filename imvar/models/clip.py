@@ -141,7 +141,7 @@ class CLIPVisionModelWithProjection(AttentionMixin, TransformersModel, part="ima
         self.proj = nn.Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
 
     @classmethod
-    def least_tensors(cls, config: CLIPVisionConfig) -> int:
+    def min_tensor_count(cls, config: CLIPVisionConfig) -> int:
         return config.num_hidden_layers
 
     @property

@@ -71,7 +71,7 @@ class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):
         self.special_care_embeds_weights = nn.Parameter(torch.ones(N_SPECIAL), requires_grad=False)
 
     @classmethod
-    def least_tensors(cls, config: CLIPConfig) -> int:
+    def min_tensor_count(cls, config: CLIPConfig) -> int:
         return config.vision_config.num_hidden_layers
 
     @property

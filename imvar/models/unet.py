@@ -214,7 +214,7 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         self.disable_freeu()
 
     @classmethod
-    def least_tensors(cls, config: UNetConfig) -> int:
+    def min_tensor_count(cls, config: UNetConfig) -> int:
         layers, depth = config.layers_per_block, config.transformer_layers_per_block
         transformers = (
             1

@@ -199,7 +199,7 @@ class AutoencoderKL(AttentionMixin, GradientCheckpointingMixin, PretrainedModel,
         self.tile_overlap_factor = 0.25
 
     @classmethod
-    def least_tensors(cls, config: VAEConfig) -> int:
+    def min_tensor_count(cls, config: VAEConfig) -> int:
         return (2 * config.layers_per_block + 1) * len(config.block_out_channels)
 
     @property

@@ -12,20 +12,20 @@ from ..atomic.folder import atomic_folder, break_hard_links, read_consistently
 from ..checks import Dtype, as_dtype, as_path, check_type
 from ..config import Config
 from ..errors import CheckpointError, InputError, InputTypeError, short_repr
-from ..weights.configured import ConfiguredComponent, settings_part
+from ..weights.configured import ConfiguredComponent, configured_from_single
 from ..weights.hub import Hub, locate, read_json, safe_join, within, write_text
 from ..weights.model_index import (
     INDEX,
-    KNOWN,
-    OPTIONAL,
+    KNOWN_LIBRARIES,
     OPTIONAL_COMPONENTS,
     PARTS,
-    entry,
-    first_class,
+    UNLISTED_PARTS,
+    class_named,
+    default_class,
+    index_entry,
     index_text,
-    served,
 )
-from ..weights.options import READING, config_folder, filter_kwargs, resolve_ema, should_write
+from ..weights.options import READ_OPTIONS, filter_kwargs, locate_config, resolve_ema, should_write
 from ..weights.pretrained import PretrainedModel
 
 
@@ -75,7 +75,7 @@ class PretrainedPipeline:
         folder = locate(pretrained_model_name_or_path, hub, lambda names: wanted_files(names, overrides, **reading))
 
         def listed() -> dict[str, Any]:
-            index = dict.fromkeys(OPTIONAL) | read_index(safe_join(folder, INDEX), known)
+            index = dict.fromkeys(UNLISTED_PARTS) | read_index(safe_join(folder, INDEX), known)
             if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
                 raise CheckpointError(f"variant={variant!r}: no part has files of this variant", path=folder)
             if absent := sorted(set(parts) - index.keys() - overrides.keys()):
@@ -133,19 +133,19 @@ class PretrainedPipeline:
         from ..weights.single_file import SingleFile  # see weights/__init__.py
 
         hub = Hub(revision, cache_dir, local_files_only, token)
-        overrides = {name: value for name, value in overrides.items() if name not in READING}
+        overrides = {name: value for name, value in overrides.items() if name not in READ_OPTIONS}
         overrides = filter_kwargs(overrides, cls.parameters(), f"{cls.__name__}.from_single_file")
         dtypes = dtypes_by_part(torch_dtype if dtype is None else dtype)
-        file = SingleFile.of(pretrained_model_link_or_path, hub)
-        file.check(overrides)
-        folder, ema = config_folder(config, hub), resolve_ema(ema, extract_ema)
+        file = SingleFile.from_source(pretrained_model_link_or_path, hub)
+        file.check_complete(overrides)
+        folder, ema = locate_config(config, hub), resolve_ema(ema, extract_ema)
         found = {
-            part: first_class(part).read_single(file, folder, ema=ema, dtype=dtypes[part])
+            part: default_class(part).from_single(file, folder, ema=ema, dtype=dtypes[part])
             for part in file.parts
             if part not in overrides
         }
         for part in {"scheduler", "feature_extractor"} - overrides.keys():
-            found[part] = settings_part(part, file, folder, found.get("image_encoder"))
+            found[part] = configured_from_single(part, file, folder, found.get("image_encoder"))
         found.setdefault("safety_checker", None)
         return cls(**(found | overrides))
 
@@ -184,7 +184,7 @@ class PretrainedPipeline:
     @property
     def config(self) -> Config:
         """The pipeline's own settings, and the class of each part."""
-        return Config.read(self._settings | {name: entry(name, part) for name, part in self.components.items()})
+        return Config.read(self._settings | {name: index_entry(name, part) for name, part in self.components.items()})
 
     @classmethod
     def parameters(cls) -> dict[str, inspect.Parameter]:
@@ -228,10 +228,10 @@ def read_part(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], 
             path=folder / INDEX,
             key=name,
         )
-    found = served(name, value[1], folder / INDEX)
-    if value[0].partition(".")[0] not in KNOWN:
+    found = class_named(name, value[1], folder / INDEX)
+    if value[0].partition(".")[0] not in KNOWN_LIBRARIES:
         raise CheckpointError(
-            f"is of the library {short_repr(value[0])}; {', '.join(KNOWN)} would do. Others can be "
+            f"is of the library {short_repr(value[0])}; {', '.join(KNOWN_LIBRARIES)} would do. Others can be "
             f"handed over: from_pretrained(..., {name}=...)",
             path=folder / INDEX,
             key=name,
@@ -274,7 +274,7 @@ def wanted_files(names: set[str] | None, overrides: Mapping[str, Any], **reading
     """Of all files in a repository, those that this pipeline reads; None where they are not known."""
     wanted = [INDEX]
     for part in PARTS:
-        model = first_class(part)
+        model = default_class(part)
         inside = within(names, f"{part}/")
         if part not in overrides and inside != []:
             files = chosen(inside, model, **reading)[0] if issubclass(model, PretrainedModel) else []

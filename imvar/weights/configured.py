@@ -12,8 +12,8 @@ from ..checks import as_path, check_type
 from ..config import Configured, json_text
 from ..errors import CheckpointError, InputError, short_repr
 from .hub import Hub, locate, read_json, safe_join, write_text
-from .model_index import FORMAT, PARTS, first_class, served
-from .options import SAVING, filter_kwargs, should_write
+from .model_index import FORMAT, PARTS, class_named, default_class
+from .options import SAVE_OPTIONS, filter_kwargs, should_write
 
 if TYPE_CHECKING:
     from .single_file import SingleFile
@@ -55,15 +55,15 @@ class ConfiguredComponent(Configured):
         hub = Hub(revision, cache_dir, local_files_only, token)
         folder = locate(pretrained_model_name_or_path, hub, lambda names: [name])
         path = safe_join(folder / (subfolder or ""), cls.config_name)
-        return cls.built(cls.read_config(path, **changes), path)
+        return cls.build(cls.read_config(path, **changes), path)
 
     @classmethod
     def read_config(cls, path: Path, **changes: Any) -> Any:
         """The settings in `path`, checked; `changes` are checked as constructor arguments are."""
-        return cls.checked(read_json(path), path, **changes)
+        return cls.validate_config(read_json(path), path, **changes)
 
     @classmethod
-    def checked(cls, settings: Mapping[str, Any], path: Path, **changes: Any) -> Any:
+    def validate_config(cls, settings: Mapping[str, Any], path: Path, **changes: Any) -> Any:
         """Settings that came from `path`, checked, and `changes`, checked as constructor arguments are."""
         name = settings.get("_class_name")
         owners = [part for part, classes in PARTS.items() if isinstance(name, str) and name in classes]
@@ -84,12 +84,12 @@ class ConfiguredComponent(Configured):
                 )
             return config
         except InputError as error:
-            other = cls.strange(settings)
+            other = cls.foreign_class_name(settings)
             reason = f"{error}; these are the settings of a {other}" if other else str(error)
             raise CheckpointError(reason, path=path, key=error.key) from error
 
     @classmethod
-    def built(cls, config: Any, path: Path) -> Self:
+    def build(cls, config: Any, path: Path) -> Self:
         """A part with the settings that `path` holds, or a `CheckpointError` for those that do not go together."""
         try:
             return cls(config)
@@ -101,7 +101,12 @@ class ConfiguredComponent(Configured):
         """This part's settings for a file of weights, and where they are: in the folder `config`, which may be that of
         a whole checkpoint, else beside the file if it holds nothing but this part, else in it; else None."""
         path = file.path.with_name(cls.config_name) if config is None else cls.settings_file(config)
-        beside = file.alone and file.path.is_file() and path.is_file() and not cls.strange(read_json(path))
+        beside = (
+            file.is_single_part
+            and file.path.is_file()
+            and path.is_file()
+            and not cls.foreign_class_name(read_json(path))
+        )
         if config is not None or beside:
             return read_json(path), path
         return (file.settings[cls.part], file.path) if cls.part in file.settings else None
@@ -112,7 +117,7 @@ class ConfiguredComponent(Configured):
         for folder in (config / cls.part, config):
             if (folder / cls.config_name).is_file():
                 path = safe_join(folder, cls.config_name)
-                if name := cls.strange(read_json(path)):
+                if name := cls.foreign_class_name(read_json(path)):
                     raise CheckpointError(f"holds the settings of a {name}, not of the {cls.part}", path=path)
                 return path
         raise CheckpointError(
@@ -121,7 +126,7 @@ class ConfiguredComponent(Configured):
         )
 
     @classmethod
-    def strange(cls, settings: Mapping[str, Any]) -> str | None:
+    def foreign_class_name(cls, settings: Mapping[str, Any]) -> str | None:
         """The class that these settings say they are of, if it is none of this part; None where they say nothing."""
         several = settings.get("architectures")
         names = [settings.get("_class_name"), *(several if isinstance(several, list) else ())]
@@ -133,22 +138,22 @@ class ConfiguredComponent(Configured):
 
         `options` are those of parts with weights, of which `is_main_process=False` alone changes something here.
         """
-        options = filter_kwargs(options, SAVING, f"{type(self).__name__}.save_pretrained")
+        options = filter_kwargs(options, SAVE_OPTIONS, f"{type(self).__name__}.save_pretrained")
         if not should_write(options.get("is_main_process")):
             return
-        text = json_text(self.config_file())
+        text = json_text(self.saved_config())
         write_text(as_path("save_directory", save_directory) / self.config_name, text)
 
-    def config_file(self) -> Mapping[str, Any]:
+    def saved_config(self) -> Mapping[str, Any]:
         """What the settings file says: the settings, and who wrote them in which format."""
         return self.config.to_dict() | {"_class_name": type(self).__name__, "_diffusers_version": FORMAT}
 
 
-def settings_part(part: str, file: SingleFile, config: Path | None, image_encoder: Any) -> Any:
+def configured_from_single(part: str, file: SingleFile, config: Path | None, image_encoder: Any) -> Any:
     """A part without weights to go with those in `file`, by the settings that are found, else by the published ones."""
     from .infer_config import settings_without_weights
 
     size = image_encoder.config.image_size if image_encoder is not None else 224
-    settings, path = first_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
-    kind = served(part, settings.get("_class_name"), path) if part == "scheduler" else first_class(part)
-    return kind.built(kind.checked(settings, path), path)
+    settings, path = default_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
+    kind = class_named(part, settings.get("_class_name"), path) if part == "scheduler" else default_class(part)
+    return kind.build(kind.validate_config(settings, path), path)

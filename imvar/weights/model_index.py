@@ -22,7 +22,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "feature_extractor": {},
 }
 
-OPTIONAL = ("safety_checker",)  # what an index need not list
+UNLISTED_PARTS = ("safety_checker",)  # what an index need not list
 OPTIONAL_COMPONENTS = "safety_checker", "feature_extractor"  # parts without which some calls do
 
 LIBRARIES = {
@@ -32,10 +32,10 @@ LIBRARIES = {
 }  # the column that diffusers reads; the rest are its own
 
 
-KNOWN = "diffusers", "transformers", "stable_diffusion", "imvar"  # libraries that an index may name
+KNOWN_LIBRARIES = "diffusers", "transformers", "stable_diffusion", "imvar"  # libraries that an index may name
 
 
-def served(part: str, class_name: Any, path: Path) -> Any:
+def class_named(part: str, class_name: Any, path: Path) -> Any:
     """The class of that name for that part, looked up and never imported; `path` is where it is named."""
     classes = PARTS.get(part, {})
     found = classes.get(class_name) if isinstance(class_name, str) else None
@@ -49,12 +49,12 @@ def served(part: str, class_name: Any, path: Path) -> Any:
     return found
 
 
-def first_class(part: str) -> Any:
+def default_class(part: str) -> Any:
     """The class that a part has where no file names one."""
     return next(iter(PARTS[part].values()))
 
 
-def entry(part: str, value: Any) -> list[str | None]:
+def index_entry(part: str, value: Any) -> list[str | None]:
     """What the index says of a part: library and class."""
     return [None, None] if value is None else [LIBRARIES.get(part, "diffusers"), type(value).__name__]
 
@@ -62,5 +62,5 @@ def entry(part: str, value: Any) -> list[str | None]:
 def index_text(class_name: str, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The file of a pipeline of that class, with these parts and settings of its own."""
     stamp = {"_class_name": class_name, "_diffusers_version": FORMAT}
-    listed = {part: entry(part, value) for part, value in parts.items()}
+    listed = {part: index_entry(part, value) for part, value in parts.items()}
     return json_text(stamp | dict(settings) | listed)

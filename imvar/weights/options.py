@@ -11,11 +11,15 @@ from ..checks import as_path, check_type
 from ..errors import InputError, InputTypeError, short_repr
 from .hub import Hub, locate
 
-SAVING = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
-READING = {"use_safetensors", "disable_mmap", "low_cpu_mem_usage"}  # how to read a file, which the file decides here
+SAVE_OPTIONS = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
+READ_OPTIONS = {
+    "use_safetensors",
+    "disable_mmap",
+    "low_cpu_mem_usage",
+}  # how to read a file, which the file decides here
 
 
-def config_folder(config: str | Path | None, hub: Hub, subfolder: str | None = None) -> Path | None:
+def locate_config(config: str | Path | None, hub: Hub, subfolder: str | None = None) -> Path | None:
     """The folder that `config=` names: itself, that of a file in it, or of a hub repository."""
     if config is None:
         if check_type("subfolder", subfolder, str):

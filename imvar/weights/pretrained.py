@@ -19,7 +19,7 @@ from .configured import ConfiguredComponent
 from .filenames import DIFFUSERS, TRANSFORMERS, WeightsName
 from .hub import Hub, locate, safe_join, within
 from .keymap import PUBLISHED, Dialect, Keymap, Naming
-from .options import READING, SAVING, config_folder, filter_kwargs, resolve_ema, should_write
+from .options import READ_OPTIONS, SAVE_OPTIONS, filter_kwargs, locate_config, resolve_ema, should_write
 from .reading import read_weights
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         return cls.read(folder, variant=variant, dtype=wanted_dtype, use_safetensors=use_safetensors, **changes)
 
     @classmethod
-    def least_tensors(cls, config: Any) -> int:
+    def min_tensor_count(cls, config: Any) -> int:
         """How many tensors a model with these settings has at the least, told without building it."""
         return 0
 
@@ -103,7 +103,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         config, (path, tensors) = read_consistently(
             folder, [cls.config_name, *cls.stem.choose(None, None, None)], files
         )
-        return cls.holding(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
+        return cls.from_tensors(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
 
     @classmethod
     def from_single_file(
@@ -133,29 +133,29 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         from .single_file import SingleFile  # see weights/__init__.py
 
         hub = Hub(revision, cache_dir, local_files_only, token)
-        file = SingleFile.of(pretrained_model_link_or_path_or_dict, hub)
-        return cls.read_single(
+        file = SingleFile.from_source(pretrained_model_link_or_path_or_dict, hub)
+        return cls.from_single(
             file,
-            config_folder(config, hub, subfolder),
+            locate_config(config, hub, subfolder),
             ema=resolve_ema(ema, extract_ema),
             dtype=as_dtype(torch_dtype if dtype is None else dtype),
-            **{name: value for name, value in changes.items() if name not in READING},
+            **{name: value for name, value in changes.items() if name not in READ_OPTIONS},
         )
 
     @classmethod
-    def read_single(
+    def from_single(
         cls,
         file: SingleFile,
         config: Path | None,
         *,
         ema: str,
         dtype: Dtype,
-        tell: Callable[[str], Any] = warnings.warn,
+        warn: Callable[[str], Any] = warnings.warn,
         **changes: Any,
     ) -> Self:
         """The model out of `file`; `config` is a folder with its settings, if they are not to be told by the file.
 
-        `tell` is told of settings that are but guessed.
+        `warn` is told of settings that are but guessed.
         """
         from .infer_config import infer_config, uninferable_warning
 
@@ -166,13 +166,18 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             and cls.part not in file.settings
             and (guessed := uninferable_warning(held, {**settings, **changes}))
         ):
-            tell(guessed)
-        return cls.holding(
-            held.tensors, cls.checked(settings, path, **changes), path, dtype=dtype, naming=held.naming, path=file.path
+            warn(guessed)
+        return cls.from_tensors(
+            held.tensors,
+            cls.validate_config(settings, path, **changes),
+            path,
+            dtype=dtype,
+            naming=held.naming,
+            path=file.path,
         )
 
     @classmethod
-    def holding(
+    def from_tensors(
         cls,
         tensors: Mapping[str, Tensor],
         config: Any,
@@ -186,14 +191,14 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
 
         It is built on the meta device, and not at all where more layers are asked for than there can be tensors for.
         """
-        if (least := cls.least_tensors(config)) > min(max(len(tensors), MAX_LAYERS_TO_LIST), MAX_LAYERS):
+        if (least := cls.min_tensor_count(config)) > min(max(len(tensors), MAX_LAYERS_TO_LIST), MAX_LAYERS):
             raise CheckpointError(
                 f"asks for {least} layers or more; {path.name} has {len(tensors)} tensors, and "
                 f"{MAX_LAYERS} layers are the most",
                 path=told,
             )
         with torch.device("meta"), SkipInit():
-            model = cls.built(config, told)
+            model = cls.build(config, told)
         load(model, tensors, naming=naming, path=path, dtype=dtype)
         return model.eval()
 
@@ -214,7 +219,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         """
         from .writing import write_weights
 
-        filter_kwargs(options, SAVING, f"{type(self).__name__}.save_pretrained")
+        filter_kwargs(options, SAVE_OPTIONS, f"{type(self).__name__}.save_pretrained")
         if not should_write(is_main_process):
             return
         check_type("safe_serialization", safe_serialization, bool)
@@ -252,7 +257,7 @@ class TransformersModel(PretrainedModel):
     stem = TRANSFORMERS
     model_type: ClassVar[str]
 
-    def config_file(self) -> Mapping[str, Any]:
+    def saved_config(self) -> Mapping[str, Any]:
         """Says float32 whatever was saved, so that diffusers loads all parts of a half-precision folder alike."""
         settings = {key: value for key, value in self.config.to_dict().items() if key != "torch_dtype"}
         return settings | {

@@ -23,11 +23,11 @@ from .hub import Hub, locate_file, parse_json
 from .keymap import Dialect, Keymap, Naming, abbreviate
 from .reading import read_checkpoint
 
-SETTINGS_KEY = "imvar.settings"  # in the metadata of an original-layout file: the settings of each part, as JSON
+CONFIGS_KEY = "imvar.settings"  # in the metadata of an original-layout file: the settings of each part, as JSON
 
 RAW, EMA = Naming(Dialect.ORIGINAL, "model.diffusion_model."), Naming(Dialect.DOTLESS, "model_ema.diffusion_model")
 
-PREFIXED: dict[str, tuple[Naming, ...]] = {
+ORIGINAL_NAMINGS: dict[str, tuple[Naming, ...]] = {
     "unet": (RAW, EMA),
     "vae": (Naming(Dialect.ORIGINAL, "first_stage_model."),),
     "image_encoder": (
@@ -112,7 +112,7 @@ class SingleFile:
     """What else the file holds, such as the state of an optimizer; it is left where it is."""
 
     @classmethod
-    def of(cls, source: str | Path | Mapping[str, Tensor], hub: Hub) -> SingleFile:
+    def from_source(cls, source: str | Path | Mapping[str, Tensor], hub: Hub) -> SingleFile:
         """The file at a path or on the hub, or one whose tensors are in memory."""
         if isinstance(source, Mapping):
             odd = [name for name, value in source.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
@@ -134,10 +134,10 @@ class SingleFile:
         if self.path.suffix != ".safetensors":
             return {}
         with safe_open(self.path, "pt") as file:
-            text = (file.metadata() or {}).get(SETTINGS_KEY, "{}")
-        found = parse_json(text.encode(), self.path, SETTINGS_KEY)
+            text = (file.metadata() or {}).get(CONFIGS_KEY, "{}")
+        found = parse_json(text.encode(), self.path, CONFIGS_KEY)
         if not all(isinstance(value, dict) for value in found.values()):
-            raise CheckpointError("holds no settings by part", path=self.path, key=SETTINGS_KEY)
+            raise CheckpointError("holds no settings by part", path=self.path, key=CONFIGS_KEY)
         return found
 
     @cached_property
@@ -145,7 +145,7 @@ class SingleFile:
         """Each part that is there, in each of the ways it is there. Raises `CheckpointError` if there is none."""
         parts = {
             part: [held for naming in namings if (held := self._behind(part, naming)).tensors]
-            for part, namings in PREFIXED.items()
+            for part, namings in ORIGINAL_NAMINGS.items()
         }
         if found := {part: ways for part, ways in parts.items() if ways}:
             return found
@@ -156,14 +156,14 @@ class SingleFile:
         raise CheckpointError(f"holds no part of this model that is known here; its tensors are {some}", path=self.path)
 
     @property
-    def alone(self) -> bool:
+    def is_single_part(self) -> bool:
         """Whether it holds one part and says so by no prefix."""
         ways = list(self.parts.values())
         return len(ways) == 1 and ways[0][0].naming.prefix == ""
 
-    def check(self, overrides: Container[str] = ()) -> None:
+    def check_complete(self, overrides: Container[str] = ()) -> None:
         """Raise `CheckpointError` for a part that is neither there nor in `overrides`, and for unknown tensors."""
-        if lacking := [part for part in PREFIXED if part not in self.parts and part not in overrides]:
+        if lacking := [part for part in ORIGINAL_NAMINGS if part not in self.parts and part not in overrides]:
             raise CheckpointError(
                 f"holds no {' and no '.join(lacking)}; it can be handed over ({lacking[0]}=)", path=self.path
             )
@@ -172,7 +172,7 @@ class SingleFile:
     def check_known(self) -> None:
         """Raise `CheckpointError` for tensors that belong to no part and that no original file is known to hold."""
         mine = {name for ways in self.parts.values() for held in ways for name in held.tensors}
-        if unknown := [name for name in self.tensors if name not in mine and not self.droppable(name)]:
+        if unknown := [name for name in self.tensors if name not in mine and not self.is_droppable(name)]:
             several = "s" * (len(unknown) > 1)
             raise CheckpointError(
                 f"{len(unknown)} unknown tensor{several}: {abbreviate(unknown)}", path=self.path, key=unknown[0]
@@ -183,7 +183,7 @@ class SingleFile:
         return PartTensors(part, naming, mine, self.path)
 
     @staticmethod
-    def droppable(name: str) -> bool:
+    def is_droppable(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in DROPPABLE)
 
     def part(self, part: str, ema: str = "auto") -> PartTensors:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import imvar
 from imvar import StableDiffusionImageVariationPipeline
 from imvar.conversion import convert
-from imvar.weights.single_file import EMA, PREFIXED, RAW
+from imvar.weights.single_file import EMA, ORIGINAL_NAMINGS, RAW
 from tests.support.original_checkpoint import lightning, write
 from tests.support.random_checkpoint import randomize, tiny_pipeline
 
@@ -105,10 +105,10 @@ def originals() -> dict[str, dict[str, Any]]:
     models = {name: randomize(LOADERS[name](**settings), 0).half() for name, settings in TELLING.items()}
     named = {
         naming: models[part].keymap.to_theirs(models[part].state_dict(), naming)
-        for part, namings in PREFIXED.items()
+        for part, namings in ORIGINAL_NAMINGS.items()
         for naming in namings
     }
-    (autoencoder,), (clip, hugging_face) = PREFIXED["vae"], PREFIXED["image_encoder"]
+    (autoencoder,), (clip, hugging_face) = ORIGINAL_NAMINGS["vae"], ORIGINAL_NAMINGS["image_encoder"]
     average = named[EMA] | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(9)}
 
     def together(*several: dict[str, Tensor]) -> OrderedDict[str, Tensor]:

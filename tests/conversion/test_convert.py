@@ -17,7 +17,7 @@ from imvar import CheckpointError
 from imvar.conversion import convert
 from imvar.weights.infer_config import infer_config
 from imvar.weights.keymap import Dialect, Keymap, Naming
-from imvar.weights.single_file import EMA, PREFIXED, RAW, PartTensors, SingleFile
+from imvar.weights.single_file import EMA, ORIGINAL_NAMINGS, RAW, PartTensors, SingleFile
 from tests.support.expected_tensors import agree, bytes_in, listed, settings, stored
 from tests.support.original_checkpoint import LAYOUTS, original, original_keys, write
 from tests.support.published_checkpoint import FILES, PUBLISHED
@@ -53,7 +53,7 @@ def meta(layout: str) -> SingleFile:
 def test_every_row_of_the_lists_finds_its_place(layout):
     rows = {row.name: row for row in original_keys(layout)}
     found = {}
-    for part, namings in PREFIXED.items():
+    for part, namings in ORIGINAL_NAMINGS.items():
         model = full_size(part)
         keymap, ours = model.keymap, model.state_dict()
         for naming in namings:
@@ -80,7 +80,10 @@ def test_every_row_of_the_lists_finds_its_place(layout):
 def test_what_the_lists_drop_is_dropped_and_nothing_else(layout):
     file = meta(layout)
     keymaps: dict[Naming, Keymap] = {
-        naming: model.keymap for part, namings in PREFIXED.items() for model in [full_size(part)] for naming in namings
+        naming: model.keymap
+        for part, namings in ORIGINAL_NAMINGS.items()
+        for model in [full_size(part)]
+        for naming in namings
     }
     dropped = {
         name
@@ -89,9 +92,9 @@ def test_what_the_lists_drop_is_dropped_and_nothing_else(layout):
         for name in held.tensors
         if keymaps[held.naming].drops(name, held.naming)
     }
-    dropped |= {name for name in file.tensors if file.droppable(name)}
+    dropped |= {name for name in file.tensors if file.is_droppable(name)}
     assert dropped == {row.name for row in original_keys(layout) if row.op == "drop"}
-    file.check()
+    file.check_complete()
 
 
 def in_dialect(part, dialect):
@@ -104,12 +107,12 @@ def in_dialect(part, dialect):
 def test_settings_told_by_tensors_are_the_published_ones(layout):
     """All that a network is made of, each of which would go unnoticed if it were wrong."""
     if isinstance(layout, Dialect):
-        parts = MODELS.keys() if layout is not Dialect.ORIGINAL else PREFIXED.keys()
+        parts = MODELS.keys() if layout is not Dialect.ORIGINAL else ORIGINAL_NAMINGS.keys()
         helds = [in_dialect(part, layout) for part in parts]
     else:
         helds = [held for ways in meta(layout).parts.values() for held in ways]
     for held in helds:
-        told = settings(MODELS[held.part].checked(infer_config(held), PUBLISHED))
+        told = settings(MODELS[held.part].validate_config(infer_config(held), PUBLISHED))
         true = settings(MODELS[held.part].read_config(PUBLISHED / "v2.0" / held.part / "config.json"))
         odd = {name for name in told if told[name] != true[name]}
         assert odd <= {"text_config"}, held.part

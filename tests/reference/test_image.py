@@ -273,7 +273,7 @@ def test_files_there_and_back(form, tmp_path):
 
 
 def test_defaults_are_theirs():
-    assert CLIPImageProcessor().config_file() == json.loads(Reference().to_json_string())
+    assert CLIPImageProcessor().saved_config() == json.loads(Reference().to_json_string())
 
 
 # ---- CLIPImageProcessor: arrays and tensors

@@ -232,7 +232,7 @@ def test_a_file_where_a_folder_should_be(tmp_path):
 
 
 def test_a_folder_that_is_not_ours(folder, monkeypatch):
-    monkeypatch.setattr("imvar.atomic.folder.writable", lambda path: False)
+    monkeypatch.setattr("imvar.atomic.folder.is_writable", lambda path: False)
     with pytest.raises(CheckpointError, match="no permission") as caught:
         tiny_pipeline().save_pretrained(folder)
     assert caught.value.path == folder
