@@ -1,41 +1,32 @@
-"""Variations of a picture with Stable Diffusion, in plain PyTorch."""
+"""Image variations with Stable Diffusion, in pure PyTorch."""
 
-import gc
-
-collecting = gc.isenabled()
-gc.disable()  # nothing that is imported here is garbage, and to look for some in all that is torch takes as long again
-try:
-    from .errors import (
-        CheckpointError,
-        FlaggedError,
-        ImvarError,
-        InputError,
-        InputTypeError,
-        OutOfMemoryError,
-    )
-    from .image import CLIPImageProcessor, VaeImageProcessor
-    from .image.load_image import load_image
-    from .models import (
-        AutoencoderKL,
-        CLIPConfig,
-        CLIPVisionConfig,
-        CLIPVisionModelWithProjection,
-        StableDiffusionSafetyChecker,
-        UNet2DConditionModel,
-        replace_layers,
-        sdpa,
-        set_attend,
-        sliced,
-    )
-    from .oom import keep_freed_memory
-    from .outputs import StableDiffusionPipelineOutput
-    from .pipeline import StableDiffusionImageVariationPipeline
-    from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
-    from .weights.bundled import bundled_checkpoint, bundled_examples
-finally:
-    if collecting:
-        gc.enable()
-    del collecting, gc
+from .errors import (
+    CheckpointError,
+    FlaggedError,
+    ImvarError,
+    InputError,
+    InputTypeError,
+    OutOfMemoryError,
+)
+from .image import CLIPImageProcessor, VaeImageProcessor
+from .image.load_image import load_image
+from .models import (
+    AutoencoderKL,
+    CLIPConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    StableDiffusionSafetyChecker,
+    UNet2DConditionModel,
+    replace_layers,
+    sdpa,
+    set_attend,
+    sliced,
+)
+from .oom import keep_freed_memory
+from .outputs import StableDiffusionPipelineOutput
+from .pipeline import StableDiffusionImageVariationPipeline
+from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from .weights.bundled import bundled_checkpoint, bundled_examples
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import math
 import os
@@ -44,6 +45,8 @@ SCHEDULERS = {  # and what each is told: some published configs leave clip_sampl
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
+    if argv is None:  # run as a program
+        gc.freeze()  # imported modules are never garbage: keep collections, also the one at exit, from traversing them
     args = parser().parse_args(argv)
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
