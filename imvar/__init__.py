@@ -10,6 +10,7 @@ from .errors import (
 )
 from .image import CLIPImageProcessor, VaeImageProcessor
 from .image.load_image import load_image
+from .malloc import keep_freed_memory
 from .models import (
     AutoencoderKL,
     CLIPConfig,
@@ -22,7 +23,6 @@ from .models import (
     set_attend,
     sliced,
 )
-from .oom import keep_freed_memory
 from .outputs import StableDiffusionPipelineOutput
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler

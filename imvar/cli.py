@@ -19,8 +19,9 @@ from . import __version__
 from .contact_sheet import SheetRow, contact_sheet
 from .errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, short_repr
 from .image.load_image import check_overwrites, load_image, unique_names
+from .malloc import keep_freed_memory
 from .noise import MAX_SEED
-from .oom import explain_out_of_memory, keep_freed_memory
+from .oom import explain_out_of_memory
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .weights.bundled import bundled_examples
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with explain_out_of_memory():
             vary(args)
     except OutOfMemoryError:
-        print("imvar: out of memory: --batch 1, or a smaller --size, would need less", file=sys.stderr)
+        print("imvar: out of memory; use --batch 1 or a smaller --size", file=sys.stderr)
     except (ImvarError, OSError) as error:
         print(f"imvar: {error}", file=sys.stderr)
     except KeyboardInterrupt:

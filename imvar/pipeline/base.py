@@ -121,7 +121,7 @@ class PipelineBase(PretrainedPipeline):
         wanted = parse_to_args(*args, **kwargs)
         if "device" in wanted:
             self.remove_all_hooks()
-        with explain_out_of_memory("torch.float16, or enable_model_cpu_offload() in place of to()"):
+        with explain_out_of_memory("use torch.float16, or enable_model_cpu_offload() instead of to()"):
             for module in self.modules.values():
                 module.to(**wanted)
         return self

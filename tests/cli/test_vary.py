@@ -186,7 +186,7 @@ def test_a_machine_with_too_little_memory(run, photo, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "load", lambda *_: torch.empty(2**60))
         assert run(photo) == 1
-    assert capsys.readouterr().err.startswith("imvar: out of memory: --batch 1")
+    assert capsys.readouterr().err.startswith("imvar: out of memory; use --batch 1")
 
 
 def test_a_name_that_the_terminal_cannot_write(run, photo, tmp_path):

@@ -135,7 +135,7 @@ def test_kernels_go_in_and_out(pipe):
 @pytest.mark.parametrize(
     ("kernel", "came"),
     [
-        (lambda q, k, v: v.mean(2, keepdim=True), r"a tensor \(2, \d, 1, \d\)"),
+        (lambda q, k, v: v.mean(2, keepdim=True), r"a tensor of shape \(2, \d, 1, \d\)"),
         (lambda q, k, v: None, "NoneType"),
         (lambda q, k, v: q.flatten(1, 2), "a tensor"),
     ],
