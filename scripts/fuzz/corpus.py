@@ -1,4 +1,4 @@
-"""Tiny checkpoints in every layout, to be spoilt: the same bytes every time, so that a case is the same."""
+"""Tiny checkpoints in every layout, to be corrupted: the same bytes in every run, so that cases are reproducible."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL_VISION = {
     "image_size": 16,
     "patch_size": 8,
 }
-SMALLER = {
+SMALLEST = {
     "unet": {
         "block_out_channels": (8,),
         "down_block_types": ("CrossAttnDownBlock2D",),
@@ -49,7 +49,7 @@ SMALLER = {
     "image_encoder": SMALL_VISION | {"projection_dim": 8},
     "safety_checker": {"vision_config": SMALL_VISION, "projection_dim": 8},
 }
-TELLING = {  # as small as parts can be whose tensors tell their settings: with the published groups and heads
+INFERABLE = {  # the smallest parts whose config can be inferred from their tensors: published groups and heads
     "unet": {
         "block_out_channels": (32,),
         "down_block_types": ("CrossAttnDownBlock2D",),
@@ -70,11 +70,11 @@ TELLING = {  # as small as parts can be whose tensors tell their settings: with 
 }
 
 
-def make(folder: Path) -> None:
-    """The parts in every layout, `folder/layout/part`, a pipeline, and original files, `folder/single/layout`."""
+def write_corpus(folder: Path) -> None:
+    """Write the parts in every layout, `folder/layout/part`, a pipeline, and single files, `folder/single/layout`."""
     torch.manual_seed(0)
     pipe = tiny_pipeline()
-    parts = dict(pipe.components) | {name: LOADERS[name](**settings) for name, settings in SMALLER.items()}
+    parts = dict(pipe.components) | {name: LOADERS[name](**settings) for name, settings in SMALLEST.items()}
     for layout, options in {
         "safetensors": {},
         "bin": {"safe_serialization": False},
@@ -89,20 +89,20 @@ def make(folder: Path) -> None:
     torch.save(weights, old / "diffusion_pytorch_model.bin", _use_new_zipfile_serialization=False)
     StableDiffusionImageVariationPipeline(**parts).save_pretrained(folder / "pipeline")
     (folder / "original").mkdir()
-    held = {"epoch": 3, "state_dict": weights, "optimizer_states": [{"state": {0: torch.ones(3)}}], "hparams": None}
-    torch.save(held, folder / "original" / "nested.ckpt")
+    nested = {"epoch": 3, "state_dict": weights, "optimizer_states": [{"state": {0: torch.ones(3)}}], "hparams": None}
+    torch.save(nested, folder / "original" / "nested.ckpt")
     torch.save(weights, folder / "original" / "flat.pt")
     save_file(weights, folder / "original" / "model.safetensors")
-    for name, content in originals().items():
+    for name, content in original_contents().items():
         (folder / "single" / name).mkdir(parents=True)
         write(folder / "single" / name / "model.ckpt", content)
-    save_file(originals()["v2"]["state_dict"], folder / "single" / "v2" / "model.safetensors")
-    convert(folder / "pipeline", folder / "single" / "ours" / "model.safetensors", to="original")
+    save_file(original_contents()["v2"]["state_dict"], folder / "single" / "v2" / "model.safetensors")
+    convert(folder / "pipeline", folder / "single" / "imvar" / "model.safetensors", to="original")
 
 
-def originals() -> dict[str, dict[str, Any]]:
-    """What is in a file of each original layout."""
-    models = {name: randomize(LOADERS[name](**settings), 0).half() for name, settings in TELLING.items()}
+def original_contents() -> dict[str, dict[str, Any]]:
+    """Return the content of a file in each original layout."""
+    models = {name: randomize(LOADERS[name](**settings), 0).half() for name, settings in INFERABLE.items()}
     named = {
         naming: models[part].keymap.to_theirs(models[part].state_dict(), naming)
         for part, namings in ORIGINAL_NAMINGS.items()
@@ -111,13 +111,13 @@ def originals() -> dict[str, dict[str, Any]]:
     (autoencoder,), (clip, hugging_face) = ORIGINAL_NAMINGS["vae"], ORIGINAL_NAMINGS["image_encoder"]
     average = named[EMA] | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(9)}
 
-    def together(*several: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
-        return OrderedDict(item for tensors in several for item in tensors.items())
+    def merged(*dicts: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
+        return OrderedDict(item for tensors in dicts for item in tensors.items())
 
     return {
-        "full": lightning(together(named[RAW], average, named[autoencoder], named[clip]), {}),
-        "ema_only": together(average, named[autoencoder], named[clip], {"betas": torch.ones(3)}),
-        "v2": {"state_dict": dict(together(named[RAW], named[autoencoder], named[hugging_face]))},
+        "full": lightning(merged(named[RAW], average, named[autoencoder], named[clip]), {}),
+        "ema_only": merged(average, named[autoencoder], named[clip], {"betas": torch.ones(3)}),
+        "v2": {"state_dict": dict(merged(named[RAW], named[autoencoder], named[hugging_face]))},
         "vae": {
             "state_dict": {
                 name.removeprefix(autoencoder.prefix): tensor for name, tensor in named[autoencoder].items()

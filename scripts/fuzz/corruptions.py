@@ -1,4 +1,4 @@
-"""Ways to spoil a file of a checkpoint, by what it means or by its bytes; what is done depends on the seed alone."""
+"""Corruptions of checkpoint files, by their structure or by their bytes; each depends only on the seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-HOSTILE: list[Any] = [
+HOSTILE_VALUES: list[Any] = [
     None,
     True,
     False,
@@ -69,7 +69,7 @@ HOSTILE: list[Any] = [
     {"shortest_edge": 10**12},
     {"_class_name": 3},
 ]
-KEYS = [
+HOSTILE_KEYS = [
     "_use_default_values",
     "_class_name",
     "given",
@@ -96,8 +96,24 @@ KEYS = [
     "time_embedding_dim",
     "sample_size",
 ]
-DTYPES = ["F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "I128", "", "f32", None]
-GLOBALS = [
+HOSTILE_DTYPES = [
+    "F32",
+    "F16",
+    "BF16",
+    "F64",
+    "I64",
+    "U8",
+    "BOOL",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F4",
+    "C64",
+    "I128",
+    "",
+    "f32",
+    None,
+]
+PICKLE_GLOBALS = [
     b"c" + name.replace(b" ", b"\n") + b"\n"
     for name in (
         b"os system",
@@ -119,45 +135,45 @@ GLOBALS = [
         b"torch.storage UntypedStorage",
     )
 ]
-INSTRUCTIONS = b"(.012FGIJKLMNPQRSTUVXabcdeghijlopqrstu}])\x85\x86\x87\x88\x8a\x8b"
+PICKLE_OPCODES = b"(.012FGIJKLMNPQRSTUVXabcdeghijlopqrstu}])\x85\x86\x87\x88\x8a\x8b"
 
 
-def spoil(file: Path, rng: random.Random) -> str:
-    """Put something else in the place of `file`, never writing into it, as it may be mapped; what was done."""
+def corrupt(file: Path, rng: random.Random) -> str:
+    """Replace `file` by a corrupted one and return what was done; never write into it, as it may be memory-mapped."""
     content = file.read_bytes()
-    ways: list[Callable[[bytes, random.Random], bytes]] = [spoilt_bytes]
+    methods: list[Callable[[bytes, random.Random], bytes]] = [corrupt_bytes]
     if file.suffix == ".json":
-        ways += [spoilt_json] * 8
+        methods += [corrupt_json] * 8
     elif file.suffix == ".safetensors":
-        ways += [spoilt_header] * 4
+        methods += [corrupt_safetensors] * 4
     elif content.startswith(b"PK"):
-        ways += [spoilt_zip] * 4
+        methods += [corrupt_zip] * 4
     file.unlink()
     if rng.random() < 0.01:
-        return displaced(file, content, rng)
-    way = rng.choice(ways)
+        return replace_file(file, content, rng)
+    method = rng.choice(methods)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        content = way(content, rng)
+        content = method(content, rng)
     file.write_bytes(content)
-    return way.__name__
+    return method.__name__
 
 
-def displaced(file: Path, content: bytes, rng: random.Random) -> str:
-    """No file, or none that is one, or one elsewhere."""
-    what = rng.choice(["nothing", "folder", "pipe", "loop", "out", "device"])
-    if what == "folder":
+def replace_file(file: Path, content: bytes, rng: random.Random) -> str:
+    """Remove the file, or put a folder, a pipe, a device or a link in its place."""
+    kind = rng.choice(["nothing", "folder", "pipe", "loop", "out", "device"])
+    if kind == "folder":
         file.mkdir()
-    elif what == "pipe":
+    elif kind == "pipe":
         os.mkfifo(file)
-    elif what != "nothing":
+    elif kind != "nothing":
         out = file.parents[2] / "outside"
         out.write_bytes(content)
-        file.symlink_to({"loop": file, "out": out, "device": Path("/dev/zero")}[what])
-    return what
+        file.symlink_to({"loop": file, "out": out, "device": Path("/dev/zero")}[kind])
+    return kind
 
 
-def spoilt_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Flipped, cut, filled, repeated, or another kind of file altogether."""
+def corrupt_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Flip, cut, fill or repeat bytes, or return another kind of file."""
     at = rng.randrange(len(content) + 1)
     end = min(len(content), at + rng.choice([1, 2, 4, 8, 64, 1000]))
     if rng.random() < 0.3:  # near the start, where the structure is
@@ -196,42 +212,42 @@ def spoilt_bytes(content: bytes, rng: random.Random) -> bytes:
     )()
 
 
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in a JSON value with each of its keys or indexes."""
+def json_items(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every container in a JSON value with each of its keys or indexes."""
     if isinstance(value, (dict, list)):
         for key in value if isinstance(value, dict) else range(len(value)):
             yield value, key
-            yield from places(value[key])
+            yield from json_items(value[key])
 
 
-def spoilt_json(content: bytes, rng: random.Random) -> bytes:
-    """A value replaced, left out or under another name, or a key that should not be there, or there twice."""
+def corrupt_json(content: bytes, rng: random.Random) -> bytes:
+    """Replace, remove or rename a value, or add an unexpected or duplicate key."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        return spoilt_bytes(content, rng)
-    found = list(places(value))
-    hostile = rng.choice(HOSTILE)
-    if not found:
-        return dumped(hostile)
-    holder, key = rng.choice(found)
-    what = rng.randrange(6)
-    if what == 0:
+        return corrupt_bytes(content, rng)
+    items = list(json_items(value))
+    hostile = rng.choice(HOSTILE_VALUES)
+    if not items:
+        return to_json(hostile)
+    holder, key = rng.choice(items)
+    action = rng.randrange(6)
+    if action == 0:
         del holder[key]
-    elif what == 1 and isinstance(holder, dict):
-        holder[rng.choice(KEYS)] = hostile if rng.random() < 0.7 else holder[key]
-    elif what == 2 and isinstance(holder, dict):
-        return dumped(value).replace(b"{", b"{" + dumped(key) + b": " + dumped(hostile) + b", ", 1)
-    elif what == 3:
-        other, place = rng.choice(found)
-        holder[key] = dict(other) if isinstance(other, dict) else other[place]  # may be longer, never round in a ring
-        return dumped(json.loads(content)) if ringed(value) else dumped(value)
+    elif action == 1 and isinstance(holder, dict):
+        holder[rng.choice(HOSTILE_KEYS)] = hostile if rng.random() < 0.7 else holder[key]
+    elif action == 2 and isinstance(holder, dict):
+        return to_json(value).replace(b"{", b"{" + to_json(key) + b": " + to_json(hostile) + b", ", 1)
+    elif action == 3:
+        other, place = rng.choice(items)
+        holder[key] = dict(other) if isinstance(other, dict) else other[place]
+        return to_json(json.loads(content)) if is_circular(value) else to_json(value)
     else:
         holder[key] = hostile
-    return dumped(value)
+    return to_json(value)
 
 
-def ringed(value: Any) -> bool:
+def is_circular(value: Any) -> bool:
     try:
         json.dumps(value)
     except (ValueError, RecursionError):
@@ -239,12 +255,12 @@ def ringed(value: Any) -> bool:
     return False
 
 
-def dumped(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=True).encode()
 
 
-def spoilt_header(content: bytes, rng: random.Random) -> bytes:
-    """A safetensors header with another length, or a tensor with another name, type, shape or place."""
+def corrupt_safetensors(content: bytes, rng: random.Random) -> bytes:
+    """Change the length of the safetensors header, or a tensor's name, dtype, shape or offsets."""
     length = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + length], content[8 + length :]
     if rng.random() < 0.15:
@@ -255,14 +271,14 @@ def spoilt_header(content: bytes, rng: random.Random) -> bytes:
         name = rng.choice(sorted(value))
         entry = value[name]
         settings = (value.get("__metadata__") or {}).get("imvar.settings")
-        what = rng.randrange(6 if settings is None else 12)
-        if what == 0:
-            header = spoilt_json(header, rng)
-        elif what > 5:
-            value["__metadata__"]["imvar.settings"] = spoilt_json(settings.encode(), rng).decode(errors="replace")
-        elif what == 1:
-            entry["dtype"] = rng.choice(DTYPES)
-        elif what == 2:
+        action = rng.randrange(6 if settings is None else 12)
+        if action == 0:
+            header = corrupt_json(header, rng)
+        elif action > 5:
+            value["__metadata__"]["imvar.settings"] = corrupt_json(settings.encode(), rng).decode(errors="replace")
+        elif action == 1:
+            entry["dtype"] = rng.choice(HOSTILE_DTYPES)
+        elif action == 2:
             entry["shape"] = rng.choice(
                 [
                     [],
@@ -277,7 +293,7 @@ def spoilt_header(content: bytes, rng: random.Random) -> bytes:
                     None,
                 ]
             )
-        elif what == 3:
+        elif action == 3:
             start, end = entry["data_offsets"]
             entry["data_offsets"] = rng.choice(
                 [
@@ -294,54 +310,56 @@ def spoilt_header(content: bytes, rng: random.Random) -> bytes:
                     [end, end],
                 ]
             )
-        elif what == 4:
-            value[rng.choice([f"{name}x", "", "__metadata__", "\ud800", *KEYS, *value])] = value.pop(name)
+        elif action == 4:
+            value[rng.choice([f"{name}x", "", "__metadata__", "\ud800", *HOSTILE_KEYS, *value])] = value.pop(name)
         else:
-            value["__metadata__"] = rng.choice(HOSTILE)
-        header = dumped(value) if what else header
+            value["__metadata__"] = rng.choice(HOSTILE_VALUES)
+        header = to_json(value) if action else header
     except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError):
-        return spoilt_bytes(content, rng)
+        return corrupt_bytes(content, rng)
     return len(header).to_bytes(8, "little") + header + data
 
 
-def spoilt_zip(content: bytes, rng: random.Random) -> bytes:
-    """The zip file of torch.save with a record spoilt, left out, doubled, renamed or compressed."""
+def corrupt_zip(content: bytes, rng: random.Random) -> bytes:
+    """Corrupt, remove, duplicate, rename or compress a record of a zip file of `torch.save`."""
     try:
         with zipfile.ZipFile(BytesIO(content)) as archive:
             records = [(record.filename, archive.read(record)) for record in archive.infolist()]
     except Exception:
-        return spoilt_bytes(content, rng)
+        return corrupt_bytes(content, rng)
     which = rng.randrange(len(records)) if rng.random() < 0.4 else 0
-    name, held = records[which]
-    what, packing = rng.randrange(8), zipfile.ZIP_STORED
-    if what == 0:
+    name, record = records[which]
+    action, compression = rng.randrange(8), zipfile.ZIP_STORED
+    if action == 0:
         del records[which]
-    elif what == 1:
-        records[which] = (rng.choice(["../x", "/x", name + "x", "data.pkl", "x/constants.pkl"]), held)
-    elif what == 2:
-        packing = zipfile.ZIP_DEFLATED
-    elif what == 3:
-        records.append((name, held))
+    elif action == 1:
+        records[which] = (rng.choice(["../x", "/x", name + "x", "data.pkl", "x/constants.pkl"]), record)
+    elif action == 2:
+        compression = zipfile.ZIP_DEFLATED
+    elif action == 3:
+        records.append((name, record))
     else:
-        records[which] = (name, spoilt_pickle(held, rng))
+        records[which] = (name, corrupt_pickle(record, rng))
     out = BytesIO()
-    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(out, "w", packing) as archive:
-        for name, held in records:
-            archive.writestr(name, held)
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(out, "w", compression) as archive:
+        for name, record in records:
+            archive.writestr(name, record)
     return out.getvalue()
 
 
-def spoilt_pickle(program: bytes, rng: random.Random) -> bytes:
-    """Another name asked for, another number, another instruction, or other bytes."""
-    what, at = rng.randrange(5), rng.randrange(len(program) + 1)
-    if what == 0 and (at := program.find(b"c", at)) >= 0:
-        return program[:at] + rng.choice(GLOBALS) + program[program.find(b"\n", program.find(b"\n", at) + 1) + 1 :]
-    if what == 1:
+def corrupt_pickle(program: bytes, rng: random.Random) -> bytes:
+    """Change a global, a number, an opcode or some bytes of a pickle program."""
+    action, at = rng.randrange(5), rng.randrange(len(program) + 1)
+    if action == 0 and (at := program.find(b"c", at)) >= 0:
+        return (
+            program[:at] + rng.choice(PICKLE_GLOBALS) + program[program.find(b"\n", program.find(b"\n", at) + 1) + 1 :]
+        )
+    if action == 1:
         number = rng.choice([0, 1, 2**31 - 1, -1, -(2**31), 2**30]).to_bytes(4, "little", signed=True)
         at = max(program.find(rng.choice([b"J", b"K", b"M"]), at), 0)
         return program[:at] + b"J" + number + program[at + {75: 2, 77: 3}.get(program[at] if program else 0, 5) :]
-    if what == 2:
-        return program[:at] + rng.choice(GLOBALS) + program[at:]
-    if what == 3:
-        return program[:at] + bytes([rng.choice(INSTRUCTIONS)]) + program[at + 1 :]
-    return spoilt_bytes(program, rng)
+    if action == 2:
+        return program[:at] + rng.choice(PICKLE_GLOBALS) + program[at:]
+    if action == 3:
+        return program[:at] + bytes([rng.choice(PICKLE_OPCODES)]) + program[at + 1 :]
+    return corrupt_bytes(program, rng)
