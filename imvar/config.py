@@ -2,7 +2,7 @@
 
 A part (model, scheduler, image processor) declares its settings as a frozen dataclass derived from
 `Config`, whose fields carry the names, order and defaults of the published format. A config also
-remembers which fields were given and which keys it did not know (`foreign`), so that settings pass
+remembers which fields were given and which keys it did not know (`extra_fields`), so that settings pass
 from one scheduler to another, and back to disk, without loss.
 """
 
@@ -114,16 +114,16 @@ DEFAULTS = "_use_default_values"  # diffusers' key for the fields that were not 
 class Config(dict[str, Any]):
     """The settings of one part, a dictionary that cannot be changed and is read by attribute as well.
 
-    `given` names the fields that were, `foreign` holds the keys that no field is for. As in diffusers, the key
+    `fields_set` names the fields that were, `extra_fields` holds the keys that no field is for. As in diffusers, the key
     `_use_default_values` lists the fields that were not given. Raises `InputError` for a value that the part
     cannot honour.
     """
 
-    given: ClassVar[frozenset[str]] = frozenset()
-    foreign: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    fields_set: ClassVar[frozenset[str]] = frozenset()
+    extra_fields: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @classmethod
-    def of(cls, *args: Any, **settings: Any) -> Self:
+    def from_args(cls, *args: Any, **settings: Any) -> Self:
         """From constructor arguments; an unknown keyword is a `TypeError`."""
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(settings) - set(known)):
@@ -132,14 +132,14 @@ class Config(dict[str, Any]):
             raise InputTypeError(f"{cls.__name__}: {len(args)} arguments came; it takes {', '.join(known)}")
         if twice := set(settings) & set(known[: len(args)]):
             raise InputTypeError(f"{cls.__name__}: {sorted(twice)[0]!r} came both by position and by name")
-        return cls.read({**dict(zip(known, args, strict=False)), **settings})
+        return cls.from_dict({**dict(zip(known, args, strict=False)), **settings})
 
     @classmethod
-    def read(cls, settings: Mapping[str, Any], **changes: Any) -> Self:
+    def from_dict(cls, settings: Mapping[str, Any], **changes: Any) -> Self:
         """From a mapping such as a `config.json` or another part's config.
 
         Values that were only defaults over there are left to this class's own defaults; keys this
-        class does not know are kept in `foreign`.
+        class does not know are kept in `extra_fields`.
         """
         defaults = coerce(settings.get(DEFAULTS, ()), Sequence[str])
         if defaults is INVALID:
@@ -153,17 +153,17 @@ class Config(dict[str, Any]):
         known = {f.name for f in fields(cls)} & values.keys()
         config = cls(**{name: values[name] for name in known})
         ours = known | {"_class_name", DEFAULTS}
-        return config.marked(known, {key: value for key, value in values.items() if key not in ours})
+        return config.record_fields(known, {key: value for key, value in values.items() if key not in ours})
 
-    def marked(self, given: Iterable[str], foreign: Mapping[str, Any]) -> Self:
+    def record_fields(self, fields_set: Iterable[str], extra_fields: Mapping[str, Any]) -> Self:
         """This config, told once which fields were given, and what came beside them."""
-        vars(self).update(given=frozenset(given), foreign=MappingProxyType(dict(foreign)))
+        vars(self).update(fields_set=frozenset(fields_set), extra_fields=MappingProxyType(dict(extra_fields)))
         names = [f.name for f in fields(self)]
         dict.update(
             self,
-            foreign,
+            extra_fields,
             **{name: getattr(self, name) for name in names},
-            **{DEFAULTS: [name for name in names if name not in self.given]},
+            **{DEFAULTS: [name for name in names if name not in self.fields_set]},
         )
         return self
 
@@ -188,14 +188,14 @@ class Config(dict[str, Any]):
                 )
             object.__setattr__(self, f.name, fit)
         self.check()
-        self.marked((f.name for f in fields(self) if getattr(self, f.name) is not f.default), {})
+        self.record_fields((f.name for f in fields(self) if getattr(self, f.name) is not f.default), {})
 
     def check(self) -> None:
         """Raise `InputError` for values that do not go together; a subclass may put a field in order as well."""
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self.foreign[name]
+            return self.extra_fields[name]
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has no setting {name!r}") from None
 
@@ -206,7 +206,7 @@ class Config(dict[str, Any]):
 
     def __reduce__(self):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return _restore, (type(self), values, self.given, dict(self.foreign))
+        return _restore, (type(self), values, self.fields_set, dict(self.extra_fields))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, nested configs included, ready for JSON."""
@@ -214,7 +214,7 @@ class Config(dict[str, Any]):
 
     def explicit(self) -> dict[str, Any]:
         """Only what was given, foreign keys included: what carries over to another class."""
-        return {key: value for key, value in self.items() if key in self.given or key in self.foreign}
+        return {key: value for key, value in self.items() if key in self.fields_set or key in self.extra_fields}
 
     def to_json_string(self) -> str:
         """The text of a `config.json`: keys sorted, two spaces, a newline at the end."""
@@ -247,8 +247,8 @@ def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
     )
 
 
-def _restore(cls: type[Config], values: dict[str, Any], given: frozenset[str], foreign: dict[str, Any]) -> Config:
-    return cls(**values).marked(given, foreign)
+def _restore(cls: type[Config], values: dict[str, Any], fields_set: frozenset[str], extra: dict[str, Any]) -> Config:
+    return cls(**values).record_fields(fields_set, extra)
 
 
 def to_jsonable(value: Any) -> Any:
@@ -278,9 +278,9 @@ class Configured:
             if as_settings(args[0]) is None:
                 raise InputTypeError(f"config={short_repr(args[0])}: a config or a dictionary would do", key="config")
         if len(args) == 1 and not settings and (given := as_settings(args[0])) is not None:
-            self.config = given if isinstance(given, self.config_class) else self.config_class.read(given)
+            self.config = given if isinstance(given, self.config_class) else self.config_class.from_dict(given)
         else:
-            self.config = self.config_class.of(*args, **settings)
+            self.config = self.config_class.from_args(*args, **settings)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
@@ -303,11 +303,11 @@ class Configured:
             raise InputError(
                 f"config: {short_repr(named)} came, none of which is a setting of {cls.__name__}", key="config"
             )
-        return cls(cls.config_class.read(settings, **changes))
+        return cls(cls.config_class.from_dict(settings, **changes))
 
     def register_to_config(self, **changes: Any) -> None:
         """Write changed settings into `config`, as a fork does that has changed a loaded part."""
-        self.config = self.config_class.read(self.config, **changes)
+        self.config = self.config_class.from_dict(self.config, **changes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.config.to_json_string().rstrip()}"

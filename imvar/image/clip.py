@@ -46,14 +46,14 @@ class CLIPImageProcessorConfig(Config):
     do_convert_rgb: bool = one_of(True, False)
     image_processor_type: str = one_of("CLIPImageProcessor", "CLIPImageProcessorPil", "CLIPImageProcessorFast")
 
-    def marked(self, given: Iterable[str], foreign: Mapping[str, Any]) -> Self:
+    def record_fields(self, fields_set: Iterable[str], extra_fields: Mapping[str, Any]) -> Self:
         for name, fine in UNSUPPORTED.items():
-            if foreign.get(name) not in (None, fine):
+            if extra_fields.get(name) not in (None, fine):
                 raise InputError(
-                    f"{type(self).__name__}: {name}={short_repr(foreign[name])} is not supported; it can be {fine}",
+                    f"{type(self).__name__}: {name}={short_repr(extra_fields[name])} is not supported; it can be {fine}",
                     key=name,
                 )
-        return super().marked(given, foreign)
+        return super().record_fields(fields_set, extra_fields)
 
     def check(self) -> None:
         super().check()
@@ -168,7 +168,11 @@ class CLIPImageProcessor(
 
     def settings(self, changes: Mapping[str, Any]) -> Config:
         """This processor's settings with these changes."""
-        return self.config.read(self.config, **self.config_class.of(**changes).explicit()) if changes else self.config
+        return (
+            self.config.from_dict(self.config, **self.config_class.from_args(**changes).explicit())
+            if changes
+            else self.config
+        )
 
     def __getattr__(self, name: str) -> Any:
         config = self.__dict__.get("config", {})

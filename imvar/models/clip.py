@@ -52,10 +52,10 @@ class CLIPVisionConfig(Config):
     initializer_factor: float = 1.0
 
     @classmethod
-    def read(cls, settings: Mapping[str, Any], **changes: Any) -> Self:
+    def from_dict(cls, settings: Mapping[str, Any], **changes: Any) -> Self:
         if isinstance(vision := settings.get("vision_config"), Mapping):
             settings = {**vision, **{k: v for k, v in settings.items() if k == "projection_dim"}}
-        return super().read(settings, **changes)
+        return super().from_dict(settings, **changes)
 
     def check(self) -> None:
         super().check()

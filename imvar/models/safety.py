@@ -46,7 +46,7 @@ class CLIPConfig(Config):
             raise InputTypeError(
                 f"vision_config={short_repr(self.vision_config)}: the tower's settings would do", key="vision_config"
             )
-        object.__setattr__(self, "vision_config", CLIPVisionConfig.read(vision))
+        object.__setattr__(self, "vision_config", CLIPVisionConfig.from_dict(vision))
 
 
 class StableDiffusionSafetyChecker(TransformersModel, part="safety_checker"):

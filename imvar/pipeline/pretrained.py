@@ -184,7 +184,9 @@ class PretrainedPipeline:
     @property
     def config(self) -> Config:
         """The pipeline's own settings, and the class of each part."""
-        return Config.read(self._settings | {name: index_entry(name, part) for name, part in self.components.items()})
+        return Config.from_dict(
+            self._settings | {name: index_entry(name, part) for name, part in self.components.items()}
+        )
 
     @classmethod
     def parameters(cls) -> dict[str, inspect.Parameter]:

@@ -74,10 +74,10 @@ class ConfiguredComponent(Configured):
                 key="_class_name",
             )
         known = [f.name for f in fields(cls.config_class)]
-        changes = cls.config_class.of(**filter_kwargs(changes, known, cls.__name__)).explicit()
+        changes = cls.config_class.from_args(**filter_kwargs(changes, known, cls.__name__)).explicit()
         try:
-            config = cls.config_class.read(settings, **changes)
-            if cls.part in PLAIN and (odd := sorted(name for name in config.foreign if name[:1] != "_")):
+            config = cls.config_class.from_dict(settings, **changes)
+            if cls.part in PLAIN and (odd := sorted(name for name in config.extra_fields if name[:1] != "_")):
                 warnings.warn(
                     f"{path}: {', '.join(map(short_repr, odd[:10]))}: no setting of {cls.__name__}, so left alone",
                     stacklevel=5,

@@ -56,8 +56,8 @@ def test_every_model_is_built_at_its_size(part, revision):
     given = settings(revision, f"{part}/config.json")
     if part == "image_encoder" and "vision_config" in given:  # the old revision's is a whole CLIP model
         given = given["vision_config"] | {"projection_dim": given["projection_dim"]}
-    assert model.config.given
-    assert all(model.config[key] == given[key] for key in model.config.given - {"vision_config"})
+    assert model.config.fields_set
+    assert all(model.config[key] == given[key] for key in model.config.fields_set - {"vision_config"})
 
 
 @pytest.mark.parametrize("name", LISTS)
