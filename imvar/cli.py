@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from . import __version__
 from .contact_sheet import SheetRow, contact_sheet
-from .errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, short_repr
+from .errors import ImvarError, InputError, OutOfMemoryError, short_repr
 from .image.load_image import check_overwrites, load_image, unique_names
 from .malloc import keep_freed_memory
 from .noise import MAX_SEED
@@ -241,21 +241,10 @@ def load(
         raise InputError(f"--revision {revision}: what lies at {checkpoint} has no revisions; leave it out")
     revision = revision or (REVISION if checkpoint == CHECKPOINT else None)
     kind = StableDiffusionImageVariationPipeline
-    try:
-        if Path(checkpoint).is_file():  # the originals have no safety checker, which vary() will say
-            pipe = kind.from_single_file(checkpoint, dtype=dtype, requires_safety_checker=False)
-        else:
-            pipe = kind.from_pretrained(checkpoint, revision=revision, dtype=dtype)
-    except CheckpointError as error:
-        missing = error.__cause__ is not None and error.path is not None and not error.path.exists()
-        if Path(checkpoint).exists() or not missing:
-            raise
-        at = f"{checkpoint} (revision {revision})" if revision else checkpoint
-        raise ImvarError(
-            f"{at} is not on this machine and could not be downloaded, for want of a network or because "
-            "the hub does not have it: connect once so that it gets downloaded, or name the folder of a "
-            f"copy with --checkpoint FOLDER; --checkpoint {EMOJI} needs no download"
-        ) from error
+    if Path(checkpoint).is_file():  # the originals have no safety checker, which vary() will say
+        pipe = kind.from_single_file(checkpoint, dtype=dtype, requires_safety_checker=False)
+    else:
+        pipe = kind.from_pretrained(checkpoint, revision=revision, dtype=dtype)
     if scheduler:
         chosen, changes = SCHEDULERS[scheduler]
         pipe.scheduler = chosen.from_config(pipe.scheduler.config, **changes)

@@ -11,19 +11,25 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-import huggingface_hub
+from huggingface_hub import constants
 
 from ..checks import as_path, check_type
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, first_line, invalid
 from .bundled import BUNDLED, bundled_checkpoint
 
 T = TypeVar("T")
 
-Wanted = Callable[[set[str] | None], list[str]]
-"""From the names of all files in a repository, None where they are not known, to the patterns of those to fetch."""
+FileSelector = Callable[[set[str]], list[str]]
+"""Function from the names of all files in a repository to the names and patterns of those to fetch."""
+
+EXPECTED = f"a folder, a hub id ('owner/name') or {' or '.join(BUNDLED)}"
+HINT = f"connect once so that it is downloaded, or pass the folder of a copy; {BUNDLED[0]} needs no download"
+TIMEOUT = 10  # seconds
 
 
 def within(names: set[str] | None, prefix: str) -> list[str] | None:
@@ -47,81 +53,122 @@ class Hub:
         check_type("token", self.token, str, bool)
 
 
-def locate(source: str | Path, hub: Hub, wanted: Wanted) -> Path:
-    """The folder of a checkpoint: `source` itself, the bundled one of that name, or a snapshot of that hub repository.
+def locate(source: str | Path, hub: Hub, select: FileSelector) -> Path:
+    """Return the folder of a checkpoint: `source` itself, the bundled one of that name or a snapshot from the hub.
 
-    Only wanted files are fetched. Raises `CheckpointError` where nothing is found.
+    Only selected files are fetched. Raises `CheckpointError` if there is no such checkpoint.
     """
     if isinstance(source, str) and not source:
-        raise CheckpointError("an empty name came; a folder or a hub id, which looks like 'owner/name', would do")
+        raise invalid(CheckpointError, "pretrained_model_name_or_path", EXPECTED, "an empty string")
     folder, name = as_path("pretrained_model_name_or_path", source), str(source).rstrip("/")
     if os.path.isdir(folder):
         if name in BUNDLED and next(folder.rglob("*.json"), None) is None:
-            raise CheckpointError(
-                f"holds no checkpoint, and hides the one of its name that comes with imvar: str("
-                f"bundled_checkpoint({name!r})), or another working directory, would do",
-                path=folder,
+            raise invalid(
+                CheckpointError,
+                folder,
+                "a checkpoint",
+                "a folder without one, which hides the bundled checkpoint of its name",
+                f"pass str(bundled_checkpoint({name!r})) or change the working directory",
             )
         return folder
     if os.path.isfile(folder):
-        raise CheckpointError("is a file, not a folder; from_single_file reads files", path=folder)
+        raise invalid(CheckpointError, folder, "a folder", "a file", "from_single_file reads files")
     if name in BUNDLED:
         return bundled_checkpoint(name, hub.revision)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            "no such folder (and neither a hub id, which looks like 'owner/name', nor "
-            f"{' or '.join(BUNDLED)}, which comes with imvar)",
-            path=name,
-        )
-    names, fault = None, None  # no names: no network, so what is in the cache has to do
+        raise invalid(CheckpointError, name, EXPECTED, "no such folder")
+    return download(name, hub, select)
+
+
+def download(name: str, hub: Hub, select: FileSelector) -> Path:
+    """Return the snapshot folder of a hub repository after fetching the selected files that are not in the cache.
+
+    Where the hub is offline, unreachable or refuses, a cached snapshot with the selected files is returned.
+    """
+    from huggingface_hub import model_info, snapshot_download  # deferred: these import an HTTP library
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    http_error = HfHubHTTPError.__bases__[0]  # requests, httpx or httpx2, by version
+    failures: Any = (http_error, OSError, HFValidationError, JSONDecodeError)
+    label = f"{name} (revision {hub.revision})" if hub.revision else name
+    snapshot = partial(snapshot_download, name, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir)
+    names, cause = None, None
+    if not (hub.local_files_only or constants.HF_HUB_OFFLINE):
+        try:
+            info = model_info(name, revision=hub.revision, token=hub.token, timeout=TIMEOUT)
+            names = {file.rfilename for file in info.siblings or []}
+        except failures as error:
+            cause = error
+    if names is not None:
+        patterns = checked_selection(names, select, label)
+        try:
+            return Path(snapshot(allow_patterns=patterns))
+        except failures as error:
+            raise hub_error(label, error, "a complete download") from error
+    try:  # no patterns: the hub's library takes a snapshot for incomplete that lacks any file which matches one
+        folder = Path(snapshot(allow_patterns=[], local_files_only=True))
+        checked_selection({path.relative_to(folder).as_posix() for path in folder.rglob("*")}, select, label)
+    except failures as error:
+        raise hub_error(label, cause or error, "a cached copy or a connection to the hub") from cause or error
+    return folder
+
+
+def checked_selection(names: set[str], select: FileSelector, label: str) -> list[str]:
+    """Return what `select` picks from `names`, or raise `CheckpointError` if that is not all there."""
     try:
-        if not hub.local_files_only and not huggingface_hub.constants.HF_HUB_OFFLINE:
-            found = huggingface_hub.model_info(name, revision=hub.revision, token=hub.token, timeout=10)
-            names = {file.rfilename for file in found.siblings or []}
-        patterns = wanted(names)
+        patterns = select(names)
     except CheckpointError as error:
-        raise CheckpointError(error.reason, path=name) from error
-    except Exception as error:  # huggingface_hub lets those of its network library through, whichever that is
-        fault, patterns = error, wanted(None)
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=hub.revision,
-                token=hub.token,
-                cache_dir=hub.cache_dir,
-                allow_patterns=patterns,
-                local_files_only=names is None,
-            )
-        )
-    except Exception as error:
-        fault = fault or error
-        at = f"{name} (revision {hub.revision})" if hub.revision else name
-        raise CheckpointError(
-            "not in the cache, and the hub could not be reached or does not have it: connect once so "
-            "that it is downloaded, or give the folder of a copy "
-            f"({type(fault).__name__}: {first_line(fault)})",
-            path=at,
-        ) from fault
+        raise error.at(label) from error
+    if absent := [pattern for pattern in patterns if "*" not in pattern and pattern not in names]:
+        raise invalid(CheckpointError, label, f"the file {absent[0]}", "a repository without it")
+    return patterns
+
+
+def hub_error(label: str, error: Exception, expected: str) -> CheckpointError:
+    """Return a `CheckpointError` that says why a checkpoint could not be fetched.
+
+    `expected` is for errors from which it does not follow.
+    """
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    got, hint = f"{type(error).__name__}: {first_line(error)}", HINT
+    if isinstance(error, CheckpointError):
+        got = f"an incomplete copy ({error.reason})"
+    elif isinstance(error, LocalEntryNotFoundError):
+        got = "no copy, and downloads are turned off (local_files_only=True or HF_HUB_OFFLINE)"
+    elif isinstance(error, HFValidationError):
+        expected = EXPECTED
+    elif isinstance(error, RevisionNotFoundError):
+        expected = "a revision of this repository"
+    elif status in (401, 403):
+        expected, hint = "a repository that is public or that your token may read", "pass token= or run `hf auth login`"
+    elif status == 404:
+        expected = "a repository on the hub"
+    elif status:
+        expected = "a response from the hub"
+    return invalid(CheckpointError, label, expected, got, hint)
 
 
 def locate_file(source: str | Path, hub: Hub) -> Path:
-    """A file: at that path, or on the hub as a link there or as "owner/name/file" says."""
+    """Return the path of a file: `source` itself, or a file on the hub given as a link or as "owner/name/file"."""
     path = as_path("pretrained_model_link_or_path", source)
     if os.path.isfile(path):
         return path
     if os.path.isdir(path):
-        raise CheckpointError("is a folder, not a file; from_pretrained reads folders", path=source)
+        raise invalid(CheckpointError, source, "a file", "a folder", "from_pretrained reads folders")
     link = re.fullmatch(
         r"(?:https://(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/"
         r"(?:(?:blob|resolve)/([^/]+)/)?([^?]+)(?:\?.*)?",
         str(source),
     )
     if not link:
-        raise CheckpointError("no such file (and not a file on the hub, as in 'owner/name/file')", path=source)
+        raise invalid(CheckpointError, source, "a file or a file on the hub ('owner/name/file')", "no such file")
     name, revision, file = link.groups()
     hub = replace(hub, revision=revision or hub.revision)
-    return locate(name, hub, lambda _: [file]) / file
+    return locate(name, hub, lambda names: [file]) / file
 
 
 MAX_JSON_BYTES = 2**21  # bytes of a config, an index or the header of a weights file; ours have 100,000 at the most

@@ -219,7 +219,7 @@ def test_a_file_with_something_after_its_end(folder):
 
 
 def test_an_empty_name():
-    with pytest.raises(CheckpointError, match="an empty name came"):
+    with pytest.raises(CheckpointError, match="got an empty string"):
         PIPELINE.from_pretrained("")
 
 

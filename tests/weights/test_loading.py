@@ -4,12 +4,9 @@ import copy
 import json
 import pickle
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import imvar
@@ -387,116 +384,7 @@ def test_a_variant_may_be_there_for_some_parts_only(checkpoint, folder):
         imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant="fp32")
 
 
-# The hub
-
-
-@pytest.fixture
-def hub(checkpoint, monkeypatch, tmp_path):
-    """A hub with one repository: the checkpoint in both formats, and files that nobody here needs."""
-    remote, calls = shutil.copytree(checkpoint, tmp_path / "remote"), []
-    for part in PARTS:
-        stem = "diffusion_pytorch_model" if part in ("vae", "unet") else "pytorch_model"
-        torch.save(load_file(weights(remote, part)), remote / part / f"{stem}.bin")
-    (remote / "montage.jpg").write_bytes(b"0" * 1000)
-    names = [str(path.relative_to(remote)) for path in remote.rglob("*") if path.is_file()]
-
-    def model_info(repo_id, **options):
-        calls.append(("list", repo_id, options))
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
-
-    def snapshot_download(repo_id, allow_patterns=None, local_files_only=False, **options):
-        if local_files_only:
-            raise LocalEntryNotFoundError("nothing is cached")
-        wanted = sorted(filter_repo_objects(names, allow_patterns=allow_patterns))
-        calls.append(("download", wanted, options))
-        for name in wanted:
-            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(remote / name, tmp_path / "cache" / name)
-        return str(tmp_path / "cache")
-
-    monkeypatch.setattr("huggingface_hub.model_info", model_info)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    return calls
-
-
-def test_only_needed_files_are_fetched(hub):
-    StableDiffusionImageVariationPipeline.from_pretrained("owner/name", revision="v2.0", token="t", cache_dir="c")
-    (_, repo, options), (_, fetched, where) = hub
-    assert repo == "owner/name"
-    assert options == {"revision": "v2.0", "token": "t", "timeout": 10}
-    assert where == {"revision": "v2.0", "token": "t", "cache_dir": "c"}
-    assert fetched == sorted(
-        [
-            "feature_extractor/preprocessor_config.json",
-            "image_encoder/config.json",
-            "image_encoder/model.safetensors",
-            "model_index.json",
-            "safety_checker/config.json",
-            "safety_checker/model.safetensors",
-            "scheduler/scheduler_config.json",
-            "unet/config.json",
-            "unet/diffusion_pytorch_model.safetensors",
-            "vae/config.json",
-            "vae/diffusion_pytorch_model.safetensors",
-        ]
-    )
-
-
-def test_overridden_parts_are_not_fetched(hub):
-    with pytest.warns(UserWarning, match="safety_checker"):
-        StableDiffusionImageVariationPipeline.from_pretrained("owner/name", safety_checker=None, use_safetensors=False)
-    fetched = hub[1][1]
-    assert not [name for name in fetched if name.startswith("safety_checker")]
-    assert "unet/diffusion_pytorch_model.bin" in fetched
-    assert "unet/diffusion_pytorch_model.safetensors" not in fetched
-
-
-def test_one_part_from_the_hub(hub):
-    imvar.UNet2DConditionModel.from_pretrained("owner/name", subfolder="unet")
-    assert hub[1][1] == ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
-    imvar.PNDMScheduler.from_pretrained("owner/name", subfolder="scheduler")
-    assert hub[3][1] == ["scheduler/scheduler_config.json"]
-
-
-def test_a_cache_without_a_network_is_asked_for_no_more_than_needed(checkpoint, monkeypatch):
-    asked = {}
-
-    def snapshot_download(repo_id, **options):
-        asked.update(options)
-        return str(checkpoint)
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    StableDiffusionImageVariationPipeline.from_pretrained("owner/name", revision="v2.0")
-    assert asked["local_files_only"]
-    files = [
-        "model_index.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.bin",
-        "vae/config.json",
-        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
-        "image_encoder/pytorch_model.bin",
-        "unet/diffusion_pytorch_model.safetensors.index.json",
-        "safety_checker/model.safetensors",
-        "scheduler/scheduler_config.json",
-        "feature_extractor/preprocessor_config.json",
-    ]
-    others = ["montage.jpg", "README.md", "unet/flax_model.msgpack", "text_encoder/model.safetensors"]
-    assert list(filter_repo_objects(files + others, allow_patterns=asked["allow_patterns"])) == files
-
-
-def test_without_a_network(hub, monkeypatch, tmp_path):
-    class NoRouteError(Exception):
-        """Of the network library, which may derive from nothing that we know."""
-
-    def unreachable(*args, **kwargs):
-        raise NoRouteError("no route to host")
-
-    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
-    for options in ({"local_files_only": True}, {}):
-        with pytest.raises(CheckpointError, match=r"owner/name.*connect once.*or give the folder"):
-            StableDiffusionImageVariationPipeline.from_pretrained("owner/name", **options)
+def test_no_such_folder(tmp_path):
     for nowhere in (tmp_path / "nowhere", "nowhere", "a/b/c"):
         with pytest.raises(CheckpointError, match="no such folder"):
             StableDiffusionImageVariationPipeline.from_pretrained(nowhere)
