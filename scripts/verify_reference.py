@@ -1,12 +1,12 @@
-"""Prove that imvar computes what diffusers and transformers compute, at the published size.
+"""Verify that imvar computes the same as diffusers and transformers, at the published size.
 
     python scripts/verify_reference.py                    # random weights: about 10 minutes on 2 cores, 12 GB of disk
     python scripts/verify_reference.py --checkpoint lambdalabs/sd-image-variations-diffusers --revision v2.0
     python scripts/verify_reference.py --quick            # a tiny model: seconds
 
-Both libraries load the same files and answer the same questions, one model in memory at a time, and then make a
-short whole run on a photograph. The table has the largest differences; the exit status is 1 if one of them is
-above its tolerance. Needs the `test` extra.
+Both libraries load the same files and get the same inputs, one model in memory at a time, and then run the whole
+pipeline on a photo for a few steps. The table has the largest differences; the exit status is 1 if one of them
+exceeds its tolerance. Needs the `test` extra.
 """
 
 from __future__ import annotations
@@ -33,7 +33,19 @@ import numpy as np
 import torch
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from reference_probes import PHOTOS, Answers, embed, judge, noise, photograph, predict, see, there_and_back, vary, walk
+from reference_probes import (
+    PHOTOS,
+    Outputs,
+    encode_and_decode,
+    noise,
+    open_photo,
+    run_feature_extractor,
+    run_image_encoder,
+    run_pipeline,
+    run_safety_checker,
+    run_scheduler,
+    run_unet,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import imvar
@@ -43,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support.published_checkpoint import FILES, Checkpoint, write_checkpoint
 from tests.support.random_checkpoint import tiny_pipeline
 
-SIDES = {  # of each part: the reference's class, and ours
+CLASSES = {  # of each component: the reference's class, imvar's class
     "feature_extractor": (CLIPImageProcessorPil, imvar.CLIPImageProcessor),
     "image_encoder": (transformers.CLIPVisionModelWithProjection, imvar.CLIPVisionModelWithProjection),
     "vae": (diffusers.AutoencoderKL, imvar.AutoencoderKL),
@@ -66,15 +78,15 @@ TOLERANCE = {
     "LMS": 1e-6,
     "pipeline": 1e-4,
 }
-OF_ANSWERS = {"flags": 0.0, "timesteps": 0.0, "files": 0.0, "PIL levels": 1.0}  # these first, by how `what` begins
+OUTPUT_TOLERANCE = {"flags": 0.0, "timesteps": 0.0, "files": 0.0, "PIL levels": 1.0}  # by the start of `output`, first
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison. Of networks and schedulers the tolerance is relative to the reference's largest value."""
+class Comparison:
+    """Largest difference of one output. The tolerance of networks and schedulers is relative to the largest value."""
 
-    part: str
-    what: str
+    component: str
+    output: str
     difference: float
     largest: float
 
@@ -84,17 +96,20 @@ class Row:
 
     @property
     def tolerance(self) -> float:
-        return next((limit for words, limit in OF_ANSWERS.items() if self.what.startswith(words)), TOLERANCE[self.part])
+        return next(
+            (limit for start, limit in OUTPUT_TOLERANCE.items() if self.output.startswith(start)),
+            TOLERANCE[self.component],
+        )
 
     @property
     def ok(self) -> bool:
-        return (self.relative if self.part in RELATIVE else self.difference) <= self.tolerance
+        return (self.relative if self.component in RELATIVE else self.difference) <= self.tolerance
 
     def cells(self) -> list[str]:
-        tolerance = f"{self.tolerance:g}" + (" relative" if self.part in RELATIVE else "")
+        tolerance = f"{self.tolerance:g}" + (" relative" if self.component in RELATIVE else "")
         return [
-            self.part,
-            self.what,
+            self.component,
+            self.output,
             f"{self.difference:.2e}",
             f"{self.largest:.3g}",
             f"{self.relative:.1e}",
@@ -103,83 +118,90 @@ class Row:
         ]
 
 
-# Both sides
+# Both libraries
 
 
-def both(part: str, load: Callable[[Any], Any], run: Callable[[Any], Answers]) -> Iterator[Row]:
-    """Load, ask and let go of the reference, then of ours, and compare the answers."""
-    answers = []
-    for side in SIDES[part]:
-        start, library = time.perf_counter(), side.__module__.partition(".")[0]
+def compare(component: str, load: Callable[[Any], Any], run: Callable[[Any], Outputs]) -> Iterator[Comparison]:
+    """Load, run and free the reference, then imvar, and compare the outputs."""
+    outputs = []
+    for cls in CLASSES[component]:
+        start, library = time.perf_counter(), cls.__module__.partition(".")[0]
         with torch.no_grad():
-            model = load(side)
-            answers.append(run(model))
+            model = load(cls)
+            outputs.append(run(model))
             del model
         gc.collect()
-        print(f"{part}, {library}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-    return rows(part, *answers)
+        print(f"{component}, {library}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    return differences(component, *outputs)
 
 
-def rows(part: str, theirs: Answers, ours: Answers) -> Iterator[Row]:
-    if theirs.keys() != ours.keys():
-        raise SystemExit(f"{part}: only one side has {', '.join(sorted(theirs.keys() ^ ours.keys()))}")
-    for what, reference in theirs.items():
-        if reference.shape != ours[what].shape or not (reference.isfinite().all() and ours[what].isfinite().all()):
-            raise SystemExit(f"{part}, {what}: {reference.shape} and {ours[what].shape}, or values that are not finite")
-        difference = (reference.float() - ours[what].float()).abs().max().item()
-        yield Row(part, what, difference, reference.float().abs().max().item())
+def differences(component: str, reference: Outputs, outputs: Outputs) -> Iterator[Comparison]:
+    if reference.keys() != outputs.keys():
+        raise SystemExit(f"{component}: only one library has {', '.join(sorted(reference.keys() ^ outputs.keys()))}")
+    for name, expected in reference.items():
+        out = outputs[name]
+        if expected.shape != out.shape or not (expected.isfinite().all() and out.isfinite().all()):
+            raise SystemExit(f"{component}, {name}: {expected.shape} and {out.shape}, or values that are not finite")
+        difference = (expected.float() - out.float()).abs().max().item()
+        yield Comparison(component, name, difference, expected.float().abs().max().item())
 
 
-def worst(compared: Iterable[Row], what: str) -> Row:
-    return replace(max(compared, key=lambda row: (row.relative, row.largest)), what=what)
+def worst(compared: Iterable[Comparison], output: str) -> Comparison:
+    return replace(max(compared, key=lambda row: (row.relative, row.largest)), output=output)
 
 
-def compare_part(checkpoint: Checkpoint, part: str, run: Callable[[Any], Answers]) -> Iterator[Row]:
-    """One part, from pickles where there are any, and whether each kind of file gives us the same tensors."""
-    formats = checkpoint.formats(part) if part in FILES else [{}]
-    yield from both(part, lambda side: side.from_pretrained(checkpoint.folder, subfolder=part, **formats[0]), run)
+def compare_component(checkpoint: Checkpoint, component: str, run: Callable[[Any], Outputs]) -> Iterator[Comparison]:
+    """Compare one component, loaded from .bin if there is one; and the tensors of its .bin with its .safetensors."""
+    formats = checkpoint.formats(component) if component in FILES else [{}]
+    yield from compare(
+        component, lambda cls: cls.from_pretrained(checkpoint.folder, subfolder=component, **formats[0]), run
+    )
     if len(formats) > 1:
-        ours = SIDES[part][1]
-        pair = [ours.from_pretrained(checkpoint.folder, subfolder=part, **kind).state_dict() for kind in formats]
-        yield worst(rows(part, *pair), "files: .bin and .safetensors")
+        cls = CLASSES[component][1]
+        pair = [cls.from_pretrained(checkpoint.folder, subfolder=component, **kind).state_dict() for kind in formats]
+        yield worst(differences(component, *pair), "files: .bin and .safetensors")
 
 
-# The whole of it
+# All comparisons
 
 
-def verify(checkpoint: Checkpoint, steps: int) -> Iterator[Row]:
-    """All comparisons, in the order in which a picture passes through the parts."""
-    extractor = SIDES["feature_extractor"][1].from_pretrained(checkpoint.folder, subfolder="feature_extractor")
-    pixels = extractor([photograph(path) for path in PHOTOS], return_tensors="pt").pixel_values
-    resized = photograph(PHOTOS[0]).resize((checkpoint.side, checkpoint.side))
-    picture = torch.tensor(np.asarray(resized)).permute(2, 0, 1)[None] / 127.5 - 1  # h w c -> 1 c h w
+def verify(checkpoint: Checkpoint, steps: int) -> Iterator[Comparison]:
+    """Yield all comparisons, in the order of a call of the pipeline."""
+    extractor = CLASSES["feature_extractor"][1].from_pretrained(checkpoint.folder, subfolder="feature_extractor")
+    pixels = extractor([open_photo(path) for path in PHOTOS], return_tensors="pt").pixel_values
+    resized = open_photo(PHOTOS[0]).resize((checkpoint.side, checkpoint.side))
+    image = torch.tensor(np.asarray(resized)).permute(2, 0, 1)[None] / 127.5 - 1  # h w c -> 1 c h w
     latents, width = noise(2, *checkpoint.latents, seed=0), checkpoint.settings("unet")["cross_attention_dim"]
 
-    yield from compare_part(checkpoint, "feature_extractor", see)
-    yield from compare_part(checkpoint, "image_encoder", lambda model: embed(model, pixels))
-    yield from compare_part(checkpoint, "vae", lambda model: there_and_back(model, picture, latents[:1]))
-    yield from compare_part(checkpoint, "unet", lambda model: predict(model, latents, width))
-    yield from compare_part(checkpoint, "safety_checker", lambda model: judge(model, pixels))
+    yield from compare_component(checkpoint, "feature_extractor", run_feature_extractor)
+    yield from compare_component(checkpoint, "image_encoder", lambda model: run_image_encoder(model, pixels))
+    yield from compare_component(checkpoint, "vae", lambda model: encode_and_decode(model, image, latents[:1]))
+    yield from compare_component(checkpoint, "unet", lambda model: run_unet(model, latents, width))
+    yield from compare_component(checkpoint, "safety_checker", lambda model: run_safety_checker(model, pixels))
     for name, options in ("PNDM", {}), ("DDIM", {}), ("DDIM", {"eta": 1.0}), ("LMS", {}):
-        compared = both(
+        compared = compare(
             name,
-            lambda side: side.from_pretrained(checkpoint.folder, subfolder="scheduler"),
-            lambda scheduler, options=options: walk(scheduler, 50, checkpoint.latents, **options),
+            lambda cls: cls.from_pretrained(checkpoint.folder, subfolder="scheduler"),
+            lambda scheduler, options=options: run_scheduler(scheduler, 50, checkpoint.latents, **options),
         )
         yield next(compared)
         yield worst(compared, ", ".join(["worst of 50 steps", *(f"{key} {value:g}" for key, value in options.items())]))
 
-    def load(side: Any) -> Any:
-        which = SIDES["feature_extractor"][SIDES["pipeline"].index(side)]  # the reference would prefer torchvision's
-        eyes = which.from_pretrained(checkpoint.folder, subfolder="feature_extractor")
-        return side.from_pretrained(checkpoint.folder, feature_extractor=eyes, **checkpoint.formats("unet")[-1])
+    def load(cls: Any) -> Any:
+        extractor_cls = CLASSES["feature_extractor"][
+            CLASSES["pipeline"].index(cls)
+        ]  # diffusers would load torchvision's
+        feature_extractor = extractor_cls.from_pretrained(checkpoint.folder, subfolder="feature_extractor")
+        return cls.from_pretrained(
+            checkpoint.folder, feature_extractor=feature_extractor, **checkpoint.formats("unet")[-1]
+        )
 
-    for row in both("pipeline", load, lambda pipe: vary(pipe, photograph(PHOTOS[0]), steps)):
-        yield replace(row, what=f"{row.what}, {checkpoint.side} px, {steps} steps")
+    for row in compare("pipeline", load, lambda pipe: run_pipeline(pipe, open_photo(PHOTOS[0]), steps)):
+        yield replace(row, output=f"{row.output}, {checkpoint.side} px, {steps} steps")
 
 
-def table(compared: Iterable[Row]) -> str:
-    head = ["part", "what", "max abs difference", "max abs reference", "relative", "tolerance", "ok"]
+def table(compared: Iterable[Comparison]) -> str:
+    head = ["component", "output", "max abs difference", "max abs reference", "relative", "tolerance", "ok"]
     lines = [head, ["---"] * 2 + ["---:"] * 4 + ["---"], *(row.cells() for row in compared)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -189,16 +211,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="a folder or a hub id, instead of random weights")
     parser.add_argument("--revision")
     parser.add_argument("--quick", action="store_true", help="a tiny model with random weights")
-    parser.add_argument("--steps", type=int, default=3, help="of the whole run (default: 3)")
+    parser.add_argument("--steps", type=int, default=3, help="of the pipeline (default: 3)")
     parser.add_argument("--threads", type=int, help="for PyTorch (default: its own choice)")
-    parser.add_argument("--workdir", type=Path, help="where to make the folder of random weights")
+    parser.add_argument("--workdir", type=Path, help="where to write the folder of random weights")
     parser.add_argument("--keep", action="store_true", help="do not delete that folder afterwards")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     return parser.parse_args()
 
 
 def obtain(args: argparse.Namespace, workdir: Path) -> Checkpoint:
-    """The checkpoint that was asked for: there already, downloaded, or made in `workdir`."""
+    """Return the checkpoint: a folder or hub id as given, or one with random weights written to `workdir`."""
     if args.checkpoint:
         return Checkpoint.at(args.checkpoint, args.revision)
     if args.quick:
@@ -210,7 +232,7 @@ def obtain(args: argparse.Namespace, workdir: Path) -> Checkpoint:
 
 
 def quiet() -> None:
-    """Neither library's advice belongs in the table."""
+    """Silence the libraries' warnings and progress bars."""
     warnings.simplefilter("ignore")
     logging.getLogger("imvar").setLevel(logging.ERROR)
     for library in (diffusers, transformers):
@@ -231,14 +253,14 @@ def main() -> int:
     finally:
         if not args.keep:
             shutil.rmtree(workdir)
-    libraries, used = (imvar, torch, diffusers, transformers), resource.getrusage(resource.RUSAGE_SELF)
+    libraries, usage = (imvar, torch, diffusers, transformers), resource.getrusage(resource.RUSAGE_SELF)
     about = {
         "checkpoint": args.checkpoint or ("tiny" if args.quick else "published size") + ", random weights",
         "revision": args.revision,
         "ok": all(row.ok for row in compared),
         "seconds": round(time.perf_counter() - start),
-        "CPU seconds": round(used.ru_utime + used.ru_stime),
-        "peak GiB": round(used.ru_maxrss / 2**20, 1),
+        "CPU seconds": round(usage.ru_utime + usage.ru_stime),
+        "peak GiB": round(usage.ru_maxrss / 2**20, 1),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
