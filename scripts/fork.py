@@ -1,9 +1,9 @@
-"""A research fork in one file: every layer that people like to change, changed on loaded weights.
+"""A research fork in one file: custom kernels, layers, blocks, skips, inputs and schedulers on loaded weights.
 
     python scripts/fork.py CHECKPOINT
 
-Nothing of the package is edited. Each function takes a pipeline and changes one thing; `main` does them
-all, makes a picture, saves the changed UNet and loads it again.
+The package is not edited. Each function takes a pipeline and changes one thing; `main` applies all of them, generates
+an image, saves the changed UNet and loads it again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from imvar.outputs import SchedulerOutput
 
 
 class Tempered(nn.Module):
-    """An attention kernel with a parameter of its own: a learned temperature, saved with the model."""
+    """Attention kernel with a parameter: a learned temperature that is saved with the model."""
 
     def __init__(self, temperature: float = 1.0):
         super().__init__()
@@ -33,20 +33,20 @@ class Tempered(nn.Module):
 
 
 class WindowAttention(SelfAttention):
-    """Another attention class: tokens see only those of their own half of the picture."""
+    """Custom attention class: tokens attend only to their own half of the image."""
 
     @classmethod
     def from_layer(cls, layer: SelfAttention) -> WindowAttention:
-        mine = cls(layer.to_q.in_features, layer.heads, attend=layer.attend)
-        mine.load_state_dict(layer.state_dict())
-        return mine.to(layer.to_q.weight)
+        out = cls(layer.to_q.in_features, layer.heads, attend=layer.attend)
+        out.load_state_dict(layer.state_dict())
+        return out.to(layer.to_q.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([super(WindowAttention, self).forward(half) for half in x.chunk(2, dim=1)], dim=1)
 
 
 class GatedBlock(ResnetBlock):
-    """A subclassed block with an added parameter; at its start it changes nothing."""
+    """Residual block with an added gate, initialised to one so that the output is unchanged."""
 
     def __init__(self, *args: int, **options: float):
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ class GatedUNet(UNet2DConditionModel):
 
 
 class MyUNet(GatedUNet):
-    """Gated blocks and tempered attention from the start, so that `from_pretrained` finds their parameters."""
+    """UNet with gated blocks and tempered attention, whose `from_pretrained` loads their parameters."""
 
     def __init__(self, *args: object, **settings: object):
         super().__init__(*args, **settings)
@@ -69,7 +69,7 @@ class MyUNet(GatedUNet):
 
 
 class Euler:
-    """A scheduler of one's own is any object with these five names (arXiv:2206.00364, algorithm 1, no churn)."""
+    """Custom scheduler: any object with these five names (arXiv:2206.00364, algorithm 1, no churn)."""
 
     init_noise_sigma = 80.0
 
@@ -94,7 +94,7 @@ def windowed_attention(pipe: StableDiffusionImageVariationPipeline) -> None:
 
 
 def gated_blocks(pipe: StableDiffusionImageVariationPipeline) -> None:
-    """The UNet is built again with the new block, and takes the old weights; gates start at one."""
+    """Rebuild the UNet with the new block and load the old weights into it."""
     unet = GatedUNet.from_config(pipe.unet.config).to(pipe.device, pipe.dtype)
     unet.load_state_dict(unet.state_dict() | pipe.unet.state_dict())
     pipe.unet = unet.eval()
@@ -105,7 +105,7 @@ def quieter_skips(pipe: StableDiffusionImageVariationPipeline) -> None:
 
 
 def wider_input(pipe: StableDiffusionImageVariationPipeline, extra: int = 5) -> None:
-    """Extra input channels whose weights start at zero, so that nothing changes before training."""
+    """Add input channels with zero weights, so that the output does not change before training."""
     old = pipe.unet.conv_in
     new = nn.Conv2d(old.in_channels + extra, old.out_channels, 3, padding=1).to(old.weight)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def wider_input(pipe: StableDiffusionImageVariationPipeline, extra: int = 5) -> 
     pipe.unet.register_to_config(in_channels=new.in_channels)
 
 
-def own_scheduler(pipe: StableDiffusionImageVariationPipeline) -> None:
+def custom_scheduler(pipe: StableDiffusionImageVariationPipeline) -> None:
     pipe.scheduler = Euler()
 
 
@@ -123,16 +123,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     pipe = StableDiffusionImageVariationPipeline.from_pretrained(parser.parse_args().checkpoint)
-    for change in (gated_blocks, tempered_attention, windowed_attention, quieter_skips, own_scheduler):
+    for change in (gated_blocks, tempered_attention, windowed_attention, quieter_skips, custom_scheduler):
         change(pipe)
         print(f"{change.__name__}: done")
-    picture = Image.effect_mandelbrot((256, 256), (-2, -1.5, 1, 1.5), 100).convert("RGB")
-    print(pipe(picture, num_inference_steps=3, output_type="pt").images.shape)
+    image = Image.effect_mandelbrot((256, 256), (-2, -1.5, 1, 1.5), 100).convert("RGB")
+    print(pipe(image, num_inference_steps=3, output_type="pt").images.shape)
 
     with tempfile.TemporaryDirectory() as folder:
         pipe.unet.save_pretrained(folder)
-        again = MyUNet.from_pretrained(folder)
-    same = all(torch.equal(again.state_dict()[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+        reloaded = MyUNet.from_pretrained(folder)
+    same = all(torch.equal(reloaded.state_dict()[name], tensor) for name, tensor in pipe.unet.state_dict().items())
     print(f"the changed UNet saved and loaded again: {'equal' if same else 'DIFFERENT'}")
 
 

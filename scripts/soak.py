@@ -1,10 +1,10 @@
-"""Call one pipeline over and over with changing sizes, batches and options, and see whether anything is left behind.
+"""Soak test: call one pipeline repeatedly with random sizes, batches and options, and fail if memory or files leak.
 
     python scripts/soak.py [-n 500] [--checkpoint FOLDER]
 
-Prints memory and open files along the way, and fails where they grew from the second third of the calls to the last.
-What was freed is handed back to the system before each look, and oneDNN told to keep the kernels of 64 shapes in place
-of 1024, as neither is a leak. Without --checkpoint a tiny one with random weights is made.
+Prints memory and open files, and fails if they grew from the second third of the calls to the last third. Before each
+measurement freed memory is returned to the system, and oneDNN's primitive cache is limited to 64 shapes (default 1024),
+because neither is a leak. Without --checkpoint: a tiny pipeline with random weights.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support.random_checkpoint import tiny_pipeline
 
 PHOTO = Path(__file__).resolve().parents[1] / "tests" / "photos" / "chelsea.jpg"
-GROWTH_MB = 4
-CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # read as torch is loaded
+MAX_GROWTH_MB = 4
+CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}  # read when torch is loaded
 
 
 def resident_mb() -> float:
@@ -46,12 +46,12 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def stop(*_: Any) -> None:
+def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def one_call(pipe: Any, photo: Image.Image, rng: random.Random, side: int) -> str:
-    """A call of the pipeline as nobody would plan it; what came of it."""
+def random_call(pipe: Any, photo: Image.Image, rng: random.Random, side: int) -> str:
+    """Call the pipeline with random settings, some of them invalid, and return the outcome."""
     pipe.scheduler = rng.choice([PNDMScheduler, DDIMScheduler, LMSDiscreteScheduler]).from_config(pipe.scheduler.config)
     rng.choice(
         [
@@ -76,47 +76,47 @@ def one_call(pipe: Any, photo: Image.Image, rng: random.Random, side: int) -> st
         "cache_interval": rng.choice([1, 1, 2]),
         "output_type": rng.choice(["pil", "np", "pt", "latent"]),
     }
-    spoil = rng.choice([{}] * 6 + [{"callback": stop}, {"guidance_scale": float("nan")}, {"height": 7}])
+    fault = rng.choice([{}] * 6 + [{"callback": interrupt}, {"guidance_scale": float("nan")}, {"height": 7}])
     try:
         with torch.inference_mode() if rng.random() < 0.1 else contextlib.nullcontext():
-            pipe(photo, **(options | spoil))
+            pipe(photo, **(options | fault))
     except KeyboardInterrupt:
-        return "stopped"
+        return "interrupted"
     except imvar.ImvarError:
         return "refused"
-    return "made"
+    return "completed"
 
 
 def soak(pipe: Any, calls: int, side: int, report: int) -> bool:
-    """Whether memory and open files stayed as they were."""
+    """Return whether memory and open files are stable."""
     rng, photo = random.Random(0), Image.open(PHOTO).convert("RGB")
-    memory, files, outcomes = [], [], dict.fromkeys(("made", "stopped", "refused"), 0)
+    memory, files, outcomes = [], [], dict.fromkeys(("completed", "interrupted", "refused"), 0)
     for i in range(calls):
-        outcomes[one_call(pipe, photo, rng, side)] += 1
+        outcomes[random_call(pipe, photo, rng, side)] += 1
         if i % 5 == 4:
             memory.append(resident_mb())
             files.append(open_files())
         if i % report == report - 1:
-            came = ", ".join(f"{number} {name}" for name, number in outcomes.items())
+            counts = ", ".join(f"{number} {name}" for name, number in outcomes.items())
             print(
                 f"{i + 1:>5} calls: {memory[-1]:7.1f} MB, {files[-1]} open files, "
-                f"{threading.active_count()} threads, {came}",
+                f"{threading.active_count()} threads, {counts}",
                 flush=True,
             )
     third = len(memory) // 3
     before, after = median(memory[third : 2 * third]), median(memory[-third:])
     print(
-        f"memory, median of the second third {before:.1f} MB, of the last {after:.1f} MB; "
+        f"memory: median of the second third {before:.1f} MB, of the last third {after:.1f} MB; "
         f"open files {files[third]} and {files[-1]}"
     )
-    return after - before < GROWTH_MB and files[-1] <= files[third]
+    return after - before < MAX_GROWTH_MB and files[-1] <= files[third]
 
 
 def main() -> int:
     if not CACHES.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | CACHES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", type=int, default=500)
+    parser.add_argument("-n", type=int, default=500, help="number of calls")
     parser.add_argument("--checkpoint")
     args = parser.parse_args()
     pipe = (

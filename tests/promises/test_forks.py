@@ -9,9 +9,9 @@ from fork import (
     MyUNet,
     Tempered,
     WindowAttention,
+    custom_scheduler,
     gated_blocks,
     main,
-    own_scheduler,
     quieter_skips,
     tempered_attention,
     wider_input,
@@ -42,7 +42,7 @@ def test_the_worked_example(checkpoint, monkeypatch, capsys):
     assert "saved and loaded again: equal" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [tempered_attention, windowed_attention, quieter_skips, own_scheduler])
+@pytest.mark.parametrize("change", [tempered_attention, windowed_attention, quieter_skips, custom_scheduler])
 def test_a_change_shows_in_the_pictures(pipe, photo, change):
     before = run(pipe, photo)
     change(pipe)
