@@ -16,6 +16,7 @@ import torch
 from PIL.Image import Image
 
 from . import __version__
+from .atomic.file import atomic_write
 from .contact_sheet import SheetRow, contact_sheet
 from .errors import ImvarError, InputError, OutOfMemoryError, short_repr
 from .image.load_image import check_overwrites, load_image, unique_names
@@ -25,7 +26,6 @@ from .oom import explain_out_of_memory
 from .pipeline import StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .weights.bundled import bundled_examples
-from .weights.hub import atomic_write
 
 CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
 EMOJI = "imvar-emoji"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError
-from ..weights.hub import atomic_write, explain_os_error, sync
+from .file import atomic_write, explain_os_error, sync
 from .filesystem import contains_cwd, copy_ownership, exchange, hard_link, is_writable, locked, mounted, remove
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from typing import Any
 from ..errors import CheckpointError, InputError
 from ..weights.configured import configured_from_single
 from ..weights.filenames import DIFFUSERS, TRANSFORMERS
-from ..weights.hub import read_json, safe_join
 from ..weights.infer_config import infer_config, uninferable_warning
+from ..weights.json_files import read_json, safe_join
 from ..weights.keymap import PUBLISHED, Keymap, Naming
 from ..weights.model_index import INDEX, PARTS, class_named, default_class
 from ..weights.pretrained import PretrainedModel

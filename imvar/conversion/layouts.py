@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic.file import write_text
 from ..atomic.folder import atomic_file, atomic_folder
 from ..errors import CheckpointError, InputError
 from ..weights.configured import ConfiguredComponent
-from ..weights.hub import write_text
 from ..weights.keymap import PUBLISHED, Naming
 from ..weights.model_index import INDEX, PARTS, index_text
 from ..weights.reading import read_checkpoint, read_weights

@@ -8,12 +8,14 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from ..atomic.file import write_text
 from ..atomic.folder import atomic_folder, break_hard_links, read_consistently
 from ..checks import Dtype, as_dtype, as_path, check_type
 from ..config import Config
 from ..errors import CheckpointError, InputError, InputTypeError, short_repr
 from ..weights.configured import ConfiguredComponent, configured_from_single
-from ..weights.hub import Hub, locate, read_json, safe_join, within, write_text
+from ..weights.hub import Hub, locate, within
+from ..weights.json_files import read_json, safe_join
 from ..weights.model_index import (
     INDEX,
     KNOWN_LIBRARIES,

@@ -8,10 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..atomic.file import write_text
 from ..checks import as_path, check_type
 from ..config import Configured, json_text
 from ..errors import CheckpointError, InputError, short_repr
-from .hub import Hub, locate, read_json, safe_join, write_text
+from .hub import Hub, locate
+from .json_files import read_json, safe_join
 from .model_index import FORMAT, PARTS, class_named, default_class
 from .options import SAVE_OPTIONS, filter_kwargs, should_write
 

@@ -1,28 +1,21 @@
-"""Files: where a checkpoint lies, what its folders hold, and how files are written whole."""
+"""Find checkpoints: folders, bundled ones and snapshots of hub repositories."""
 
 from __future__ import annotations
 
-import errno
-import json
-import math
 import os
 import re
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import constants
 
 from ..checks import as_path, check_type
 from ..errors import CheckpointError, first_line, invalid
 from .bundled import BUNDLED, bundled_checkpoint
-
-T = TypeVar("T")
 
 FileSelector = Callable[[set[str]], list[str]]
 """Function from the names of all files in a repository to the names and patterns of those to fetch."""
@@ -169,169 +162,3 @@ def locate_file(source: str | Path, hub: Hub) -> Path:
     name, revision, file = link.groups()
     hub = replace(hub, revision=revision or hub.revision)
     return locate(name, hub, lambda names: [file]) / file
-
-
-MAX_JSON_BYTES = 2**21  # bytes of a config, an index or the header of a weights file; ours have 100,000 at the most
-
-
-def safe_join(folder: Path, name: str) -> Path:
-    """The file or folder `name` of a checkpoint's folder, refused where it lies elsewhere, as by `..` or a link.
-
-    The folder itself may be a link. In the hub's cache, where files are links, the repository's folder is the bound.
-    """
-    path = folder / name
-    try:
-        bound, real = folder.resolve(), path.resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a name that no file can have
-        raise CheckpointError(f"cannot be a file: {first_line(error)}", path=path) from error
-    for above in bound.parents:
-        if above.name == "snapshots" and above.parent.name.startswith("models--"):
-            bound = above.parent
-    if not real.is_relative_to(bound):
-        raise CheckpointError(f"leads out of {bound}, to {real}; a checkpoint's files lie in its folder", path=path)
-    return path
-
-
-def read_magic(path: Path) -> bytes:
-    """The first bytes of a file that is one, and has any."""
-    try:
-        kind = path.stat().st_mode
-        if not stat.S_ISREG(kind):  # opening a pipe would wait for a writer
-            raise CheckpointError("is a folder, not a file" if stat.S_ISDIR(kind) else "is no regular file", path=path)
-        with path.open("rb") as file:
-            start = file.read(64)
-    except CheckpointError:
-        raise
-    except FileNotFoundError as error:
-        raise CheckpointError("no such file", path=path) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {first_line(error)}", path=path) from error
-    if not start:
-        raise CheckpointError("cannot be read: the file is empty", path=path)
-    return start
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a `CheckpointError` that says what is there instead."""
-    read_magic(path)
-    with path.open("rb") as file:
-        content = file.read(MAX_JSON_BYTES + 1)
-    return parse_json(content, path)
-
-
-def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, Any]:
-    """The object that a JSON text in `path` says; a `CheckpointError` where it does not say one, or says it twice."""
-    if len(content) > MAX_JSON_BYTES:
-        raise CheckpointError(f"cannot be read as JSON: it has more than {MAX_JSON_BYTES} bytes", path=path, key=key)
-    if content.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            "cannot be read as JSON: it is a git-lfs pointer; git lfs pull would fetch the file", path=path
-        )
-    if content.lstrip().startswith(b"<"):
-        raise CheckpointError(
-            "cannot be read as JSON: it is a web page, such as a server sends in place of a file", path=path
-        )
-    try:
-        value = json.loads(
-            content.decode("utf-8"),
-            object_pairs_hook=reject_duplicate_keys,
-            parse_constant=parse_number,
-            parse_float=parse_number,
-        )
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot be read as JSON: {first_line(error)}", path=path, key=key) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"holds a JSON {type(value).__name__}, not an object", path=path, key=key)
-    return value
-
-
-def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key[:200]!r} is there twice")
-        if odd := not_finite(value):
-            raise ValueError(f"{key[:200]}: {odd[:20]} is not a finite number")
-        found[key] = value
-    return found
-
-
-class NotFinite(str):
-    """NaN, Infinity or a number too large, as it stands in a file."""
-
-
-def parse_number(text: str) -> float | NotFinite:
-    value = float(text)
-    return value if math.isfinite(value) else NotFinite(text)
-
-
-def not_finite(value: Any) -> NotFinite | None:
-    """The first that a value or a list of them holds."""
-    if isinstance(value, list):
-        return next(filter(None, map(not_finite, value)), None)
-    return value if isinstance(value, NotFinite) else None
-
-
-REASONS = {
-    "ENOSPC": "the disk is full",
-    "EDQUOT": "the disk quota is used up",
-    "EROFS": "the file system is read-only",
-    "EFBIG": "a file would be larger than is allowed here",
-    "EACCES": "there is no permission to write here",
-    "EPERM": "there is no permission to write here",
-    "ENOTDIR": "a file is where a folder should be",
-    "EEXIST": "a file is where a folder should be",
-    "EISDIR": "a folder is where a file should be",
-}
-
-
-@contextmanager
-def explain_os_error(path: Path, state: str = "nothing was changed") -> Iterator[None]:
-    """What goes wrong with files in here becomes a `CheckpointError` that says why, and in what `state` `path` is."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        reason = REASONS.get(errno.errorcode.get(error.errno or 0, ""), error.strerror or first_line(error))
-        raise CheckpointError(f"cannot be written: {reason}; {state}", path=path) from error
-
-
-def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
-    """Have `write` make a temporary neighbour, then rename it over `path`: never half a file, nor one after a crash.
-
-    Renaming also keeps a file intact that is mapped into memory, as loaded weights are, or that has a second name.
-    """
-    temporary = path.with_name(f".{path.name[:50]}.{os.urandom(8).hex()}.tmp")
-    with explain_os_error(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            result = write(temporary)
-            sync(temporary)
-            temporary.replace(path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
-        sync(path.parent)
-    return result
-
-
-def write_text(path: Path, text: str) -> None:
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder where the system can promise those."""
-    if path.is_dir():
-        with suppress(OSError):  # no folder can be opened on Windows, and some network file systems sync none
-            _sync(path, os.O_RDONLY)
-    else:
-        _sync(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-
-
-def _sync(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,7 +17,8 @@ from ..checks import Dtype, as_dtype, as_path, check_type
 from ..errors import CheckpointError
 from .configured import ConfiguredComponent
 from .filenames import DIFFUSERS, TRANSFORMERS, WeightsName
-from .hub import Hub, locate, safe_join, within
+from .hub import Hub, locate, within
+from .json_files import safe_join
 from .keymap import PUBLISHED, Dialect, Keymap, Naming
 from .options import READ_OPTIONS, SAVE_OPTIONS, filter_kwargs, locate_config, resolve_ema, should_write
 from .reading import read_weights

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
 from .filenames import WeightsName
-from .hub import MAX_JSON_BYTES, parse_json, read_json, read_magic, safe_join
+from .json_files import MAX_JSON_BYTES, parse_json, read_json, read_magic, safe_join
 
 MAX_TENSORS = 2**13  # in one file, or in all shards of one part
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

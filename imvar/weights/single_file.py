@@ -19,7 +19,8 @@ from torch import Tensor
 from ..checks import check_has_data
 from ..errors import CheckpointError, InputError, InputTypeError, short_repr
 from . import key_tables as tables
-from .hub import Hub, locate_file, parse_json
+from .hub import Hub, locate_file
+from .json_files import parse_json
 from .keymap import Dialect, Keymap, Naming, abbreviate
 from .reading import read_checkpoint
 

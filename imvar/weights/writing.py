@@ -15,9 +15,9 @@ import huggingface_hub
 import torch
 from torch import Tensor
 
+from ..atomic.file import atomic_write, write_text
 from ..errors import InputError, InputTypeError
 from .filenames import WeightsName
-from .hub import atomic_write, write_text
 
 DTYPES = {
     torch.uint64: "U64",

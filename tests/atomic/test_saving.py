@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from imvar.atomic.file import write_text
 from imvar.atomic.folder import atomic_folder
-from imvar.weights.hub import write_text
 from tests.support.crashes import equal, forked, held, nano_encoder, nano_pipeline, saved, temporaries
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import imvar
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
-from imvar.weights.hub import MAX_JSON_BYTES
+from imvar.weights.json_files import MAX_JSON_BYTES
 from tests.support.refusals import CLASSES, LFS, every_part, refuses, refuses_part, weights
 
 # Settings
