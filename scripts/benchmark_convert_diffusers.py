@@ -1,9 +1,9 @@
-"""What diffusers can do of what weights_convert.py does: the rival of scripts/benchmark_convert.py.
+"""Convert checkpoints with diffusers, for the comparison in scripts/benchmark_convert.py.
 
     python scripts/benchmark_convert_diffusers.py FOLDER TARGET [--dtype keep|fp16]  # the pipeline, as safetensors
-    python scripts/benchmark_convert_diffusers.py FILE TARGET --config FOLDER      # UNet and VAE of an original file
+    python scripts/benchmark_convert_diffusers.py FILE TARGET --config FOLDER         # UNet and VAE of an original file
 
-Of the original files it takes those with raw weights and nothing but tensors, and it leaves the image encoder aside.
+It reads original files that contain raw weights and only tensors, and ignores the image encoder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionImageVariationPipeline, UNet2DConditionModel
 
-PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 
 
 def main() -> None:
@@ -29,8 +29,8 @@ def main() -> None:
         pipe = StableDiffusionImageVariationPipeline.from_pretrained(args.source, torch_dtype=dtype)
         pipe.save_pretrained(args.target)
         return
-    for part, kind in PARTS.items():
-        model = kind.from_single_file(
+    for part, cls in CLASSES.items():
+        model = cls.from_single_file(
             str(args.source), config=str(args.config), subfolder=part, torch_dtype=dtype, local_files_only=True
         )
         model.save_pretrained(args.target / part)
