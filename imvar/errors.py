@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 
 MAX_MESSAGE_LENGTH = 2000  # characters
@@ -120,8 +121,11 @@ def short_repr(value: Any) -> str:
 
 
 def describe(value: Any) -> str:
-    """Return the shape of a tensor, or the class name of anything else."""
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    """Return the shape of a tensor or array, or the class name of anything else."""
+    for kind, noun in ((torch.Tensor, "a tensor"), (np.ndarray, "an array")):
+        if isinstance(value, kind):
+            return f"{noun} of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Pictures to pixels and back: what CLIP sees, and what the autoencoder reads and writes."""
+"""Image processors: preprocessing for CLIP, pre- and postprocessing for the VAE, and reading image files."""
 
 from .clip import BatchFeature, CLIPImageProcessor, CLIPImageProcessorConfig
 from .vae import VaeImageProcessor, VaeImageProcessorConfig, numpy_to_pil, to_uint8

@@ -1,4 +1,4 @@
-"""`CLIPImageProcessor`: pictures to the (b, 3, 224, 224) that CLIP's vision tower takes."""
+"""`CLIPImageProcessor`: images to the (b, 3, 224, 224) pixel values of CLIP's vision model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..checks import MAX_SIDE
 from ..config import INVALID, Config, coerce_number, one_of
-from ..errors import InputError, InputTypeError, short_repr
+from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from ..outputs import Output
 from ..weights.configured import ConfiguredComponent
 from .clip_tensor import preprocess_batch, supports
@@ -21,16 +21,15 @@ from .resize import center_crop, resize, target_size
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-UNSUPPORTED = {"do_pad": False, "default_to_square": False}  # settings of transformers, at the only value supported
+UNSUPPORTED = {"do_pad": False, "default_to_square": False}  # fields of transformers, at the one supported value
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CLIPImageProcessorConfig(Config):
-    """The settings of `preprocessor_config.json`.
+    """Fields of `preprocessor_config.json`.
 
-    `size` is {"shortest_edge": n} or {"height": h, "width": w}, `crop_size` the latter; older files say
-    n and (h, w). `resample` is a number of `PIL.Image.Resampling`; `image_mean` and `image_std` are one
-    number or three.
+    `size` is {"shortest_edge": n} or {"height": h, "width": w}, `crop_size` the latter; older files have n and (h, w).
+    `resample` is a value of `PIL.Image.Resampling`; `image_mean` and `image_std` are one number or three.
     """
 
     do_resize: bool = one_of(True, False)
@@ -47,12 +46,9 @@ class CLIPImageProcessorConfig(Config):
     image_processor_type: str = one_of("CLIPImageProcessor", "CLIPImageProcessorPil", "CLIPImageProcessorFast")
 
     def record_fields(self, fields_set: Iterable[str], extra_fields: Mapping[str, Any]) -> Self:
-        for name, fine in UNSUPPORTED.items():
-            if extra_fields.get(name) not in (None, fine):
-                raise InputError(
-                    f"{type(self).__name__}: {name}={short_repr(extra_fields[name])} is not supported; it can be {fine}",
-                    key=name,
-                )
+        for name, supported in UNSUPPORTED.items():
+            if extra_fields.get(name) not in (None, supported):
+                raise invalid(InputError, name, str(supported), short_repr(extra_fields[name]))
         return super().record_fields(fields_set, extra_fields)
 
     def check(self) -> None:
@@ -66,10 +62,11 @@ class CLIPImageProcessorConfig(Config):
             image_std=self._numbers("image_std", 3),
         )
         if not all(map(np.float32, self.image_std)):
-            raise self._refused("image_std", "numbers other than 0")
+            raise invalid(InputError, "image_std", "numbers other than 0", short_repr(self.image_std))
 
     def _size(self, name: str, forms: list[set[str]]) -> dict[str, int]:
-        value = getattr(self, name)
+        """Return a size as a dictionary with the keys of one of `forms`, the first for a single number."""
+        value = got = getattr(self, name)
         if isinstance(value, int) and not isinstance(value, bool):
             value = dict.fromkeys(forms[0], value)
         elif isinstance(value, (list, tuple)) and len(value) == 2:
@@ -77,29 +74,27 @@ class CLIPImageProcessorConfig(Config):
         if isinstance(value, Mapping):
             value = {key: n for key, n in value.items() if n is not None}
         if not isinstance(value, Mapping) or set(value) not in forms:
-            raise self._refused(name, " or ".join(str(dict.fromkeys(sorted(form), 224)) for form in forms))
+            expected = " or ".join(str(dict.fromkeys(sorted(form), 224)) for form in forms)
+            raise invalid(InputError, name, expected, short_repr(got))
         if not all(type(n) is int and 1 <= n <= MAX_SIDE for n in value.values()):
-            raise self._refused(name, f"whole numbers in 1..{MAX_SIDE}")
+            raise invalid(InputError, name, f"integers from 1 to {MAX_SIDE}", short_repr(got))
         return dict(value)
 
     def _resample(self) -> int:
         if self.resample not in list(Image.Resampling):
             choices = ", ".join(f"{r.value} ({r.name.lower()})" for r in sorted(Image.Resampling))
-            raise self._refused("resample", choices)
+            raise invalid(InputError, "resample", f"one of {choices}", short_repr(self.resample))
         return int(self.resample)
 
     def _numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """Return `count` finite numbers, or one number `count` times."""
         value = getattr(self, name)
-        several = isinstance(value, Sequence) or np.ndim(value)
-        values = tuple(value) if several else (value,) * count
+        values = tuple(value) if isinstance(value, Sequence) or np.ndim(value) else (value,) * count
         values = [coerce_number(entry, float) for entry in values]
-        if len(values) != count or any(v is INVALID or abs(v) > 1e30 for v in values):  # float32 holds no more
-            raise self._refused(name, "one number" if count == 1 else f"one finite number or {count}")
+        if len(values) != count or any(v is INVALID or abs(v) > 1e30 for v in values):  # stays finite in float32
+            expected = "a finite number" if count == 1 else f"a finite number or {count}"
+            raise invalid(InputError, name, expected, short_repr(value))
         return tuple(float(v) for v in values)
-
-    def _refused(self, name: str, would_do: str) -> InputError:
-        came = f"{name}={short_repr(getattr(self, name))}"
-        return InputError(f"{type(self).__name__}: {came} is not supported; it can be {would_do}", key=name)
 
 
 @dataclass(eq=False)
@@ -109,9 +104,10 @@ class BatchFeature(Output):
     pixel_values: Any
 
     def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Move or cast the pixels, as `torch.Tensor.to` does; returns this very object."""
+        """Move or cast `pixel_values` in place, as `torch.Tensor.to`, and return self."""
         if not isinstance(self.pixel_values, torch.Tensor):
-            raise InputTypeError("to: the pixels are no tensor; ask the processor for return_tensors='pt'")
+            hint = "pass return_tensors='pt' to the processor"
+            raise invalid(InputTypeError, "pixel_values", "a tensor", describe(self.pixel_values), hint)
         self.pixel_values = self.pixel_values.to(*args, **kwargs)
         return self
 
@@ -121,9 +117,9 @@ class CLIPImageProcessor(
     part="feature_extractor",
     also=("CLIPFeatureExtractor", "CLIPImageProcessorPil", "CLIPImageProcessorFast"),
 ):
-    """Resize the short edge, crop the middle, scale to [0, 1], subtract CLIP's mean, divide by its deviation.
+    """Resize the short edge, crop the center, rescale to [0, 1] and normalise with CLIP's mean and deviation.
 
-    Equal to transformers' processor of this name, pixel for pixel. Settings are read and set as attributes.
+    Bit-identical to transformers' processor of this name. Config fields are read and set as attributes.
     """
 
     config_class = CLIPImageProcessorConfig
@@ -132,53 +128,49 @@ class CLIPImageProcessor(
     def __call__(
         self, images: Any, *, return_tensors: str | None = None, input_data_format: str | None = None, **changes: Any
     ) -> BatchFeature:
-        """Pictures to `.pixel_values`: (b, 3, h, w) float32 for "pt" and "np", else a list of (3, h, w) arrays.
+        """Return images as `.pixel_values`: (b, 3, h, w) float32 for "pt" and "np", else a list of (3, h, w) arrays.
 
-        `images` is a PIL picture of any mode (transparent parts turn white, EXIF is ignored), or an array or
-        tensor of shape (h, w, c), (c, h, w) or a batch of them, or a list of these. uint8 is 0..255; floats
-        are 0..255 too, or [0, 1] under `do_rescale=False`. `changes` are settings for this call alone.
+        `images` is a PIL image of any mode (composited on white if transparent; EXIF is ignored), an array or tensor of
+        shape (h, w, c) or (c, h, w) or a batch of them, or a list of these. Values are in 0..255, floats with
+        `do_rescale=False` in [0, 1]. `changes` are config fields for this call only.
 
-        Raises `InputTypeError` for what is no picture, `InputError` for a picture or setting that cannot be
-        used; both name it.
+        Raises `InputTypeError` for something that is not an image, `InputError` for an unsupported image or field.
         """
         if return_tensors not in ("pt", "np", None):
-            raise InputError(f"return_tensors={return_tensors!r} is not supported; it can be 'pt', 'np' or None")
+            raise invalid(InputError, "return_tensors", "'pt', 'np' or None", short_repr(return_tensors))
         if input_data_format not in ("channels_first", "channels_last", None):
-            raise InputError(
-                f"input_data_format={input_data_format!r} is not supported; it can be 'channels_first', "
-                "'channels_last' or None"
-            )
-        settings = self.settings(changes)
-        pixels = [preprocess_image(image, name, settings, input_data_format) for name, image in iter_images(images)]
+            expected = "'channels_first', 'channels_last' or None"
+            raise invalid(InputError, "input_data_format", expected, short_repr(input_data_format))
+        config = self.config_with(changes)
+        pixels = [preprocess_image(image, name, config, input_data_format) for name, image in iter_images(images)]
         if return_tensors is None:
             return BatchFeature(pixels)
         if len(sizes := {x.shape[1:] for x in pixels}) > 1:
-            raise InputError(f"images: sizes {sorted(sizes)} (h, w) make no batch; do_center_crop=True would do")
+            got = f"sizes {sorted(sizes)} (h, w)"
+            raise invalid(InputError, "images", "one size after preprocessing", got, "pass do_center_crop=True")
         batch = np.stack(pixels)
         return BatchFeature(torch.from_numpy(batch) if return_tensors == "pt" else batch)
 
     preprocess = __call__
 
-    def preprocess_uint8(self, levels: torch.Tensor) -> torch.Tensor:
-        """The `pixel_values` of pictures that come as uint8 (b, 3, h, w), equal to the bit, and where these lie."""
-        if levels.device.type != "cpu" and supports(levels, self.config):
-            return preprocess_batch(levels, self.config)
-        batch = self(list(levels), return_tensors="pt", input_data_format="channels_first")
-        return batch.pixel_values.to(levels.device)
+    def preprocess_uint8(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the `pixel_values` of uint8 images (b, 3, h, w), bit-identical to `preprocess`, on their device."""
+        if images.device.type != "cpu" and supports(images, self.config):
+            return preprocess_batch(images, self.config)
+        batch = self(list(images), return_tensors="pt", input_data_format="channels_first")
+        return batch.pixel_values.to(images.device)
 
-    def settings(self, changes: Mapping[str, Any]) -> Config:
-        """This processor's settings with these changes."""
-        return (
-            self.config.from_dict(self.config, **self.config_class.from_args(**changes).explicit())
-            if changes
-            else self.config
-        )
+    def config_with(self, changes: Mapping[str, Any]) -> Config:
+        """Return the config with these fields changed."""
+        if not changes:
+            return self.config
+        return self.config.from_dict(self.config, **self.config_class.from_args(**changes).explicit())
 
     def __getattr__(self, name: str) -> Any:
         config = self.__dict__.get("config", {})
         if name in config:
             return config[name]
-        raise AttributeError(f"{type(self).__name__} has no attribute or setting {name!r}")
+        raise AttributeError(f"{type(self).__name__} has no attribute or config field {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if any(name == f.name for f in fields(self.config_class)):
@@ -187,68 +179,67 @@ class CLIPImageProcessor(
             super().__setattr__(name, value)
 
     def saved_config(self) -> Mapping[str, Any]:
-        """What transformers reads: the settings and the class, no diffusers marks."""
+        """Return the fields that transformers reads, with its class name and without diffusers' keys."""
         return self.config.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
 
 
-def preprocess_image(image: Any, name: str, settings: Config, layout: str | None) -> np.ndarray:
-    """One picture as (3 h w). Rescaling rounds to float32 once, from double; normalising stays in float32."""
-    s = settings
-    x = read_rgb(image, name, s, layout)
-    if s.do_resize:
-        x = resize_8bit(x, name, s)
+def preprocess_image(image: Any, name: str, config: Config, layout: str | None) -> np.ndarray:
+    """Return one image as (3 h w). Rescaling rounds float64 to float32 once; normalising stays in float32."""
+    x = read_rgb(image, name, config, layout)
+    if config.do_resize:
+        x = resize_8bit(x, name, config)
     x = np.asarray(x)  # h w 3
-    if s.do_center_crop:
-        x = center_crop(x, s.crop_size["height"], s.crop_size["width"])
-    if s.do_rescale:
-        x = np.multiply(x, s.rescale_factor, dtype=np.float64).astype(np.float32)
-    if s.do_normalize:
-        x = (x.astype(np.float32, copy=False) - np.float32(s.image_mean)) / np.float32(s.image_std)
-    return np.array(x.transpose(2, 0, 1), order="C")  # a copy, never a view of what was handed in
+    if config.do_center_crop:
+        x = center_crop(x, config.crop_size["height"], config.crop_size["width"])
+    if config.do_rescale:
+        x = np.multiply(x, config.rescale_factor, dtype=np.float64).astype(np.float32)
+    if config.do_normalize:
+        x = (x.astype(np.float32, copy=False) - np.float32(config.image_mean)) / np.float32(config.image_std)
+    return np.array(x.transpose(2, 0, 1), order="C")  # a copy, never a view of the argument
 
 
-def read_rgb(image: Any, name: str, settings: Config, layout: str | None) -> Image.Image | np.ndarray:
-    """RGB: a PIL picture, or (h w 3) float32 where floats came."""
+def read_rgb(image: Any, name: str, config: Config, layout: str | None) -> Image.Image | np.ndarray:
+    """Return an image as RGB: a PIL image, or for floats an array (h w 3) float32."""
     if isinstance(image, Image.Image):
-        if settings.do_convert_rgb:
+        if config.do_convert_rgb:
             return to_rgb(image, name)
         decode_pil(image, name)
         if len(image.getbands()) != 3:
-            raise InputError(f"{name}: mode {image.mode} came; RGB would do, or do_convert_rgb=True")
+            raise invalid(InputError, name, "mode RGB", f"mode {image.mode}", "pass do_convert_rgb=True")
         return Image.fromarray(np.asarray(image))
     x = to_pixels(image, name, layout)
     channels = x.shape[-1]
-    if channels != 3 and not settings.do_convert_rgb:
-        raise InputError(f"{name}: {channels} channels came; 3 would do, or do_convert_rgb=True")
+    if channels != 3 and not config.do_convert_rgb:
+        raise invalid(InputError, name, "3 channels", str(channels), "pass do_convert_rgb=True")
     if channels == 4:
         if x.dtype != np.uint8:
-            raise InputTypeError(f"{name}: 4 channels of {x.dtype} came; uint8 would do, or 3 channels")
+            raise invalid(InputTypeError, name, "4 channels of uint8, or 3 channels", f"4 channels of {x.dtype}")
         return to_rgb(Image.fromarray(np.ascontiguousarray(x)), name)
     x = np.broadcast_to(x, (*x.shape[:2], 3))
     if x.dtype == np.uint8:
         return Image.fromarray(np.ascontiguousarray(x))
-    check_clip_range(x, name, settings)
+    check_clip_range(x, name, config)
     return x
 
 
-def check_clip_range(x: np.ndarray, name: str, settings: Config) -> None:
-    """Floats must have the range that the settings take them to have."""
+def check_clip_range(x: np.ndarray, name: str, config: Config) -> None:
+    """Check that floats are in the range that the config implies."""
     low, high = x.min(), x.max()
-    if settings.do_rescale and 0 < high <= 1:
-        raise InputError(f"{name}: floats {low}..{high} came; with values in [0, 1] pass do_rescale=False")
-    top = 255 if settings.do_rescale else 1
-    if (settings.do_rescale or settings.do_resize) and (low < 0 or high > top):
-        raise InputError(f"{name}: floats {low}..{high} came; 0..{top} would do under do_rescale={settings.do_rescale}")
+    got, top = f"floats from {low} to {high}", 255 if config.do_rescale else 1
+    if config.do_rescale and 0 < high <= 1:
+        raise invalid(InputError, name, "values from 0 to 255", got, "pass do_rescale=False for values in [0, 1]")
+    if (config.do_rescale or config.do_resize) and (low < 0 or high > top):
+        raise invalid(InputError, name, f"values from 0 to {top} with do_rescale={config.do_rescale}", got)
 
 
-def resize_8bit(x: Image.Image | np.ndarray, name: str, settings: Config) -> np.ndarray:
-    """(h w 3) at the size the settings ask for. Resizing happens in 8 bits; floats pass through them and back."""
-    s = settings
-    crop = (s.crop_size["height"], s.crop_size["width"]) if s.do_center_crop else None
+def resize_8bit(x: Image.Image | np.ndarray, name: str, config: Config) -> np.ndarray:
+    """Resize to (h w 3) as the config says. Floats are resized in 8 bits, too, as in transformers."""
+    crop = (config.crop_size["height"], config.crop_size["width"]) if config.do_center_crop else None
     if isinstance(x, Image.Image):
-        return resize(x, *target_size(s.size, x.height, x.width), s.resample, crop)
-    if s.do_rescale and not np.array_equal(x, np.trunc(x)):
-        raise InputError(f"{name}: floats between whole numbers came; uint8 would do, or [0, 1] with do_rescale=False")
-    levels = x if s.do_rescale else x * 255
-    small = resize_8bit(Image.fromarray(levels.astype(np.uint8)), name, s)
-    return small if s.do_rescale else (small * (1 / 255)).astype(np.float32)
+        return resize(x, *target_size(config.size, x.height, x.width), config.resample, crop)
+    if config.do_rescale and not np.array_equal(x, np.trunc(x)):
+        expected = "uint8, floats with integer values, or floats in [0, 1] with do_rescale=False"
+        raise invalid(InputError, name, expected, "floats between integers")
+    x = x if config.do_rescale else x * 255
+    x = resize_8bit(Image.fromarray(x.astype(np.uint8)), name, config)
+    return x if config.do_rescale else (x * (1 / 255)).astype(np.float32)

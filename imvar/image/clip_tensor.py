@@ -1,4 +1,4 @@
-"""What CLIPImageProcessor makes of pictures, for such as lie on a device: the same to the bit, and they stay there."""
+"""CLIPImageProcessor for images already on a device: bit-identical to the CPU path, without a copy to the host."""
 
 from __future__ import annotations
 
@@ -13,73 +13,77 @@ from torch import Tensor
 from ..config import Config
 from .resize import UNIT, Taps, center_span, target_size
 
-EXACT_FILTERS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # the others ask for sines
+EXACT_FILTERS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # the others need sines
 
 
-def supports(levels: Tensor, settings: Config) -> bool:
-    """Whether `prepare` can do what these settings ask for, and where the pictures lie."""
-    size = target_size(settings.size, *levels.shape[2:])
-    known = not settings.do_resize or rows_first(*levels.shape[2:], *size, settings.resample) is not None
-    return known and levels.device.type in ("cpu", "cuda")  # which know double precision
+def supports(images: Tensor, config: Config) -> bool:
+    """Return whether `preprocess_batch` can process images of this size and device under this config."""
+    size = target_size(config.size, *images.shape[2:])
+    can_resize = not config.do_resize or rows_first(*images.shape[2:], *size, config.resample) is not None
+    return can_resize and images.device.type in ("cpu", "cuda")  # which have double precision
 
 
-def preprocess_batch(levels: Tensor, settings: Config) -> Tensor:
-    """(b, 3, h, w) uint8 to pixel values (b, 3, h', w'), float32 if they are rescaled or normalised."""
-    s, x = settings, levels
-    if s.do_resize:
-        x = resize_batch(x, *target_size(s.size, *x.shape[2:]), s.resample)
-    if s.do_center_crop:
-        (top, bottom), (left, right) = (
-            center_span(n, s.crop_size[name]) for n, name in zip(x.shape[2:], ("height", "width"), strict=True)
-        )
-        x = F.pad(x, (-left, right - x.shape[3], -top, bottom - x.shape[2]))  # less than 0 cuts off
-    if s.do_rescale:
-        x = (x.double() * s.rescale_factor).float()
-    if s.do_normalize:
-        mean, std = (x.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (s.image_mean, s.image_std))
+def preprocess_batch(images: Tensor, config: Config) -> Tensor:
+    """Return uint8 images (b, 3, h, w) as pixel values (b, 3, h', w'), float32 if rescaled or normalised.
+
+    The operations of `clip.preprocess_image`, in its order.
+    """
+    x = images
+    if config.do_resize:
+        x = resize_batch(x, *target_size(config.size, *x.shape[2:]), config.resample)
+    if config.do_center_crop:
+        top, bottom = center_span(x.shape[2], config.crop_size["height"])
+        left, right = center_span(x.shape[3], config.crop_size["width"])
+        x = F.pad(x, (-left, right - x.shape[3], -top, bottom - x.shape[2]))  # negative padding crops
+    if config.do_rescale:
+        x = (x.double() * config.rescale_factor).float()
+    if config.do_normalize:
+        mean = x.new_tensor(config.image_mean, dtype=torch.float32)[:, None, None]
+        std = x.new_tensor(config.image_std, dtype=torch.float32)[:, None, None]
         x = (x.float() - mean) / std
     return x
 
 
-def resize_batch(levels: Tensor, height: int, width: int, resample: int) -> Tensor:
-    """(b, 3, h, w) uint8 -> (b, 3, height, width) uint8, as Pillow does it: one axis after the other, in whole numbers.
+def resize_batch(images: Tensor, height: int, width: int, resample: int) -> Tensor:
+    """Resize (b, 3, h, w) uint8 to (b, 3, height, width) uint8 as Pillow does: one axis at a time, in fixed point.
 
-    Double precision holds the sums of whole numbers exactly, in whatever order they are added.
+    Double precision represents the sums of integers exactly, in any order of addition.
     """
-    h, w = levels.shape[2:]
-    across = resampling_matrix(w, width, resample).to(levels.device)
-    down = resampling_matrix(h, height, resample).to(levels.device)
+    h, w = images.shape[2:]
+    across = resampling_matrix(w, width, resample).to(images.device)
+    down = resampling_matrix(h, height, resample).to(images.device)
     if rows_first(h, w, height, width, resample):
-        return round_fixed_point(round_fixed_point(down @ levels.double()) @ across.T).to(torch.uint8)
-    return round_fixed_point(down @ round_fixed_point(levels.double() @ across.T)).to(torch.uint8)
+        return round_fixed_point(round_fixed_point(down @ images.double()) @ across.T).to(torch.uint8)
+    return round_fixed_point(down @ round_fixed_point(images.double() @ across.T)).to(torch.uint8)
 
 
 def round_fixed_point(sums: Tensor) -> Tensor:
+    """Return fixed-point sums rounded to integers from 0 to 255."""
     return ((sums + UNIT // 2) / UNIT).floor_().clamp_(0, 255)
 
 
 @lru_cache
 def resampling_matrix(length: int, resized: int, resample: int) -> Tensor:
-    """(resized, length) whole numbers, UNIT standing for 1: how much of each pixel goes into each."""
+    """Return the matrix (resized, length) that resamples one axis, in fixed point: integers, UNIT for 1."""
     taps = Taps(length, resized, (0, resized), resample)
-    made = np.zeros((resized, length))
-    made[:, taps.first : taps.last] = taps.matrix()
-    return torch.from_numpy(made)
+    matrix = np.zeros((resized, length))
+    matrix[:, taps.first : taps.last] = taps.matrix()
+    return torch.from_numpy(matrix)
 
 
 @lru_cache
 def rows_first(height: int, width: int, new_height: int, new_width: int, resample: int) -> bool | None:
-    """Whether Pillow blends rows before columns for these sizes; None if its answer is neither.
+    """Return whether Pillow resizes the vertical axis first at these sizes; None if its output matches neither order.
 
-    It rounds in between, so this shows, and what it depends on differs from version to version. So it is asked.
+    Pillow rounds in between, so the order shows in the output. It differs between versions, so it is measured.
     """
     if resample not in EXACT_FILTERS:
         return None
     noise = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
     resized = Image.fromarray(noise).resize((new_width, new_height), Image.Resampling(resample))
-    answer = torch.from_numpy(np.array(resized)).double()
+    expected = torch.from_numpy(np.array(resized)).double()
     across, down = resampling_matrix(width, new_width, resample), resampling_matrix(height, new_height, resample)
     pixels = torch.from_numpy(noise).double()
-    if torch.equal(round_fixed_point(down @ round_fixed_point(pixels @ across.T)), answer):
+    if torch.equal(round_fixed_point(down @ round_fixed_point(pixels @ across.T)), expected):
         return False
-    return True if torch.equal(round_fixed_point(round_fixed_point(down @ pixels) @ across.T), answer) else None
+    return True if torch.equal(round_fixed_point(round_fixed_point(down @ pixels) @ across.T), expected) else None

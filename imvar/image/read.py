@@ -1,4 +1,4 @@
-"""Whatever holds a picture, read as RGB: PIL pictures of every mode, arrays and tensors."""
+"""Read images as RGB pixels: PIL images of every mode, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ import torch
 from PIL import ExifTags, Image
 
 from ..checks import check_has_data
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, invalid
 
 CHANNEL_COUNTS = (1, 3, 4)
-ACCEPTED = "a PIL picture, or an array or tensor of shape (h, w, 3) or (3, h, w), or a list of these would do"
+ACCEPTED = "a PIL image, an array or tensor of shape (h, w, 3) or (3, h, w), or a list of these"
 
 
 def iter_images(images: Any) -> Iterator[tuple[str, Any]]:
-    """Every picture in what came, with the name that an error calls it by."""
-    many = isinstance(images, (list, tuple))
-    if many and not images:
-        raise InputTypeError(f"images: an empty {type(images).__name__} came; {ACCEPTED}")
-    for i, image in enumerate(images if many else [images]):
-        name = f"images[{i}]" if many else "images"
+    """Yield each image of a single one, a list or a batch, with its name in errors."""
+    is_list = isinstance(images, (list, tuple))
+    if is_list and not images:
+        raise invalid(InputTypeError, "images", ACCEPTED, f"an empty {type(images).__name__}")
+    for i, image in enumerate(images if is_list else [images]):
+        name = f"images[{i}]" if is_list else "images"
         if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4:
             if not len(image):
-                raise InputError(f"{name}: an empty batch of shape {tuple(image.shape)} came; {ACCEPTED}")
-            yield from ((f"{name}[{j}]", item) for j, item in enumerate(image))
+                raise invalid(InputError, name, ACCEPTED, f"an empty batch of shape {tuple(image.shape)}")
+            yield from ((f"{name}[{j}]", entry) for j, entry in enumerate(image))
         elif isinstance(image, (Image.Image, np.ndarray, torch.Tensor)):
             yield name, image
         else:
-            raise InputTypeError(f"{name}: {type(image).__name__} came; {ACCEPTED} (open files with PIL.Image.open)")
+            hint = "open files with PIL.Image.open"
+            raise invalid(InputTypeError, name, ACCEPTED, type(image).__name__, hint)
 
 
 _decode_lock = threading.Lock()
 
 
 def decode_pil(image: Image.Image, name: str) -> None:
-    """Decode a picture that was only opened. Pillow's own way is for one thread at a time."""
+    """Decode an image that was only opened. Pillow's decoding is not thread-safe, so there is a lock around it."""
     try:
         with _decode_lock:
             image.load()
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
-        raise InputError(
-            f"{name}: a mode {image.mode} picture came that cannot be read ({type(error).__name__}: {error})"
-        ) from error
+        got = f"a mode {image.mode} image that cannot be decoded ({type(error).__name__}: {error})"
+        raise invalid(InputError, name, "a readable image", got) from error
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """How EXIF, or XMP, says that a picture is to be turned: 1, where it is upright or nobody can tell."""
+    """Return the EXIF or XMP orientation, 1 to 8; 1, upright, if it is missing or unreadable."""
     if not {"exif", "xmp", "XML:com.adobe.xmp"} & set(image.info or ()):
         return 1
     with _decode_lock:
@@ -61,7 +61,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def _renew_lock_after_fork() -> None:
-    """For a process that was forked while another thread was reading, which is not there to let go of the lock."""
+    """Replace the lock in a forked process, where the thread that may have held it does not exist."""
     global _decode_lock
     _decode_lock = threading.Lock()
 
@@ -71,19 +71,19 @@ if hasattr(os, "register_at_fork"):
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """A picture of any mode as RGB: what is transparent on white, 16 bits scaled to 8.
+    """Return an image of any mode as RGB, composited on white if transparent, 16 bits scaled to 8.
 
-    EXIF is not looked at, nor, as in the reference, that premultiplied RGBa and palettes of RGBA are transparent. Mode
-    I counts as 8-bit up to 255 and as 16-bit up to 65535. Raises `InputError` for mode F, whose range nobody knows, for
-    La, and for a picture that cannot be decoded.
+    EXIF is ignored, and so, as in transformers, is the transparency of premultiplied RGBa and of RGBA palettes. Mode I
+    is taken as 8-bit if its values are up to 255, else as 16-bit up to 65535. Raises `InputError` for mode F, whose
+    range is undefined, for La, and for an image that cannot be decoded.
     """
     if not image.width or not image.height:
-        raise InputError(f"{name}: a picture of {image.width}x{image.height} pixels came; at least 1x1 would do")
+        raise invalid(InputError, name, "an image of at least 1x1 pixels", f"{image.width}x{image.height}")
     decode_pil(image, name)
     if image.mode == "F":
-        raise InputError(f"{name}: mode F came, whose range of values is not known; convert it to L or RGB first")
+        raise invalid(InputError, name, "8 or 16 bits", "mode F, whose range is undefined", "convert it to L or RGB")
     if image.mode == "La":
-        raise InputError(f"{name}: a mode La picture came; convert it to LA first")
+        raise invalid(InputError, name, "mode LA", "mode La", "convert it to LA")
     if image.mode.startswith("I"):
         image = to_8_bit(image, name)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -94,47 +94,48 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 
 
 def to_8_bit(image: Image.Image, name: str) -> Image.Image:
-    """Modes I and I;16 to L: 65535 becomes 255."""
-    levels = np.asarray(image)
-    low, high = int(levels.min()), int(levels.max())
+    """Convert modes I and I;16 to L: 65535 becomes 255."""
+    x = np.asarray(image)
+    low, high = int(x.min()), int(x.max())
     if low < 0 or high > 65535:
-        raise InputError(f"{name}: mode {image.mode} with values {low}..{high} came; 0..65535 would do")
+        raise invalid(InputError, name, "values from 0 to 65535", f"mode {image.mode} with values from {low} to {high}")
     if image.mode != "I" or high > 255:
-        levels = (levels.astype(np.uint32) + 128) // 257
-    return Image.fromarray(levels.astype(np.uint8))
+        x = (x.astype(np.uint32) + 128) // 257
+    return Image.fromarray(x.astype(np.uint8))
 
 
 def to_pixels(image: np.ndarray | torch.Tensor, name: str, layout: str | None) -> np.ndarray:
-    """An array or tensor as (h w c), uint8 if it holds whole numbers, else float32; c is 1, 3 or 4."""
+    """Return an array or tensor as (h w c), c being 1, 3 or 4: uint8 for integers, float32 for floats."""
     if isinstance(image, torch.Tensor):
         check_has_data(name, image)
         image = (image.float() if image.is_floating_point() else image).detach().resolve_conj().cpu().numpy()
     if image.ndim != 3 or not image.size:
-        raise InputError(f"{name}: shape {image.shape} came; (h, w, 3) or (3, h, w) would do")
+        raise invalid(InputError, name, "shape (h, w, 3) or (3, h, w)", f"shape {image.shape}")
     x = np.moveaxis(image, 0, -1) if is_channels_first(image.shape, name, layout) else image
     if x.dtype.kind == "f":
         return check_finite_pixels(x.astype(np.float32, copy=False), name)
     if x.dtype.kind not in "iu":
-        raise InputTypeError(f"{name}: values of type {x.dtype} came; uint8 or float32 would do")
+        raise invalid(InputTypeError, name, "uint8 or float32 values", f"values of {x.dtype}")
     if x.dtype != np.uint8 and (x.min() < 0 or x.max() > 255):
-        raise InputError(f"{name}: whole numbers {x.min()}..{x.max()} came; 0..255 would do")
+        raise invalid(InputError, name, "integers from 0 to 255", f"{x.min()} to {x.max()}")
     return x.astype(np.uint8, copy=False)
 
 
 def is_channels_first(shape: tuple[int, ...], name: str, layout: str | None) -> bool:
-    """Whether (c h w); an axis of 1, 3 or 4 holds the channels."""
+    """Return whether a shape is (c h w); the channel axis is the one of 1, 3 or 4."""
     first, last = shape[0] in CHANNEL_COUNTS, shape[-1] in CHANNEL_COUNTS
     if layout is None and first and last:
-        raise InputError(
-            f"{name}: shape {shape} can be read two ways; say input_data_format='channels_first' or 'channels_last'"
-        )
-    wanted = first if layout is None else layout == "channels_first"
-    if not (first if wanted else last):
-        raise InputError(f"{name}: shape {shape} has no axis of 1, 3 or 4 channels; (h, w, 3) or (3, h, w) would do")
-    return wanted
+        hint = "pass input_data_format='channels_first' or 'channels_last'"
+        raise invalid(InputError, name, "an unambiguous shape", f"shape {shape}", hint)
+    is_first = first if layout is None else layout == "channels_first"
+    if not (first if is_first else last):
+        where = f"with input_data_format={layout!r}" if layout else "in the first or last axis"
+        expected = f"1, 3 or 4 channels {where}"
+        raise invalid(InputError, name, expected, f"shape {shape}")
+    return is_first
 
 
 def check_finite_pixels(x: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(x).all():
-        raise InputError(f"{name}: NaN or infinite values came; finite ones would do")
+        raise invalid(InputError, name, "finite values", "NaN or infinite values")
     return x

@@ -1,4 +1,4 @@
-"""Image processors beside transformers' and diffusers': the same pictures, a difference of exactly 0."""
+"""Image processors against transformers and diffusers: the same images, outputs equal to the bit."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from PIL import Image
 
 from imvar.image import CLIPImageProcessor, VaeImageProcessor
 
-logging.disable(logging.WARNING)  # transformers says at import that torchvision is not there
+logging.disable(logging.WARNING)  # transformers warns at import that torchvision is missing
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
 Reference = transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil
@@ -29,7 +29,7 @@ def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
     return rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def picture(mode: str, width: int, height: int) -> Image.Image:
+def as_mode(mode: str, width: int, height: int) -> Image.Image:
     image = Image.fromarray(noise(width, height, 4))
     if mode == "LAB":
         return Image.frombytes("LAB", image.size, image.convert("RGB").tobytes())
@@ -37,7 +37,7 @@ def picture(mode: str, width: int, height: int) -> Image.Image:
 
 
 def transparent(kind: str, width: int, height: int) -> Image.Image:
-    """A picture whose transparency is written beside its pixels, not among them."""
+    """Return an image whose transparency is in its metadata, not in an alpha channel."""
     image = Image.fromarray(noise(width, height, 4))
     grey, colour = image.convert("L"), image.convert("RGB")
     image, key = {
@@ -52,7 +52,7 @@ def transparent(kind: str, width: int, height: int) -> Image.Image:
 
 
 def check(images, settings=None, **call):
-    """Ours and theirs, made from `settings`, called alike."""
+    """Compare both processors, constructed with `settings` and called with the same arguments."""
     settings = SMALL if settings is None else settings
     theirs = Reference(**settings)(images=images, return_tensors="pt", **call).pixel_values
     ours = CLIPImageProcessor(**settings)(images=images, return_tensors="pt", **call).pixel_values
@@ -61,17 +61,17 @@ def check(images, settings=None, **call):
     assert torch.equal(ours, theirs)
 
 
-# ---- CLIPImageProcessor: pictures
+# ---- CLIPImageProcessor: images
 
 
 @pytest.mark.parametrize("mode", EIGHT_BIT)
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_every_8_bit_mode(mode, size):
-    check(picture(mode, *size))
+    check(as_mode(mode, *size))
 
 
 @pytest.mark.parametrize("kind", ["P index", "P bytes", "L", "1", "RGB"])
-def test_transparency_beside_the_pixels(kind):
+def test_transparency_in_the_metadata(kind):
     image, opaque = transparent(kind, 31, 48), transparent(kind, 31, 48)
     check(image)
     del opaque.info["transparency"]
@@ -83,7 +83,7 @@ def test_a_palette_of_rgba():
     check(Image.fromarray(noise(31, 48, 4)).quantize(16, method=Image.Quantize.FASTOCTREE))
 
 
-def test_alpha_is_white_where_nothing_is():
+def test_transparent_pixels_are_white():
     clear = Image.new("RGBA", (30, 30), (200, 10, 10, 0))
     check(clear)
     pixels = CLIPImageProcessor(do_normalize=False)(clear, return_tensors="np").pixel_values
@@ -92,7 +92,7 @@ def test_alpha_is_white_where_nothing_is():
 
 @pytest.mark.parametrize("photo", PHOTOS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA"])
-def test_photographs(photo, mode):
+def test_photos(photo, mode):
     image = Image.open(photo)
     if mode == "RGBA":
         image.putalpha(image.convert("L"))
@@ -101,12 +101,12 @@ def test_photographs(photo, mode):
 
 @pytest.mark.parametrize("photo", PHOTOS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("size", [(224, 224), (225, 223), (640, 479), (1001, 333), (150, 151)], ids=str)
-def test_photographs_of_other_sizes(photo, size):
+def test_photos_of_other_sizes(photo, size):
     check(Image.open(photo).resize(size), {})
 
 
-def test_sizes_by_the_hundred():
-    """The long side is cut, not rounded; the crop's odd pixel falls on the same side."""
+def test_random_sizes():
+    """The long side is rounded down; the odd pixel of a crop is on the same side."""
     rng = np.random.default_rng(0)
     for width, height in rng.integers(1, 400, (300, 2)).tolist():
         short, crop = int(rng.integers(1, 12)), (int(rng.integers(1, 16)), int(rng.integers(1, 16)))
@@ -116,7 +116,7 @@ def test_sizes_by_the_hundred():
 def test_exif_is_ignored(tmp_path):
     image = Image.fromarray(noise(40, 30))
     exif = image.getexif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
     turned = Image.open(tmp_path / "turned.png")
     assert turned.getexif()[0x0112] == 6
@@ -127,8 +127,8 @@ def test_exif_is_ignored(tmp_path):
 
 @pytest.mark.parametrize("size", [(1, 700), (700, 1), (3, 1100), (1100, 7), (2, 333)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("resample", range(1, 6))
-def test_only_what_survives_is_resized(size, resample, monkeypatch):
-    """The way that Pillow does not go: windows of extreme pictures, by our own arithmetic."""
+def test_only_the_crop_is_resized(size, resample, monkeypatch):
+    """Images of extreme aspect ratio are resized inside the crop, without Pillow."""
     image, call = Image.fromarray(noise(*size)), {"size": 30, "crop_size": 20, "resample": resample}
     theirs = Reference()(images=image, return_tensors="np", **call).pixel_values
     monkeypatch.setattr(Image.Image, "resize", None)
@@ -140,12 +140,12 @@ def test_only_what_survives_is_resized(size, resample, monkeypatch):
     ("width", "height", "call"),
     [
         (30, 20, {"size": 90, "crop_size": (3, 5)}),
-        (90, 70, {"size": {"height": 900, "width": 90}, "crop_size": (7, 30)}),  # one way only
+        (90, 70, {"size": {"height": 900, "width": 90}, "crop_size": (7, 30)}),  # one axis only
         (64, 65, {"size": 64, "crop_size": 2}),  # not at all
         (5, 7, {"size": {"height": 51, "width": 3000}, "crop_size": (90, 20)}),  # and padded
     ],
 )
-def test_a_window_of_any_enlargement(width, height, call, resample, monkeypatch):
+def test_a_crop_of_any_enlargement(width, height, call, resample, monkeypatch):
     image = Image.fromarray(noise(width, height))
     theirs = Reference()(images=image, return_tensors="np", resample=resample, **call).pixel_values
     monkeypatch.setattr(Image.Image, "resize", None)
@@ -205,8 +205,8 @@ def test_settings(call, how):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "YCbCr", "HSV", "LAB"])
-def test_bands_as_they_are(mode):
-    check(picture(mode, 47, 31), do_convert_rgb=False)
+def test_without_conversion_to_rgb(mode):
+    check(as_mode(mode, 47, 31), do_convert_rgb=False)
 
 
 PUBLISHED = {
@@ -237,7 +237,7 @@ PUBLISHED = {
         "rescale_factor": 0.00392156862745098,
         "size": {"shortest_edge": 224},
     },
-    "odd": {
+    "custom": {
         "crop_size": {"height": 20, "width": 31},
         "size": {"height": 24, "width": 40},
         "resample": 2,
@@ -250,8 +250,8 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("form", PUBLISHED)
-def test_files_there_and_back(form, tmp_path):
-    """One file read by both; ours written and read by them; theirs written and read by us."""
+def test_files_are_read_by_both_libraries(form, tmp_path):
+    """The published file, the one that imvar writes and the one that transformers writes."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PUBLISHED[form]))
     image = Image.open(PHOTOS[0])
     ours, theirs = CLIPImageProcessor.from_pretrained(tmp_path), Reference.from_pretrained(tmp_path)
@@ -267,12 +267,12 @@ def test_files_there_and_back(form, tmp_path):
     first, *others = [p(images=image, return_tensors="pt").pixel_values for p in processors]
     assert all(torch.equal(first, other) for other in others)
     written = json.loads((tmp_path / "ours" / "preprocessor_config.json").read_text())
-    by_them = json.loads((tmp_path / "theirs" / "preprocessor_config.json").read_text())
-    assert {k: written[k] for k in by_them} == by_them
-    assert set(written) - set(by_them) == set(PUBLISHED[form]) & {"feature_extractor_type"}
+    reference = json.loads((tmp_path / "theirs" / "preprocessor_config.json").read_text())
+    assert {k: written[k] for k in reference} == reference
+    assert set(written) - set(reference) == set(PUBLISHED[form]) & {"feature_extractor_type"}
 
 
-def test_defaults_are_theirs():
+def test_defaults_equal_transformers():
     assert CLIPImageProcessor().saved_config() == json.loads(Reference().to_json_string())
 
 
@@ -281,7 +281,7 @@ def test_defaults_are_theirs():
 A = noise(47, 31)
 T = torch.from_numpy(A).permute(2, 0, 1).contiguous()
 IMAGE = Image.fromarray(A)
-LEVELS = {
+UINT8 = {
     "array hwc": A,
     "array chw": T.numpy(),
     "tensor chw": T,
@@ -307,14 +307,14 @@ LEVELS = {
 }
 
 
-@pytest.mark.parametrize("kind", LEVELS)
-def test_arrays_of_levels(kind):
-    check(LEVELS[kind])
+@pytest.mark.parametrize("kind", UINT8)
+def test_8_bit_arrays(kind):
+    check(UINT8[kind])
 
 
 @pytest.mark.parametrize("kind", ["array hwc", "tensor chw", "float32", "float32 tensor", "int64", "one channel"])
-def test_arrays_of_levels_without_resizing(kind):
-    check(LEVELS[kind], do_resize=False)
+def test_8_bit_arrays_without_resizing(kind):
+    check(UINT8[kind], do_resize=False)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_arrays_of_levels_without_resizing(kind):
 )
 @pytest.mark.parametrize("divisor", [255, 256.3])
 def test_floats_from_0_to_1(call, divisor):
-    """Resized in 8 bits, to which they are cut, not rounded."""
+    """Resized in 8 bits, to which they are truncated, not rounded."""
     for x in (T.float() / divisor, A.astype(np.float32) / np.float32(divisor)):
         check(x, do_rescale=False, **call)
 
@@ -357,7 +357,7 @@ def test_postprocess(output_type, flags, dtype, channels):
     x = torch.randn(3, channels, 9, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     if flags and output_type == "pil":
         x = torch.stack([image if flag else image.clamp(0, 1) for image, flag in zip(x, flags, strict=True)])
-    kept = x.clone()
+    before = x.clone()
     ours, theirs = (p.postprocess(x, output_type=output_type, do_denormalize=flags) for p in vae_pair())
     if output_type == "pil":
         assert [image.mode for image in ours] == [image.mode for image in theirs]
@@ -365,10 +365,10 @@ def test_postprocess(output_type, flags, dtype, channels):
     assert type(ours) is type(theirs)
     assert ours.dtype == theirs.dtype
     assert (ours == theirs).all()
-    assert torch.equal(x, kept)
+    assert torch.equal(x, before)
 
 
-def test_every_level_and_the_halves_between():
+def test_every_8_bit_value_and_the_halves_between():
     """Rounding to 8 bits, half to even."""
     x = (torch.arange(-20, 4 * 255 + 20) / (2 * 255) - 1).expand(1, 3, 2, -1)
     ours, theirs = (np.asarray(p.postprocess(x)[0]) for p in vae_pair())
@@ -393,8 +393,8 @@ def test_every_level_and_the_halves_between():
 @pytest.mark.parametrize(
     "kind",
     [
-        "picture",
-        "pictures",
+        "image",
+        "images",
         "grey",
         "array",
         "arrays",
@@ -410,8 +410,8 @@ def test_preprocess(settings, kind):
     array, grey = A.astype(np.float32) / 255, IMAGE.convert("L")
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     image = {
-        "picture": IMAGE,
-        "pictures": [IMAGE, IMAGE.rotate(180)],
+        "image": IMAGE,
+        "images": [IMAGE, IMAGE.rotate(180)],
         "grey": grey,
         "array": array,
         "arrays": [array, array[::-1]],
@@ -435,12 +435,12 @@ def test_preprocess_to_a_size(size):
         assert torch.equal(ours, theirs)
 
 
-def test_preprocess_converts_where_asked():
+def test_preprocess_converts_to_rgb():
     ours, theirs = (p.preprocess([IMAGE.convert("RGBA"), IMAGE.convert("L")]) for p in vae_pair(do_convert_rgb=True))
     assert torch.equal(ours, theirs)
 
 
-def test_preprocess_leaves_latents_alone():
+def test_preprocess_returns_latents_unchanged():
     latents = torch.randn(2, 4, 5, 5)
     assert all(torch.equal(p.preprocess(latents), latents) for p in vae_pair())
 
@@ -473,6 +473,6 @@ def test_vae_helpers():
         assert [(i.mode, i.tobytes()) for i in ours] == [(i.mode, i.tobytes()) for i in theirs]
 
 
-def test_vae_defaults_are_theirs():
+def test_vae_defaults_equal_diffusers():
     theirs = {k: v for k, v in ReferenceVae().config.items() if k != "_use_default_values"}
     assert VaeImageProcessor().config.to_dict() == theirs
