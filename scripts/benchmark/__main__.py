@@ -1,13 +1,13 @@
-"""Time imvar beside diffusers: in one process, in turn, with the same weights and the same inputs.
+"""Benchmark imvar against diffusers in one process, in interleaved rounds, with the same weights and inputs.
 
     python scripts/benchmark [CASE ...] [--checkpoint FOLDER] [--dtype bf16] [--threads 2] [--rounds 5]
-    python scripts/benchmark profile [--dtype bf16]    # where imvar's time goes on a CPU, against the floor
+    python scripts/benchmark profile [--dtype bf16]    # imvar's CPU time per kind of layer
 
-CASE: unet vae clip safety pipeline load import scaling (default: all but scaling). Without --checkpoint one of full
-size with random weights is made, 5.8 GB, in the work folder, and found there again; `--tiny` makes a tiny one, to see
-whether everything runs. Every case first runs both sides, compares their answers, and then times them in turn.
-The table has medians, how far the rounds spread, the ratio of the medians, the most memory beyond what was there
-before, and the largest difference of the answers beside the largest answer. `--json` and `--markdown` write it down.
+CASE: unet vae clip safety pipeline load import scaling (default: all but scaling). Without --checkpoint, one of full
+size with random weights is written to the work folder, 5.8 GB, and reused; `--tiny` writes a tiny one, to check that
+everything runs. Each case first runs both libraries and compares their outputs, then times them alternately. The table
+has median times, their ratio, the spread of the rounds, the peak memory above the baseline, and the largest difference
+relative to the largest output. `--json` and `--markdown` save it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import imvar
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 
-from benchmark.cases import CASES, DTYPES, Case, Sides
-from benchmark.memory import peak_of, private_of
+from benchmark.cases import CASES, DTYPES, Case, Libraries
+from benchmark.memory import peak_memory, private_memory
 from benchmark.profiling import profile
 from tests.support.published_checkpoint import write_checkpoint
 
@@ -42,36 +42,36 @@ HEADER = ("case", "diffusers", "imvar", "ratio", "spread", "memory, diffusers", 
 @dataclass(frozen=True)
 class Result:
     case: str
-    theirs: list[float]  # seconds
-    ours: list[float]
-    their_memory: int  # bytes
-    our_memory: int
-    difference: float  # the largest, of the largest answer; NaN where the answers are no tensors
+    diffusers: list[float]  # seconds per round
+    imvar: list[float]
+    diffusers_memory: int  # bytes
+    imvar_memory: int
+    difference: float  # largest difference relative to the largest output; NaN if the outputs are not tensors
 
     @property
     def ratio(self) -> float:
-        return median(self.theirs) / median(self.ours)
+        return median(self.diffusers) / median(self.imvar)
 
     def cells(self) -> tuple[str, ...]:
-        spread = max((max(times) - min(times)) / median(times) for times in (self.theirs, self.ours))
+        spread = max((max(times) - min(times)) / median(times) for times in (self.diffusers, self.imvar))
         return (
             self.case,
-            seconds(median(self.theirs)),
-            seconds(median(self.ours)),
+            format_seconds(median(self.diffusers)),
+            format_seconds(median(self.imvar)),
             f"{self.ratio:.2f}",
             f"{100 * spread:.0f} %",
-            f"{self.their_memory / 1e9:.2f} GB",
-            f"{self.our_memory / 1e9:.2f} GB",
+            f"{self.diffusers_memory / 1e9:.2f} GB",
+            f"{self.imvar_memory / 1e9:.2f} GB",
             "" if self.difference != self.difference else f"{self.difference:.1e}",
         )
 
 
-def seconds(time: float) -> str:
+def format_seconds(time: float) -> str:
     return f"{time:.2f} s" if time >= 1 else f"{1000 * time:.1f} ms"
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds: by the device's own clock on CUDA, by the wall elsewhere."""
+def time_call(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one call: by CUDA events on CUDA, by the wall clock elsewhere."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -79,31 +79,32 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     run()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start_time
 
 
 @torch.no_grad()
 def measure(case: Case, args: argparse.Namespace) -> Result:
-    (theirs, their_memory), (ours, our_memory) = (
-        private_of(run) if case.makes else peak_of(run, args.device) for run in (case.theirs, case.ours)
+    (expected, diffusers_memory), (out, imvar_memory) = (
+        private_memory(run) if case.keeps_memory else peak_memory(run, args.device)
+        for run in (case.diffusers, case.imvar)
     )
     difference = float("nan")
-    if isinstance(ours, torch.Tensor):
-        difference = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+    if isinstance(out, torch.Tensor):
+        difference = float((out.double() - expected.double()).abs().max() / expected.double().abs().max())
     for _ in range(args.warm):
-        case.theirs()
-        case.ours()
+        case.diffusers()
+        case.imvar()
     times: list[list[float]] = [[], []]
     for _ in range(args.rounds):
-        for run, found in zip((case.theirs, case.ours), times, strict=True):
-            found.append(case.seconds(run) if case.seconds else timed(run, args.device))
-    return Result(case.name, *times, their_memory, our_memory, difference)
+        for run, rounds in zip((case.diffusers, case.imvar), times, strict=True):
+            rounds.append(case.seconds(run) if case.seconds else time_call(run, args.device))
+    return Result(case.name, *times, diffusers_memory, imvar_memory, difference)
 
 
-def about(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures hold for."""
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the machine, versions and options that the results depend on."""
     import diffusers
     import transformers
 
@@ -120,7 +121,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         else [platform.processor()]
     )
     cuda = args.device.type == "cuda"
-    freed = "kept" if args.keep_memory else "handed back"
+    freed = "kept" if args.keep_memory else "returned to the system"
     return {
         "date": date.today().isoformat(),
         "commit": commit,
@@ -133,15 +134,15 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "freed memory": freed,
-        "rival": "compiled, max-autotune" if args.rival == "compiled" else "eager",
-        "imvar": f"compiled, {args.compile}" if args.compile else "eager",
+        "diffusers mode": "compiled, max-autotune" if args.reference == "compiled" else "eager",
+        "imvar mode": f"compiled, {args.compile}" if args.compile else "eager",
     }
 
 
-def markdown(results: list[Result], facts: dict[str, Any]) -> str:
+def markdown(results: list[Result], settings: dict[str, Any]) -> str:
     rows = [HEADER, ("---",) * len(HEADER), *(result.cells() for result in results)]
-    said = ", ".join(f"{name} {value}" for name, value in facts.items())
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", said, ""])
+    footer = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", footer, ""])
 
 
 def arguments() -> argparse.Namespace:
@@ -151,13 +152,13 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("cases", nargs="*", metavar="CASE", choices=[*CASES, "profile", []], help=" ".join(CASES))
     add("--checkpoint", type=Path, help="a folder in the published layout, with safetensors")
-    add("--work", type=Path, default=Path("out/benchmark"), help="where one is made, if none is named")
-    add("--tiny", action="store_true", help="a tiny checkpoint: to see whether everything runs")
+    add("--work", type=Path, default=Path("out/benchmark"), help="where a checkpoint is written without --checkpoint")
+    add("--tiny", action="store_true", help="a tiny checkpoint, to check that everything runs")
     add("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     add("--dtype", choices=DTYPES, default=None, help="default: fp16 on CUDA, fp32 elsewhere")
-    add("--threads", type=int, help="default: as many as PyTorch takes")
-    add("--size", type=int, help="of the pictures in pixels (default: the checkpoint's, 512)")
-    add("--batch", type=int, default=1, help="pictures at a time")
+    add("--threads", type=int, help="default: PyTorch's")
+    add("--size", type=int, help="of the images in pixels (default: the checkpoint's, 512)")
+    add("--batch", type=int, default=1, help="images per call")
     add("--steps", type=int, default=50, help="of the pipeline")
     add("--largest", type=int, default=4, help="batch of `scaling` (default: 4)")
     add(
@@ -165,17 +166,21 @@ def arguments() -> argparse.Namespace:
         nargs="?",
         const="max-autotune",
         metavar="MODE",
-        help="imvar as pipe.compile(mode=MODE) makes it (default: max-autotune)",
+        help="compile imvar by pipe.compile(mode=MODE) (default: max-autotune)",
     )
     add(
-        "--rival",
+        "--reference",
         choices=("eager", "compiled"),
         default="eager",
-        help="compiled: as fast as it goes, with fused QKV, channels_last and max-autotune",
+        help="diffusers eager, or compiled with fused QKV, channels_last and max-autotune",
     )
-    add("--keep-memory", action="store_true", help="for both, imvar.keep_freed_memory, which `imvar vary` calls")
+    add(
+        "--keep-memory",
+        action="store_true",
+        help="call imvar.keep_freed_memory, as `imvar vary` does; affects both libraries",
+    )
     add("--rounds", type=int, default=5)
-    add("--warm", type=int, default=0, help="rounds before those that count, after the first comparison")
+    add("--warm", type=int, default=0, help="untimed rounds after the first comparison")
     add("--json", type=Path)
     add("--markdown", type=Path)
     args = parser.parse_args()
@@ -192,23 +197,25 @@ def main() -> None:
         imvar.keep_freed_memory()
     folder = args.checkpoint or args.work / ("tiny" if args.tiny else "full")
     if not folder.exists():
-        print(f"making {folder}", file=sys.stderr)
+        print(f"writing {folder}", file=sys.stderr)
         write_checkpoint(folder, tiny=args.tiny, endings=(".safetensors",))
-    sides, results, facts = Sides(folder, args), [], about(args)
+    libraries, results, settings = Libraries(folder, args), [], environment(args)
     if args.cases == ["profile"]:
-        print(profile(sides))
-        print(", ".join(f"{name} {value}" for name, value in facts.items()))
+        print(profile(libraries))
+        print(", ".join(f"{name} {value}" for name, value in settings.items()))
         return
     for name in args.cases:
-        for case in CASES[name](sides):
+        for case in CASES[name](libraries):
             results.append(measure(case, args))
             print("  ".join(f"{cell:>18}" for cell in results[-1].cells()), file=sys.stderr, flush=True)
-        sides.forget()
-    print(markdown(results, facts))
+        libraries.forget()
+    print(markdown(results, settings))
     if args.json:
-        args.json.write_text(json.dumps({"about": facts, "results": [asdict(result) for result in results]}, indent=2))
+        args.json.write_text(
+            json.dumps({"environment": settings, "results": [asdict(result) for result in results]}, indent=2)
+        )
     if args.markdown:
-        args.markdown.write_text(markdown(results, facts), encoding="utf-8")
+        args.markdown.write_text(markdown(results, settings), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is timed: each case is the same job for diffusers and for imvar."""
+"""The benchmark cases: each runs the same job in diffusers and in imvar."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ GUIDANCE = 3.0
 
 @dataclass(frozen=True)
 class Case:
-    """The same job twice. `seconds`: how long a call took, if not by the device's clock or the wall's."""
+    """The same job in both libraries. `seconds` times a call, by default with CUDA events or the wall clock."""
 
     name: str
-    theirs: Callable[[], Any]
-    ours: Callable[[], Any]
+    diffusers: Callable[[], Any]
+    imvar: Callable[[], Any]
     seconds: Callable[[Callable[[], Any]], float] | None = None
-    makes: bool = False  # something, whose own memory is to be told, rather than the most that was needed to make it
+    keeps_memory: bool = False  # measure the memory of the result rather than the peak of the call
 
 
-class Sides:
-    """Both libraries' parts of one checkpoint, loaded when they are asked for."""
+class Libraries:
+    """Components of one checkpoint as both libraries load them, cached."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder, self.args = folder, args
@@ -49,64 +49,64 @@ class Sides:
         config = json.loads((folder / "unet" / "config.json").read_text())
         self.width = config["cross_attention_dim"]
         self.size = args.size or 8 * config["sample_size"]
-        self.part = cache(self.load)
+        self.component = cache(self.load)
 
     def load(self, name: str) -> tuple[Any, Any]:
-        """A part as diffusers or transformers has it, and as imvar has it."""
+        """Load a component, or the pipeline, with diffusers or transformers and with imvar."""
         import diffusers
         import transformers
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-        theirs: Any = {
+        reference: Any = {
             "unet": diffusers.UNet2DConditionModel,
             "vae": diffusers.AutoencoderKL,
             "image_encoder": transformers.CLIPVisionModelWithProjection,
             "safety_checker": StableDiffusionSafetyChecker,
             "pipeline": diffusers.StableDiffusionImageVariationPipeline,
         }[name]
-        ours: Any = {
+        own: Any = {
             "unet": imvar.UNet2DConditionModel,
             "vae": imvar.AutoencoderKL,
             "image_encoder": imvar.CLIPVisionModelWithProjection,
             "safety_checker": imvar.StableDiffusionSafetyChecker,
             "pipeline": imvar.StableDiffusionImageVariationPipeline,
         }[name]
-        quiet(diffusers, transformers)
-        where = self.folder if name == "pipeline" else self.folder / name
-        both = [kind.from_pretrained(where, torch_dtype=self.dtype).to(self.device) for kind in (theirs, ours)]
-        whole = name == "pipeline"
-        if whole:
+        silence(diffusers, transformers)
+        folder = self.folder if name == "pipeline" else self.folder / name
+        both = [cls.from_pretrained(folder, torch_dtype=self.dtype).to(self.device) for cls in (reference, own)]
+        is_pipeline = name == "pipeline"
+        if is_pipeline:
             for pipe in both:
                 pipe.set_progress_bar_config(disable=True)
-                for thresholds in "concept_embeds_weights", "special_care_embeds_weights":  # nothing is made black
+                for thresholds in "concept_embeds_weights", "special_care_embeds_weights":  # flag nothing
                     getattr(pipe.safety_checker, thresholds).data.fill_(2.0)
-        if self.args.rival == "compiled":
-            for model in [both[0].unet, both[0].vae] if whole else [both[0]]:
-                fastest(model)
-        if self.args.compile and whole:
+        if self.args.reference == "compiled":
+            for model in [both[0].unet, both[0].vae] if is_pipeline else [both[0]]:
+                compile_diffusers(model)
+        if self.args.compile and is_pipeline:
             both[1].compile(mode=self.args.compile)
         return both[0], both[1]
 
     def runner(self) -> Runner:
-        """How functions of imvar's models are run."""
+        """Return how imvar's models are run: eager or compiled."""
         return Compiler(mode=self.args.compile) if self.args.compile else partial
 
     def forget(self) -> None:
-        self.part = cache(self.load)
+        self.component = cache(self.load)
         gc.collect()
 
     def noise(self, *shape: int, seed: int = 0) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device, self.dtype)
 
 
-def quiet(*libraries: Any) -> None:
+def silence(*libraries: Any) -> None:
     for library in libraries:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
 
-def fastest(model: Any) -> None:
-    """diffusers' advice for speed: channels_last, fused projections, and `torch.compile` with autotuning."""
+def compile_diffusers(model: Any) -> None:
+    """Apply what the diffusers documentation recommends: channels_last, fused projections, `max-autotune`."""
     model.to(memory_format=torch.channels_last)
     if hasattr(model, "fuse_qkv_projections"):
         model.fuse_qkv_projections()
@@ -114,14 +114,14 @@ def fastest(model: Any) -> None:
     setattr(model, name, torch.compile(getattr(model, name), mode="max-autotune", fullgraph=True))
 
 
-def guided_step(sides: Sides, batch: int, size: int, steps: int = 50) -> Case:
-    """One prediction under guidance, as in the loop; what imvar makes ready before its loop is made before."""
-    theirs, ours = sides.part("unet")
+def guided_step(libraries: Libraries, batch: int, size: int, steps: int = 50) -> Case:
+    """One guided denoising step. imvar's precomputation is done before, as it is before the loop."""
+    reference, unet = libraries.component("unet")
     side = size // 8
-    x, embeds = sides.noise(batch, 4, side, side), sides.noise(batch, 1, sides.width, seed=1)
+    x, embeds = libraries.noise(batch, 4, side, side), libraries.noise(batch, 1, libraries.width, seed=1)
     context = torch.cat([torch.zeros_like(embeds), embeds])
-    times = torch.linspace(981, 1, steps, device=sides.device).long()
-    prepared = PrecomputedUNet(ours, times, context, sides.runner())
+    times = torch.linspace(981, 1, steps, device=libraries.device).long()
+    prepared = PrecomputedUNet(unet, times, context, libraries.runner())
 
     def guided(both: Tensor) -> Tensor:
         uncond, cond = both.chunk(2)
@@ -129,67 +129,78 @@ def guided_step(sides: Sides, batch: int, size: int, steps: int = 50) -> Case:
 
     return Case(
         f"unet, guided step, {batch} x {size} px",
-        lambda: guided(theirs(torch.cat([x, x]), times[7], encoder_hidden_states=context).sample),
+        lambda: guided(reference(torch.cat([x, x]), times[7], encoder_hidden_states=context).sample),
         lambda: guided(prepared(x, 7)),
     )
 
 
-def unet(sides: Sides) -> Iterator[Case]:
-    yield guided_step(sides, sides.args.batch, sides.size)
+def unet(libraries: Libraries) -> Iterator[Case]:
+    yield guided_step(libraries, libraries.args.batch, libraries.size)
 
 
-def scaling(sides: Sides) -> Iterator[Case]:
-    """Steps of more and of larger pictures, as far as `--largest` batch goes; then runs of more steps."""
+def scaling(libraries: Libraries) -> Iterator[Case]:
+    """Steps with larger batches, up to `--largest`, and larger images; then runs with more steps."""
     for batch, larger in (1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (1, 1.5), (1, 2):
-        if batch <= sides.args.largest:
-            yield guided_step(sides, batch, int(larger * sides.size))
-    for steps in sorted({max(sides.args.steps // part, 1) for part in (4, 2, 1)}):
-        yield job(sides, sides.args.batch, sides.size, steps)
+        if batch <= libraries.args.largest:
+            yield guided_step(libraries, batch, int(larger * libraries.size))
+    for steps in sorted({max(libraries.args.steps // part, 1) for part in (4, 2, 1)}):
+        yield pipeline_run(libraries, libraries.args.batch, libraries.size, steps)
 
 
-def vae(sides: Sides) -> Iterator[Case]:
-    theirs, ours = sides.part("vae")
-    z = sides.noise(sides.args.batch, 4, sides.size // 8, sides.size // 8)
-    quick = sides.runner()(decode, ours)
-    yield Case(f"vae, decode, {sides.args.batch} x {sides.size} px", lambda: theirs.decode(z).sample, lambda: quick(z))
-
-
-def clip(sides: Sides) -> Iterator[Case]:
-    theirs, ours = sides.part("image_encoder")
-    side = theirs.config.image_size
-    pixels = sides.noise(sides.args.batch, 3, side, side)
+def vae(libraries: Libraries) -> Iterator[Case]:
+    reference, model = libraries.component("vae")
+    z = libraries.noise(libraries.args.batch, 4, libraries.size // 8, libraries.size // 8)
+    run_decode = libraries.runner()(decode, model)
     yield Case(
-        f"clip, {sides.args.batch} x {side} px", lambda: theirs(pixels).image_embeds, lambda: ours(pixels).image_embeds
+        f"vae, decode, {libraries.args.batch} x {libraries.size} px",
+        lambda: reference.decode(z).sample,
+        lambda: run_decode(z),
     )
 
 
-def safety(sides: Sides) -> Iterator[Case]:
-    """The checker's whole call; what is compared is the embedding that it judges by."""
-    theirs, ours = sides.part("safety_checker")
-    side = ours.config.vision_config.image_size
-    pixels, pictures = sides.noise(sides.args.batch, 3, side, side), sides.noise(sides.args.batch, 3, 64, 64, seed=1)
+def clip(libraries: Libraries) -> Iterator[Case]:
+    reference, encoder = libraries.component("image_encoder")
+    side = reference.config.image_size
+    pixels = libraries.noise(libraries.args.batch, 3, side, side)
+    yield Case(
+        f"clip, {libraries.args.batch} x {side} px",
+        lambda: reference(pixels).image_embeds,
+        lambda: encoder(pixels).image_embeds,
+    )
+
+
+def safety(libraries: Libraries) -> Iterator[Case]:
+    """A call of the safety checker; its image embeddings are compared."""
+    reference, checker = libraries.component("safety_checker")
+    side = checker.config.vision_config.image_size
+    pixels, images = (
+        libraries.noise(libraries.args.batch, 3, side, side),
+        libraries.noise(libraries.args.batch, 3, 64, 64, seed=1),
+    )
 
     def check(checker: Any, projection: torch.nn.Module) -> Callable[[], Tensor]:
-        seen: list[Tensor] = []
-        projection.register_forward_hook(lambda _, __, embeds: seen.append(embeds))
+        embeddings: list[Tensor] = []
+        projection.register_forward_hook(lambda _, __, embeds: embeddings.append(embeds))
 
         def run() -> Tensor:
-            checker(clip_input=pixels, images=pictures.clone())
-            return seen.pop()
+            checker(clip_input=pixels, images=images.clone())
+            return embeddings.pop()
 
         return run
 
     yield Case(
-        f"safety, {sides.args.batch} x {side} px", check(theirs, theirs.visual_projection), check(ours, ours.proj)
+        f"safety, {libraries.args.batch} x {side} px",
+        check(reference, reference.visual_projection),
+        check(checker, checker.proj),
     )
 
 
-def job(sides: Sides, batch: int, size: int, steps: int) -> Case:
-    """The whole job, from a photograph to pictures that the safety checker has looked at."""
-    photo, both = Image.open(PHOTO).convert("RGB"), sides.part("pipeline")
+def pipeline_run(libraries: Libraries, batch: int, size: int, steps: int) -> Case:
+    """A call of the pipeline with a photo, including the safety checker."""
+    photo = Image.open(PHOTO).convert("RGB")
 
     def run(pipe: Any) -> Tensor:
-        pictures = pipe(
+        images = pipe(
             photo,
             height=size,
             width=size,
@@ -198,26 +209,26 @@ def job(sides: Sides, batch: int, size: int, steps: int) -> Case:
             num_images_per_prompt=batch,
             generator=torch.Generator().manual_seed(0),
         ).images
-        return torch.stack([torch.from_numpy(np.array(picture)).float() for picture in pictures])
+        return torch.stack([torch.from_numpy(np.array(image)).float() for image in images])
 
-    theirs, ours = (partial(run, pipe) for pipe in both)
-    return Case(f"pipeline, {batch} x {size} px, {steps} steps", theirs, ours)
-
-
-def pipeline(sides: Sides) -> Iterator[Case]:
-    yield job(sides, sides.args.batch, sides.size, sides.args.steps)
+    reference, pipe = (partial(run, pipe) for pipe in libraries.component("pipeline"))
+    return Case(f"pipeline, {batch} x {size} px, {steps} steps", reference, pipe)
 
 
-def of_children(run: Callable[[], Any]) -> float:
-    """Seconds of processor time that the processes which `run` started took."""
+def pipeline(libraries: Libraries) -> Iterator[Case]:
+    yield pipeline_run(libraries, libraries.args.batch, libraries.size, libraries.args.steps)
+
+
+def child_cpu_seconds(run: Callable[[], Any]) -> float:
+    """Return the CPU seconds of the child processes that `run` starts."""
 
     def spent() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
-    begun = spent()
+    before = spent()
     run()
-    return spent() - begun
+    return spent() - before
 
 
 def process(*lines: str) -> Callable[[], None]:
@@ -227,32 +238,34 @@ def process(*lines: str) -> Callable[[], None]:
     return run
 
 
-def load(sides: Sides) -> Iterator[Case]:
-    """`from_pretrained` of the whole pipeline, its import not counted."""
+def load(libraries: Libraries) -> Iterator[Case]:
+    """`from_pretrained` of the pipeline, without imports."""
     import diffusers
     import transformers
 
-    quiet(diffusers, transformers)
+    silence(diffusers, transformers)
 
-    def run(kind: Any) -> Callable[[], None]:
-        return lambda: kind.from_pretrained(sides.folder, torch_dtype=sides.dtype)
+    def run(cls: Any) -> Callable[[], None]:
+        return lambda: cls.from_pretrained(libraries.folder, torch_dtype=libraries.dtype)
 
     yield Case(
         "load; private memory",
         run(diffusers.StableDiffusionImageVariationPipeline),
         run(imvar.StableDiffusionImageVariationPipeline),
-        makes=True,
+        keeps_memory=True,
     )
 
 
-def imports(sides: Sides) -> Iterator[Case]:
-    """Processor time of a process that imports the pipeline, and beside imvar's of one that imports torch alone."""
-    ours = process("from imvar import StableDiffusionImageVariationPipeline")
-    yield Case("import, CPU", process("from diffusers import StableDiffusionImageVariationPipeline"), ours, of_children)
-    yield Case("import, CPU, on the left torch alone", process("import torch"), ours, of_children)
+def imports(libraries: Libraries) -> Iterator[Case]:
+    """CPU time of a process that imports the pipeline; then imvar's against one that imports only torch."""
+    own = process("from imvar import StableDiffusionImageVariationPipeline")
+    yield Case(
+        "import, CPU", process("from diffusers import StableDiffusionImageVariationPipeline"), own, child_cpu_seconds
+    )
+    yield Case("import, CPU; only torch in place of diffusers", process("import torch"), own, child_cpu_seconds)
 
 
-CASES: dict[str, Callable[[Sides], Iterator[Case]]] = {
+CASES: dict[str, Callable[[Libraries], Iterator[Case]]] = {
     "unet": unet,
     "vae": vae,
     "clip": clip,

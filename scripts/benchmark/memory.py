@@ -1,4 +1,4 @@
-"""The most memory that a call needs beyond what was there before it."""
+"""Memory of a call: its peak above the baseline, or the private memory of its result."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ import torch
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_of(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """The answer of `run`, and its peak in bytes: of PyTorch's allocator on CUDA, of the process elsewhere on Linux.
+def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """Return the output of `run` and its peak in bytes: of PyTorch's allocator on CUDA, else of the process (Linux).
 
-    The second call counts, so that weights that are first read from their file count for nobody.
+    The second call is measured, because the first one also reads memory-mapped weights.
     """
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        answer = run()
+        output = run()
         torch.cuda.synchronize()
-        return answer, torch.cuda.max_memory_allocated() - before
+        return output, torch.cuda.max_memory_allocated() - before
     if not CLEAR.exists():
         return run(), 0
-    hand_back()
-    CLEAR.write_text("5")  # the high-water mark down to what is there now
+    trim_heap()
+    CLEAR.write_text("5")  # reset the high-water mark
     before = status("VmRSS")
-    answer = run()
-    return answer, status("VmHWM") - before
+    output = run()
+    return output, status("VmHWM") - before
 
 
-def private_of(run: Callable[[], Any]) -> tuple[None, int]:
-    """How much private memory what `run` makes takes, in bytes, beside files that are mapped; on Linux."""
+def private_memory(run: Callable[[], Any]) -> tuple[None, int]:
+    """Return the private memory of what `run` returns, in bytes, without memory-mapped files (Linux)."""
     run()
     if not CLEAR.exists():
         return None, 0
-    hand_back()
+    trim_heap()
     before = status("RssAnon")
-    made = run()
-    taken = status("RssAnon") - before
-    del made
-    return None, taken
+    out = run()
+    size = status("RssAnon") - before
+    del out
+    return None, size
 
 
-def hand_back() -> None:
-    """What is freed, to the system, which glibc does not always do by itself."""
+def trim_heap() -> None:
+    """Return freed memory to the system, which glibc does not always do by itself."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmark.cases import Sides, guided_step, vae
+from benchmark.cases import Libraries, guided_step, vae
 from imvar.kernels import cpu_kernels as cpu
 from imvar.models import attention, layers
 
@@ -124,18 +124,18 @@ def peak(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def profile(sides: Sides) -> str:
+def profile(libraries: Libraries) -> str:
     """Tables, of the median round of each job."""
-    fastest, parts = peak(sides.dtype), []
-    for case in (guided_step(sides, sides.args.batch, sides.size), next(iter(vae(sides)))):
+    fastest, parts = peak(libraries.dtype), []
+    for case in (guided_step(libraries, libraries.args.batch, libraries.size), next(iter(vae(libraries)))):
         for _ in range(2):  # weights are put in order, memory is taken
-            case.ours()
+            case.imvar()
         accounts = []
-        for _ in range(sides.args.rounds):
+        for _ in range(libraries.args.rounds):
             accounts.append((Account(), time.perf_counter()))
             account = accounts[-1][0]
             with watched(account):
-                account.watching("the rest", case.ours)()
+                account.watching("the rest", case.imvar)()
         account = sorted((a for a, _ in accounts), key=lambda a: sum(a.seconds.values()))[len(accounts) // 2]
         parts.append(table(case.name, account, fastest))
     return "\n\n".join(parts)
