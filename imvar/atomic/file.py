@@ -1,47 +1,50 @@
-"""Atomic writes of single files: after a crash or an error a file has either its old or its new content."""
+"""Atomic writes of single files: after a crash or an error, a file has either its old or its new content."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, first_line, invalid
+from .filesystem import locked
 
 T = TypeVar("T")
 
 REASONS = {
-    "ENOSPC": "the disk is full",
-    "EDQUOT": "the disk quota is used up",
-    "EROFS": "the file system is read-only",
-    "EFBIG": "a file would be larger than is allowed here",
-    "EACCES": "there is no permission to write here",
-    "EPERM": "there is no permission to write here",
-    "ENOTDIR": "a file is where a folder should be",
-    "EEXIST": "a file is where a folder should be",
-    "EISDIR": "a folder is where a file should be",
+    "ENOSPC": "a full disk",
+    "EDQUOT": "an exhausted disk quota",
+    "EROFS": "a read-only file system",
+    "EFBIG": "a file above the size limit of this process or file system",
+    "EACCES": "no permission to write",
+    "EPERM": "no permission to write",
+    "ENOTDIR": "a file in place of a folder",
+    "EEXIST": "a file in place of a folder",
+    "EISDIR": "a folder in place of a file",
 }
 
 
 @contextmanager
 def explain_os_error(path: Path, state: str = "nothing was changed") -> Iterator[None]:
-    """What goes wrong with files in here becomes a `CheckpointError` that says why, and in what `state` `path` is."""
+    """Convert an `OSError` in the block to a `CheckpointError` with the reason and the resulting `state` of `path`."""
     try:
         yield
     except CheckpointError:
         raise
     except OSError as error:
         reason = REASONS.get(errno.errorcode.get(error.errno or 0, ""), error.strerror or first_line(error))
-        raise CheckpointError(f"cannot be written: {reason}; {state}", path=path) from error
+        raise invalid(CheckpointError, path, "a writable path", reason, state) from error
 
 
 def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
-    """Have `write` make a temporary neighbour, then rename it over `path`: never half a file, nor one after a crash.
+    """Let `write` create a temporary file next to `path`, then rename it to `path`; return the result of `write`.
 
-    Renaming also keeps a file intact that is mapped into memory, as loaded weights are, or that has a second name.
+    The previous file stays intact for programs that have it open or mapped into memory, as loaded weights are.
     """
     temporary = path.with_name(f".{path.name[:50]}.{os.urandom(8).hex()}.tmp")
     with explain_os_error(path):
@@ -57,22 +60,51 @@ def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
     return result
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path whose file replaces `path` at the end of the block, unless that raises.
+
+    Unlike with `atomic_write`, the temporary file has the same name, concurrent writes of `path` wait for each other,
+    and leftovers of killed ones are removed.
+    """
+    with explain_os_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path, path.parent) as temporary:
+            temporary.mkdir()
+            try:
+                yield temporary / path.name
+                (temporary / path.name).replace(path)
+                sync(path.parent)
+            except CheckpointError as error:
+                raise error.at(path) from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(path: Path, parent: Path) -> Iterator[Path]:
+    """Lock `path`, remove leftovers of killed saves of it from `parent`, and yield an unused temporary path there.
+
+    On systems without file locks, concurrent saves do not wait for each other and leftovers stay.
+    """
+    prefix = f".{path.name[:50]}.tmp-"
+    with locked(parent / f"{prefix}lock") as is_locked:
+        if is_locked:
+            for leftover in list(parent.glob(glob.escape(prefix) + "[0-9a-f]" * 16)):
+                shutil.rmtree(leftover, ignore_errors=True)
+        yield parent / f"{prefix}{os.urandom(8).hex()}"
+
+
 def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder where the system can promise those."""
-    if path.is_dir():
-        with suppress(OSError):  # no folder can be opened on Windows, and some network file systems sync none
-            _sync(path, os.O_RDONLY)
-    else:
-        _sync(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-
-
-def _sync(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Flush a file, or the entries of a folder where the system supports that, to the disk."""
+    is_folder = path.is_dir()
+    with suppress(*[OSError] * is_folder):  # Windows and some network file systems cannot flush folders
+        handle = os.open(path, os.O_RDONLY if is_folder or os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

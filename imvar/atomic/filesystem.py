@@ -1,11 +1,9 @@
-"""What an operating system can do for folders: exchange two, lock a name, tell where something is mounted."""
+"""Operations of the operating system: exchange two folders, lock a file, link files, copy permissions."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,40 +15,26 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2
+AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
 
 
-def exchange(new: Path, folder: Path, aside: Path) -> None:
-    """Two folders change places: in one step on Linux, elsewhere by way of `aside`, with a moment without `folder`."""
-    if sys.platform == "linux" and rename_exchange(new, folder):
-        return
-    os.rename(folder, aside)
-    try:
-        os.rename(new, folder)
-    except BaseException:
-        os.rename(aside, folder)
-        raise
-    with suppress(OSError):  # it is a leftover now, and goes with the next save
-        os.rename(aside, new)
-
-
-def rename_exchange(a: Path, b: Path) -> bool:
-    """Whether the system has, and the file system knows, a rename that lets two names change places."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders atomically; return False if the system or the file system does not support it."""
+    if sys.platform not in ("linux", "darwin"):
         return False
-    if renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
-        return True
-    if (code := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL):
+    libc, paths = ctypes.CDLL(None), (os.fsencode(a), os.fsencode(b))
+    if sys.platform == "darwin":
+        return libc.renamex_np(*paths, RENAME_SWAP) == 0
+    if not hasattr(libc, "renameat2"):
         return False
-    raise OSError(code, os.strerror(code), str(b))
+    return libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Wait until nobody else is in here with this path; False where the system cannot say.
+    """Hold an exclusive lock on the file `path`; yield False if the system or the file system has no locks.
 
-    The file is there only as long as it is locked. Of a process that was killed the lock goes, and the file is reused.
+    The file exists only while it is locked. The system releases the lock of a killed process, and the file is reused.
     """
     handle = None
     while fcntl is not None:
@@ -68,7 +52,7 @@ def locked(path: Path) -> Iterator[bool]:
                 handle = None
                 path.unlink(missing_ok=True)
             break
-        os.close(handle)  # it was another's, who has removed it since
+        os.close(handle)  # removed by its last owner in the meantime
         handle = None
     try:
         yield handle is not None
@@ -78,51 +62,29 @@ def locked(path: Path) -> Iterator[bool]:
             os.close(handle)
 
 
-def mounted(folder: Path, *, within: bool = False) -> bool:
-    """Whether a file system is mounted at `folder`, or `within` it. Only Linux tells of bind mounts."""
+def hard_link(source: Path, path: Path) -> bool:
+    """Hard-link a file; where that fails, create a copy of a symbolic link or an empty file and return False."""
     try:
-        table = Path("/proc/self/mountinfo").read_bytes()
-    except OSError:
-        return os.path.ismount(folder)
-    for line in table.splitlines():
-        escaped = line.split()[4]
-        place = Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), escaped)))
-        if place == folder or (within and place.is_relative_to(folder)):
-            return True
-    return False
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder and all in it; one that something is mounted in stays."""
-    if not mounted(folder, within=True):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def hard_link(entry: os.DirEntry[str], path: Path) -> bool:
-    """Give a file a second name, `path`; where it cannot have one, an empty file stands there: False."""
-    try:
-        if entry.is_symlink():
-            path.symlink_to(os.readlink(entry.path))
-            return True
-        if entry.is_file():
-            os.link(entry.path, path)
-            return True
+        os.link(source, path, follow_symlinks=False)
     except FileNotFoundError:
         raise
-    except OSError:  # another user's, or on another file system, or on one without links
-        pass
-    path.touch()
-    return False
+    except (OSError, NotImplementedError):  # another user's, on another file system, or on one without hard links
+        if source.is_symlink():
+            path.symlink_to(os.readlink(source))
+        else:
+            path.touch()
+        return False
+    return True
 
 
 def copy_ownership(old: Path, new: Path) -> bool:
-    """Give a folder the rights of another; False where that is not ours to do."""
-    was, now = old.stat(), new.stat()
-    if (was.st_uid, was.st_dev) != (now.st_uid, now.st_dev):
+    """Give a folder the group and permissions of another; return False if it would differ or not be writable."""
+    source, target = old.stat(), new.stat()
+    if (source.st_uid, source.st_dev) != (target.st_uid, target.st_dev):
         return False
     with suppress(OSError):
-        if was.st_gid != now.st_gid:
-            os.chown(new, -1, was.st_gid)
+        if source.st_gid != target.st_gid:
+            os.chown(new, -1, source.st_gid)
         shutil.copystat(old, new)
         return is_writable(new)
     return False
@@ -133,8 +95,8 @@ def is_writable(folder: Path) -> bool:
 
 
 def contains_cwd(folder: Path) -> bool:
-    """Whether this process is in `folder`: its current directory would no longer be what that name says."""
+    """Return whether the working directory is `folder` or in it: replacing the folder would remove it."""
     try:
         return Path(os.path.realpath(os.getcwd())).is_relative_to(folder)
-    except OSError:  # which has been removed
+    except OSError:  # it was removed already
         return False

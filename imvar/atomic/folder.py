@@ -1,228 +1,177 @@
-"""Folders that are replaced whole or not at all, and read as one save left them.
+"""Atomic replacement of folders, and consistent reads of folders that may be replaced meanwhile.
 
-A save writes a new folder beside the old one, in which the files that it leaves alone are the old ones under a second
-name (hard links); then the two folders change places in one step. What was open or mapped stays as it was.
+A save fills a new folder next to the old one, with hard links to the files that it keeps; then the two folders are
+exchanged in one system call. Open and mapped files stay valid.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import CheckpointError
-from .file import atomic_write, explain_os_error, sync
-from .filesystem import contains_cwd, copy_ownership, exchange, hard_link, is_writable, locked, mounted, remove
+from ..errors import CheckpointError, invalid
+from .file import atomic_write, exclusive, explain_os_error, sync
+from .filesystem import contains_cwd, copy_ownership, exchange, hard_link, is_writable
 
 T = TypeVar("T")
 FileStamp = tuple[int, int, int]
-"""Inode, size and time of change: a file that is replaced or written again has another."""
+"""Inode, size and modification time, which change when a file is replaced or rewritten."""
 
-MAX_LINKED_FILES = (
-    10_000  # files and folders in a folder; where there are more, it is no checkpoint's own and stays in place
-)
-WEIGHTS = (".safetensors", ".bin", ".json")  # what a save may have to remove: such files are always taken over
+MAX_LINKED_FILES = 10_000  # a folder with more files is not exchanged: it contains far more than a checkpoint
+REPLACEABLE = (".safetensors", ".bin", ".json")  # endings of files that a save may remove
 MAX_READS = 5
 _filling: set[Path] = set()  # the temporary folders of this process
 
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` if all goes well: old or new, never a mix.
+    """Yield a temporary folder that replaces `folder` at the end of the block, unless that raises.
 
-    Killed at any point, out of disk, or after an error in the `with` block, the old folder is as it was. The new one
-    begins with all that the old one holds, under second names: never write to such a file in place, but rename a new
-    one over it, as `write_whole` does, or call `private` first. A link is followed, and what it leads to is replaced.
-    Saves of one folder wait for each other, and remove what killed ones left. Inside a folder that is being replaced,
-    this is its plain subfolder.
+    If the process is killed, the disk is full or the block raises, `folder` is unchanged. The temporary folder starts
+    with hard links to all files of the old one: never write to such a file in place, but replace it, as `atomic_write`
+    does, or call `break_hard_links` first. Symbolic links to `folder` are followed. Concurrent saves of a folder wait
+    for each other and remove leftovers of killed ones. Within a temporary folder this yields the subfolder itself.
 
-    Folders change places only where a file of the old one is replaced or removed; new files alone are moved in one by
-    one, those that name the others last. So are all, and then each file is whole but the save is not, where the
-    folder itself has to stay: at and around a mount point, above the current directory, where the folder above it is
-    not ours to write to, where files cannot have two names or are another user's, and with more than `MANY` of them.
+    The folders are exchanged only if a file of the old one is replaced or removed; otherwise the new files are moved
+    in one by one, `model_index.json` last. Where the folder cannot be exchanged, files are moved in one by one too, so
+    a save that is killed in that moment leaves some new files and some old ones. This concerns mount points, the
+    working directory and its parents, folders in a read-only parent, folders or files of another user, more than
+    `MAX_LINKED_FILES` files, and file systems without hard links or exchange.
+
     Raises `CheckpointError` with the path, the reason, and whether anything was changed.
     """
     folder = Path(os.path.realpath(folder))
-    if folder in _filling:
-        yield folder
-        return
     with explain_os_error(folder):
-        if folder.is_symlink():
-            raise CheckpointError("is a link that leads back to itself; a folder would do", path=folder)
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError("is a file; a folder would do", path=folder)
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise invalid(CheckpointError, folder, "a folder", "a circular link" if folder.is_symlink() else "a file")
+        if _filling.intersection((folder, *folder.parents)):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+            return
         folder.parent.mkdir(parents=True, exist_ok=True)
-        stays = folder.exists() and (mounted(folder) or not is_writable(folder.parent))
+        stays = folder.exists() and (os.path.ismount(folder) or not is_writable(folder.parent))
         with exclusive(folder, folder if stays else folder.parent) as temporary:
-            if any(parent in _filling for parent in folder.parents):
-                folder.mkdir(exist_ok=True)
-                yield folder
-                return
             temporary.mkdir()
             _filling.add(temporary)
             try:
-                save = Save(folder, temporary)
+                save = FolderSave(folder, temporary)
                 yield temporary
                 save.finish()
             except CheckpointError as error:
                 if error.path is None or not error.path.is_relative_to(temporary):
                     raise
-                path = folder / error.path.relative_to(temporary)
-                raise CheckpointError(error.reason, path=path, key=error.key) from error
+                raise error.at(folder / error.path.relative_to(temporary)) from error
             finally:
                 _filling.discard(temporary)
-                remove(temporary)
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """The same for one file: a name to write it under, which takes the place of `path` if all goes well."""
-    with explain_os_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(path, path.parent) as temporary:
-            temporary.mkdir()
-            try:
-                yield temporary / path.name
-                (temporary / path.name).replace(path)
-                sync(path.parent)
-            except CheckpointError as error:
-                raise CheckpointError(error.reason, path=path, key=error.key) from error
-            finally:
-                remove(temporary)
-
-
-@contextmanager
-def exclusive(folder: Path, place: Path) -> Iterator[Path]:
-    """While nobody else saves `folder`, which may be a file: a free name in `place`, without what killed saves left.
-
-    Where the system has no locks nobody waits, and nothing is removed.
-    """
-    stem = f".{folder.name[:50]}.tmp-"
-    with locked(place / f"{stem}lock") as sole:
-        if sole:
-            with suppress(OSError):
-                if not folder.exists():  # killed in the middle of an exchange that took two steps
-                    aside(place / stem).rename(folder)
-            with suppress(OSError):
-                for path in list(place.iterdir()):
-                    if re.fullmatch(re.escape(stem) + "[0-9a-f]{16}", path.name) and not path.is_symlink():
-                        remove(path)
-        yield place / f"{stem}{os.urandom(8).hex()}"
-
-
-def aside(temporary: Path) -> Path:
-    """Where the old folder is for a moment, if an exchange takes two steps: the one name that can be told later."""
-    return temporary.with_name(temporary.name.rpartition("-")[0] + f"-{0:016}")
-
-
-class Save:
-    """One save of `folder` by way of the folder `new`: what it took over, what it wrote, and what it removed."""
+class FolderSave:
+    """A save of `folder` by way of the temporary folder `new`."""
 
     def __init__(self, folder: Path, new: Path):
-        """Fill the new folder with second names, or empty stand-ins, for all files of the old one."""
+        """Fill `new` with hard links to the files of `folder`."""
         self.folder, self.new = folder, new
         self.existed = folder.exists()
-        self.movable = new.parent == folder.parent
-        self.old: dict[str, int] = {}  # inodes in the old folder, by relative path
-        self.taken: dict[str, FileStamp] = {}  # files in the new one as they were taken over
-        if not self.existed:
-            return
-        if not is_writable(folder):
-            raise PermissionError(errno.EACCES, "no permission", str(folder))
-        folders = self.take_over()
-        self.movable = self.movable and all(copy_ownership(folder / name, new / name) for name in reversed(folders))
+        self.exchangeable = new.parent == folder.parent
+        self.linked: dict[str, FileStamp] = {}  # files of the old folder as they are in the new one
+        if self.existed:
+            if not is_writable(folder):
+                raise PermissionError(errno.EACCES, "no permission", str(folder))
+            self.link_contents()
 
-    def take_over(self) -> list[str]:
-        """Take over the upper files first, up to `MANY` and then what weights may be; says which folders there are."""
-        folders, queue = [""], deque([""])
-        while queue:
-            inside = queue.popleft()
-            try:
-                entries = list(os.scandir(self.folder / inside))
-            except OSError:  # not ours to read
-                self.movable = False
-                continue
-            for entry in entries:
-                name = os.path.join(inside, entry.name)
-                if entry.path == str(self.new):
-                    continue
-                if len(self.old) >= MAX_LINKED_FILES:
-                    self.movable = False
-                    if os.sep in inside or not (entry.name.endswith(WEIGHTS) or (not inside and entry.is_dir())):
-                        continue
-                with suppress(FileNotFoundError):  # removed just now
-                    if entry.is_dir(follow_symlinks=False):
-                        (self.new / name).mkdir()
-                        folders.append(name)
-                        queue.append(name)
-                    else:
-                        self.movable &= hard_link(entry, self.new / name)
-                        self.taken[name] = file_stamp(self.new / name)
-                    self.old[name] = entry.inode()
-        return folders
+    def link_contents(self) -> None:
+        """Link all files, or only those that a save may remove if the folders cannot be exchanged."""
+        subfolders, count = [""], 0
+        for root, folders, files in os.walk(self.folder, onerror=self.forbid_exchange):
+            inside = "" if root == str(self.folder) else os.path.relpath(root, self.folder)
+            folders[:] = [name for name in folders if os.path.join(root, name) != str(self.new)]
+            links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+            count += len(folders) + len(files)
+            if count > MAX_LINKED_FILES:
+                self.exchangeable = False
+            if not self.exchangeable:
+                files = [name for name in files if name.endswith(REPLACEABLE)]
+                folders[:] = [] if inside else folders
+            for name in (os.path.join(inside, name) for name in folders if name not in links):
+                (self.new / name).mkdir()
+                subfolders.append(name)
+            for name in (os.path.join(inside, name) for name in (*files, *links)):
+                with suppress(FileNotFoundError):  # removed in the meantime
+                    self.exchangeable &= hard_link(self.folder / name, self.new / name)
+                    self.linked[name] = file_stamp(self.new / name)
+        self.exchangeable = self.exchangeable and all(
+            copy_ownership(self.folder / name, self.new / name) for name in reversed(subfolders)
+        )
+
+    def forbid_exchange(self, error: OSError) -> None:
+        """Handle a subfolder that cannot be read."""
+        self.exchangeable = False
 
     def finish(self) -> None:
-        """Have all that was written on the disk, and then in place."""
-        below = [path for path in contents(self.new) if path.is_symlink() or not path.is_dir()]
-        written = [path.relative_to(self.new) for path in below if not self.untouched(self.new, path)]
-        gone = [Path(name) for name in self.taken if not os.path.lexists(self.new / name)]
-        folders = [path for path in contents(self.new) if path.is_dir()]
-        for path in (*(self.new / name for name in written), *folders, self.new):
+        """Flush all new files to the disk, then put them in place."""
+        files: list[Path] = []
+        folders = [self.new]
+        for path in contents(self.new):
+            (folders if path.is_dir() and not path.is_symlink() else files).append(path)
+        written = [path.relative_to(self.new) for path in files if not self.is_unchanged(self.new, path)]
+        removed = [Path(name) for name in self.linked if not os.path.lexists(self.new / name)]
+        for path in (*(self.new / name for name in written), *reversed(folders)):
             if not path.is_symlink():
                 sync(path)
-        stays = not self.movable or contains_cwd(self.folder) or mounted(self.folder, within=True)
-        replaces = bool(gone) or any(str(name) in self.taken for name in written)
-        if self.existed and (stays or not replaces):
-            return self.move_in(written, gone)
-        try:
-            if self.existed:
-                exchange(self.new, self.folder, aside(self.new))
-            else:
-                self.new.rename(self.folder)
-        except OSError:  # a file system that moves no folders, or the folder has come into being meanwhile
-            return self.move_in(written, gone)
-        sync(self.folder.parent)
-        self.keep_newcomers()
+        replaces = bool(removed) or any(str(name) in self.linked for name in written)
+        if (replaces or not self.existed) and self.replace_folder():
+            sync(self.folder.parent)
+            self.keep_newcomers()
+        else:
+            self.move_in(written, removed)
 
-    def untouched(self, root: Path, path: Path) -> bool:
-        """Whether a file is as it was taken over."""
-        return file_stamp(path) == self.taken.get(str(path.relative_to(root)))
+    def is_unchanged(self, root: Path, path: Path) -> bool:
+        """Return whether a file in `root` is the one that was linked."""
+        return file_stamp(path) == self.linked.get(str(path.relative_to(root)))
+
+    def replace_folder(self) -> bool:
+        """Put the new folder in place of the old one; return False if that is impossible."""
+        if self.existed:
+            return self.exchangeable and not contains_cwd(self.folder) and exchange(self.new, self.folder)
+        with suppress(OSError):  # created in the meantime
+            self.new.rename(self.folder)
+            return True
+        return False
 
     def keep_newcomers(self) -> None:
-        """After the exchange `new` is the old folder, about to be removed: what came into it meanwhile moves over."""
+        """Move files that other programs have added during the save from the old folder, now `new`, to the new one."""
         for path in contents(self.new):
             name = path.relative_to(self.new)
             target = self.folder / name
             with suppress(OSError):
-                free = not os.path.lexists(target) or self.untouched(self.folder, target)
-                if free and path.lstat().st_ino != self.old.get(str(name)):
+                free = not os.path.lexists(target) or self.is_unchanged(self.folder, target)
+                if free and path.lstat().st_ino != self.linked.get(str(name), (None,))[0]:
                     path.replace(target)
 
-    def move_in(self, written: list[Path], gone: list[Path]) -> None:
-        """File by file: weights, then the removal of what they replace, then settings, the index of all last."""
-        for target in (self.folder / name for name in (*written, *gone)):
-            above = next(parent for parent in target.parents if parent.exists())
-            if not above.is_dir() or not is_writable(above):
-                raise OSError(errno.EACCES if above.is_dir() else errno.ENOTDIR, "cannot be written", str(above))
+    def move_in(self, written: list[Path], removed: list[Path]) -> None:
+        """Move the files one by one: weights first, then configs, `model_index.json` last."""
+        for target in (self.folder / name for name in (*written, *removed)):
+            parent = next(parent for parent in target.parents if parent.exists())
+            if not parent.is_dir() or not is_writable(parent):
+                raise OSError(errno.EACCES if parent.is_dir() else errno.ENOTDIR, "cannot be written", str(parent))
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "a folder", str(target))
-        named = sorted(written, key=lambda name: (-len(name.parts), name.name.endswith("index.json")))
-        with explain_os_error(self.folder, "some of the new files are in place, beside old ones"):
-            for name in (name for name in named if name.suffix != ".json"):
+        order = sorted(written, key=lambda name: (-len(name.parts), name.name.endswith("index.json")))
+        with explain_os_error(self.folder, "some of its files are new, others old"):
+            for name in (name for name in order if name.suffix != ".json"):
                 move(self.new / name, self.folder / name)
-            for name in gone:
-                if (self.folder / name).lstat().st_ino == self.old[str(name)]:
-                    (self.folder / name).unlink()
-            for name in (name for name in named if name.suffix == ".json"):
+            for name in removed:
+                (self.folder / name).unlink(missing_ok=True)
+            for name in (name for name in order if name.suffix == ".json"):
                 move(self.new / name, self.folder / name)
-            for parent in {(self.folder / name).parent for name in (*written, *gone)}:
+            for parent in {(self.folder / name).parent for name in (*written, *removed)}:
                 sync(parent)
 
 
@@ -230,21 +179,21 @@ def move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         source.replace(target)
-    except OSError:  # as into a mounted folder; what is in the way of a copy as well is told by that
+    except OSError:  # such as to another file system
         atomic_write(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def break_hard_links(folder: Path) -> None:
-    """Make every file in a folder a copy of its own, so that others may write to it in place."""
+    """Replace each linked file in a folder by a copy, for programs that write to it in place."""
     for path in contents(folder):
         if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
             atomic_write(path, lambda temporary, path=path: shutil.copy2(path, temporary))
 
 
 def contents(folder: Path) -> Iterator[Path]:
-    """All that a folder holds, at any depth; links are not followed, and what vanishes meanwhile is passed over."""
-    for inside, folders, files in os.walk(folder):
-        yield from (Path(inside, name) for name in (*folders, *files))
+    """Yield all files and folders in a folder, at any depth, without following symbolic links."""
+    for root, folders, files in os.walk(folder):
+        yield from (Path(root, name) for name in (*folders, *files))
 
 
 def file_stamp(path: Path) -> FileStamp:
@@ -253,12 +202,11 @@ def file_stamp(path: Path) -> FileStamp:
 
 
 def read_consistently(folder: Path, patterns: Sequence[str], read: Callable[[], T]) -> T:
-    """What `read` returns, if the files that match stayed the same meanwhile; otherwise it reads again, a few times.
+    """Return the result of `read`; repeat it if files that match `patterns` changed meanwhile.
 
-    So no result is a mix of two saves, whoever saved and in which format: a name for each save, kept in the files,
-    would tell no more, and only of saves that wrote it.
+    So the result never mixes two saves, whichever program saved.
     """
-    fault = None
+    cause = None
     for _ in range(MAX_READS):
         before = stamps(folder, patterns)
         try:
@@ -268,14 +216,15 @@ def read_consistently(folder: Path, patterns: Sequence[str], read: Callable[[], 
         except OSError as error:
             if stamps(folder, patterns) == before:
                 raise
-            fault = error
-    raise CheckpointError(f"was changed while it was being read, {MAX_READS} times over", path=folder) from fault
+            cause = error
+    got = f"changes during each of {MAX_READS} attempts"
+    raise invalid(CheckpointError, folder, "files that stay the same while they are read", got) from cause
 
 
 def stamps(folder: Path, patterns: Sequence[str]) -> dict[Path, FileStamp]:
-    """The marks of the files that match, where links are followed: those of a hub's cache."""
+    """Return the stamps of the files that match, following symbolic links, of which the hub's cache consists."""
     found = {}
     for path in chain.from_iterable(map(folder.glob, patterns)):
-        with suppress(OSError, RuntimeError):  # it is gone by now, or leads nowhere, or back to itself
+        with suppress(OSError, RuntimeError):  # removed, or a broken or circular link
             found[path] = file_stamp(path.resolve())
     return found

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic.file import write_text
-from ..atomic.folder import atomic_file, atomic_folder
+from ..atomic.file import atomic_file, write_text
+from ..atomic.folder import atomic_folder
 from ..errors import CheckpointError, InputError
 from ..weights.configured import ConfiguredComponent
 from ..weights.keymap import PUBLISHED, Naming

@@ -10,7 +10,7 @@ import pytest
 
 import imvar
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
-from imvar.atomic import filesystem as swapping
+from imvar.atomic.filesystem import locked
 from tests.support.crashes import end_with, equal, held, nano_encoder, nano_pipeline, saved, temporaries
 
 # Loads
@@ -35,7 +35,7 @@ def test_readers_see_one_save_or_say_so(tmp_path):
             try:
                 pipe = StableDiffusionImageVariationPipeline.from_pretrained(tmp_path / "model")
             except CheckpointError as error:
-                if "was changed while it was being read" not in str(error):
+                if "files that stay the same while they are read" not in str(error):
                     raise
             else:
                 found.append(pipe.scheduler.config.steps_offset)
@@ -67,7 +67,7 @@ def test_a_folder_that_changes_while_it_is_read(tmp_path):
     saves = [1]
     assert equal(Unlucky.from_pretrained(tmp_path), nano_encoder(1))
     saves = [1, 2, 3] * 5
-    with pytest.raises(CheckpointError, match="was changed while it was being read") as caught:
+    with pytest.raises(CheckpointError, match="files that stay the same while they are read") as caught:
         Unlucky.from_pretrained(tmp_path)
     assert caught.value.path == tmp_path
 
@@ -92,11 +92,11 @@ def test_a_lock_is_on_the_file_that_others_find(tmp_path):
     """Whoever has waited for a lock finds that its file is gone; a third would lock another."""
 
     def wait():
-        with swapping.locked(tmp_path / "lock") as sole:
+        with locked(tmp_path / "lock") as sole:
             found.append(sole and (tmp_path / "lock").exists())
 
     found, second = [], threading.Thread(target=wait)
-    with swapping.locked(tmp_path / "lock"):
+    with locked(tmp_path / "lock"):
         second.start()
         time.sleep(0.2)
     second.join()

@@ -167,7 +167,7 @@ def test_a_picture_is_written_whole_or_not_at_all(run, photo, tmp_path, capsys, 
 
     monkeypatch.setattr(Image.Image, "save", full)
     assert run(photo, "-n", 1, "--seed", 0, "--guidance", 1) == 1
-    assert "a photo-0.png: cannot be written: the disk is full; nothing was changed" in capsys.readouterr().err
+    assert "a photo-0.png: expected a writable path, got a full disk; nothing was changed" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
