@@ -23,7 +23,7 @@ from imvar.conversion import convert
 def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser().parse_args(argv))
     try:
-        convert(**options, say=partial(print, flush=True))
+        convert(**options, log=partial(print, flush=True))
     except BrokenPipeError:  # whoever read along has read enough, but not seen the job done
         sys.stdout = None
         return 1

@@ -1,4 +1,4 @@
-"""What a checkpoint of any kind holds: its parts, each found, understood and complete, with none of it copied."""
+"""Inspection of checkpoints in any known layout: their parts, each complete and built without copying weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, invalid, short_repr
 from ..weights.configured import configured_from_single
 from ..weights.filenames import DIFFUSERS, TRANSFORMERS
 from ..weights.infer_config import infer_config, uninferable_warning
@@ -24,174 +24,181 @@ from ..weights.single_file import EMA, RAW, PartTensors, SingleFile, detect_part
 
 @dataclass(frozen=True)
 class InspectedPart:
-    """A part of a checkpoint: an object of its class, with the weights as the file has them, and where it is from."""
+    """A part of a checkpoint: a component with the weights of the file, and a description of these for the report.
 
-    part: str
-    value: Any
-    path: Path
-    how: str
-    """In words: the dialect of the names, and which weights were taken where there was a choice."""
-    held: PartTensors | None = None
-    """What the file has of it; None for a part without weights."""
+    `source` has the tensors under their names in the file; it is None for a part without weights.
+    """
 
-    @property
-    def has_weights(self) -> bool:
-        return isinstance(self.value, PretrainedModel)
+    component: Any
+    description: str
+    source: PartTensors | None = None
 
     @cached_property
     def keymap(self) -> Keymap:
-        return self.value.keymap
+        """The keymap of a model."""
+        return self.component.keymap
 
     @property
     def dropped(self) -> Mapping[str, int]:
-        """The tensors beside the weights that no model has a use for: how many are called how."""
-        if self.held is None:
+        """The tensors in the file that no model uses: by pattern of their names, how many."""
+        if self.source is None:
             return {}
-        return Counter(pattern for name in self.held.tensors if (pattern := self.keymap.drops(name, self.held.naming)))
+        naming = self.source.naming
+        return Counter(pattern for name in self.source.tensors if (pattern := self.keymap.drops(name, naming)))
 
-    def name(self, ours: str) -> str:
-        """What the file calls a tensor of ours."""
-        if self.held is None:
+    def source_name(self, ours: str) -> str:
+        """Return the name in the file of the model's tensor `ours`."""
+        if self.source is None:
             return ours
-        sources = self.keymap.sources(ours, self.held.naming)
-        return next((source.name for source in sources if source.name in self.held.tensors), ours)
+        sources = self.keymap.sources(ours, self.source.naming)
+        return next((source.name for source in sources if source.name in self.source.tensors), ours)
 
     @property
     def dtypes(self) -> Counter[str]:
-        """How many tensors there are of each dtype."""
-        return Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.value.state_dict().values())
+        """The number of tensors of each dtype."""
+        return Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.component.state_dict().values())
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint that was looked over.
-
-    `notes` say, in words, what of it is left where it is; `lacking` are parts that its index names and it has not.
-    """
+    """The parts of a checkpoint, `notes` on what else it contains, and the parts `missing` that its index lists."""
 
     source: Path
-    kind: str
+    layout: str
     parts: dict[str, InspectedPart]
     notes: list[str] = field(default_factory=list)
-    lacking: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 def inspect_checkpoint(
     source: str | Path, *, ema: str = "auto", config: Path | None = None, only: str | None = None
 ) -> Inspection:
-    """Look over a folder in diffusers' layout, the folder of one part, or a single file in any known dialect.
+    """Inspect a folder in diffusers' layout, the folder of one part, or a single file in any known dialect.
 
-    `only`: the one part that is wanted. `ema` and `config` are as in `from_single_file`. Raises `CheckpointError` for
-    a source that holds nothing known, and for a part that is not complete, naming the tensor.
+    `only`: inspect this part alone. `ema` and `config` are as in `from_single_file`. Raises `CheckpointError` for a
+    source without a known part, and for an incomplete part, naming the tensor.
     """
     source = Path(source)
     if source.is_dir():
-        found = inspect_folder(source, ema, config, only)
+        inspection = inspect_folder(source, ema, config, only)
     elif source.exists():
-        found = inspect_file(SingleFile.read(source), ema, config, only)
+        inspection = inspect_file(SingleFile.read(source), ema, config, only)
     else:
-        raise CheckpointError("no such file or folder", path=source)
-    if not found.parts or (only and only not in found.parts):
-        raise CheckpointError(f"holds no {only or 'part of a checkpoint'}", path=source)
-    return found
+        raise invalid(CheckpointError, source, "a file or folder", "nothing at this path")
+    if not inspection.parts or (only and only not in inspection.parts):
+        got = " and ".join(inspection.parts) or "none"
+        raise invalid(CheckpointError, source, only or "a part of a checkpoint", got)
+    return inspection
 
 
 def inspect_file(file: SingleFile, ema: str, config: Path | None, only: str | None) -> Inspection:
-    wanted = list(file.parts) if only is None else [only]
+    """Inspect a single file; `only` and the others are as in `inspect_checkpoint`."""
     if only is None:
-        file.check_known()
+        file.check_no_unknown()
     parts, notes = {}, []
-    for part in wanted:
-        held = file.part(part, ema)
+    for part in file.parts if only is None else [only]:
+        tensors = file.select(part, ema)
         model: Any = default_class(part).from_single(file, config, ema=ema, dtype=None, warn=notes.append)
-        how = held.naming.dialect.value
+        description = tensors.naming.dialect.value
         if part == "unet":
-            how += describe_ema_choice(held.naming, file)
-        parts[part] = InspectedPart(part, with_modern_sample_size(model), file.path, how, held)
+            description += describe_ema_choice(tensors.naming, file)
+        parts[part] = InspectedPart(with_modern_sample_size(model), description, tensors)
     if "unet" in parts and not file.is_single_part and only is None:
+        encoder = parts["image_encoder"].component if "image_encoder" in parts else None
         for part in ("scheduler", "feature_extractor"):
-            encoder = parts["image_encoder"].value if "image_encoder" in parts else None
-            value = configured_from_single(part, file, config, encoder)
-            where = "--config" if config else "this file" if part in file.settings else "the published settings"
-            parts[part] = InspectedPart(part, value, file.path, f"from {where}")
-    if tables := [name for name in file.tensors if file.is_droppable(name)]:
-        notes.append(f"{len(tables)} tensors of the schedule and of the moving average's state are left out")
-    if file.aside:
-        notes.append(f"left where they are: {', '.join(file.aside)}")
-    return Inspection(
-        file.path, "one part alone" if file.is_single_part else "the original layout, one file", parts, notes
-    )
+            component = configured_from_single(part, file, config, encoder)
+            origin = "--config" if config else "this file" if part in file.configs else "the published checkpoint"
+            parts[part] = InspectedPart(component, f"config from {origin}")
+    if dropped := [name for name in file.tensors if file.is_droppable(name)]:
+        notes.append(f"dropped: {len(dropped)} tensors of the noise schedule and of the moving average's state")
+    if file.ignored_entries:
+        notes.append(f"ignored: {', '.join(file.ignored_entries)}")
+    layout = "a single file with one part" if file.is_single_part else "a single file in the original layout"
+    return Inspection(file.path, layout, parts, notes)
 
 
 def describe_ema_choice(naming: Naming, file: SingleFile) -> str:
-    """Which of the UNet's weights were taken, and what was there."""
-    there = {held.naming for held in file.parts["unet"]}
+    """Return which of the UNet's weights are used, and whether the file has the others."""
+    namings = {version.naming for version in file.parts["unet"]}
     if naming == EMA:
-        return ", moving average (EMA) taken, " + ("raw weights left" if RAW in there else "there are no raw weights")
+        return ", moving average (EMA) used, " + ("raw weights ignored" if RAW in namings else "no raw weights")
     if naming == RAW:
-        return ", raw weights taken, " + ("moving average (EMA) left" if EMA in there else "there is no moving average")
+        return ", raw weights used, " + ("moving average (EMA) ignored" if EMA in namings else "no moving average")
     return ""
 
 
 def inspect_folder(folder: Path, ema: str, config: Path | None, only: str | None) -> Inspection:
+    """Inspect a folder in diffusers' layout, or that of one model."""
     if ema != "auto":
-        raise InputError(
-            f"ema={ema!r}: a folder has one set of weights for the UNet, so there is nothing to choose; 'auto' would do"
-        )
-    there = [part for part in PARTS if (folder / part).is_dir()]
-    if there:
-        index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
-        none = [part for part in there if index.get(part) == [None, None]]
-        odd = sorted(
-            {name for name, value in index.items() if isinstance(value, list)}.union(
-                path.parent.name for path in folder.glob("*/*.json")
-            )
-            - PARTS.keys()
-        )
-        notes = [f"left where they are: {', '.join(none + odd)}"] if none + odd else []
-        lacking = [part for part in PARTS if part not in there and index.get(part, [None, None]) != [None, None]]
-        found = {
-            part: inspect_part(part, safe_join(folder, part), config, index.get(part))
-            for part in there
-            if part not in none and only in (None, part)
-        }
-        return Inspection(folder, "a folder in diffusers' layout", found, notes, lacking)
-    held = find_weights(folder)
-    alone = detect_part(held.tensors) if held else None
-    if alone is None:
-        raise CheckpointError("holds neither parts of a checkpoint, such as unet/, nor the weights of one", path=folder)
-    return Inspection(folder, "the folder of one part", {alone[0]: inspect_part(alone[0], folder, config)})
+        raise invalid(InputError, "ema", "'auto' for a folder, which has one set of UNet weights", short_repr(ema))
+    folders = [part for part in PARTS if (folder / part).is_dir()]
+    if not folders:
+        tensors = find_weights(folder)
+        if tensors is None or not tensors.part:
+            raise invalid(CheckpointError, folder, "folders of parts, such as unet/, or the weights of one", "neither")
+        return Inspection(folder, "the folder of one part", {tensors.part: inspect_model(tensors, folder, config)})
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    disabled = [part for part in folders if index.get(part) == [None, None]]
+    listed = {name for name, value in index.items() if isinstance(value, list)}
+    unknown = sorted(listed.union(path.parent.name for path in folder.glob("*/*.json")) - PARTS.keys())
+    notes = [f"ignored: {', '.join(disabled + unknown)}"] if disabled + unknown else []
+    missing = [part for part in PARTS if part not in folders and index.get(part, [None, None]) != [None, None]]
+    parts = {
+        part: inspect_part(part, safe_join(folder, part), config, index.get(part))
+        for part in folders
+        if part not in disabled and only in (None, part)
+    }
+    return Inspection(folder, "a folder in diffusers' layout", parts, notes, missing)
 
 
-def inspect_part(part: str, folder: Path, config: Path | None, listed: Any = None) -> InspectedPart:
-    """One part's folder: settings, and weights if its kind has any. `listed`: what the index says of it."""
-    kind = default_class(part)
-    path = safe_join(folder, kind.config_name) if config is None else kind.settings_file(config)
-    if not issubclass(kind, PretrainedModel):
-        settings = read_json(path)
-        if part == "scheduler":
-            name = listed[-1] if config is None and listed and isinstance(listed, list) else settings.get("_class_name")
-            kind = class_named(part, name, path)
-        return InspectedPart(part, kind.build(kind.validate_config(settings, path), path), path, "settings alone")
-    held = find_weights(folder)
-    if held is None:
-        raise CheckpointError("holds no weights", path=folder)
-    held = replace(held, part=part)
-    told = path.is_file()
-    weights = held.path or folder
-    settings = kind.read_config(path) if told else kind.validate_config(infer_config(held), weights)
-    guessed = None if told else uninferable_warning(held, settings)
-    model = kind.from_tensors(
-        held.tensors, settings, path if told else weights, dtype=None, naming=held.naming, path=weights
+def inspect_part(part: str, folder: Path, config: Path | None, index_value: Any) -> InspectedPart:
+    """Inspect the folder of one part; `index_value` is the library and class that the index lists for it."""
+    component_cls = default_class(part)
+    if issubclass(component_cls, PretrainedModel):
+        tensors = find_weights(folder)
+        if tensors is None:
+            raise invalid(CheckpointError, folder, "weights", "none")
+        return inspect_model(replace(tensors, part=part), folder, config)
+    path = config_path(component_cls, folder, config)
+    settings = read_json(path)
+    if part == "scheduler":
+        is_listed = config is None and index_value and isinstance(index_value, list)
+        component_cls = class_named(part, index_value[-1] if is_listed else settings.get("_class_name"), path)
+    component = component_cls.build(component_cls.validate_config(settings, path), path)
+    return InspectedPart(component, "config only")
+
+
+def inspect_model(tensors: PartTensors, folder: Path, config: Path | None) -> InspectedPart:
+    """Inspect a model in `folder`; its config is inferred from `tensors` where there is no file with it."""
+    model_cls, warning = default_class(tensors.part), None
+    path = config_path(model_cls, folder, config)
+    if path.is_file():
+        settings = model_cls.read_config(path)
+    else:
+        path = tensors.path
+        settings = model_cls.validate_config(infer_config(tensors), path)
+        warning = uninferable_warning(tensors, settings)
+    model = model_cls.from_tensors(
+        tensors.tensors, settings, path, dtype=None, naming=tensors.naming, path=tensors.path
     )
-    found = InspectedPart(part, with_modern_sample_size(model), weights, held.naming.dialect.value, held)
-    current = {found.keymap.spelled(name) for name in model.state_dict()}
-    older = " of 2022" if held.naming == PUBLISHED and not current <= held.tensors.keys() else ""
-    return replace(found, how=f"{found.how}{older}, from {weights.name}{f'; {guessed}' if guessed else ''}")
+    current_names = {model.keymap.spelled(name) for name in model.state_dict()}
+    is_older = tensors.naming == PUBLISHED and not current_names <= tensors.tensors.keys()
+    description = f"{tensors.naming.dialect.value}{' of 2022' if is_older else ''}, from {tensors.path.name}"
+    if warning:
+        description += f"; {warning}"
+    return InspectedPart(with_modern_sample_size(model), description, tensors)
+
+
+def config_path(component_cls: Any, folder: Path, config: Path | None) -> Path:
+    """Return the config file of a component in `folder`, or in the folder `config` if that is given."""
+    return safe_join(folder, component_cls.config_name) if config is None else component_cls.find_config(config)
 
 
 def find_weights(folder: Path) -> PartTensors | None:
-    """The weights in a part's folder, safetensors before pickles and plain files before variants; None without any."""
+    """Return the weights in a part's folder: safetensors before pickles, plain files before variants; None without any.
+
+    `part` is "" if the tensors are of no known part.
+    """
     names = [path.name for path in folder.iterdir()]
     for stem in (DIFFUSERS, TRANSFORMERS):
         for variant in stem.variants(names)[:1]:
@@ -202,7 +209,7 @@ def find_weights(folder: Path) -> PartTensors | None:
 
 
 def with_modern_sample_size(model: Any) -> Any:
-    """The model, with the setting that a pipeline puts right by the age of its file: what is written is of today."""
+    """Return the model with the sample_size that pipelines use: the output does not have the version of the source."""
     if model.part == "unet" and has_legacy_sample_size(model.config):
         model.register_to_config(sample_size=64)
     return model

@@ -1,4 +1,4 @@
-"""The layouts that a checkpoint is converted to, and what is checked before and after one is written."""
+"""The layouts that a checkpoint is converted to, with the checks before and after writing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..atomic.file import atomic_file, write_text
 from ..atomic.folder import atomic_folder
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, invalid
 from ..weights.configured import ConfiguredComponent
 from ..weights.keymap import PUBLISHED, Naming
 from ..weights.model_index import INDEX, PARTS, index_text
@@ -26,166 +26,166 @@ from ..weights.single_file import CONFIGS_KEY, ORIGINAL_NAMINGS
 from ..weights.writing import WrittenFile, write_tensors, write_weights
 from .inspect import InspectedPart
 
-PIPELINE = "StableDiffusionImageVariationPipeline"
-WHOLE = {"unet", "vae", "image_encoder"}  # without these there is no pipeline, and so no index of its parts
+PIPELINE_CLASS = "StableDiffusionImageVariationPipeline"
+REQUIRED_PARTS = {"unet", "vae", "image_encoder"}  # of a pipeline; a folder without them has no index
 
-WIDER = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WIDE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 OnBytes = Callable[[int], Any]
 
 
 class Layout(ABC):
-    """A checkpoint to be written: where, with which parts, and as which dtype (None: as each tensor is)."""
+    """A checkpoint to write: a path, the parts, and a dtype for all floating-point tensors, or None to keep each."""
 
-    kind: str
+    description: str
 
     def __init__(self, path: Path, parts: Mapping[str, InspectedPart], dtype: torch.dtype | None, max_shard_size: int):
         self.path, self.dtype, self.max_shard_size = path, dtype, max_shard_size
-        self.parts = {name: found for name, found in parts.items() if self.takes(found)}
+        self.parts = {name: part for name, part in parts.items() if self.accepts(part)}
         if not self.parts:
-            raise InputError(f"to: {self.kind} has no place for the {' and the '.join(parts)}")
+            expected = f"a layout with a place for the {' and the '.join(parts)}"
+            raise invalid(InputError, "to", expected, self.description)
 
     @staticmethod
     @abstractmethod
     def check_path(path: Path) -> None:
-        """Raise `InputError` for a path that cannot be of this layout."""
+        """Raise `InputError` for a path that is not possible in this layout."""
 
     @abstractmethod
-    def takes(self, found: InspectedPart) -> bool:
-        """Whether the layout has a place for this part."""
+    def accepts(self, part: InspectedPart) -> bool:
+        """Return whether the layout has a place for this part."""
 
     @property
     @abstractmethod
     def left_out(self) -> dict[str, str]:
-        """The parts that the target goes without, and why."""
+        """The parts that are not written, and the reason."""
 
     @abstractmethod
     def naming(self, part: str) -> Naming:
-        """What tensors of the part are called."""
+        """Return the naming of a part's tensors."""
 
     @abstractmethod
     def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
-        """Write it whole or not at all; to `verify`, read it back before it takes its place."""
+        """Write the checkpoint atomically; with `verify`, read it back before it replaces the target."""
 
     @abstractmethod
-    def read(self, part: str, place: Path) -> Mapping[str, Tensor]:
-        """What was written of the part, and is still at `place`."""
+    def read(self, part: str, path: Path) -> Mapping[str, Tensor]:
+        """Return the tensors of a part that was written to the temporary `path`."""
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By part, what is to be written under which name, not yet cast."""
+        """By part, the tensors to write under their new names, before the cast."""
         return {
-            name: found.keymap.to_theirs(found.value.state_dict(), self.naming(name))
-            for name, found in self.parts.items()
-            if found.has_weights
+            name: part.keymap.to_theirs(part.component.state_dict(), self.naming(name))
+            for name, part in self.parts.items()
+            if part.source
         }
 
     @property
-    def bytes(self) -> int:
-        """What the weights will take."""
+    def total_bytes(self) -> int:
+        """The size of all tensors to write."""
         return sum(self.written_bytes(tensor) for tensors in self.tensors.values() for tensor in tensors.values())
 
     def written_bytes(self, tensor: Tensor) -> int:
+        """Return the size of a tensor after the cast."""
         return tensor.numel() * (self.dtype or tensor.dtype).itemsize
 
-    def check_leftovers(self) -> None:  # noqa: B027
-        """Raise `CheckpointError` for a part of another checkpoint at the target that this one would stand beside."""
+    def check_target(self) -> None:  # noqa: B027
+        """Raise `CheckpointError` if the target has a part of another checkpoint that would stay among the new ones."""
 
     @property
-    def beside(self) -> list[Path]:
-        """Files of weights at the target that the new ones neither replace nor go with."""
+    def kept_weights(self) -> list[Path]:
+        """Weights in the target folder that are neither replaced nor part of the new checkpoint, such as variants."""
         return []
 
     def check_space(self) -> None:
-        """Raise `CheckpointError` if the disk has no room for it."""
-        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
-        free = shutil.disk_usage(there).free
-        if self.bytes > free:
-            raise CheckpointError(
-                f"needs {self.bytes} bytes, and {free} are free on that disk; nothing was written", path=self.path
-            )
+        """Raise `CheckpointError` if the disk is too full."""
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if self.total_bytes > free:
+            expected, got = f"{self.total_bytes} bytes of free disk space", f"{free} bytes"
+            raise invalid(CheckpointError, self.path, expected, got, "nothing was written")
 
     def check_values(self, on_bytes: OnBytes) -> None:
-        """Raise for a tensor with NaN or infinite values, or with values that the new dtype cannot hold."""
-        for found in (part for part in self.parts.values() if part.has_weights):
-            for name, tensor in found.value.state_dict().items():
-                wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # few functions take 8 bits
-                low, high = (bound.item() for bound in wide.aminmax()) if tensor.numel() else (0.0, 0.0)
+        """Raise for a tensor with NaN or infinite values, or with values beyond the new dtype."""
+        for part in self.parts.values():
+            if part.source is None:
+                continue
+            for name, tensor in part.component.state_dict().items():
+                values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # few functions support 8 bits
+                low, high = (bound.item() for bound in values.aminmax()) if tensor.numel() else (0.0, 0.0)
+                key, path, largest = part.source_name(name), part.source.path, max(-low, high)
                 if not isfinite(low) or not isfinite(high):
-                    raise CheckpointError("has NaN or infinite values", path=found.path, key=found.name(name))
-                if self.dtype and (most := max(-low, high)) > torch.finfo(self.dtype).max:
-                    wide = [name for name, dtype in WIDER.items() if most <= torch.finfo(dtype).max] or ["keep"]
-                    raise InputError(
-                        f"dtype: {found.name(name)} of {found.path} goes up to {most:g}, beyond "
-                        f"{self.dtype}; {' or '.join(wide)} would do"
-                    )
+                    raise invalid(CheckpointError, path, "finite values", "NaN or infinity", key=key)
+                if self.dtype and largest > torch.finfo(self.dtype).max:
+                    fitting = [name for name, dtype in WIDE_DTYPES.items() if largest <= torch.finfo(dtype).max]
+                    got = f"{self.dtype}, which cannot hold {largest:g} of {key} in {path}"
+                    raise invalid(InputError, "dtype", " or ".join(fitting or ["keep"]), got)
                 on_bytes(self.written_bytes(tensor))
 
-    def verify(self, place: Path, on_bytes: OnBytes) -> None:
-        """Read back what was written. Raises `CheckpointError` naming a tensor that differs in a bit."""
+    def verify(self, path: Path, on_bytes: OnBytes) -> None:
+        """Read back the temporary `path`. Raises `CheckpointError` naming a tensor that differs in a bit."""
         for part, tensors in self.tensors.items():
-            there = self.read(part, place)
+            written = self.read(part, path)
             for name, tensor in tensors.items():
-                if name not in there or not same(there[name], tensor.to(self.dtype or tensor.dtype)):
-                    raise CheckpointError(
-                        "does not read back as it was written, so it was removed", path=self.path, key=name
-                    )
+                if name not in written or not is_identical(written[name], tensor.to(self.dtype or tensor.dtype)):
+                    expected, got = "the values that were written", "others when reading back"
+                    raise invalid(CheckpointError, self.path, expected, got, "the new files were removed", key=name)
                 on_bytes(self.written_bytes(tensor))
 
 
 class DiffusersLayout(Layout):
-    """A folder in diffusers' layout: settings and safetensors for each part, and an index if they make a pipeline."""
+    """A folder with a config and safetensors for each part, and an index if the parts make a pipeline."""
 
-    kind = "a folder in diffusers' layout"
+    description = "a folder in diffusers' layout"
 
     @staticmethod
     def check_path(path: Path) -> None:
         if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt") or path.is_file():
-            raise InputError(
-                f"target={str(path)!r}: diffusers' layout is a folder, and this is a file or named "
-                "like one; to='original' writes one file"
-            )
+            hint = "to='original' (--to original) writes one file"
+            raise invalid(InputError, "target", "a folder", f"a file, {str(path)!r}", hint)
 
-    def takes(self, found: InspectedPart) -> bool:
+    def accepts(self, part: InspectedPart) -> bool:
         return True
 
     @property
     def left_out(self) -> dict[str, str]:
-        why = "the source has none; fill= (--fill) can take it from another checkpoint"
-        return {name: why for name in PARTS if name not in self.parts and len(self.parts) > 1}
+        reason = "not in the source; fill= (--fill) takes it from another checkpoint"
+        return {name: reason for name in PARTS if name not in self.parts and len(self.parts) > 1}
 
     def naming(self, part: str) -> Naming:
         return PUBLISHED
 
-    def check_leftovers(self) -> None:
+    def check_target(self) -> None:
         old = [self.path / name for name in PARTS if name not in self.parts and (self.path / name).is_dir()]
         if old and len(self.parts) > 1:
-            raise CheckpointError(
-                "is there from another checkpoint, and there is none to replace it: it would stand "
-                "beside the new parts as if it were theirs. Another target, or fill= (--fill), would "
-                "do",
-                path=old[0],
+            raise invalid(
+                CheckpointError,
+                old[0],
+                "no part of another checkpoint among the new ones",
+                "one that would not be replaced",
+                "choose another target, or pass fill= (--fill)",
             )
 
     @property
-    def beside(self) -> list[Path]:
+    def kept_weights(self) -> list[Path]:
         return [
             path
-            for name, found in self.parts.items()
-            if found.has_weights
+            for name, part in self.parts.items()
+            if part.source
             for path in sorted((self.path / name).glob("*"))
-            if found.value.stem.left(path.name)
+            if part.component.stem.left(path.name)
         ]
 
     def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         written = []
         with atomic_folder(self.path) as new:
-            for name, found in self.parts.items():
-                ConfiguredComponent.save_pretrained(found.value, new / name)
-                if found.has_weights:
+            for name, part in self.parts.items():
+                ConfiguredComponent.save_pretrained(part.component, new / name)
+                if part.source:
                     files = write_weights(
                         new / name,
-                        found.value.stem,
+                        part.component.stem,
                         self.tensors[name],
                         dtype=self.dtype,
                         max_shard_size=self.max_shard_size,
@@ -193,32 +193,30 @@ class DiffusersLayout(Layout):
                         digest=True,
                     )
                     written += [replace(file, path=self.path / name / file.path.name) for file in files]
-            if self.parts.keys() >= WHOLE:
-                values = {name: self.parts[name].value if name in self.parts else None for name in PARTS}
+            if self.parts.keys() >= REQUIRED_PARTS:
+                components = {name: self.parts[name].component if name in self.parts else None for name in PARTS}
                 settings = {"requires_safety_checker": "safety_checker" in self.parts}
-                write_text(new / INDEX, index_text(PIPELINE, values, settings))
+                write_text(new / INDEX, index_text(PIPELINE_CLASS, components, settings))
             if verify:
                 self.verify(new, on_bytes)
         return written
 
-    def read(self, part: str, place: Path) -> Mapping[str, Tensor]:
-        return read_weights(place / part, self.parts[part].value.stem, None, True)[1]
+    def read(self, part: str, path: Path) -> Mapping[str, Tensor]:
+        return read_weights(path / part, self.parts[part].component.stem, None, True)[1]
 
 
 class OriginalLayout(Layout):
-    """One safetensors file in the original layout, raw weights for the UNet; the settings are in its metadata."""
+    """One safetensors file with original names, those of raw weights for the UNet, and the configs in its metadata."""
 
-    kind = "one file in the original layout"
+    description = "a single file in the original layout"
 
     @staticmethod
     def check_path(path: Path) -> None:
         if path.suffix != ".safetensors" or path.is_dir():
-            raise InputError(
-                f"target={str(path)!r}: the original layout is one file, and a name that ends in .safetensors would do"
-            )
+            raise invalid(InputError, "target", "a .safetensors file for to='original'", repr(str(path)))
 
-    def takes(self, found: InspectedPart) -> bool:
-        return found.part in ORIGINAL_NAMINGS or not found.has_weights
+    def accepts(self, part: InspectedPart) -> bool:
+        return part.component.part in ORIGINAL_NAMINGS or part.source is None
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -229,23 +227,23 @@ class OriginalLayout(Layout):
 
     def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
-        settings = json.dumps({name: found.value.saved_config() for name, found in self.parts.items()}, sort_keys=True)
+        configs = {name: part.component.saved_config() for name, part in self.parts.items()}
+        metadata = {CONFIGS_KEY: json.dumps(configs, sort_keys=True)}
         with atomic_file(self.path) as new:
-            written = write_tensors(
-                new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True, metadata={CONFIGS_KEY: settings}
-            )
+            written = write_tensors(new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True, metadata=metadata)
             if verify:
                 self.verify(new, on_bytes)
         return [replace(written, path=self.path)]
 
-    def read(self, part: str, place: Path) -> Mapping[str, Tensor]:
-        return read_checkpoint(place)[0]
+    def read(self, part: str, path: Path) -> Mapping[str, Tensor]:
+        return read_checkpoint(path)[0]
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same to the bit."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+def is_identical(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal in shape, dtype and every bit."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
 
 
-def bits(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, as uint8."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

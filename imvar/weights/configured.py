@@ -1,8 +1,7 @@
-"""Components whose config lives in a file of its own, and `from_pretrained` and `save_pretrained` of those without weights."""
+"""Components with a config file, and `from_pretrained` and `save_pretrained` of those without weights."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,27 +10,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..atomic.file import write_text
 from ..checks import as_path, check_type
 from ..config import Configured, json_text
-from ..errors import CheckpointError, InputError, short_repr
+from ..errors import CheckpointError, InputError, in_checkpoint, invalid, short_repr, warn_user
 from .hub import Hub, locate
 from .json_files import read_json, safe_join
-from .model_index import FORMAT, PARTS, class_named, default_class
+from .model_index import DIFFUSERS_VERSION, PARTS, class_named, default_class
 from .options import SAVE_OPTIONS, filter_kwargs, should_write
 
 if TYPE_CHECKING:
     from .single_file import SingleFile
 
-PLAIN = "unet", "vae"  # whose files hold their own settings and nothing else
+STRICT_PARTS = "unet", "vae"  # whose config files have no fields but their own; transformers' have many more
 
 
 class ConfiguredComponent(Configured):
-    """A part whose settings live in a file of their own."""
+    """A component whose config is a file: a scheduler, an image processor or a model."""
 
     config_name: ClassVar[str] = "config.json"
     part: ClassVar[str]
 
-    def __init_subclass__(cls, part: str | None = None, also: Sequence[str] = (), **more: Any):
-        """`part`: the folder of a checkpoint that this class serves; `also`: other names that it goes by there."""
-        super().__init_subclass__(**more)
+    def __init_subclass__(cls, part: str | None = None, also: Sequence[str] = (), **kwargs: Any):
+        """Register a class for the folder `part` of checkpoints, under its own name and the names in `also`."""
+        super().__init_subclass__(**kwargs)
         if part:
             cls.part = part
             PARTS[part] |= dict.fromkeys((cls.__name__, *also), cls)
@@ -48,10 +47,10 @@ class ConfiguredComponent(Configured):
         token: str | bool | None = None,
         **changes: Any,
     ) -> Self:
-        """Read settings from a folder, a hub repository or a bundled checkpoint; `changes` come on top.
+        """Load a config from a folder, a hub repository or a bundled checkpoint; `changes` replace its fields.
 
-        `subfolder` is part of what the caller names, as if the path ended in it. Raises `CheckpointError` for a file
-        that is missing or holds what this part cannot honour.
+        `subfolder` is appended to the path. Raises `CheckpointError` if the file is missing or has a value that this
+        class does not support.
         """
         name = f"{subfolder}/{cls.config_name}" if check_type("subfolder", subfolder, str) else cls.config_name
         hub = Hub(revision, cache_dir, local_files_only, token)
@@ -61,84 +60,91 @@ class ConfiguredComponent(Configured):
 
     @classmethod
     def read_config(cls, path: Path, **changes: Any) -> Any:
-        """The settings in `path`, checked; `changes` are checked as constructor arguments are."""
+        """Return the validated config in the file `path`, with `changes` to its fields."""
         return cls.validate_config(read_json(path), path, **changes)
 
     @classmethod
     def validate_config(cls, settings: Mapping[str, Any], path: Path, **changes: Any) -> Any:
-        """Settings that came from `path`, checked, and `changes`, checked as constructor arguments are."""
+        """Return the config with the fields `settings`, read from `path`, and `changes`.
+
+        Raises `CheckpointError` about the fields, and `InputError` about the changes, which are the caller's.
+        """
         name = settings.get("_class_name")
         owners = [part for part, classes in PARTS.items() if isinstance(name, str) and name in classes]
         if owners and cls.part not in owners:
-            raise CheckpointError(
-                f"is {short_repr(name)}, of the {owners[0]}; settings of the {cls.part} would do",
-                path=path,
+            raise invalid(
+                CheckpointError,
+                path,
+                f"a class of the {cls.part}",
+                f"{short_repr(name)}, of the {owners[0]}",
                 key="_class_name",
             )
-        known = [f.name for f in fields(cls.config_class)]
-        changes = cls.config_class.from_args(**filter_kwargs(changes, known, cls.__name__)).explicit()
+        field_names = [f.name for f in fields(cls.config_class)]
+        changes = cls.config_class.from_args(**filter_kwargs(changes, field_names, cls.__name__)).explicit()
         try:
             config = cls.config_class.from_dict(settings, **changes)
-            if cls.part in PLAIN and (odd := sorted(name for name in config.extra_fields if name[:1] != "_")):
-                warnings.warn(
-                    f"{path}: {', '.join(map(short_repr, odd[:10]))}: no setting of {cls.__name__}, so left alone",
-                    stacklevel=5,
-                )
-            return config
         except InputError as error:
-            other = cls.foreign_class_name(settings)
-            reason = f"{error}; these are the settings of a {other}" if other else str(error)
-            raise CheckpointError(reason, path=path, key=error.key) from error
+            if other := cls.foreign_class_name(settings):
+                expected, got = f"the config of the {cls.part}", f"that of a {other} ({error})"
+                raise invalid(CheckpointError, path, expected, got, key=error.key) from error
+            raise in_checkpoint(error, path) from error
+        unknown = sorted(name for name in config.extra_fields if name[:1] != "_")
+        if unknown and cls.part in STRICT_PARTS:
+            names = ", ".join(map(short_repr, unknown[:10]))
+            warn_user(f"{path}: {cls.__name__} has no config fields {names}; they are ignored")
+        return config
 
     @classmethod
     def build(cls, config: Any, path: Path) -> Self:
-        """A part with the settings that `path` holds, or a `CheckpointError` for those that do not go together."""
+        """Return a component with a config that was read from `path`; its `InputError` becomes a `CheckpointError`."""
         try:
             return cls(config)
         except InputError as error:
-            raise CheckpointError(str(error), path=path, key=error.key) from error
+            raise in_checkpoint(error, path) from error
 
     @classmethod
-    def settings_for(cls, file: SingleFile, config: Path | None) -> tuple[Mapping[str, Any], Path] | None:
-        """This part's settings for a file of weights, and where they are: in the folder `config`, which may be that of
-        a whole checkpoint, else beside the file if it holds nothing but this part, else in it; else None."""
-        path = file.path.with_name(cls.config_name) if config is None else cls.settings_file(config)
-        beside = (
+    def config_for(cls, file: SingleFile, folder: Path | None) -> tuple[Mapping[str, Any], Path] | None:
+        """Return the config that goes with a file of weights, and the path that it was read from; None without one.
+
+        It is read from `folder` if one is given; else from the file next to the weights, if these are of this
+        component alone; else from the metadata of the weights file.
+        """
+        path = file.path.with_name(cls.config_name) if folder is None else cls.find_config(folder)
+        is_neighbour = (
             file.is_single_part
             and file.path.is_file()
             and path.is_file()
             and not cls.foreign_class_name(read_json(path))
         )
-        if config is not None or beside:
+        if folder is not None or is_neighbour:
             return read_json(path), path
-        return (file.settings[cls.part], file.path) if cls.part in file.settings else None
+        return (file.configs[cls.part], file.path) if cls.part in file.configs else None
 
     @classmethod
-    def settings_file(cls, config: Path) -> Path:
-        """This part's settings in the folder `config`, which may be that of a whole checkpoint."""
-        for folder in (config / cls.part, config):
-            if (folder / cls.config_name).is_file():
-                path = safe_join(folder, cls.config_name)
+    def find_config(cls, folder: Path) -> Path:
+        """Return this component's config file in `folder`, that of a checkpoint or of the component alone."""
+        for place in (folder / cls.part, folder):
+            if (place / cls.config_name).is_file():
+                path = safe_join(place, cls.config_name)
                 if name := cls.foreign_class_name(read_json(path)):
-                    raise CheckpointError(f"holds the settings of a {name}, not of the {cls.part}", path=path)
+                    raise invalid(CheckpointError, path, f"the config of the {cls.part}", f"that of a {name}")
                 return path
-        raise CheckpointError(
-            f"holds no settings of the {cls.part}: looked for {cls.part}/{cls.config_name} and {cls.config_name}",
-            path=config,
-        )
+        raise invalid(CheckpointError, folder, f"{cls.part}/{cls.config_name} or {cls.config_name}", "neither")
 
     @classmethod
     def foreign_class_name(cls, settings: Mapping[str, Any]) -> str | None:
-        """The class that these settings say they are of, if it is none of this part; None where they say nothing."""
-        several = settings.get("architectures")
-        names = [settings.get("_class_name"), *(several if isinstance(several, list) else ())]
-        strange = [name for name in names if isinstance(name, str) and name not in (cls.__name__, *PARTS[cls.part])]
-        return strange[0] if strange and cls.part != "scheduler" else None  # of those, other code tells more
+        """Return the class that a config names if it is not one of this part; None if it names none."""
+        if cls.part == "scheduler":  # one scheduler reads the config of another, so `validate_config` decides
+            return None
+        architectures = settings.get("architectures")
+        names = [settings.get("_class_name"), *(architectures if isinstance(architectures, list) else ())]
+        known_names = {cls.__name__, *PARTS[cls.part]}
+        return next((name for name in names if isinstance(name, str) and name not in known_names), None)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the settings into a folder, made if need be, in the published format.
+        """Write the config into a folder, which is created if needed, in the published format.
 
-        `options` are those of parts with weights, of which `is_main_process=False` alone changes something here.
+        `options` are those of models; of these only `is_main_process=False` has an effect: nothing is written.
         """
         options = filter_kwargs(options, SAVE_OPTIONS, f"{type(self).__name__}.save_pretrained")
         if not should_write(options.get("is_main_process")):
@@ -147,15 +153,20 @@ class ConfiguredComponent(Configured):
         write_text(as_path("save_directory", save_directory) / self.config_name, text)
 
     def saved_config(self) -> Mapping[str, Any]:
-        """What the settings file says: the settings, and who wrote them in which format."""
-        return self.config.to_dict() | {"_class_name": type(self).__name__, "_diffusers_version": FORMAT}
+        """Return the content of the config file: the config, the class, and the version of the format."""
+        return self.config.to_dict() | {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
 
 
-def configured_from_single(part: str, file: SingleFile, config: Path | None, image_encoder: Any) -> Any:
-    """A part without weights to go with those in `file`, by the settings that are found, else by the published ones."""
-    from .infer_config import settings_without_weights
+def configured_from_single(part: str, file: SingleFile, folder: Path | None, image_encoder: Any) -> Any:
+    """Return the scheduler or feature extractor for the models in `file`, with the published config if it has none.
+
+    `folder` is that of `from_single_file(config=)`; `image_encoder`, if any, determines the size of the images.
+    """
+    from .infer_config import published_config  # imported here to keep `import imvar` fast
 
     size = image_encoder.config.image_size if image_encoder is not None else 224
-    settings, path = default_class(part).settings_for(file, config) or (settings_without_weights(part, size), file.path)
-    kind = class_named(part, settings.get("_class_name"), path) if part == "scheduler" else default_class(part)
-    return kind.build(kind.validate_config(settings, path), path)
+    settings, path = default_class(part).config_for(file, folder) or (published_config(part, size), file.path)
+    component_cls = default_class(part)
+    if part == "scheduler":
+        component_cls = class_named(part, settings.get("_class_name"), path)
+    return component_cls.build(component_cls.validate_config(settings, path), path)

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError
 from . import key_tables as tables
 from .keymap import Dialect
-from .published_config import SETTINGS
+from .published_config import PUBLISHED_CONFIGS
 from .single_file import PartTensors
 
 NOT_INFERABLE: dict[
@@ -78,10 +78,10 @@ def uninferable_warning(held: PartTensors, settings: Mapping[str, Any]) -> str |
     )
 
 
-def settings_without_weights(part: str, image_size: int) -> dict[str, Any]:
+def published_config(part: str, image_size: int) -> dict[str, Any]:
     """The published settings of a part that has no weights, the feature extractor's for pictures of that size."""
     size = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
-    return SETTINGS[part] | (size if part == "feature_extractor" else {})
+    return PUBLISHED_CONFIGS[part] | (size if part == "feature_extractor" else {})
 
 
 def count_tensors(held: PartTensors, name: Callable[[int], str], first: int = 0) -> int:
@@ -105,7 +105,7 @@ def unet(held: PartTensors) -> dict[str, Any]:
             for i in range(levels)
         ]
 
-    return SETTINGS["unet"] | {
+    return PUBLISHED_CONFIGS["unet"] | {
         "in_channels": held.size(found, "conv_in.weight", 1),
         "out_channels": held.size(found, "conv_out.weight"),
         "block_out_channels": [held.size(found, f"down.{i}.resnets.0.conv1.weight") for i in range(levels)],
@@ -121,7 +121,7 @@ def vae(held: PartTensors) -> dict[str, Any]:
     levels, layers = (count_tensors(held, template.format) for template in VAE[held.naming.dialect])
     levels = max(levels, 1)
     found = tables.vae(levels, layers)
-    return SETTINGS["vae"] | {
+    return PUBLISHED_CONFIGS["vae"] | {
         "in_channels": held.size(found, "encoder.conv_in.weight", 1),
         "out_channels": held.size(found, "decoder.conv_out.weight"),
         "latent_channels": held.size(found, "post_quant_conv.weight"),
@@ -142,7 +142,7 @@ def image_encoder(held: PartTensors) -> dict[str, Any]:
             "a folder with the settings would do (config=)",
             path=held.path,
         )
-    return SETTINGS["image_encoder"] | {
+    return PUBLISHED_CONFIGS["image_encoder"] | {
         "hidden_size": width,
         "intermediate_size": held.size(found, "tower.layers.0.mlp.widen.weight"),
         "num_hidden_layers": layers,

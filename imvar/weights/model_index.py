@@ -1,4 +1,4 @@
-"""`model_index.json`: the parts of a checkpoint, and the class that serves each."""
+"""`model_index.json`, and the registry of the class for each part: weights/ reaches model classes through `PARTS`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import json_text
-from ..errors import CheckpointError, short_repr
+from ..errors import CheckpointError, invalid, short_repr
 
 INDEX = "model_index.json"
-FORMAT = "0.42.1"  # the diffusers version whose file format is written; readers branch on it
+DIFFUSERS_VERSION = "0.42.1"  # whose file format is written; readers branch on it
 
 PARTS: dict[str, dict[str, Any]] = {
-    # The class that serves each class name a checkpoint may give. The classes enter themselves: `class X(..., part=)`.
+    # By part and class name in a checkpoint, the class that reads it. A class registers itself: `class X(..., part=)`.
     "vae": {},
     "image_encoder": {},
     "unet": {},
@@ -22,45 +22,44 @@ PARTS: dict[str, dict[str, Any]] = {
     "feature_extractor": {},
 }
 
-UNLISTED_PARTS = ("safety_checker",)  # what an index need not list
-OPTIONAL_COMPONENTS = "safety_checker", "feature_extractor"  # parts without which some calls do
+UNLISTED_PARTS = ("safety_checker",)  # which an index need not list
+OPTIONAL_COMPONENTS = "safety_checker", "feature_extractor"  # which a pipeline can do without
 
 LIBRARIES = {
     "image_encoder": "transformers",
     "feature_extractor": "transformers",
     "safety_checker": "stable_diffusion",
-}  # the column that diffusers reads; the rest are its own
-
-
-KNOWN_LIBRARIES = "diffusers", "transformers", "stable_diffusion", "imvar"  # libraries that an index may name
+}  # as diffusers lists them; the other parts are of diffusers
+KNOWN_LIBRARIES = "diffusers", "transformers", "stable_diffusion", "imvar"  # which an index may list
 
 
 def class_named(part: str, class_name: Any, path: Path) -> Any:
-    """The class of that name for that part, looked up and never imported; `path` is where it is named."""
+    """Return the class registered for a part under the name in `path`. It is looked up, never imported."""
     classes = PARTS.get(part, {})
-    found = classes.get(class_name) if isinstance(class_name, str) else None
-    if found is None:
-        raise CheckpointError(
-            f"is {short_repr(class_name)}; imvar has {', '.join(classes) or 'no such part'}. Another can "
-            f"be handed over: from_pretrained(..., {part}=...)",
-            path=path,
+    component_cls = classes.get(class_name) if isinstance(class_name, str) else None
+    if component_cls is None:
+        raise invalid(
+            CheckpointError,
+            path,
+            " or ".join(classes) or "a part of this pipeline",
+            short_repr(class_name),
+            f"to use another class, pass {part}= to from_pretrained",
             key=part,
         )
-    return found
+    return component_cls
 
 
 def default_class(part: str) -> Any:
-    """The class that a part has where no file names one."""
+    """Return the class of a part for files that name none."""
     return next(iter(PARTS[part].values()))
 
 
-def index_entry(part: str, value: Any) -> list[str | None]:
-    """What the index says of a part: library and class."""
-    return [None, None] if value is None else [LIBRARIES.get(part, "diffusers"), type(value).__name__]
+def index_entry(part: str, component: Any) -> list[str | None]:
+    """Return the library and class that the index lists for a component."""
+    return [None, None] if component is None else [LIBRARIES.get(part, "diffusers"), type(component).__name__]
 
 
-def index_text(class_name: str, parts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """The file of a pipeline of that class, with these parts and settings of its own."""
-    stamp = {"_class_name": class_name, "_diffusers_version": FORMAT}
-    listed = {part: index_entry(part, value) for part, value in parts.items()}
-    return json_text(stamp | dict(settings) | listed)
+def index_text(class_name: str, components: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return the content of `model_index.json` for a pipeline of that class, with its components and own config."""
+    entries = {part: index_entry(part, component) for part, component in components.items()}
+    return json_text({"_class_name": class_name, "_diffusers_version": DIFFUSERS_VERSION} | dict(settings) | entries)

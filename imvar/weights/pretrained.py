@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -13,29 +12,27 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..atomic.folder import atomic_folder, read_consistently
-from ..checks import Dtype, as_dtype, as_path, check_type
-from ..errors import CheckpointError
+from ..checks import Dtype, as_path, check_type
+from ..errors import CheckpointError, invalid, warn_user
 from .configured import ConfiguredComponent
 from .filenames import DIFFUSERS, TRANSFORMERS, WeightsName
 from .hub import Hub, locate, within
 from .json_files import safe_join
 from .keymap import PUBLISHED, Dialect, Keymap, Naming
-from .options import READ_OPTIONS, SAVE_OPTIONS, filter_kwargs, locate_config, resolve_ema, should_write
+from .options import READ_OPTIONS, SAVE_OPTIONS, filter_kwargs, locate_config, resolve_dtype, resolve_ema, should_write
 from .reading import read_weights
 
 if TYPE_CHECKING:
     from .single_file import SingleFile
 
-TRANSFORMERS_FORMAT = "5.23.0"
-MAX_LAYERS_TO_LIST, MAX_LAYERS = (
-    100,
-    1000,
-)  # layers: so few are built, to name the tensors that a file lacks for them; so many never are
+TRANSFORMERS_VERSION = "5.23.0"  # whose config format is written
+MAX_LAYERS = 1000  # of any model
+MAX_LAYERS_TO_LIST = 100  # up to which a model is built even for fewer tensors, to name the ones that are missing
 OURS = Naming(Dialect.OURS)
 
 
 class PretrainedModel(ConfiguredComponent, nn.Module):
-    """A model: settings, weights, and the table that knows what files call its weights."""
+    """A model: config, weights, and the keymap between its parameter names and those in files."""
 
     stem: ClassVar[WeightsName] = DIFFUSERS
 
@@ -45,7 +42,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
 
     @property
     def keymap(self) -> Keymap:
-        """The dictionary between our names and the published ones."""
+        """The translation between this model's parameter names and those in files."""
         raise NotImplementedError
 
     @classmethod
@@ -66,44 +63,42 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         disable_mmap: bool = False,
         **changes: Any,
     ) -> Self:
-        """Read settings and weights from a folder, a hub repository or a bundled checkpoint.
+        """Load a model from a folder, a hub repository or a bundled checkpoint; `changes` replace config fields.
 
-        `changes` of settings come on top. Weights are float32 unless another `dtype` is named ("auto": the widest
-        that the file has), and are mapped from the file where they need no conversion, whatever `low_cpu_mem_usage`
-        and `disable_mmap` say. The model is in eval mode. Raises `CheckpointError` naming the file, and the tensor
-        that is missing, unknown or misshapen.
+        Weights become float32 or `dtype` ("auto": the widest dtype in the file). They are memory-mapped where they
+        need no conversion, also with `low_cpu_mem_usage=False` and `disable_mmap=True`, which have no effect. The
+        model is in eval mode. Raises `CheckpointError` naming the file, and the missing, unknown or misshapen tensor.
         """
-        wanted_dtype = as_dtype(torch_dtype if dtype is None else dtype)
+        weights_dtype = resolve_dtype(torch_dtype, dtype)
         prefix = f"{subfolder}/" if check_type("subfolder", subfolder, str) else ""
         check_type("low_cpu_mem_usage", low_cpu_mem_usage, bool)
         check_type("disable_mmap", disable_mmap, bool)
 
-        def wanted(names: set[str] | None) -> list[str]:
+        def allow_patterns(names: set[str] | None) -> list[str]:
             files = cls.stem.choose(within(names, prefix), variant, use_safetensors)
             return [prefix + name for name in (cls.config_name, *files)]
 
         hub = Hub(revision, cache_dir, local_files_only, token)
-        folder = locate(pretrained_model_name_or_path, hub, wanted) / prefix
-        return cls.read(folder, variant=variant, dtype=wanted_dtype, use_safetensors=use_safetensors, **changes)
+        folder = locate(pretrained_model_name_or_path, hub, allow_patterns) / prefix
+        return cls.read(folder, variant=variant, dtype=weights_dtype, use_safetensors=use_safetensors, **changes)
 
     @classmethod
     def min_tensor_count(cls, config: Any) -> int:
-        """How many tensors a model with these settings has at the least, told without building it."""
+        """Return a lower bound of the number of tensors of a model with this config, without building it."""
         return 0
 
     @classmethod
     def read(
         cls, folder: Path, *, variant: str | None, dtype: Dtype, use_safetensors: bool | None, **changes: Any
     ) -> Self:
-        """The model in `folder`, all of one save."""
+        """Load the model in `folder`, with config and weights of the same save."""
 
-        def files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
+        def read_files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
             config = cls.read_config(safe_join(folder, cls.config_name), **changes)
             return config, read_weights(folder, cls.stem, variant, use_safetensors)
 
-        config, (path, tensors) = read_consistently(
-            folder, [cls.config_name, *cls.stem.choose(None, None, None)], files
-        )
+        patterns = [cls.config_name, *cls.stem.choose(None, None, None)]
+        config, (path, tensors) = read_consistently(folder, patterns, read_files)
         return cls.from_tensors(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
 
     @classmethod
@@ -123,15 +118,16 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         token: str | bool | None = None,
         **changes: Any,
     ) -> Self:
-        """This part out of one `.ckpt` or safetensors file, alone or among others, in any dialect that is known.
+        """Load a model from a `.ckpt` or safetensors file with its weights and maybe others, in any known dialect.
 
-        The file: a path, a link to one on the hub, "owner/name/file", or its tensors by name. `config`: the folder or
-        hub repository of a checkpoint with the settings, where neither the file nor its neighbour `config.json` has
-        them; else they are what the tensors' shapes tell, and the published ones, with a warning where these may not
-        fit. `ema`: "yes" for the moving average of a UNet's weights, "no" for the weights as last trained, "auto" for
-        the first if it is there; `extract_ema` says yes or no as well. The rest is as in `from_pretrained`.
+        The file: a path, a hub link, "owner/name/file", or a dictionary of its tensors. `config`: the folder or hub
+        repository of a checkpoint to take the config from. Without it, the config is that in the file's metadata, or
+        the `config.json` next to a file of this model alone; else it is inferred from tensor shapes and filled from
+        the published checkpoint, with a warning where that may be wrong. `ema`: load the UNet's moving average
+        ("yes"), the raw weights ("no"), or the average if there is one ("auto"); `extract_ema` is diffusers' form of
+        it. The rest is as in `from_pretrained`.
         """
-        from .single_file import SingleFile  # see weights/__init__.py
+        from .single_file import SingleFile  # imported here to keep `import imvar` fast
 
         hub = Hub(revision, cache_dir, local_files_only, token)
         file = SingleFile.from_source(pretrained_model_link_or_path_or_dict, hub)
@@ -139,7 +135,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             file,
             locate_config(config, hub, subfolder),
             ema=resolve_ema(ema, extract_ema),
-            dtype=as_dtype(torch_dtype if dtype is None else dtype),
+            dtype=resolve_dtype(torch_dtype, dtype),
             **{name: value for name, value in changes.items() if name not in READ_OPTIONS},
         )
 
@@ -147,59 +143,49 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
     def from_single(
         cls,
         file: SingleFile,
-        config: Path | None,
+        folder: Path | None,
         *,
         ema: str,
         dtype: Dtype,
-        warn: Callable[[str], Any] = warnings.warn,
+        warn: Callable[[str], Any] = warn_user,
         **changes: Any,
     ) -> Self:
-        """The model out of `file`; `config` is a folder with its settings, if they are not to be told by the file.
+        """Load this model from `file`, with the config in `folder` if one is given.
 
-        `warn` is told of settings that are but guessed.
+        `warn` is called with a message if config fields are assumed that neither a config nor a tensor determines.
         """
-        from .infer_config import infer_config, uninferable_warning
+        from .infer_config import infer_config, uninferable_warning  # imported here to keep `import imvar` fast
 
-        held = file.part(cls.part, ema)
-        settings, path = cls.settings_for(file, config) or (infer_config(held), file.path)
-        if (
-            path == file.path
-            and cls.part not in file.settings
-            and (guessed := uninferable_warning(held, {**settings, **changes}))
-        ):
-            warn(guessed)
-        return cls.from_tensors(
-            held.tensors,
-            cls.validate_config(settings, path, **changes),
-            path,
-            dtype=dtype,
-            naming=held.naming,
-            path=file.path,
-        )
+        part = file.select(cls.part, ema)
+        settings, path = cls.config_for(file, folder) or (infer_config(part), file.path)
+        is_inferred = path == file.path and cls.part not in file.configs
+        if is_inferred and (message := uninferable_warning(part, {**settings, **changes})):
+            warn(message)
+        config = cls.validate_config(settings, path, **changes)
+        return cls.from_tensors(part.tensors, config, path, dtype=dtype, naming=part.naming, path=file.path)
 
     @classmethod
     def from_tensors(
         cls,
         tensors: Mapping[str, Tensor],
         config: Any,
-        told: Path,
+        config_path: Path,
         *,
         dtype: Dtype,
         naming: Naming | None = None,
         path: Path,
     ) -> Self:
-        """A model in eval mode with the settings that `told` tells, holding `tensors` uncopied where they need no cast.
+        """Build the model on the meta device, in eval mode, and assign `tensors`, without a copy unless cast.
 
-        It is built on the meta device, and not at all where more layers are asked for than there can be tensors for.
+        A config with far more layers than there are tensors is refused first. `config_path` and `path` are the files
+        of the config and of the tensors, for errors.
         """
-        if (least := cls.min_tensor_count(config)) > min(max(len(tensors), MAX_LAYERS_TO_LIST), MAX_LAYERS):
-            raise CheckpointError(
-                f"asks for {least} layers or more; {path.name} has {len(tensors)} tensors, and "
-                f"{MAX_LAYERS} layers are the most",
-                path=told,
-            )
+        layers, limit = cls.min_tensor_count(config), min(max(len(tensors), MAX_LAYERS_TO_LIST), MAX_LAYERS)
+        if layers > limit:
+            expected = f"at most {limit} layers, as {path.name} has {len(tensors)} tensors"
+            raise invalid(CheckpointError, config_path, expected, f"{layers} or more")
         with torch.device("meta"), SkipInit():
-            model = cls.build(config, told)
+            model = cls.build(config, config_path)
         load(model, tensors, naming=naming, path=path, dtype=dtype)
         return model.eval()
 
@@ -213,12 +199,12 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         max_shard_size: int | str | None = "10GB",
         **options: Any,
     ) -> None:
-        """Write settings and weights into a folder, made if need be, as diffusers reads them.
+        """Write config and weights into a folder, which is created if needed, in diffusers' format.
 
-        All of it or nothing, even if killed; `atomic/folder.py` says how, and where that cannot be. Only the main
-        process of a distributed run writes. `save_function` is for code written against diffusers, and not called.
+        The write is atomic, even if the process is killed; `atomic/folder.py` explains how, and where it cannot be.
+        In a distributed run, only the main process writes. `save_function` is diffusers' and has no effect.
         """
-        from .writing import write_weights
+        from .writing import write_weights  # imported here to keep `import imvar` fast
 
         filter_kwargs(options, SAVE_OPTIONS, f"{type(self).__name__}.save_pretrained")
         if not should_write(is_main_process):
@@ -237,35 +223,40 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are."""
+        """The dtype of the weights."""
         return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
+        """Return the number of parameter values, or of those that require a gradient."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
 
 class TransformersModel(PretrainedModel):
-    """A model whose published files are in transformers' manner."""
+    """A model whose published files follow transformers."""
 
     stem = TRANSFORMERS
     model_type: ClassVar[str]
 
     def saved_config(self) -> Mapping[str, Any]:
-        """Says float32 whatever was saved, so that diffusers loads all parts of a half-precision folder alike."""
+        """Return the content of the config file.
+
+        Its dtype is float32 for any weights, so that diffusers loads all parts of a half-precision folder with the
+        same dtype.
+        """
         settings = {key: value for key, value in self.config.to_dict().items() if key != "torch_dtype"}
         return settings | {
             "architectures": [type(self).__name__],
             "model_type": self.model_type,
             "dtype": "float32",
-            "transformers_version": TRANSFORMERS_FORMAT,
+            "transformers_version": TRANSFORMERS_VERSION,
         }
 
 
@@ -277,53 +268,49 @@ def load(
     path: Path | None = None,
     dtype: Dtype = None,
 ) -> None:
-    """Load `tensors`, named as published (now or earlier), as ours, or as `naming` says, into `model`.
+    """Load `tensors` into `model`, named as published (now or earlier), as in `state_dict()`, or by `naming`.
 
-    A model on the meta device takes them as they are, or in another `dtype` ("auto": all in the widest there is); any
-    other copies them. Raises
-    `CheckpointError` naming the tensors that are missing, unknown or misshapen; nothing is loaded then.
+    A model on the meta device takes the tensors themselves, or casts to `dtype` ("auto": the widest among them); any
+    other copies them. Raises `CheckpointError` for missing, unknown or misshapen tensors, before anything is loaded.
     """
     expected = model.state_dict()
     if naming is None:
         naming = OURS if tensors.keys() == expected.keys() else PUBLISHED
     try:
-        found = model.keymap.to_ours(tensors, expected, naming, path)
+        values = model.keymap.to_ours(tensors, expected, naming, path)
     except CheckpointError as error:
-        from .single_file import detect_part  # see weights/__init__.py
+        from .single_file import detect_part  # imported here to keep `import imvar` fast
 
         other = detect_part(tensors)
         if other is None or other[0] == model.part:
             raise
-        reason = f"{error.reason}; these look like the weights of another part, the {other[0]}"
-        raise CheckpointError(reason, path=path, key=error.key) from None
-    for name, tensor in found.items():
+        got = f"those of the {other[0]} ({error.reason})"
+        raise invalid(CheckpointError, path, f"weights of the {model.part}", got, key=error.key) from None
+    for name, tensor in values.items():
         if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"is of {tensor.dtype}; floating numbers are needed",
-                path=path,
-                key=model.keymap.sources(name, naming)[0].name,
-            )
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"has shape {tuple(tensor.shape)} in the file, {tuple(expected[name].shape)} by the config",
-                path=path,
-                key=model.keymap.sources(name, naming)[0].name,
-            )
+            form, got = "floating-point values", str(tensor.dtype)
+        elif tensor.shape != expected[name].shape:
+            form, got = f"shape {tuple(expected[name].shape)} by the config", str(tuple(tensor.shape))
+        else:
+            continue
+        raise invalid(CheckpointError, path, form, got, key=model.keymap.sources(name, naming)[0].name)
     if dtype == "auto":
-        dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in found.values()})
-    found = {name: cast(tensor, dtype) for name, tensor in found.items()}
-    model.load_state_dict(found, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
-    if left := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-        raise CheckpointError(
-            "is a buffer that files do not hold (persistent=False), so loading cannot fill it: "
-            "compute it in forward, or let it be saved",
-            path=path,
-            key=left[0],
+        dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in values.values()})
+    values = {name: cast(tensor, dtype) for name, tensor in values.items()}
+    model.load_state_dict(values, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
+    if unfilled := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise invalid(
+            CheckpointError,
+            path,
+            "persistent buffers only, as files contain no others",
+            "one with persistent=False",
+            "compute it in forward, or make it persistent",
+            key=unfilled[0],
         )
 
 
 class SkipInit(TorchFunctionMode):
-    """In here the functions of `torch.nn.init` do nothing: what they would set is about to be loaded."""
+    """Skip the functions of `torch.nn.init`, whose results loading would overwrite."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -344,4 +331,5 @@ def rename_published_keys(model: Any, state_dict: dict[str, Any], prefix: str, *
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a floating-point tensor in `dtype`; any other tensor unchanged."""
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -1,7 +1,7 @@
-"""The settings of the published v2.0 checkpoint where they differ from diffusers' defaults.
+"""Config fields of the published v2.0 checkpoint that differ from diffusers' defaults.
 
-Original files hold weights alone: these say the rest, where the tensors themselves do not. The
-scheduler's are those of the `main` revision, which tells DDIM not to clip latents.
+Original files contain weights only; these are the fields that cannot be inferred from tensors. The scheduler's are of
+the `main` revision, where `clip_sample=False` is set for DDIM.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VIT_L_14 = {
     "hidden_act": "quick_gelu",
 }
 
-SETTINGS: dict[str, dict[str, Any]] = {
+PUBLISHED_CONFIGS: dict[str, dict[str, Any]] = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768},
     "vae": {
         "block_out_channels": [128, 256, 512, 512],
@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def has_legacy_sample_size(config: Any) -> bool:
-    """Whether a UNet says it was trained at less than 64 only because its writer did not know better."""
+    """Return whether a UNet config has the sample_size below 64 that was a wrong default before diffusers 0.9."""
     version = str(config.get("_diffusers_version", "")).split(".")[:2]
-    old = all(part.isdecimal() and len(part) < 9 for part in version) and [int(part) for part in version] < [0, 9]
-    return old and isinstance(config.sample_size, int) and config.sample_size < 64
+    is_old = all(part.isdecimal() and len(part) < 9 for part in version) and [int(part) for part in version] < [0, 9]
+    return is_old and isinstance(config.sample_size, int) and config.sample_size < 64

@@ -1,7 +1,7 @@
-"""One file that holds a whole model, or one part of it: what is in there, and under which names.
+"""Single files: a whole model or one part of it, in any known dialect.
 
-The original files hold each part behind a prefix of its own; a file without prefixes holds one part
-alone. Which part, and in which dialect, is told by a place that every part of its kind has.
+In original files each part has a prefix of its own; a file without prefixes contains one part alone. Part and dialect
+are detected by modules that every model of a part has.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..checks import check_has_data
-from ..errors import CheckpointError, InputError, InputTypeError, short_repr
+from ..errors import CheckpointError, InputError, InputTypeError, describe, invalid, short_repr
 from . import key_tables as tables
 from .hub import Hub, locate_file
 from .json_files import parse_json
 from .keymap import Dialect, Keymap, Naming, abbreviate
 from .reading import read_checkpoint
 
-CONFIGS_KEY = "imvar.settings"  # in the metadata of an original-layout file: the settings of each part, as JSON
+CONFIGS_KEY = "imvar.settings"  # metadata of an original-layout file written by imvar: the config of each part, as JSON
 
 RAW, EMA = Naming(Dialect.ORIGINAL, "model.diffusion_model."), Naming(Dialect.DOTLESS, "model_ema.diffusion_model")
 
@@ -39,7 +39,7 @@ ORIGINAL_NAMINGS: dict[str, tuple[Naming, ...]] = {
 
 DROPPABLE = (
     "model_ema.decay",
-    "model_ema.num_updates",  # the moving average's own state; then tables of the schedule
+    "model_ema.num_updates",  # state of the moving average; the rest are tables of the noise schedule
     "betas",
     "alphas_cumprod",
     "alphas_cumprod_prev",
@@ -57,7 +57,7 @@ DROPPABLE = (
 
 @cache
 def signatures() -> dict[str, tuple[Keymap, tuple[str, ...]]]:
-    """The places that tell a part, and the dictionary that spells them; the more telling parts first."""
+    """Return, by part, modules that only it has, and the keymap for their names; the first part that matches counts."""
     return {
         "unet": (tables.unet([True], [True], 1, 1), ("time.linear1",)),
         "vae": (tables.vae(1, 1), ("encoder.mid.resnet1", "decoder.mid.resnet1")),
@@ -68,21 +68,21 @@ def signatures() -> dict[str, tuple[Keymap, tuple[str, ...]]]:
 
 @dataclass(frozen=True)
 class PartTensors:
-    """One part as a file holds it: its tensors by the names they have there, and how those are to be read."""
+    """The tensors of one part under their names in a file, and the dialect and prefix of these."""
 
     part: str
     naming: Naming
     tensors: Mapping[str, Tensor]
-    path: Path | None = None
+    path: Path
 
     def has(self, name: str) -> bool:
-        """Whether a tensor of that name, in the file's dialect, is there."""
+        """Return whether there is a tensor of that name in the file's dialect, the prefix aside."""
         dotless = self.naming.dialect is Dialect.DOTLESS
         return self.naming.prefix + (name.replace(".", "") if dotless else name) in self.tensors
 
     @property
     def looks(self) -> bool:
-        """Whether there is anything of a vision tower."""
+        """Whether there are tensors of a vision tower."""
         (tower,) = tables.image_encoder(1).sources("tower", self.naming)
         return any(name.startswith(f"{tower.name}.") for name in self.tensors)
 
@@ -98,137 +98,148 @@ class PartTensors:
                 shape = source.form.take(self.tensors[source.name]).shape
                 if dim < len(shape):
                     return shape[dim]
-        raise CheckpointError(
-            "missing or misshapen, so that the settings cannot be told", path=self.path, key=sources[0].name
+        raise invalid(
+            CheckpointError,
+            self.path,
+            f"a tensor with {dim + 1} dimensions or more, to infer the config from",
+            "none",
+            "pass config=",
+            key=sources[0].name,
         )
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file of tensors, and the parts that are found in it."""
+    """A file of tensors, and the parts of a checkpoint in it.
+
+    `ignored_entries` names what a pickle contains next to the tensors, such as the state of an optimizer.
+    """
 
     path: Path
     tensors: Mapping[str, Tensor]
-    aside: tuple[str, ...] = ()
-    """What else the file holds, such as the state of an optimizer; it is left where it is."""
+    ignored_entries: tuple[str, ...] = ()
 
     @classmethod
     def from_source(cls, source: str | Path | Mapping[str, Tensor], hub: Hub) -> SingleFile:
-        """The file at a path or on the hub, or one whose tensors are in memory."""
+        """Return a local file, one on the hub, or a dictionary of tensors."""
         if isinstance(source, Mapping):
-            odd = [name for name, value in source.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-            if odd:
-                raise InputTypeError(f"{short_repr(odd[0])}: a dictionary of tensors by name would do")
-            for name, tensor in source.items():
-                check_has_data(name, tensor)
+            name = "pretrained_model_link_or_path_or_dict"
+            for key, tensor in source.items():
+                if not isinstance(key, str) or not isinstance(tensor, Tensor):
+                    got = f"{short_repr(key)}: {describe(tensor)}"
+                    raise invalid(InputTypeError, name, "a path, a link or a dictionary of str to tensor", got)
+                check_has_data(key, tensor)
             return cls(Path("(tensors in memory)"), source)
         return cls.read(locate_file(source, hub))
 
     @classmethod
     def read(cls, path: Path) -> SingleFile:
-        tensors, aside = read_checkpoint(path)
-        return cls(path, tensors, tuple(aside))
+        """Read a local file."""
+        tensors, ignored_entries = read_checkpoint(path)
+        return cls(path, tensors, tuple(ignored_entries))
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The settings of each part that imvar put into the file when it wrote it, if it did."""
+    def configs(self) -> dict[str, Any]:
+        """By part, the config in the file's metadata, where imvar writes it; without any, an empty dictionary."""
         if self.path.suffix != ".safetensors":
             return {}
         with safe_open(self.path, "pt") as file:
             text = (file.metadata() or {}).get(CONFIGS_KEY, "{}")
-        found = parse_json(text.encode(), self.path, CONFIGS_KEY)
-        if not all(isinstance(value, dict) for value in found.values()):
-            raise CheckpointError("holds no settings by part", path=self.path, key=CONFIGS_KEY)
-        return found
+        configs = parse_json(text.encode(), self.path, CONFIGS_KEY)
+        for part, config in configs.items():
+            if not isinstance(config, dict):
+                got = f"{short_repr(part)}: {describe(config)}"
+                raise invalid(CheckpointError, self.path, "a dictionary for each part", got, key=CONFIGS_KEY)
+        return configs
 
     @cached_property
     def parts(self) -> dict[str, list[PartTensors]]:
-        """Each part that is there, in each of the ways it is there. Raises `CheckpointError` if there is none."""
+        """By part, its tensors, once for each naming that is present. Raises `CheckpointError` if there is no part."""
         parts = {
-            part: [held for naming in namings if (held := self._behind(part, naming)).tensors]
+            part: [found for naming in namings if (found := self._with_prefix(part, naming)).tensors]
             for part, namings in ORIGINAL_NAMINGS.items()
         }
-        if found := {part: ways for part, ways in parts.items() if ways}:
-            return found
-        if alone := detect_part(self.tensors):
-            part, naming = alone
+        if parts := {part: versions for part, versions in parts.items() if versions}:
+            return parts
+        if detected := detect_part(self.tensors):
+            part, naming = detected
             return {part: [PartTensors(part, naming, self.tensors, self.path)]}
-        some = abbreviate(sorted(self.tensors)[:3]) or "none at all"
-        raise CheckpointError(f"holds no part of this model that is known here; its tensors are {some}", path=self.path)
+        names = abbreviate(sorted(self.tensors)[:3]) or "none"
+        raise invalid(CheckpointError, self.path, "tensors of a known part", names)
 
     @property
     def is_single_part(self) -> bool:
-        """Whether it holds one part and says so by no prefix."""
-        ways = list(self.parts.values())
-        return len(ways) == 1 and ways[0][0].naming.prefix == ""
+        """Whether the file contains one part, without a prefix."""
+        versions = list(self.parts.values())
+        return len(versions) == 1 and versions[0][0].naming.prefix == ""
 
     def check_complete(self, overrides: Container[str] = ()) -> None:
-        """Raise `CheckpointError` for a part that is neither there nor in `overrides`, and for unknown tensors."""
-        if lacking := [part for part in ORIGINAL_NAMINGS if part not in self.parts and part not in overrides]:
-            raise CheckpointError(
-                f"holds no {' and no '.join(lacking)}; it can be handed over ({lacking[0]}=)", path=self.path
-            )
-        self.check_known()
+        """Raise `CheckpointError` for parts neither in the file nor in `overrides`, and for unknown tensors."""
+        if missing := [part for part in ORIGINAL_NAMINGS if part not in self.parts and part not in overrides]:
+            got = f"no {' and no '.join(missing)}"
+            raise invalid(CheckpointError, self.path, " and ".join(ORIGINAL_NAMINGS), got, f"pass {missing[0]}=")
+        self.check_no_unknown()
 
-    def check_known(self) -> None:
-        """Raise `CheckpointError` for tensors that belong to no part and that no original file is known to hold."""
-        mine = {name for ways in self.parts.values() for held in ways for name in held.tensors}
-        if unknown := [name for name in self.tensors if name not in mine and not self.is_droppable(name)]:
-            several = "s" * (len(unknown) > 1)
-            raise CheckpointError(
-                f"{len(unknown)} unknown tensor{several}: {abbreviate(unknown)}", path=self.path, key=unknown[0]
-            )
+    def check_no_unknown(self) -> None:
+        """Raise `CheckpointError` for tensors that neither belong to a part nor are known from original files."""
+        in_parts = {name for versions in self.parts.values() for version in versions for name in version.tensors}
+        if unknown := [name for name in self.tensors if name not in in_parts and not self.is_droppable(name)]:
+            got = f"{len(unknown)} unknown tensor{'s' * (len(unknown) > 1)}: {abbreviate(unknown)}"
+            raise invalid(CheckpointError, self.path, f"tensors of {' and '.join(self.parts)}", got, key=unknown[0])
 
-    def _behind(self, part: str, naming: Naming) -> PartTensors:
-        mine = {name: tensor for name, tensor in self.tensors.items() if name.startswith(naming.prefix)}
-        return PartTensors(part, naming, mine, self.path)
+    def _with_prefix(self, part: str, naming: Naming) -> PartTensors:
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(naming.prefix)}
+        return PartTensors(part, naming, tensors, self.path)
 
     @staticmethod
     def is_droppable(name: str) -> bool:
+        """Return whether original files have a tensor of that name that belongs to no part."""
         return any(fnmatchcase(name, pattern) for pattern in DROPPABLE)
 
-    def part(self, part: str, ema: str = "auto") -> PartTensors:
-        """The part, if it is there in two ways the one that is asked for.
+    def select(self, part: str, ema: str = "auto") -> PartTensors:
+        """Return the tensors of a part.
 
-        `ema`: for a UNet the moving average of its weights, which is what pictures are made with, "yes"; the weights
-        as last trained, "no"; or the moving average if there is one, "auto".
+        `ema` chooses the weights of a UNet: the moving average, which is meant for inference ("yes"), the raw ones
+        ("no"), or the average if there is one ("auto").
         """
         if ema not in ("auto", "yes", "no"):
-            raise InputError(f"ema={ema!r}: 'auto', 'yes' or 'no' would do")
-        ways = self.parts.get(part, [])
-        if not ways:
-            raise CheckpointError(f"holds no {part}; there is {' and '.join(self.parts)}", path=self.path)
+            raise invalid(InputError, "ema", "'auto', 'yes' or 'no'", short_repr(ema))
+        versions = self.parts.get(part, [])
+        if not versions:
+            raise invalid(CheckpointError, self.path, f"tensors of the {part}", f"those of {' and '.join(self.parts)}")
         if part == "unet":
-            wanted = {
-                "auto": [held for held in ways if held.naming == EMA] or ways,
-                "yes": [held for held in ways if held.naming == EMA],
-                "no": [held for held in ways if held.naming != EMA],
-            }[ema]
-            if not wanted:
-                what = "moving average (EMA) of the UNet" if ema == "yes" else "raw UNet, only its moving average (EMA)"
-                raise CheckpointError(f"ema={ema!r}: the file holds no {what}", path=self.path)
-            return wanted[0]
-        if len(ways) > 1:
-            raise CheckpointError(
-                f"the {part} is there twice, under {' and '.join(h.naming.prefix for h in ways)}", path=self.path
+            averaged = [version for version in versions if version.naming == EMA]
+            raw = [version for version in versions if version.naming != EMA]
+            selected = {"auto": averaged or raw, "yes": averaged, "no": raw}[ema]
+            if not selected:
+                expected, got = (
+                    ("a moving average (EMA)", "raw weights only")
+                    if ema == "yes"
+                    else ("raw weights", "a moving average (EMA) only")
+                )
+                raise invalid(CheckpointError, self.path, f"{expected} of the unet for ema={ema!r}", got)
+            return selected[0]
+        if len(versions) > 1:
+            prefixes = " and ".join(version.naming.prefix for version in versions)
+            raise invalid(CheckpointError, self.path, f"one {part}", f"{len(versions)}, with the prefixes {prefixes}")
+        if part == "image_encoder" and not versions[0].looks:
+            raise invalid(
+                CheckpointError,
+                self.path,
+                "an image encoder",
+                "a text encoder, as in text-to-image checkpoints",
+                "load its UNet or VAE alone (--part, or from_single_file of the model's class)",
+                key=next(iter(versions[0].tensors)),
             )
-        if part == "image_encoder" and not ways[0].looks:
-            raise CheckpointError(
-                "holds a text encoder where this model has an image encoder, so it is a "
-                "text-to-image checkpoint; its UNet and VAE can be taken one by one (--part, or "
-                "from_single_file of their class)",
-                path=self.path,
-                key=next(iter(ways[0].tensors)),
-            )
-        return ways[0]
+        return versions[0]
 
 
 def detect_part(names: Iterable[str]) -> tuple[str, Naming] | None:
-    """The part that tensors of these names make up, and the dialect they are in; None if no part is known by them."""
-    places = {name[:end] for name in names for end, letter in enumerate(f"{name}.") if letter == "."}
-    for part, (keymap, tells) in signatures().items():
+    """Return the part that has tensors of these names, and their dialect; None if no part has."""
+    modules = {name[:end] for name in names for end, letter in enumerate(f"{name}.") if letter == "."}
+    for part, (keymap, signature) in signatures().items():
         for dialect in (Dialect.PUBLISHED, Dialect.OURS, Dialect.ORIGINAL):
             naming = Naming(dialect)
-            if all(any(source.name in places for source in keymap.sources(ours, naming)) for ours in tells):
+            if all(any(source.name in modules for source in keymap.sources(ours, naming)) for ours in signature):
                 return part, naming
     return None

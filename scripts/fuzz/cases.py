@@ -96,8 +96,8 @@ def convert_dry(source: Path, rng: random.Random, **options: Any) -> Tensors:
     return {
         f"{name}.{key}": tensor
         for name, part in report.parts.items()
-        if part.has_weights
-        for key, tensor in part.value.state_dict().items()
+        if part.source
+        for key, tensor in part.component.state_dict().items()
     }
 
 

@@ -19,8 +19,8 @@ def test_the_command_line(small, checkpoint, tmp_path, capsys):
         weights_convert.main([str(small), str(target), "--fill", str(checkpoint), "--dtype", "fp16", "--verify"]) == 0
     )
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"source: {small}, the original layout, one file"
-    assert out[-1] == "verified: what was written reads back the same, bit for bit"
+    assert out[0] == f"source: {small}, a single file in the original layout"
+    assert out[-1] == "verified: the new files were read back and are identical, bit for bit"
     pipe = StableDiffusionImageVariationPipeline.from_pretrained(target, dtype="auto")
     assert {model.dtype for model in pipe.modules.values()} == {torch.float16}
 
@@ -32,16 +32,24 @@ def test_the_command_line(small, checkpoint, tmp_path, capsys):
         (["{small}", "{out}", "--dtype", "int8"], 2, "--dtype"),
         (["{small}", "{out}", "--part", "scheduler"], 2, "--part"),
         (["{small}", "{out}", "--to", "comfy"], 2, "--to"),
-        (["{out}/nowhere", "{out}"], 1, "no such file"),
-        (["{small}", "{out}", "--ema", "yes"], 1, "no moving average"),
-        (["{small}", "{out}", "--to", "original"], 2, ".safetensors would do"),
-        (["{small}", "{out}.safetensors"], 2, "to='original' writes one file"),
+        (["{out}/nowhere", "{out}"], 1, "nothing at this path"),
+        (["{small}", "{out}", "--ema", "yes"], 1, "expected a moving average (EMA)"),
+        (["{small}", "{out}", "--to", "original"], 2, "target: expected a .safetensors file"),
+        (["{small}", "{out}.safetensors"], 2, "--to original) writes one file"),
         (["{small}", "{out}", "--max-shard-size", "much"], 2, "max_shard_size"),
-        (["{small}", "{out}", "--part", "safety_checker"], 1, "holds no safety_checker; there is unet"),
-        (["{small}", "{out}", "--fill", "{out}/nowhere"], 1, "no such file"),
+        (
+            ["{small}", "{out}", "--part", "safety_checker"],
+            1,
+            "expected tensors of the safety_checker, got those of unet",
+        ),
+        (["{small}", "{out}", "--fill", "{out}/nowhere"], 1, "nothing at this path"),
         (["{small}", "{out}", "--config", "{out}/nowhere"], 1, "nowhere"),
-        (["{checkpoint}", "{out}", "--ema", "no"], 2, "nothing to choose"),
-        (["{checkpoint}/safety_checker", "{out}.safetensors", "--to", "original"], 2, "to: one file"),
+        (["{checkpoint}", "{out}", "--ema", "no"], 2, "ema: expected 'auto' for a folder"),
+        (
+            ["{checkpoint}/safety_checker", "{out}.safetensors", "--to", "original"],
+            2,
+            "to: expected a layout with a place for the safety_checker",
+        ),
     ],
 )
 def test_misuse_and_failure_are_said_in_one_line(small, checkpoint, tmp_path, capsys, args, status, words):

@@ -100,7 +100,7 @@ def test_what_the_lists_drop_is_dropped_and_nothing_else(layout):
 def in_dialect(part, dialect):
     """A part at full size, without values, as one file or folder holds it."""
     model = full_size(part)
-    return PartTensors(part, Naming(dialect), model.keymap.to_theirs(model.state_dict(), Naming(dialect)))
+    return PartTensors(part, Naming(dialect), model.keymap.to_theirs(model.state_dict(), Naming(dialect)), PUBLISHED)
 
 
 @pytest.mark.parametrize("layout", [*SPELLINGS, Dialect.OURS, Dialect.PUBLISHED, Dialect.ORIGINAL])
@@ -163,20 +163,22 @@ def test_an_original_comes_back_as_it_was(originals, tmp_path):
 @pytest.mark.parametrize(
     ("layout", "ema", "average", "words"),
     [
-        ("full", "auto", True, "moving average (EMA) taken, raw weights left"),
-        ("full", "no", False, "raw weights taken, moving average (EMA) left"),
-        ("ema_only", "yes", True, "moving average (EMA) taken, there are no raw weights"),
-        ("v2", "no", False, "raw weights taken, there is no moving average"),
+        ("full", "auto", True, "moving average (EMA) used, raw weights ignored"),
+        ("full", "no", False, "raw weights used, moving average (EMA) ignored"),
+        ("ema_only", "yes", True, "moving average (EMA) used, no raw weights"),
+        ("v2", "no", False, "raw weights used, no moving average"),
     ],
 )
 def test_which_weights_are_taken(originals, tmp_path, layout, ema, average, words):
     said = []
-    convert(originals[layout], tmp_path, part="unet", ema=ema, say=said.append)
+    convert(originals[layout], tmp_path, part="unet", ema=ema, log=said.append)
     assert agree(stored(tmp_path), {"unet": listed(layout, average)["unet"]})
-    assert any(line.startswith("  unet: 8,505,444 numbers in 686 float32") and words in line for line in said)
+    assert any(line.startswith("  unet: 8,505,444 parameters in 686 float32") and words in line for line in said)
 
 
-@pytest.mark.parametrize(("layout", "ema", "words"), [("ema_only", "no", "no raw UNet"), ("v2", "yes", "no moving av")])
+@pytest.mark.parametrize(
+    ("layout", "ema", "words"), [("ema_only", "no", "raw weights"), ("v2", "yes", "moving average")]
+)
 def test_weights_that_are_not_there(originals, tmp_path, layout, ema, words):
     with pytest.raises(CheckpointError, match=words):
         convert(originals[layout], tmp_path / "out", ema=ema)
@@ -304,7 +306,7 @@ def test_parts_of_folders_of_any_age(published, tmp_path, change, part):
 def test_folders_of_any_age(published, tmp_path, change):
     source, target, said = linked(published, tmp_path / "source"), tmp_path / "target", []
     change(source)
-    convert(source, target, say=said.append)
+    convert(source, target, log=said.append)
     wanted = wanted_of(published)
     if change is half_alone:
         wanted = {part: {name: tensor.half() for name, tensor in tensors.items()} for part, tensors in wanted.items()}
@@ -318,7 +320,7 @@ def test_folders_of_any_age(published, tmp_path, change):
     after = imvar.StableDiffusionImageVariationPipeline.from_pretrained(target)
     for part, value in before.components.items():
         assert settings(getattr(after, part).config) == settings(value.config)
-    assert ("left out, as no model uses it: text_model.*" in " ".join(said)) is (change is first_revision)
+    assert ("dropped, as no model uses it: text_model.*" in " ".join(said)) is (change is first_revision)
 
 
 def test_settings_that_only_other_schedulers_know_stay(published, tmp_path):

@@ -53,14 +53,26 @@ FAULTS = [  # what is done to an original file, and what is said
         f"1 unknown tensor: {CLIP}visual.text_projection",
     ),
     (lambda t: t.update({"control_model.x": torch.ones(1)}), "1 unknown tensor: control_model.x"),
-    (lambda t: t.update({f"{RAW}out.2.bias": torch.ones(5)}), f"{RAW}out.2.bias: has shape (5,) in the file, (4,) by"),
-    (lambda t: t.update({f"{CLIP}visual.proj": t[f"{CLIP}visual.proj"].mT.contiguous()}), "visual.proj: has shape"),
-    (lambda t: t.update({f"{VAE}quant_conv.bias": torch.ones(8).char()}), "quant_conv.bias: is of torch.int8"),
-    (put(f"{VAE}decoder.mid.attn_1.q.weight", float("nan")), "decoder.mid.attn_1.q.weight: has NaN"),
-    (put(f"{CLIP}visual.transformer.resblocks.0.attn.in_proj_weight", float("-inf")), "attn.in_proj_weight: has NaN"),
+    (
+        lambda t: t.update({f"{RAW}out.2.bias": torch.ones(5)}),
+        f"{RAW}out.2.bias: expected shape (4,) by",
+    ),
+    (
+        lambda t: t.update({f"{CLIP}visual.proj": t[f"{CLIP}visual.proj"].mT.contiguous()}),
+        "proj: expected shape",
+    ),
+    (
+        lambda t: t.update({f"{VAE}quant_conv.bias": torch.ones(8).char()}),
+        "expected floating-point values, got torch.int8",
+    ),
+    (put(f"{VAE}decoder.mid.attn_1.q.weight", float("nan")), "decoder.mid.attn_1.q.weight: expected finite"),
+    (
+        put(f"{CLIP}visual.transformer.resblocks.0.attn.in_proj_weight", float("-inf")),
+        "attn.in_proj_weight: expected finite",
+    ),
     (
         lambda t: t.update({f"cond_stage_model.transformer.{name}": torch.ones(1) for name in ("vision_model.x",)}),
-        "the image_encoder is there twice",
+        "expected one image_encoder, got 2",
     ),
 ]
 
@@ -94,15 +106,20 @@ IN_FOLDERS = [
         {},
         "vision_model.vision_model.pre_layrnorm.bias: the same tensor is there twice",
     ),
-    Fault("unet", put("conv_out.weight", float("inf")), {}, "conv_out.weight: has NaN or infinite"),
-    Fault("unet", put("conv_out.weight", -65536.0), {"dtype": "fp16"}, "conv_out.weight of "),
-    Fault("unet", put("conv_out.weight", 3.4e38), {"dtype": "bf16"}, "up to 3.4e+38, beyond torch.bfloat16"),
-    Fault("safety_checker", put("concept_embeds_weights", float("nan")), {}, "concept_embeds_weights: has NaN"),
+    Fault("unet", put("conv_out.weight", float("inf")), {}, "conv_out.weight: expected finite values"),
+    Fault("unet", put("conv_out.weight", -65536.0), {"dtype": "fp16"}, "65536 of conv_out.weight in "),
+    Fault("unet", put("conv_out.weight", 3.4e38), {"dtype": "bf16"}, "torch.bfloat16, which cannot hold 3.4e+38"),
+    Fault(
+        "safety_checker",
+        put("concept_embeds_weights", float("nan")),
+        {},
+        "weights: expected finite values",
+    ),
     Fault(
         "vae",
         lambda t: t.update({"quant_conv.bias": torch.full((8,), float("nan")).to(FLOAT8)}),
         {},
-        "quant_conv.bias: has NaN",
+        "quant_conv.bias: expected finite values",
     ),
     Fault("vae", lambda t: t.update({"quant_conv.bias": torch.ones(8, dtype=torch.complex64)}), {}, "complex64"),
 ]
@@ -142,7 +159,9 @@ def test_another_parts_weights(checkpoint, tmp_path, swapped):
     source = shutil.copytree(checkpoint, tmp_path / "source")
     (file,), (other,) = ((source / part).glob("*.safetensors") for part in swapped)
     file.write_bytes(other.read_bytes())
-    with pytest.raises(ImvarError, match=f"look like the weights of another part, the {swapped[1]}") as caught:
+    with pytest.raises(
+        ImvarError, match=f"expected weights of the {swapped[0]}, got those of the {swapped[1]}"
+    ) as caught:
         convert(source, tmp_path / "target")
     assert caught.value.path == file
     assert not (tmp_path / "target").exists()
@@ -173,10 +192,10 @@ def test_sources_that_are_no_checkpoint(tmp_path, capsys, name, content, words):
 
 
 def test_folders_that_hold_nothing_known(tmp_path):
-    with pytest.raises(ImvarError, match="holds neither parts of a checkpoint"):
+    with pytest.raises(ImvarError, match="expected folders of parts, such as unet/, or the weights of one"):
         convert(tmp_path, tmp_path / "target")
     (tmp_path / "unet").mkdir()
-    with pytest.raises(ImvarError, match="holds no weights"):
+    with pytest.raises(ImvarError, match="expected weights, got none"):
         convert(tmp_path, tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
 
@@ -184,7 +203,7 @@ def test_folders_that_hold_nothing_known(tmp_path):
 def test_a_source_without_a_part_that_it_names(checkpoint, tmp_path):
     source = shutil.copytree(checkpoint, tmp_path / "source")
     shutil.rmtree(source / "vae")
-    with pytest.raises(CheckpointError, match=r"vae, which is not there; fill=") as caught:
+    with pytest.raises(CheckpointError, match=r"got no vae; pass fill=") as caught:
         convert(source, tmp_path / "target")
     assert (caught.value.path, caught.value.key) == (source / "model_index.json", "vae")
     assert not (tmp_path / "target").exists()
@@ -196,7 +215,7 @@ def test_a_source_without_a_part_that_it_names(checkpoint, tmp_path):
 def test_no_part_stands_beside_those_of_another_checkpoint(small, checkpoint, tmp_path):
     target = shutil.copytree(checkpoint, tmp_path / "target")
     before = bytes_in(target)
-    with pytest.raises(CheckpointError, match="is there from another checkpoint") as caught:
+    with pytest.raises(CheckpointError, match="expected no part of another checkpoint") as caught:
         convert(small, target)
     assert caught.value.path == target / "safety_checker"
     assert bytes_in(target) == before
@@ -205,31 +224,31 @@ def test_no_part_stands_beside_those_of_another_checkpoint(small, checkpoint, tm
 def test_folders_that_no_index_names_are_told(checkpoint, tmp_path):
     source, said = shutil.copytree(checkpoint, tmp_path / "source"), []
     shutil.copytree(source / "unet", source / "unet_ema")
-    convert(source, tmp_path / "target", say=said.append)
-    assert "  left where they are: unet_ema" in said
+    convert(source, tmp_path / "target", log=said.append)
+    assert "  ignored: unet_ema" in said
     assert not (tmp_path / "target" / "unet_ema").exists()
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "would_do"),
+    ("value", "dtype", "words"),
     [
-        (1e5, "fp16", "bf16 or fp32 would do"),
-        (3.4028e38, "bf16", "; fp32 would do"),
-        (1e300, "fp32", "; keep would do"),
+        (1e5, "fp16", "expected bf16 or fp32"),
+        (3.4028e38, "bf16", "expected fp32, got torch.bfloat16"),
+        (1e300, "fp32", "expected keep, got torch.float32"),
     ],
 )
-def test_what_would_hold_a_value_is_told(checkpoint, tmp_path, value, dtype, would_do):
+def test_what_would_hold_a_value_is_told(checkpoint, tmp_path, value, dtype, words):
     source = shutil.copytree(checkpoint / "vae", tmp_path / "vae")
     file = source / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"quant_conv.bias": torch.full((8,), value, dtype=torch.float64)}, file)
-    with pytest.raises(ImvarError, match=would_do):
+    with pytest.raises(ImvarError, match=words):
         convert(source, tmp_path / "out", dtype=dtype)
 
 
 def test_a_full_disk_is_noticed_beforehand(small, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1_000_000))
-    with pytest.raises(ImvarError, match="1000000 are free on that disk; nothing was written"):
+    with pytest.raises(ImvarError, match="free disk space, got 1000000 bytes; nothing was written"):
         convert(small, tmp_path / "a" / "b")
     convert(small, tmp_path / "half", dtype="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["half"]
@@ -261,7 +280,7 @@ def test_settings_that_are_of_something_else(published, tmp_path, settings):
     convert(file, tmp_path / "beside")
     assert bytes_in(tmp_path / "beside") == bytes_in(tmp_path / "alone")
     for source in (file, published / "image_encoder"):
-        with pytest.raises(ImvarError, match=r"config\.json: holds the settings of a .*, not of the image_encoder"):
+        with pytest.raises(ImvarError, match=r"config\.json: expected the config of the image_encoder, got that of a "):
             convert(source, tmp_path / "named", config=tmp_path)
     assert not (tmp_path / "named").exists()
 
@@ -269,5 +288,5 @@ def test_settings_that_are_of_something_else(published, tmp_path, settings):
 def test_a_folder_whose_parts_are_all_none(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "model_index.json").write_text('{"unet": [null, null]}')
-    with pytest.raises(CheckpointError, match="holds no part of a checkpoint"):
+    with pytest.raises(CheckpointError, match="expected a part of a checkpoint, got none"):
         convert(tmp_path, tmp_path / "out")

@@ -147,7 +147,7 @@ def test_guessed_settings_are_told(checkpoint, tmp_path):
         norm_num_groups=16,
     )
     save_file(vae.state_dict(), tmp_path / "vae.safetensors")
-    convert(tmp_path / "vae.safetensors", tmp_path / "out", dry_run=True, say=said.append)
+    convert(tmp_path / "vae.safetensors", tmp_path / "out", dry_run=True, log=said.append)
     assert any("norm_num_groups=32" in line and "--config" in line for line in said)
 
 

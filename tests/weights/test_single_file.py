@@ -73,7 +73,7 @@ def test_a_pipeline_of_every_layout(originals, converted, layout, photo):
 def test_every_part(originals, converted):
     for part, kind in IN_ORIGINALS.items():
         assert alike(kind.from_single_file(originals["full"]), kind.from_pretrained(converted["full"], subfolder=part))
-    with pytest.raises(CheckpointError, match="holds no safety_checker; there is unet and vae and image_encoder"):
+    with pytest.raises(CheckpointError, match="the safety_checker, got those of unet and vae and image_encoder"):
         PARTS["safety_checker"].from_single_file(originals["full"])
 
 
@@ -87,7 +87,7 @@ def test_raw_and_averaged(originals):
     for layout, ema in (("v2", "yes"), ("ema_only", "no")):
         with pytest.raises(CheckpointError, match=f"ema='{ema}'"):
             StableDiffusionImageVariationPipeline.from_single_file(originals[layout], ema=ema)
-    with pytest.raises(InputError, match="ema='both'"):
+    with pytest.raises(InputError, match=r"ema: expected .*, got 'both'"):
         imvar.AutoencoderKL.from_single_file(originals["v2"], ema="both")
 
 
@@ -151,7 +151,7 @@ def test_settings_from_a_folder_win(small, checkpoint, tmp_path):
     assert type(pipe.scheduler) is imvar.LMSDiscreteScheduler
     assert imvar.UNet2DConditionModel.from_single_file(small, config=folder, sample_size=8).config.sample_size == 8
     shutil.rmtree(folder / "vae")
-    with pytest.raises(CheckpointError, match="no settings of the vae"):
+    with pytest.raises(CheckpointError, match=r"expected vae/config\.json or config\.json"):
         StableDiffusionImageVariationPipeline.from_single_file(small, config=folder)
 
 
@@ -194,7 +194,7 @@ def test_a_part_that_is_not_there_can_be_handed_over(small, checkpoint, tmp_path
     with safe_open(small, "pt") as file:
         save_file(tensors, tmp_path / "half.safetensors", file.metadata())
     load = StableDiffusionImageVariationPipeline.from_single_file
-    with pytest.raises(CheckpointError, match=r"holds no image_encoder; .*image_encoder="):
+    with pytest.raises(CheckpointError, match=r"got no image_encoder; pass image_encoder="):
         load(tmp_path / "half.safetensors")
     encoder = imvar.CLIPVisionModelWithProjection.from_pretrained(checkpoint, subfolder="image_encoder")
     assert load(tmp_path / "half.safetensors", image_encoder=encoder, **UNCHECKED).image_encoder is encoder
@@ -225,11 +225,11 @@ def test_another_parts_file(checkpoint, tmp_path, part, other):
     if part == other:
         return
     (file,), (mine,) = ((checkpoint / name).glob("*.safetensors") for name in (other, part))
-    with pytest.raises(CheckpointError, match=f"holds no {part}; there is {other}"):
+    with pytest.raises(CheckpointError, match=f"expected tensors of the {part}, got those of {other}"):
         PARTS[part].from_single_file(file)
     shutil.copy(checkpoint / part / "config.json", tmp_path)
     shutil.copy(file, tmp_path / mine.name)
-    with pytest.raises(CheckpointError, match=f"look like the weights of another part, the {other}") as caught:
+    with pytest.raises(CheckpointError, match=f"expected weights of the {part}, got those of the {other}") as caught:
         PARTS[part].from_pretrained(tmp_path)
     assert caught.value.path == tmp_path / mine.name
 
@@ -247,7 +247,7 @@ def test_text_to_image_checkpoints(small, tmp_path, tower):
         PARTS["image_encoder"].from_single_file,
         lambda file: convert(file, tmp_path / "out"),
     ):
-        with pytest.raises(CheckpointError, match=r"text-to-image checkpoint; its UNet and VAE can be taken"):
+        with pytest.raises(CheckpointError, match="as in text-to-image checkpoints; load its UNet or VAE alone"):
             load(tmp_path / "sd.safetensors")
     for part in ("unet", "vae"):
         assert alike(PARTS[part].from_single_file(tmp_path / "sd.safetensors"), PARTS[part].from_single_file(small))
