@@ -138,5 +138,5 @@ def test_the_full_size_proof_runs_on_a_tiny_model(tmp_path):
     verify_reference = pytest.importorskip("verify_reference")
     tiny_pipeline().save_pretrained(tmp_path)
     compared = list(verify_reference.verify(Checkpoint(tmp_path), steps=2))
-    assert {row.part for row in compared} == verify_reference.SIDES.keys()
+    assert {row.component for row in compared} == verify_reference.SIDES.keys()
     assert all(row.ok for row in compared), verify_reference.table(compared)
