@@ -33,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 
 from benchmark.cases import CASES, DTYPES, Case, Libraries
 from benchmark.memory import peak_memory, private_memory
-from benchmark.profiling import profile
+from benchmark.profiling import profile_table
 from tests.support.published_checkpoint import write_checkpoint
 
 HEADER = ("case", "diffusers", "imvar", "ratio", "spread", "memory, diffusers", "memory, imvar", "difference")
@@ -201,7 +201,7 @@ def main() -> None:
         write_checkpoint(folder, tiny=args.tiny, endings=(".safetensors",))
     libraries, results, settings = Libraries(folder, args), [], environment(args)
     if args.cases == ["profile"]:
-        print(profile(libraries))
+        print(profile_table(libraries))
         print(", ".join(f"{name} {value}" for name, value in settings.items()))
         return
     for name in args.cases:

@@ -1,4 +1,4 @@
-"""Where the time of a guided step and of a decoded picture goes, and how far it is from the floor."""
+"""Profile of a guided step and of a decoded image on a CPU: time per kind of layer, against the floor."""
 
 from __future__ import annotations
 
@@ -15,101 +15,105 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmark.cases import Libraries, guided_step, vae
-from imvar.kernels import cpu_kernels as cpu
-from imvar.models import attention, layers
+from imvar.kernels import cpu_kernels
+from imvar.models import attention
 
 HEADER = ("kind", "seconds", "share", "GFLOP", "GFLOP/s", "floor, seconds")
+WINOGRAD, UPSAMPLING = "3x3 convolution, Winograd", "upsampling convolution"
 
 
-class Account:
-    """Seconds and multiplications by kind; what a kind calls of another counts for the other."""
+class Profile:
+    """Seconds and FLOP per kind; a nested call of another kind counts only for that kind."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.flops: dict[str, float] = defaultdict(float)
-        self.inner = [0.0]
+        self.nested = [0.0]  # seconds of nested calls, per level
 
-    def watching(
-        self,
-        kind: str,
-        function: Callable[..., Any],
-        flops: Callable[..., float] | None = None,
+    def record(
+        self, kind: str, function: Callable[..., Any], flops: Callable[..., float] | None = None
     ) -> Callable[..., Any]:
-        def watched(*args: Any, **options: Any) -> Any:
-            begun = time.perf_counter()
-            self.inner.append(0.0)
-            answer = function(*args, **options)
-            took = time.perf_counter() - begun
-            self.seconds[kind] += took - self.inner.pop()
-            self.inner[-1] += took
+        """Return `function` with its time, and `flops(output, *args)`, added to `kind`."""
+
+        def recorded(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            self.nested.append(0.0)
+            out = function(*args, **options)
+            duration = time.perf_counter() - start
+            self.seconds[kind] += duration - self.nested.pop()
+            self.nested[-1] += duration
             if flops:
-                self.flops[kind] += flops(answer, *args)
-            return answer
+                self.flops[kind] += flops(out, *args)
+            return out
 
-        return watched
-
-
-def of_linear(answer: Tensor, x: Tensor, *_: Any) -> float:
-    return 2.0 * answer.numel() * x.shape[-1]
+        return recorded
 
 
-def of_convolution(answer: Tensor, conv: nn.Conv2d, *_: Any) -> float:
-    return 2.0 * answer.numel() * conv.weight[0].numel()
+def linear_flops(out: Tensor, x: Tensor, *_: Any) -> float:
+    return 2.0 * out.numel() * x.shape[-1]
 
 
-def of_kernel(answer: Tensor, x: Tensor, kernel: Tensor, *_: Any) -> float:
-    return 2.0 * answer.numel() * math.prod(kernel.shape[1:])
+def conv_flops(out: Tensor, conv: nn.Conv2d, *_: Any) -> float:
+    return 2.0 * out.numel() * conv.weight[0].numel()
 
 
-def of_attention(answer: Tensor, name: str, ways: Any, q: Tensor, k: Tensor, *_: Any) -> float:
-    return 4.0 * answer.numel() * k.shape[-2]
+def kernel_flops(out: Tensor, x: Tensor, kernel: Tensor, *_: Any) -> float:
+    return 2.0 * out.numel() * math.prod(kernel.shape[1:])
+
+
+def attention_flops(out: Tensor, q: Tensor, k: Tensor, *_: Any) -> float:
+    return 4.0 * out.numel() * k.shape[-2]
 
 
 @contextmanager
-def watched(account: Account) -> Iterator[None]:
-    """In here, every kernel of a run reports."""
-    by_matrices = account.watching("3x3 convolution, by fewer products", cpu.winograd_conv)
-    product = account.watching("3x3 convolution, by fewer products", cpu.onednn_linear, of_linear)
-    plain = account.watching("linear layers", cpu.linear, of_linear)
+def recording(profile: Profile) -> Iterator[None]:
+    """Record every kernel in `profile` inside the `with` block."""
+    winograd = profile.record(WINOGRAD, cpu_kernels.call_winograd)
+    winograd_matmul = profile.record(WINOGRAD, cpu_kernels.onednn_linear, linear_flops)
 
-    def convolve(conv: nn.Conv2d, x: Tensor, real: Callable[..., Tensor] = cpu.conv2d) -> Tensor:
-        seen: list[Any] = []
+    def conv2d(conv: nn.Conv2d, *args: Any, function: Callable[..., Tensor] = cpu_kernels.conv2d) -> Tensor:
+        used_winograd = False
 
-        def fewer(way: Any, *args: Any) -> Tensor:
-            seen.append(way)
-            return by_matrices(way, *args)
+        def call_winograd(*args: Any) -> Tensor:
+            nonlocal used_winograd
+            used_winograd = True
+            return winograd(*args)
 
-        with mock.patch.object(cpu, "by_matrices", fewer), mock.patch.object(cpu, "onednn_linear", product):
-            return account.watching("convolution", real, lambda *args: 0.0 if seen else of_convolution(*args))(conv, x)
+        def flops(*args: Any) -> float:
+            return 0.0 if used_winograd else conv_flops(*args)
 
-    def enlarge(conv: nn.Conv2d, x: Tensor, real: Callable[..., Tensor] = cpu.upsample_conv) -> Tensor:
-        inside = account.watching(kind := "enlarging, by fewer products", cpu.onednn_linear, of_linear)
-        phase = account.watching(kind, cpu.onednn_convolution, of_kernel)
-        with mock.patch.object(cpu, "onednn_linear", inside), mock.patch.object(cpu, "onednn_convolution", phase):
-            return account.watching(kind, real)(conv, x)
+        with (
+            mock.patch.object(cpu_kernels, "call_winograd", call_winograd),
+            mock.patch.object(cpu_kernels, "onednn_linear", winograd_matmul),
+        ):
+            return profile.record("convolution", function, flops)(conv, *args)
 
-    def linear(*args: Any, real: Any = cpu.onednn_linear) -> Tensor:
-        with mock.patch.object(cpu, "onednn_linear", real):
-            return plain(*args)
+    def upsample_conv(*args: Any, function: Callable[..., Tensor] = cpu_kernels.upsample_conv) -> Tensor:
+        matmul = profile.record(UPSAMPLING, cpu_kernels.onednn_linear, linear_flops)
+        conv = profile.record(UPSAMPLING, cpu_kernels.onednn_conv, kernel_flops)
+        with (
+            mock.patch.object(cpu_kernels, "onednn_linear", matmul),
+            mock.patch.object(cpu_kernels, "onednn_conv", conv),
+        ):
+            return profile.record(UPSAMPLING, function)(*args)
 
     with ExitStack() as stack:
-        for module, name, watching in (
-            (cpu, "convolve", convolve),
-            (cpu, "linear", linear),
-            (attention, "linear", linear),
-            (attention, "quickest", account.watching("attention", attention.quickest, of_attention)),
-            (cpu, "enlarge", enlarge),
-            (cpu, "group_norm", account.watching("norms, SiLU", cpu.group_norm)),
-            (layers.F, "layer_norm", account.watching("norms, SiLU", F.layer_norm)),
-            (layers.F, "silu", account.watching("norms, SiLU", F.silu)),
-            (layers.F, "gelu", account.watching("GELU", F.gelu)),
+        for module, name, function in (
+            (cpu_kernels, "conv2d", conv2d),
+            (cpu_kernels, "upsample_conv", upsample_conv),
+            (cpu_kernels, "linear", profile.record("linear layers", cpu_kernels.linear, linear_flops)),
+            (cpu_kernels, "group_norm", profile.record("norms, SiLU", cpu_kernels.group_norm)),
+            (attention, "attention", profile.record("attention", attention.attention, attention_flops)),
+            (F, "layer_norm", profile.record("norms, SiLU", F.layer_norm)),
+            (F, "silu", profile.record("norms, SiLU", F.silu)),
+            (F, "gelu", profile.record("GELU", F.gelu)),
         ):
-            stack.enter_context(mock.patch.object(module, name, watching))
+            stack.enter_context(mock.patch.object(module, name, function))
         yield
 
 
-def peak(dtype: torch.dtype) -> float:
-    """FLOP a second of the quickest large product or convolution that is here: what the floor is reckoned with."""
+def peak_flops(dtype: torch.dtype) -> float:
+    """Return the FLOP/s of the faster of a large matrix product and a large convolution, from which the floor follows."""
     a, x, w = torch.randn(4096, 4096), torch.randn(2, 640, 64, 64), torch.randn(640, 640, 3, 3)
     a, x, w = (t.to(dtype) for t in (a, x, w))
     x = x.to(memory_format=torch.channels_last)
@@ -117,42 +121,40 @@ def peak(dtype: torch.dtype) -> float:
     for run, flops in ((lambda: a @ a, 2 * 4096**3), (lambda: F.conv2d(x, w, padding=1), 2 * 8192 * 640 * 640 * 9)):
         run()
         for _ in range(3):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             run()
-            best = max(best, flops / (time.perf_counter() - begun))
+            best = max(best, flops / (time.perf_counter() - start))
     return best
 
 
 @torch.no_grad()
-def profile(libraries: Libraries) -> str:
-    """Tables, of the median round of each job."""
-    fastest, parts = peak(libraries.dtype), []
+def profile_table(libraries: Libraries) -> str:
+    """Return a table for each job, of its median round."""
+    peak, tables = peak_flops(libraries.dtype), []
     for case in (guided_step(libraries, libraries.args.batch, libraries.size), next(iter(vae(libraries)))):
-        for _ in range(2):  # weights are put in order, memory is taken
+        for _ in range(2):  # packs weights and allocates memory
             case.imvar()
-        accounts = []
+        profiles = []
         for _ in range(libraries.args.rounds):
-            accounts.append((Account(), time.perf_counter()))
-            account = accounts[-1][0]
-            with watched(account):
-                account.watching("the rest", case.imvar)()
-        account = sorted((a for a, _ in accounts), key=lambda a: sum(a.seconds.values()))[len(accounts) // 2]
-        parts.append(table(case.name, account, fastest))
-    return "\n\n".join(parts)
+            profiles.append(profile := Profile())
+            with recording(profile):
+                profile.record("the rest", case.imvar)()
+        median = sorted(profiles, key=lambda profile: sum(profile.seconds.values()))[len(profiles) // 2]
+        tables.append(table(case.name, median, peak))
+    return "\n\n".join(tables)
 
 
-def table(name: str, account: Account, fastest: float) -> str:
-    whole = sum(account.seconds.values())
+def table(name: str, profile: Profile, peak: float) -> str:
+    total = sum(profile.seconds.values())
     rows = [(f"{name}: kind", *HEADER[1:]), ("---",) * len(HEADER)]
-    for kind, seconds in sorted(account.seconds.items(), key=lambda item: -item[1]):
-        rows.append(
-            (kind, f"{seconds:.3f}", f"{100 * seconds / whole:.0f} %", *figures(account.flops[kind], seconds, fastest))
-        )
-    rows.append(("all", f"{whole:.3f}", "", *figures(sum(account.flops.values()), whole, fastest)))
+    for kind, seconds in sorted(profile.seconds.items(), key=lambda item: -item[1]):
+        share = f"{100 * seconds / total:.0f} %"
+        rows.append((kind, f"{seconds:.3f}", share, *flops_cells(profile.flops[kind], seconds, peak)))
+    rows.append(("all", f"{total:.3f}", "", *flops_cells(sum(profile.flops.values()), total, peak)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def figures(flops: float, seconds: float, fastest: float) -> tuple[str, str, str]:
+def flops_cells(flops: float, seconds: float, peak: float) -> tuple[str, str, str]:
     if not flops:
         return "", "", ""
-    return f"{flops / 1e9:.0f}", f"{flops / seconds / 1e9:.0f}", f"{flops / fastest:.3f}"
+    return f"{flops / 1e9:.0f}", f"{flops / seconds / 1e9:.0f}", f"{flops / peak:.3f}"
