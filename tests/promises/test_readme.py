@@ -1,4 +1,4 @@
-"""The code that the README shows runs as it stands, on a tiny checkpoint instead of the real one."""
+"""The code in the README runs, on a tiny checkpoint instead of the published one, and the paths in the pages exist."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md"]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+PATH = re.compile(r"`((?:imvar|scripts|tests|docs)/[\w./-]+|[a-z_]+/[\w/-]+\.\w+)`")
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 
 
 def test_every_block_of_code(checkpoint, tmp_path, monkeypatch):
@@ -18,6 +21,15 @@ def test_every_block_of_code(checkpoint, tmp_path, monkeypatch):
         exec(block, names)
     assert len(list(tmp_path.glob("variation-*.png"))) == 4
     assert names["pipe"](names["photo"], num_inference_steps=1).images[0].size == (128, 128)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_and_links_exist(page):
+    text = (ROOT / page).read_text()
+    roots = (ROOT, ROOT / "imvar")
+    missing = {name for name in PATH.findall(text) if not any((root / name).exists() for root in roots)}
+    missing |= {name for name in LINK.findall(text) if not (ROOT / page).parent.joinpath(name).exists()}
+    assert missing == set()
 
 
 @pytest.mark.parametrize(
@@ -32,6 +44,6 @@ def test_every_block_of_code(checkpoint, tmp_path, monkeypatch):
         "imvar/checkpoints/imvar-emoji/README.md",
     ],
 )
-def test_what_it_names_is_there(name):
+def test_the_readme_mentions(name):
     assert (ROOT / name).exists()
     assert Path(name).name in (ROOT / "README.md").read_text()
