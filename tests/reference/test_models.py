@@ -136,13 +136,13 @@ def test_unet_there_and_back(unets, tmp_path):
 def test_freeu(unets, size, dtype, tolerance):
     ours, theirs = (model.to(dtype) for model in unets)
     x, context = (tensor.to(dtype) for tensor in unet_inputs(theirs.config, size))
-    to_jsonable = ours(x, 5, context).sample
+    plain = ours(x, 5, context).sample
     for model in (ours, theirs):
         model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     same(ours(x, 5, context).sample, theirs(x, 5, context).sample, tolerance)
-    assert not torch.equal(ours(x, 5, context).sample, to_jsonable)
+    assert not torch.equal(ours(x, 5, context).sample, plain)
     ours.disable_freeu()
-    assert torch.equal(ours(x, 5, context).sample, to_jsonable)
+    assert torch.equal(ours(x, 5, context).sample, plain)
 
 
 def gradients(model, inputs, weight):
@@ -166,12 +166,12 @@ def test_unet_gradients(unets, tokens):
         gradients(model, (x, 5, context), weight)
     same_gradients(ours, theirs)
 
-    to_jsonable = {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
+    plain = {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
     ours.enable_gradient_checkpointing()
     gradients(ours, (x, 5, context), weight)
     for name, parameter in ours.named_parameters():
-        if name in to_jsonable:
-            assert torch.equal(parameter.grad, to_jsonable[name])
+        if name in plain:
+            assert torch.equal(parameter.grad, plain[name])
 
 
 @torch.no_grad()
@@ -237,10 +237,10 @@ def test_vae_gradients(vaes):
     for model in (ours.train().double(), theirs.train().double()):
         gradients(model, (x,), torch.arange(3.0)[:, None, None])
     same_gradients(ours, theirs)
-    to_jsonable = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    plain = {name: p.grad.clone() for name, p in ours.named_parameters()}
     ours.enable_gradient_checkpointing()
     gradients(ours, (x,), torch.arange(3.0)[:, None, None])
-    assert all(torch.equal(p.grad, to_jsonable[name]) for name, p in ours.named_parameters())
+    assert all(torch.equal(p.grad, plain[name]) for name, p in ours.named_parameters())
 
 
 @torch.no_grad()
