@@ -3,6 +3,7 @@
 `InputError` is also a `ValueError` and `CheckpointError` also an `OSError`, so existing `except` clauses keep working.
 """
 
+import re
 import reprlib
 import sys
 import warnings
@@ -47,7 +48,7 @@ class CheckpointError(ImvarError, OSError):
 
     def __init__(self, reason: str, *, path: str | Path | None = None, key: str | None = None):
         self.reason, self.path, self.key = reason, None if path is None else Path(path), key
-        named = key is not None and (reason.startswith(f"{key}:") or f": {key}" in reason)
+        named = key is not None and re.search(rf"(^|[ .]){re.escape(key)}: |: {re.escape(key)}", reason)
         parts = (path, None if named else key, reason)
         super().__init__(printable(": ".join(str(part) for part in parts if part is not None)))
 

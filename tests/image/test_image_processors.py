@@ -360,7 +360,7 @@ def test_an_image_that_is_not_denormalised_is_unchanged():
         ),
         ({"image": torch.full((1, 3, 8, 8), torch.nan)}, "image: expected finite values, got NaN or infinite values"),
         ({"image": torch.full((1, 3, 8, 8), torch.inf)}, "image: expected finite values, got NaN or infinite values"),
-        ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, r"values of torch\.uint8 came"),
+        ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, r"got values of torch\.uint8"),
         (
             {"image": torch.zeros(1, 3, 8, 8), "do_denormalize": True},
             "do_denormalize: expected a list of 1 flags, .*, got True",
@@ -389,7 +389,7 @@ def test_numpy_to_pil_needs_floats():
         ([], "image: .*got an empty list"),
         ("x.png", "image: .*got str"),
         ([IMAGE, "x.png"], "image: .*got Image, str"),
-        (noise(), "values of torch.uint8 came"),
+        (noise(), "got values of torch.uint8"),
         (torch.full((3, 8, 8), torch.nan), r"image: .*got nan to nan"),
         (noise() / 1.0, r"image: .*got 0 to 255"),
         (torch.zeros(8, 8), r"image: .*got a tensor of shape \(8, 8\)"),
