@@ -69,10 +69,10 @@ def test_options_of_saving(unet, tmp_path):
 def test_a_variant_is_a_name(unet, tmp_path, variant):
     inner = tmp_path / "one" / "two"
     for saved in (unet, tiny_pipeline()):
-        with pytest.raises(InputError, match="variant: expected .*, got"):
+        with pytest.raises(InputError, match="variant[:=]"):
             saved.save_pretrained(inner / "x", variant=variant)
     unet.save_pretrained(inner / "good")
-    with pytest.raises(InputError, match="variant: expected .*, got"):
+    with pytest.raises(InputError, match="variant[:=]"):
         imvar.UNet2DConditionModel.from_pretrained(inner / "good", variant=variant)
     assert {path.name for path in tmp_path.rglob("*")} == {"one", "two", "good", "config.json", UNET}
 
