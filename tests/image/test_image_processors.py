@@ -309,7 +309,7 @@ def test_invalid_calls(call, words):
 
 def test_another_processors_file(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
-    with pytest.raises(CheckpointError, match="image_processor_type: expected .*, got 'ViTImageProcessor'"):
+    with pytest.raises(CheckpointError, match=r"image_processor_type: expected .*, got 'ViTImageProcessor'"):
         CLIPImageProcessor.from_pretrained(tmp_path)
 
 

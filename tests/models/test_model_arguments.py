@@ -426,7 +426,7 @@ def test_animations_bombs_and_cut_files(tmp_path, monkeypatch):
 
 
 def test_wrong_types_are_type_errors(pipe):
-    with pytest.raises(InputTypeError, match="device: expected .*, got True"):
+    with pytest.raises(InputTypeError, match=r"device: expected .*, got True"):
         pipe.to(device=True)
     for wrong in (None, "3", [1]):
         with pytest.raises(InputTypeError):

@@ -151,7 +151,7 @@ def test_tiles_that_do_not_fit(pipe, photo, sizes, words):
     pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 4, 32
     for wrong in (2, "x", -0.5):
         pipe.vae.tile_overlap_factor = wrong
-        with pytest.raises(InputError, match="tile_overlap_factor: expected .*, got"):
+        with pytest.raises(InputError, match=r"tile_overlap_factor: expected .*, got"):
             made(pipe, photo)
     pipe.vae.tile_overlap_factor = 0.25
     assert made(pipe, photo, height=64, width=72).images.shape == (1, 64, 72, 3)

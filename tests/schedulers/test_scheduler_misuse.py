@@ -68,7 +68,7 @@ def test_one_timestep_for_all_samples(kind):
         with pytest.raises(InputError, match="timestep"):
             scheduler.add_noise(x, noise, wrong)
     for samples in (torch.ones(2, 4, 8, 8, dtype=torch.int64), x > 0, x.to(torch.complex64)):
-        with pytest.raises(InputTypeError, match="original_samples: expected .*, got values of"):
+        with pytest.raises(InputTypeError, match=r"original_samples: expected .*, got values of"):
             scheduler.add_noise(samples, noise, torch.tensor([500]))
 
 

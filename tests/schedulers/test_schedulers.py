@@ -418,7 +418,7 @@ def test_bad_timesteps(cls, timestep, error):
 
 @pytest.mark.parametrize("which", [(4, 1, 0), (0, 1, 0), (2, 1, 2), (2, 1, -1)])
 def test_lms_coefficients_out_of_range(which):
-    with pytest.raises(InputError, match="order: expected .*, got"):
+    with pytest.raises(InputError, match=r"order: expected .*, got"):
         LMSDiscreteScheduler().get_lms_coefficient(*which)
 
 
