@@ -1,4 +1,4 @@
-"""The pipeline: its job, and what it is beside its job."""
+"""The image variation pipeline."""
 
 from .image_variation import StableDiffusionImageVariationPipeline
 

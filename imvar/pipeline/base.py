@@ -1,14 +1,16 @@
-"""What a pipeline is beside its job: parts by name, moved, set and reported on together."""
+"""The base of a pipeline: components by name, which are loaded, saved, moved and configured together."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -17,95 +19,247 @@ from PIL.Image import Image
 from torch import nn
 from torch.nn.attention import SDPBackend
 
-from ..checks import as_device, check_int, check_type, parse_to_args
+from ..atomic.file import write_text
+from ..atomic.folder import atomic_folder, break_hard_links, read_consistently
+from ..checks import as_device, as_path, check_int, check_type, parse_to_args
+from ..config import Config
 from ..context import holding
-from ..errors import InputError, InputTypeError, short_repr
+from ..errors import InputError, InputTypeError, in_checkpoint, invalid, short_repr
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
 from ..models.stock import is_unmodified
 from ..oom import explain_out_of_memory
 from ..runtime.precompute import Runner
-from .components import device_of
+from ..weights.configured import ConfiguredComponent, configured_from_single
+from ..weights.hub import Hub, locate
+from ..weights.model_index import INDEX, default_class, index_entry, index_text
+from ..weights.options import READ_OPTIONS, filter_kwargs, locate_config, resolve_ema, should_write
+from ..weights.pretrained import PretrainedModel
+from .components import SchedulerLike, device_of
 from .offload import Offload
-from .pretrained import PretrainedPipeline
+from .pretrained import dtypes_by_component, files_to_read, read_components
 
 if TYPE_CHECKING:
     from ..runtime.compiled import Compiler
 
-_active_calls: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("imvar_stepping", default=())
-"""The pipelines that are being called here, innermost last, each with that call's own scheduler."""
+_active_calls: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("imvar_active_calls", default=())
+"""The pipelines that this thread or task is calling, innermost last, each with the scheduler of that call."""
 
 
-class PipelineBase(PretrainedPipeline):
-    """The base of a pipeline: holds its parts as attributes and treats them as one."""
-
-    vae: Any
-    unet: Any
+class PipelineBase:
+    """The components of a pipeline as its attributes, and everything that applies to all of them."""
 
     def __init__(self) -> None:
-        self._parts: list[str] = []
+        self._component_names: list[str] = []
         self._settings: dict[str, Any] = {}
         self._bar_options: dict[str, Any] = {}
         self._offload: Offload | None = None
         self._compiler: Compiler | None = None
 
-    def register_modules(self, **parts: Any) -> None:
-        """Keep these parts under their names; None for one that is left out."""
-        for name, part in parts.items():
-            setattr(self, name, part)
-            if name not in self._parts:
-                self._parts = [*self._parts, name]  # a list and settings of its own, also for a shallow copy
+    def register_modules(self, **components: Any) -> None:
+        """Set components as attributes of these names; None for one that is left out."""
+        for name, component in components.items():
+            setattr(self, name, component)
+            if name not in self._component_names:
+                self._component_names = [*self._component_names, name]  # a new list, as shallow copies share the old
 
     def register_to_config(self, **settings: Any) -> None:
-        """Keep settings of the pipeline itself, which are saved with it."""
+        """Set settings of the pipeline itself, which are saved with it."""
         check_type("requires_safety_checker", settings.get("requires_safety_checker"), bool)
         self._settings = self._settings | settings
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by name, so that `Pipe(**other.components)` shares them."""
-        return {name: getattr(self, name) for name in self._parts}
+        """The components by name, so that `Pipeline(**other.components)` shares them."""
+        return {name: getattr(self, name) for name in self._component_names}
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The parts that have weights."""
-        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
-
-    # The scheduler is the one part that a call changes, so every call has its own.
+        """The components with weights."""
+        return {name: component for name, component in self.components.items() if isinstance(component, nn.Module)}
 
     @property
-    def scheduler(self) -> Any:
-        """The scheduler; within a call, the copy that this call steps."""
-        return next((own for pipe, own in reversed(_active_calls.get()) if pipe is self), self._scheduler)
+    def config(self) -> Config:
+        """The pipeline's settings, and the library and class of each component."""
+        return Config.from_dict(
+            self._settings | {name: index_entry(name, value) for name, value in self.components.items()}
+        )
+
+    @classmethod
+    def parameters(cls) -> dict[str, inspect.Parameter]:
+        """Return the constructor's parameters by name, following *args and **kwargs up the MRO."""
+        parameters: dict[str, inspect.Parameter] = {}
+        for base in cls.__mro__:
+            if "__init__" in vars(base):
+                signature = list(inspect.signature(base.__init__).parameters.values())[1:]
+                named = [p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+                parameters = {p.name: p for p in named} | parameters
+                if len(named) == len(signature):
+                    break
+        return parameters
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        torch_dtype: Any = None,
+        dtype: Any = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        low_cpu_mem_usage: bool = True,
+        disable_mmap: bool = False,
+        compile: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Load a pipeline from a folder or a hub repository in the published layout, or the bundled "imvar-emoji".
+
+        `dtype` (or `torch_dtype`): one for all components, or a dictionary of component to dtype with `"default"`;
+        float32 by default. `overrides`: components to use in place of the checkpoint's, None to leave one out, and
+        settings of the pipeline such as `requires_safety_checker`. `variant` selects files such as
+        `*.fp16.safetensors` of the components that have them. Weights are always memory-mapped, whatever
+        `low_cpu_mem_usage` and `disable_mmap` are. `compile`: call `compile()` on the pipeline.
+
+        Raises `CheckpointError` with the file and what is wrong with it.
+        """
+        check_type("compile", compile, bool)
+        check_type("variant", variant, str)
+        check_type("low_cpu_mem_usage", low_cpu_mem_usage, bool)
+        check_type("disable_mmap", disable_mmap, bool)
+        parameters = cls.parameters()
+        overrides = filter_kwargs(overrides, parameters, f"{cls.__name__}.from_pretrained")
+        dtypes = dtypes_by_component(torch_dtype if dtype is None else dtype)
+        reading = {"variant": variant, "use_safetensors": use_safetensors}
+        hub = Hub(revision, cache_dir, local_files_only, token)
+        folder = locate(pretrained_model_name_or_path, hub, lambda names: files_to_read(names, overrides, **reading))
+        read = partial(read_components, folder, parameters, overrides, dtypes, **reading)
+        components = read_consistently(folder, files_to_read(None, overrides, **reading), read)
+        try:
+            pipe = cls(**(components | overrides))
+        except InputError as error:
+            if error.key is None or error.key in overrides:  # the caller's argument is at fault
+                raise
+            raise in_checkpoint(error, folder / INDEX) from error
+        if compile:
+            pipe.compile()
+        return pipe
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        *,
+        config: str | Path | None = None,
+        torch_dtype: Any = None,
+        dtype: Any = None,
+        ema: str = "auto",
+        extract_ema: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """Load a pipeline from one `.ckpt` or safetensors file in an original layout.
+
+        The file: a path, a link to one on the hub, or "owner/name/file". `config`: the folder or hub repository of a
+        checkpoint with the configs for these weights; by default they are read from the file, inferred from the
+        tensors' shapes, or the published ones. Original files contain no safety checker: pass one as
+        `safety_checker=`, or there is none. `ema` and `extract_ema` are those of a model's `from_single_file`, the
+        other arguments those of `from_pretrained`.
+        """
+        from ..weights.single_file import SingleFile  # see weights/__init__.py
+
+        hub = Hub(revision, cache_dir, local_files_only, token)
+        overrides = {name: value for name, value in overrides.items() if name not in READ_OPTIONS}
+        overrides = filter_kwargs(overrides, cls.parameters(), f"{cls.__name__}.from_single_file")
+        dtypes = dtypes_by_component(torch_dtype if dtype is None else dtype)
+        file = SingleFile.from_source(pretrained_model_link_or_path, hub)
+        file.check_complete(overrides)
+        folder, ema = locate_config(config, hub), resolve_ema(ema, extract_ema)
+        components = {
+            part: default_class(part).from_single(file, folder, ema=ema, dtype=dtypes[part])
+            for part in file.parts
+            if part not in overrides
+        }
+        for part in {"scheduler", "feature_extractor"} - overrides.keys():
+            components[part] = configured_from_single(part, file, folder, components.get("image_encoder"))
+        components.setdefault("safety_checker", None)
+        return cls(**(components | overrides))
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **options: Any,
+    ) -> None:
+        """Save all components to a folder, created if needed, in the layout that diffusers reads.
+
+        The save is atomic, even if the process is killed; `atomic/folder.py` explains how, and where it cannot be.
+        Other files in the folder stay. `is_main_process=False` writes nothing, as in a distributed run.
+        """
+        options = filter_kwargs(options, ("is_main_process",), f"{type(self).__name__}.save_pretrained")
+        if not should_write(options.get("is_main_process")):
+            return
+        components = {name: component for name, component in self.components.items() if component is not None}
+        for name, component in components.items():
+            got = f"a {type(component).__name__}"
+            if not hasattr(component, "save_pretrained"):
+                raise invalid(InputTypeError, name, "a component with save_pretrained", got)
+            if (part := getattr(component, "part", name)) != name:
+                raise invalid(InputTypeError, name, f"a component for {name}", f"{got}, which is for {part}")
+        check_type("safe_serialization", safe_serialization, bool)
+        sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}  # each class has its own default
+        atomic = ConfiguredComponent.save_pretrained, PretrainedModel.save_pretrained
+        with atomic_folder(as_path("save_directory", save_directory)) as new:
+            for name, component in components.items():
+                if getattr(type(component), "save_pretrained", None) not in atomic:
+                    break_hard_links(new / name)  # in case it writes in place
+                component.save_pretrained(new / name, safe_serialization=safe_serialization, variant=variant, **sizes)
+            write_text(new / INDEX, index_text(type(self).__name__, self.components, self._settings))
+
+    # A call changes the scheduler and no other component, so every call has its own.
+
+    @property
+    def scheduler(self) -> SchedulerLike:
+        """The scheduler; during a call, that call's copy."""
+        return next((scheduler for pipe, scheduler in reversed(_active_calls.get()) if pipe is self), self._scheduler)
 
     @scheduler.setter
-    def scheduler(self, scheduler: Any) -> None:
+    def scheduler(self, scheduler: SchedulerLike) -> None:
         self._scheduler = scheduler
 
-    def own_scheduler(self) -> AbstractContextManager[None]:
-        """For the time of a call, in this thread alone, a copy of the scheduler for the call to step.
+    def per_call_scheduler(self) -> AbstractContextManager[None]:
+        """Within the context and in this thread alone, let `scheduler` be a shallow copy, for one call to step.
 
-        The copy is a shallow one. A scheduler of which a method was replaced is stepped itself, as whatever
-        replaced it may refer to it.
+        A scheduler with a monkeypatched method is used without a copy: the patch may hold a reference to it.
         """
         scheduler = self._scheduler
-        replaced = any(callable(getattr(type(scheduler), name, None)) for name in getattr(scheduler, "__dict__", ()))
+        patched = any(callable(getattr(type(scheduler), name, None)) for name in getattr(scheduler, "__dict__", ()))
         try:
-            own = scheduler if replaced else copy.copy(scheduler)
-        except Exception:  # one that cannot be copied, such as some that hand all on to another
+            own = scheduler if patched else copy.copy(scheduler)
+        except Exception:  # not every third-party scheduler can be copied, such as a proxy of another one
             own = scheduler
         return holding(_active_calls, (*_active_calls.get(), (self, own)))
 
-    # Where and what the weights are
+    # Device and dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return device_of(self.components, torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are."""
+        """The dtype of the weights."""
         return next((p.dtype for module in self.modules.values() for p in module.parameters()), torch.float32)
 
     @property
@@ -113,170 +267,171 @@ class PipelineBase(PretrainedPipeline):
         return self._offload.device if self._offload else self.device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast all parts, as `nn.Module.to` does, and return this pipeline.
+        """Move or cast all components, as `nn.Module.to` does, and return this pipeline.
 
-        A device, a dtype of floats, both, or a tensor to take both from; `non_blocking` and `memory_format`. Raises
-        `InputError` for what is none of these, before anything moves, and `OutOfMemoryError`.
+        Arguments: a device, a floating-point dtype, both, or a tensor that has both; `non_blocking` and
+        `memory_format`. Raises `InputError` for any other, before anything moves, and `OutOfMemoryError`.
         """
-        wanted = parse_to_args(*args, **kwargs)
-        if "device" in wanted:
+        arguments = parse_to_args(*args, **kwargs)
+        if "device" in arguments:
             self.remove_all_hooks()
         with explain_out_of_memory("use torch.float16, or enable_model_cpu_offload() instead of to()"):
             for module in self.modules.values():
-                module.to(**wanted)
+                module.to(**arguments)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep the parts in main memory and bring each to the accelerator only while it works.
+        """Keep the components in main memory and move each to the accelerator only while it runs.
 
-        `device`: "cuda" unless named; `gpu_id` numbers it. Threads that call this pipeline then take turns.
-        Raises `InputError` where there is no accelerator.
+        `device`: "cuda" by default; `gpu_id`: its index. Threads that call this pipeline then wait for each other.
+        Raises `InputError` if there is no accelerator.
         """
         if device is None:
             if not torch.accelerator.is_available():
-                raise InputError("enable_model_cpu_offload: there is no accelerator here to offload from")
+                raise invalid(InputError, "enable_model_cpu_offload", "an accelerator", "a machine without one")
             device = torch.accelerator.current_accelerator()
         if gpu_id is not None:
-            own, _, number = str(device).partition(":")
-            if number not in ("", str(check_int("gpu_id", gpu_id, low=0))):
-                raise InputError(f"gpu_id={gpu_id} and device={device} name different devices", key="gpu_id")
-            device = f"{own}:{gpu_id}"
+            kind, _, index = str(device).partition(":")
+            if index not in ("", str(check_int("gpu_id", gpu_id, low=0))):
+                raise invalid(InputError, "gpu_id", f"{index}, the index of device={device}", str(gpu_id))
+            device = f"{kind}:{gpu_id}"
         target = as_device("device", device) or torch.device("cpu")
         if target.type == "meta":
-            raise InputError("device='meta': weights would be lost there; an accelerator would do", key="device")
+            raise invalid(InputError, "device", "an accelerator", "'meta'", "weights would be lost there")
         self.remove_all_hooks()
         self._offload = Offload(target, self.modules)
 
     def remove_all_hooks(self) -> None:
-        """End the offloading, if any."""
+        """Disable offloading."""
         if self._offload:
             self._offload.remove()
             self._offload = None
 
     def maybe_free_model_hooks(self) -> None:
-        """Under offloading, send every part back to main memory."""
+        """With offloading, move every component back to main memory."""
         if self._offload:
-            self._offload.rest()
+            self._offload.offload_all()
 
     # Speed
 
     def compile(self, **options: Any) -> None:
-        """Let the UNet and the autoencoder's decoder be compiled, with the `options` of `torch.compile`.
+        """Compile the UNet and the autoencoder's decoder, with the `options` of `torch.compile`.
 
-        On CUDA each of their calls is then replayed as a graph, so that no step waits for Python. That happens in the
-        first call of this pipeline, and again for every new size, batch or dtype: from a minute up to many with
-        `mode="max-autotune"`. Seeds, pictures, guidance, samplers and numbers of steps need nothing new, and neither
-        does what changes weights in place; other weights are recorded anew. A model that cannot be compiled runs as
-        it is, with a warning. Parts with hooks or layers of others, and parts that are offloaded, run as they are.
+        On CUDA each of their calls is then replayed as a CUDA graph, so that no step waits for Python. That takes
+        from a minute to many with `mode="max-autotune"`, in the first call of this pipeline and again for every new
+        size, batch or dtype, but not for other seeds, images, guidance, schedulers or numbers of steps, nor for
+        weights changed in place; replaced weights are recorded again. A model that cannot be compiled runs eagerly,
+        with a warning. So do, without one, models with hooks or custom layers and models that are offloaded.
         """
-        from ..runtime.compiled import Compiler  # with what only it needs
+        from ..runtime.compiled import Compiler  # with its imports, which nothing else needs
 
         self._compiler = Compiler(**options)
 
     def enable_fp8(self) -> None:
-        """Approximate: let the UNet's linear layers multiply in eight bits, row by row scaled (arXiv:2209.05433).
+        """Approximate: run the UNet's linear layers in FP8 with a scale per row (arXiv:2209.05433).
 
-        For NVIDIA's Ada, Hopper and later; slower elsewhere. Raises `InputError` on a GPU that cannot.
+        For NVIDIA Ada, Hopper and later; slower elsewhere. Raises `InputError` on a GPU without FP8.
         """
         from ..runtime import fp8
 
-        fp8.enable(self.unet)
+        fp8.enable(self.components["unet"])
 
     def disable_fp8(self) -> None:
         from ..runtime import fp8
 
-        fp8.disable(self.unet)
+        fp8.disable(self.components["unet"])
 
     @property
     def runner(self) -> Runner:
-        """How functions of the models are run: see `compile`."""
+        """Run functions of the models, compiled after `compile`."""
         compiler = self._compiler
         if compiler is None or self._offload:
             return partial
         return lambda function, model: (compiler if is_unmodified(model) else partial)(function, model)
 
-    # Settings that belong to the models
+    # Settings of the models
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Let the UNet attend to a few heads at a time: "auto" half, "max" one, a number, or None for all."""
-        self.unet.set_attention_slice(slice_size)
+        """Compute the UNet's attention for a few heads at a time: "auto" half, "max" one, a number, or None for all."""
+        self.components["unet"].set_attention_slice(slice_size)
 
     def disable_attention_slicing(self) -> None:
-        self.unet.set_attention_slice(None)
+        self.components["unet"].set_attention_slice(None)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: SDPBackend | Attend | None = None) -> None:
-        """Let UNet and autoencoder attend with PyTorch's memory-efficient backend, or with `attention_op`."""
+        """Use PyTorch's memory-efficient attention in UNet and autoencoder, or `attention_op`."""
         kernel = memory_efficient(attention_op)
-        for model in (self.unet, self.vae):
-            model.enable_xformers_memory_efficient_attention(kernel)
+        for name in ("unet", "vae"):
+            self.components[name].enable_xformers_memory_efficient_attention(kernel)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        for model in (self.unet, self.vae):
-            model.disable_xformers_memory_efficient_attention()
+        for name in ("unet", "vae"):
+            self.components[name].disable_xformers_memory_efficient_attention()
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Let the UNet merge its skips as FreeU does (arXiv:2309.11497)."""
-        self.unet.enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
+        """Merge the UNet's skip connections by FreeU (arXiv:2309.11497)."""
+        self.components["unet"].enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
 
     def disable_freeu(self) -> None:
-        self.unet.disable_freeu()
+        self.components["unet"].disable_freeu()
 
     def enable_vae_slicing(self) -> None:
-        """Decode a batch one picture at a time."""
-        self.vae.enable_slicing()
+        """Decode a batch one image at a time."""
+        self.components["vae"].enable_slicing()
 
     def disable_vae_slicing(self) -> None:
-        self.vae.disable_slicing()
+        self.components["vae"].disable_slicing()
 
     def enable_vae_tiling(self) -> None:
-        """Decode large pictures in overlapping tiles, which changes them a little."""
-        self.vae.enable_tiling()
+        """Decode large images in overlapping tiles, which changes them a little."""
+        self.components["vae"].enable_tiling()
 
     def disable_vae_tiling(self) -> None:
-        self.vae.disable_tiling()
+        self.components["vae"].disable_tiling()
 
-    # Reporting
+    # Progress bar
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
-        """A tqdm bar over `iterable`, or one of `total` ticks to be updated by hand."""
+        """Return a tqdm bar over `iterable`, or one of `total` steps that is updated by hand."""
         from huggingface_hub.utils import tqdm
 
         if iterable is None and total is None:
-            raise InputError("progress_bar: an iterable or a total would do")
+            raise invalid(InputError, "progress_bar", "an iterable or a total", "neither")
         if iterable is not None and not isinstance(iterable, Iterable):
-            raise InputTypeError(f"iterable={short_repr(iterable)}: something to go through would do", key="iterable")
+            raise invalid(InputTypeError, "iterable", "an iterable", short_repr(iterable))
         return tqdm(iterable, total=total, **self._bar_options)
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options for tqdm, such as `disable=True`. Raises `InputTypeError` for what is none, or cannot be one."""
+        """Set the options of tqdm, such as `disable=True`. Raises `InputTypeError` for any that tqdm does not take."""
         from huggingface_hub.utils import tqdm
 
-        class Trial(tqdm.__mro__[1]):  # type: ignore[misc]  # which looks at its options even where all bars are off
+        class TrialBar(tqdm.__mro__[1]):  # type: ignore[misc]  # tqdm's own class, which no setting disables
             _lock, monitor_interval = tqdm.get_lock(), 0
 
         try:
             if not hasattr(options.get("file") or sys.stderr, "write"):
                 raise TypeError("file has no write")
             bool(options.get("disable"))
-            seen = {name: value for name, value in options.items() if name not in ("name", "write_bytes")}
-            with Trial(total=2, **(seen | {"file": io.StringIO(), "disable": False})) as trial:
-                trial.update()
-        except Exception as error:  # of a name that it does not know, tqdm's own is a KeyError
-            raise InputTypeError(
-                f"set_progress_bar_config({short_repr(options)}): options of tqdm would do, such as disable=True ({error})"
+            tried = {name: value for name, value in options.items() if name not in ("name", "write_bytes")}
+            with TrialBar(total=2, **(tried | {"file": io.StringIO(), "disable": False})) as bar:
+                bar.update()
+        except Exception as error:  # for an unknown name, tqdm raises a KeyError of its own
+            got = f"{short_repr(options)} ({error})"
+            raise invalid(
+                InputTypeError, "set_progress_bar_config", "options of tqdm such as disable=True", got
             ) from error
         self._bar_options = options
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the file that the bar is drawn in, which is of this process."""
-        bar = {name: value for name, value in self._bar_options.items() if name != "file"}
-        return vars(self) | {"_bar_options": bar}
+        """Leave out the file of the progress bar, which belongs to this process."""
+        bar_options = {name: value for name, value in self._bar_options.items() if name != "file"}
+        return vars(self) | {"_bar_options": bar_options}
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image]:
-        """(b, h, w, 3) with values in [0, 1] to pictures."""
+        """Convert an array (b, h, w, 3) with values in [0, 1] to PIL images."""
         return numpy_to_pil(images)
 
     def __repr__(self) -> str:
-        parts = "\n".join(f"  {name}: {type(part).__name__}" for name, part in self.components.items())
-        return f"{type(self).__name__}\n{parts}"
+        lines = (f"  {name}: {type(component).__name__}" for name, component in self.components.items())
+        return "\n".join([type(self).__name__, *lines])

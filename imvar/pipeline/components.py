@@ -1,24 +1,78 @@
-"""What the parts of a pipeline have to be, and whether they go together."""
+"""Components of the pipeline: what each has to provide, and whether they fit together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor, device
+import torch
+from torch import Tensor
 from torch.nn import Module
 
-from ..errors import InputError, InputTypeError, describe, short_repr
+from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from ..weights.model_index import OPTIONAL_COMPONENTS
 
-NEEDED = {  # of the part of this name
-    "vae": ("decode", "config"),
-    "image_encoder": ("__call__", "parameters"),
-    "unet": ("__call__", "config"),
-    "scheduler": ("set_timesteps", "scale_model_input", "step", "init_noise_sigma"),
-    "safety_checker": ("__call__",),
-    "feature_extractor": ("__call__",),
+# A component may be any object with the methods and properties of its Protocol, which are checked before each call.
+
+
+class VAELike(Protocol):
+    """`decode(latents, return_dict=False)` returns a tuple that starts with images (b, 3, 8 h, 8 w) around [-1, 1]."""
+
+    def decode(self, z: Tensor, /, return_dict: bool = True) -> Any: ...
+
+    @property
+    def config(self) -> Any: ...
+
+
+class ImageEncoderLike(Protocol):
+    """A call returns an object with `image_embeds` (b, c)."""
+
+    def __call__(self, pixel_values: Tensor, /) -> Any: ...
+    def parameters(self) -> Iterable[Tensor]: ...
+
+
+class UNetLike(Protocol):
+    """A call returns an object with `sample`, of the shape of the latents (b, c, h, w)."""
+
+    def __call__(self, sample: Tensor, timestep: Any, /, encoder_hidden_states: Tensor) -> Any: ...
+
+    @property
+    def config(self) -> Any: ...
+
+
+class SchedulerLike(Protocol):
+    """`step` returns an object with `prev_sample`. `timesteps` is not checked, as it may be missing at first."""
+
+    timesteps: Any  # a tensor or a list, after set_timesteps
+
+    def set_timesteps(self, num_inference_steps: int, /, device: Any = None) -> None: ...
+    def scale_model_input(self, sample: Tensor, timestep: Any, /) -> Tensor: ...
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, /) -> Any: ...
+
+    @property
+    def init_noise_sigma(self) -> float | Tensor: ...
+
+
+class SafetyCheckerLike(Protocol):
+    """A call returns the images, flagged ones replaced or not, and a flag for each."""
+
+    def __call__(self, *, images: Any, clip_input: Tensor) -> tuple[Any, Any]: ...
+
+
+class FeatureExtractorLike(Protocol):
+    """A call returns an object with `pixel_values` (b, 3, s, s)."""
+
+    def __call__(self, images: Any, *, return_tensors: Any) -> Any: ...
+
+
+PROTOCOLS = {
+    "vae": VAELike,
+    "image_encoder": ImageEncoderLike,
+    "unet": UNetLike,
+    "scheduler": SchedulerLike,
+    "safety_checker": SafetyCheckerLike,
+    "feature_extractor": FeatureExtractorLike,
 }
 EXPECTED_TYPE = {
     "vae": "an AutoencoderKL",
@@ -26,140 +80,135 @@ EXPECTED_TYPE = {
     "unet": "a UNet2DConditionModel",
     "scheduler": "a scheduler with return_dict=True",
     "feature_extractor": "a CLIPImageProcessor",
-    "safety_checker": "a StableDiffusionSafetyChecker, or None,",
+    "safety_checker": "a StableDiffusionSafetyChecker or None",
 }
 
 
-def required_components(parts: Mapping[str, Any], output_type: Any) -> dict[str, Any]:
-    """The parts that a call needs: not what a subclass has beside them, nor what latents alone go without."""
-    spared = ("vae", "safety_checker") if isinstance(output_type, str) and output_type == "latent" else ()
-    return {name: part for name, part in parts.items() if name in NEEDED and name not in spared}
+def required_members(protocol: type) -> list[str]:
+    """Return the methods and properties of a Protocol, in their order. Annotated attributes are not required.
 
-
-def device_of(parts: Mapping[str, Any], default: device) -> device:
-    """Where the first of these has its weights."""
-    return next((p.device for part in parts.values() if isinstance(part, Module) for p in part.parameters()), default)
-
-
-def check_components(parts: Mapping[str, Any]) -> None:
-    """Every part that a call needs is there, and can do what is asked of a part of its name."""
-    for name, part in parts.items():
-        needed = NEEDED[name]
-        if part is None and name in OPTIONAL_COMPONENTS:
-            continue
-        if isinstance(part, type):
-            raise InputTypeError(f"{name}: the class {part.__name__} came; one made of it would do", key=name)
-        lacking = [method for method in needed if not hasattr(part, method)]
-        other = getattr(type(part), "part", name)  # what imvar's own are
-        if lacking or other != name:
-            came = (
-                "None came"
-                if part is None
-                else f"a {type(part).__name__} came, which "
-                + (f"has no {lacking[0]}" if lacking else f"is for {other}")
-            )
-            raise InputTypeError(f"{name}: {came}; {EXPECTED_TYPE[name]} would do", key=name)
-
-
-def check_compatible(parts: Mapping[str, Any], output_type: str, whole: bool) -> None:
-    """The parts go together, as far as their settings tell: what one makes is what the next one takes.
-
-    `whole`: nobody has put anything between the UNet and its latents.
+    `isinstance` would not do this: from Python 3.12 on it overlooks what `__getattr__` provides.
     """
-    checker, extractor = parts.get("safety_checker"), parts.get("feature_extractor")
-    unet_in, unet_out = (config_value(parts["unet"], name) for name in ("in_channels", "out_channels"))
-    vae_in, vae_out = (config_value(parts["vae"], name) for name in ("latent_channels", "out_channels"))
-    if whole and unet_in != unet_out:
-        raise InputError(
-            f"unet: its in_channels={unet_in} and out_channels={unet_out} differ; as many would do", key="unet"
+    return [name for name in vars(protocol) if name == "__call__" or not name.startswith("_")]
+
+
+def required_components(components: Mapping[str, Any], output_type: Any) -> dict[str, Any]:
+    """Return the components that a call uses: not those that a subclass adds, and no decoder for latents."""
+    unused = ("vae", "safety_checker") if isinstance(output_type, str) and output_type == "latent" else ()
+    return {name: value for name, value in components.items() if name in PROTOCOLS and name not in unused}
+
+
+def device_of(components: Mapping[str, Any], default: torch.device) -> torch.device:
+    """Return the device of the first component with weights."""
+    return next((p.device for c in components.values() if isinstance(c, Module) for p in c.parameters()), default)
+
+
+def check_components(components: Mapping[str, Any]) -> None:
+    """Check that every component is an instance with the members that the pipeline uses, and not of another kind."""
+    for name, component in components.items():
+        if component is None and name in OPTIONAL_COMPONENTS:
+            continue
+        expected = EXPECTED_TYPE[name]
+        if isinstance(component, type):
+            raise invalid(InputTypeError, name, expected, f"the class {component.__name__}", "pass an instance")
+        missing = [member for member in required_members(PROTOCOLS[name]) if not hasattr(component, member)]
+        part = getattr(type(component), "part", name)  # the role of one of imvar's classes
+        if component is None:
+            raise invalid(InputTypeError, name, expected, "None")
+        if missing:
+            raise invalid(InputTypeError, name, expected, f"a {type(component).__name__}, which has no {missing[0]}")
+        if part != name:
+            raise invalid(InputTypeError, name, expected, f"a {type(component).__name__}, which is for {part}")
+
+
+def check_feature_extractor(safety_checker: Any, feature_extractor: Any) -> None:
+    """Check that a safety checker has a feature extractor."""
+    if safety_checker is not None and feature_extractor is None:
+        raise invalid(
+            InputError,
+            "feature_extractor",
+            "a CLIPImageProcessor for the safety checker",
+            "None",
+            "pass one, or safety_checker=None",
         )
-    if not isinstance(output_type, str) or output_type == "latent":  # what is no word is refused as such
+
+
+def check_compatible(components: Mapping[str, Any], output_type: str, unmodified_unet: bool) -> None:
+    """Check, by the configs of imvar's own components, that the output of each is an input of the next.
+
+    `unmodified_unet`: no hook or override sits between the latents and the UNet.
+    """
+    checker, extractor = components.get("safety_checker"), components.get("feature_extractor")
+    unet_in, unet_out = (config_value(components["unet"], name) for name in ("in_channels", "out_channels"))
+    vae_in, vae_out = (config_value(components["vae"], name) for name in ("latent_channels", "out_channels"))
+    if unmodified_unet and unet_in != unet_out:
+        got = f"in_channels={unet_in} and out_channels={unet_out}"
+        raise invalid(InputError, "unet", "as many output as input channels", got)
+    if not isinstance(output_type, str) or output_type == "latent":  # another type is refused later, by its name
         return
     if unet_out != vae_in and None not in (unet_out, vae_in):
-        raise InputError(
-            f"unet, vae: the UNet's out_channels={unet_out} and latent_channels={vae_in} differ; as many would do",
-            key="vae",
-        )
+        got = f"latent_channels={vae_in}"
+        raise invalid(InputError, "vae", f"latent_channels={unet_out}, the UNet's out_channels", got)
     if vae_out not in (1, 3, None) and (checker or output_type == "pil"):
-        raise InputError(
-            f"vae: out_channels={vae_out}; 1 or 3 would do for output_type={output_type!r}, or 'np' and "
-            "'pt' with no safety checker",
-            key="vae",
-        )
-    if checker and extractor is None:
-        raise InputError(
-            "feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None",
-            key="feature_extractor",
-        )
-    sees, side = (
-        config_value(config_value(checker, "vision_config", checker), "image_size"),
-        config_value(extractor, "crop_size"),
-    )
-    known = sees is not None and config_value(extractor, "do_center_crop") and isinstance(side, Mapping)
-    if known and set(side.values()) != {sees}:
-        raise InputError(
-            f"safety_checker, feature_extractor: one looks at {sees} x {sees} pixels, and the other makes "
-            f"{dict(side)}; one size would do",
-            key="safety_checker",
-        )
+        hint = "use output_type='np' or 'pt' without a safety checker"
+        expected = f"out_channels of 1 or 3 for output_type={output_type!r}"
+        raise invalid(InputError, "vae", expected, f"out_channels={vae_out}", hint)
+    check_feature_extractor(checker, extractor)
+    image_size = config_value(config_value(checker, "vision_config", checker), "image_size")
+    crop_size = config_value(extractor, "crop_size")
+    crops = config_value(extractor, "do_center_crop") and isinstance(crop_size, Mapping)
+    if image_size is not None and crops and set(crop_size.values()) != {image_size}:
+        expected = f"a model for {dict(crop_size)}, the feature extractor's crop_size"
+        raise invalid(InputError, "safety_checker", expected, f"one for {image_size} x {image_size} pixels")
 
 
-def config_value(part: Any, name: str, default: Any = None) -> Any:
-    """A setting of a part of imvar's; of those of others nobody knows what it means."""
-    config = getattr(part, "config", part)
+def config_value(component: Any, name: str, default: Any = None) -> Any:
+    """Return a config value of one of imvar's own components; `default` for third-party ones.
+
+    Fields of third-party configs may mean something else.
+    """
+    config = getattr(component, "config", component)
     return getattr(config, name, default) if type(config).__module__.startswith("imvar.") else default
 
 
-def check_timesteps(scheduler: Any) -> None:
-    """It has timesteps to go by."""
-    times = getattr(scheduler, "timesteps", None)
-    if times is None or not len(times):
-        raise InputTypeError(
-            f"scheduler: set_timesteps left {type(scheduler).__name__} with timesteps={short_repr(times)}; "
-            "a tensor or a list of them would do",
-            key="scheduler",
-        )
+def check_timesteps(scheduler: SchedulerLike) -> None:
+    """Check that `set_timesteps` has left timesteps."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None or not len(timesteps):
+        got = f"timesteps={short_repr(timesteps)} of {type(scheduler).__name__}"
+        raise invalid(InputTypeError, "scheduler", "a tensor or list of timesteps after set_timesteps", got)
 
 
-def check_context(context: Any, rows: int, unet: Any = None) -> None:
-    """What the UNet is told of each picture is there, and as wide as its cross-attention expects, if it is imvar's."""
-    if not isinstance(context, Tensor) or context.ndim != 3 or not len(context) or len(context) % rows:
-        raise InputTypeError(
-            f"image_encoder: {describe(context)} came as the context; a tensor ({rows}, 1, width) would "
-            "do, under guidance with zeros for half of the rows",
-            key="image_encoder",
-        )
+def check_context(context: Any, batch: int, unet: Any = None) -> None:
+    """Check that the context is (k batch, m, c), with c the width of cross-attention if `unet` is one of imvar's."""
+    if not isinstance(context, Tensor) or context.ndim != 3 or not len(context) or len(context) % batch:
+        hint = "under guidance half of the batch is zeros"
+        raise invalid(InputTypeError, "image_encoder", f"a context ({batch}, 1, width)", describe(context), hint)
     width = config_value(unet, "cross_attention_dim")
     if width is not None and context.shape[-1] != width:
-        raise InputError(
-            f"image_encoder, unet: embeddings of {context.shape[-1]} numbers came to a UNet of "
-            f"cross_attention_dim={width}; as many would do",
-            key="image_encoder",
-        )
+        expected = f"embeddings as wide as the UNet's cross_attention_dim={width}"
+        raise invalid(InputError, "image_encoder", expected, f"embeddings of width {context.shape[-1]}")
 
 
-def require_tensor(part: Any, name: str, output: Any, field: str) -> Tensor:
-    """The tensor of this name in what a part, of whatever kind, returned."""
+def require_tensor(component: Any, name: str, output: Any, field: str) -> Tensor:
+    """Return the tensor `field` of a component's output."""
     value = getattr(output, field, None)
     if not isinstance(value, Tensor):
-        raise InputTypeError(
-            f"{name}: {type(part).__name__} returned {type(output).__name__} with no tensor in "
-            f"`{field}`; {EXPECTED_TYPE[name]} would do",
-            key=name,
-        )
+        got = f"{type(output).__name__} from {type(component).__name__}"
+        raise invalid(InputTypeError, name, f"an output with a tensor `{field}`", got, f"use {EXPECTED_TYPE[name]}")
     return value
 
 
-def check_devices(parts: Mapping[str, Any]) -> None:
-    """One device for all parts that have weights, but for those that a hook may move or send their inputs to."""
-    found = {
+def check_devices(components: Mapping[str, Any]) -> None:
+    """Check that the weights are on one device, except those that a hook may move or move inputs to."""
+    devices = {
         name: parameter.device
-        for name, part in parts.items()
-        if isinstance(part, Module) and not part._forward_pre_hooks and "forward" not in vars(part)
-        for parameter in islice(part.parameters(), 1)
+        for name, component in components.items()
+        if isinstance(component, Module) and not component._forward_pre_hooks and "forward" not in vars(component)
+        for parameter in islice(component.parameters(), 1)
     }
-    if len(set(found.values())) > 1:
-        where = ", ".join(f"{name} on {place}" for name, place in found.items())
-        raise InputError(f"the parts are on different devices ({where}); pipe.to(device) brings them together")
-    if any(place.type == "meta" for place in found.values()):
-        raise InputError("the parts are on the meta device, so they have no weights; from_pretrained loads them")
+    got = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    if len(set(devices.values())) > 1:
+        raise invalid(InputError, "components", "one device", f"different devices ({got})", "call pipe.to(device)")
+    if any(device.type == "meta" for device in devices.values()):
+        raise invalid(InputError, "components", "weights in memory", got, "load them with from_pretrained")

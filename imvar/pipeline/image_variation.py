@@ -1,61 +1,77 @@
-"""The job: a picture in, its variations out."""
+"""The image variation pipeline: its call, and the stages of a call in their order."""
 
 from __future__ import annotations
 
 import contextlib
-import warnings
+import copy
+import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_int
-from ..errors import InputError
-from ..image import VaeImageProcessor
+from ..checks import check_float
+from ..errors import ImvarError, InputError, InputTypeError, describe, invalid, warn_user
+from ..image import CLIPImageProcessor, VaeImageProcessor, to_uint8
 from ..kernels.packed_weights import PackedWeights
-from ..noise import seed_generators
+from ..models.stock import is_unmodified
+from ..noise import randn
 from ..oom import explain_out_of_memory
 from ..outputs import StableDiffusionPipelineOutput
-from ..runtime.guidance import ClassifierFreeGuidance, Predict, can_precompute
-from ..runtime.precompute import Fingerprint
+from ..runtime.denoiser import Denoiser, can_precompute, dtype_of, make_predictor
+from ..runtime.guidance import Predict
 from ..weights.published_config import has_legacy_sample_size
-from .arguments import check_approximate, check_arguments, check_numbers, check_seeds
+from .arguments import Call, check_inputs, check_latents, image_count, rename_argument
+from .base import PipelineBase
 from .components import (
+    FeatureExtractorLike,
+    ImageEncoderLike,
+    SafetyCheckerLike,
+    SchedulerLike,
+    UNetLike,
+    VAELike,
     check_compatible,
     check_components,
     check_context,
     check_devices,
+    check_feature_extractor,
     check_timesteps,
     device_of,
     require_tensor,
     required_components,
 )
-from .steps import Steps, batch_size, dtype_of
+from .safety_policy import judge
 
-MAX_IMAGES_PER_PROMPT = 2**16  # variations of a picture in one call
+MAX_DECODE_PIXELS = 2**18  # pixels that are decoded at a time: those of 512 x 512
 
 
-class StableDiffusionImageVariationPipeline(Steps):
-    """Variations of a picture by Stable Diffusion that is told a CLIP image embedding instead of a text.
+class StableDiffusionImageVariationPipeline(PipelineBase):
+    """Variations of images by Stable Diffusion with a CLIP image embedding in place of a text.
 
-    `vae`, `image_encoder`, `unet`, `scheduler`, `safety_checker` (may be None, with a warning) and
-    `feature_extractor`, which prepares pictures for the encoder and the checker.
+    Components: `vae`, `image_encoder`, `unet`, `scheduler`, `safety_checker` (None is allowed, with a warning) and
+    `feature_extractor`, which preprocesses images for the encoder and the checker.
     """
+
+    vae: VAELike
+    image_encoder: ImageEncoderLike
+    unet: UNetLike
+    safety_checker: SafetyCheckerLike | None
+    feature_extractor: FeatureExtractorLike | None
 
     def __init__(
         self,
-        vae: Any,
-        image_encoder: Any,
-        unet: Any,
-        scheduler: Any,
-        safety_checker: Any,
-        feature_extractor: Any,
+        vae: VAELike,
+        image_encoder: ImageEncoderLike,
+        unet: UNetLike,
+        scheduler: SchedulerLike,
+        safety_checker: SafetyCheckerLike | None,
+        feature_extractor: FeatureExtractorLike | None,
         requires_safety_checker: bool = True,
     ):
         super().__init__()
-        given = {
+        components: dict[str, Any] = {
             "vae": vae,
             "image_encoder": image_encoder,
             "unet": unet,
@@ -63,23 +79,13 @@ class StableDiffusionImageVariationPipeline(Steps):
             "safety_checker": safety_checker,
             "feature_extractor": feature_extractor,
         }
-        check_components(
-            {name: part for name, part in given.items() if part is not None and name != "feature_extractor"}
-        )
+        check_components({name: c for name, c in components.items() if c is not None and name != "feature_extractor"})
         if safety_checker is None and requires_safety_checker:
-            warnings.warn(
-                "safety_checker=None: nobody looks at the pictures before they are handed out; with "
-                "requires_safety_checker=False this warning is off",
-                stacklevel=2,
-            )
-        if safety_checker is not None and feature_extractor is None:
-            raise InputError(
-                "feature_extractor=None: the safety checker needs one; pass it, or safety_checker=None",
-                key="feature_extractor",
-            )
+            warn_user("safety_checker=None: images are returned unchecked; requires_safety_checker=False silences this")
+        check_feature_extractor(safety_checker, feature_extractor)
         if unet is not None and has_legacy_sample_size(unet.config):
-            unet.register_to_config(sample_size=64)
-        self.register_modules(**given)
+            components["unet"].register_to_config(sample_size=64)
+        self.register_modules(**components)
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -106,101 +112,279 @@ class StableDiffusionImageVariationPipeline(Steps):
         seed: int | Sequence[int] | None = None,
         on_flagged: str = "black",
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
-        """Make variations of one picture or of several.
+        """Return variations of one image or of several.
 
         Args:
-            image: a PIL picture, a list of b of them, or a tensor (b, 3, h, w) or (3, h, w) that is already
-                normalised and of the encoder's size, as `feature_extractor` makes it.
-            height, width: of the variations in pixels, multiples of 8; by default the size the UNet was trained at.
-            num_inference_steps: how many steps of denoising.
-            guidance_scale: w of arXiv:2207.12598, equation 6 (as 1 + w); up to 1 there is no guidance. The
-                published model's card suggests 3.
-            num_images_per_prompt: n variations of each picture, in the order a a b b.
+            image: a PIL image, a list of b of them, or a tensor (b, 3, h, w) or (3, h, w) of the encoder's size,
+                normalized as by `feature_extractor`.
+            height, width: in pixels, multiples of 8; by default the size that the UNet was trained at.
+            num_inference_steps: number of denoising steps.
+            guidance_scale: w of arXiv:2207.12598, equation 6 (as 1 + w); no guidance up to 1. The published model's
+                card suggests 3.
+            num_images_per_prompt: n variations of each image, in the order a a b b.
             eta: 0 to 1, the share of fresh noise in each step of DDIM (arXiv:2010.02502, equation 16); PNDM and LMS
                 ignore it.
-            generator: source of the noise; one for all, or a list of one per variation. Noise is drawn on its device.
-            seed: in place of a generator: s for s + k in variation k, or a list of one each, 0 to 2^63 - 1. A seed's
-                variation is the same whatever is made beside it, to rounding, and its noise the same on any device.
-            latents: (b n, 4, height / 8, width / 8) standard normal noise to start from instead of a drawn one.
+            generator: one for all variations, or a list of one each. Noise is drawn on its device.
+            seed: instead of a generator: s for s + k in variation k, or a list of one each, 0 to 2^63 - 1. A seed
+                gives the same variation in any batch, up to rounding, from the same noise on any device.
+            latents: (b n, 4, height / 8, width / 8) standard normal noise to start from.
             output_type: "pil"; "np", (b n, height, width, 3) in [0, 1]; "pt", (b n, 3, height, width) in [0, 1];
                 "latent", undecoded and unchecked.
-            return_dict: False for a tuple of pictures and flags.
-            callback: called as callback(i, t, latents) after the steps i that `callback_steps` divides; under PNDM
-                not after its opening ones.
-            guidance_interval: approximate, for speed: guidance in the steps from this share of all of them, 0 to 1,
-                up to that; a step without takes half the time (arXiv:2404.07724).
-            cache_interval: approximate, for speed: the whole UNet in every so many-th step alone, and in the others
-                its last layer (arXiv:2312.00858).
-            on_flagged: what becomes of a picture that the safety checker flags: "black"; "blur", the colours of 8 x 8
-                cells; "keep"; or "raise" a `FlaggedError`.
+            return_dict: False for a tuple of images and flags.
+            callback: called as callback(i, t, latents) after each step i divisible by `callback_steps`, under PNDM
+                not after the warm-up steps.
+            guidance_interval: guide only from this fraction of the steps to that (arXiv:2404.07724); a step without
+                guidance takes half the time. Approximate.
+            cache_interval: DeepCache (arXiv:2312.00858): run the full UNet every `cache_interval` steps, and only its
+                last layer in between. Approximate; 1 disables it.
+            on_flagged: policy for images that the safety checker flags: "black"; "blur", to the colours of 8 x 8
+                cells; "keep"; or "raise" for a `FlaggedError`.
 
         Returns:
-            `images`, and `nsfw_content_detected`, a flag each, or None where no checker looked; by attribute alone
-            `seeds`, and `scores`, what the checker measured.
+            `images`, and `nsfw_content_detected`, a flag each, or None without a safety checker; by attribute alone
+            `seeds`, and `scores`, the measurements of the safety checker.
 
         Raises:
-            InputError: an argument that cannot do what was asked, by its name, before the first step.
-            OutOfMemoryError: what would need less. ImvarError: a result that is not finite, and the likely cause.
+            InputError: an argument or component is not supported; raised before the first step.
+            OutOfMemoryError: with the options that need less. ImvarError: a result is not finite, with a likely cause.
         """
-        with self.own_scheduler(), self._offload or contextlib.nullcontext(), explain_out_of_memory():
-            check_components(parts := required_components(self.components, output_type))
-            if not self._offload:
-                check_devices(parts)
-            image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
-            height, width = self.size(height, width)
-            self.check_inputs(image, height, width, callback_steps)
-            height, width, callback_steps = int(height), int(width), int(callback_steps)
-            steps, scale, eta = check_numbers(num_inference_steps, guidance_scale, eta)
-            n = 1 if num_images_per_prompt is None else num_images_per_prompt
-            each = check_int("num_images_per_prompt", n, high=MAX_IMAGES_PER_PROMPT)
-            shape = self.latents_shape(batch_size(image) * each, self.unet.config.in_channels, height, width)
-            plain = can_precompute(self.unet)
-            whole = plain and type(self).predictor is Steps.predictor  # nobody stands between the UNet and its latents
-            check_compatible(self.components, output_type, whole)
-            noise = latents if type(self).prepare_latents is Steps.prepare_latents else None  # else it is theirs to say
-            seeds = check_arguments(generator, seed, noise, output_type, return_dict, callback, on_flagged, shape)
-            interval, every = check_approximate(guidance_interval, cache_interval, plain)
-            generator = seed_generators(seeds) if seeds else generator
+        arguments = dict(locals())
+        call = Call(**{name: value for name, value in arguments.items() if name != "self"})
+        with self.per_call_scheduler(), self._offload or contextlib.nullcontext(), explain_out_of_memory():
+            self.check_call(call)
+            scheduler, timesteps, step_options = self.prepare_scheduler(call)
 
-            device = self._execution_device if "vae" in parts or self._offload else device_of(parts, self.device)
-            guided = scale > 1
-            scheduler, order = self.scheduler, getattr(self.scheduler, "order", 1)
-            scheduler.set_timesteps(steps, device=device)
-            check_timesteps(scheduler)
-            options = self.prepare_extra_step_kwargs(generator, eta)
-            check_seeds(seeds, latents, options)
-            context = self._encode_image(image, device, each, guided)
-            check_context(context, shape[0] * (2 if guided else 1), self.unet if whole else None)
-            x = self.prepare_latents(*shape[:2], height, width, context.dtype, device, generator, latents)
+            context = self._encode_image(call.image, call.device, call.num_images_per_prompt, call.is_guided)
+            check_context(context, call.shape[0] * (1 + call.is_guided), self.unet if call.unmodified_unet else None)
+            size = *call.shape[:2], call.height, call.width
+            x = self.prepare_latents(*size, context.dtype, call.device, call.generator, call.latents)
 
-            times = scheduler.timesteps  # of the walk; where they are numbers on the CPU no step waits for the device
-            numbers = times.cpu() if isinstance(times, Tensor) else times
-
-            def ready() -> Predict:
-                make = partial(self.predictor, times, cache_interval=every, kept=PackedWeights(len(times)))
-                return ClassifierFreeGuidance(make, context, scale, interval, len(times)) if guided else make(context)
-
-            predict, watch = (
-                ready(),
-                Fingerprint(self.unet) if callback and isinstance(self.unet, torch.nn.Module) else None,
-            )
-            opening = len(times) - steps * order  # PNDM takes a few more
-            with self.progress_bar(total=steps) as bar:
-                for i, t in enumerate(numbers):
-                    eps = predict(scheduler.scale_model_input(x, t), i)
-                    x = require_tensor(scheduler, "scheduler", scheduler.step(eps, t, x, **options), "prev_sample").to(
-                        x.dtype
-                    )
-                    if i == len(times) - 1 or (i >= opening and (i + 1) % order == 0):
+            order = getattr(scheduler, "order", 1)  # calls of the UNet for a step
+            warmup_steps = len(timesteps) - call.num_inference_steps * order
+            denoiser = Denoiser(lambda: self.unet, self.predictor, timesteps, context, **call.denoising)
+            with self.progress_bar(total=call.num_inference_steps) as bar:
+                for i, t in enumerate(timesteps.cpu() if isinstance(timesteps, Tensor) else timesteps):
+                    eps = denoiser(scheduler.scale_model_input(x, t), i)
+                    output = scheduler.step(eps, t, x, **step_options)
+                    x = require_tensor(scheduler, "scheduler", output, "prev_sample").to(x.dtype)
+                    if i == len(timesteps) - 1 or (i >= warmup_steps and (i + 1) % order == 0):
                         bar.update()
-                        if callback is not None and i % callback_steps == 0:
-                            callback(i // order, times[i], x)
-                            if watch and watch.changed(self.unet):
-                                check_components(required_components(self.components, output_type))
-                                context, x = (told.to(dtype_of(self.unet, told.dtype)) for told in (context, x))
-                                predict, watch = ready(), Fingerprint(self.unet)
+                        if call.callback is not None and i % call.callback_steps == 0:
+                            call.callback(i // order, timesteps[i], x)
+                            if denoiser.refresh():
+                                check_components(required_components(self.components, call.output_type))
+                                x = x.to(denoiser.dtype)
+            dtype = denoiser.dtype
+            del denoiser  # frees the packed weights before the autoencoder allocates
 
-            del predict  # and what is kept for the UNet, before the autoencoder wants memory
-            images, flags = self.finish(x, output_type, device, context.dtype, on_flagged, seeds)
-        made = StableDiffusionPipelineOutput(images, flags, seeds=seeds, scores=getattr(flags, "scores", None))
-        return made if return_dict else (images, flags)
+            images, flags = self.finish(x, call.output_type, call.device, dtype, call.on_flagged, call.seeds)
+        result = StableDiffusionPipelineOutput(images, flags, call.seeds, getattr(flags, "scores", None))
+        return result if call.return_dict else (images, flags)
+
+    # The stages of a call, in their order. Subclasses may override each.
+
+    def check_call(self, call: Call) -> None:
+        """Check the components and arguments of a call, and convert the arguments in place."""
+        components = required_components(self.components, call.output_type)
+        check_components(components)
+        if not self._offload:
+            check_devices(components)
+        if isinstance(call.image, Tensor) and call.image.ndim == 3:
+            call.image = call.image[None]
+        call.height, call.width = self.size(call.height, call.width)
+        self.check_inputs(call.image, call.height, call.width, call.callback_steps)
+        call.check_numbers()
+        batch = image_count(call.image) * call.num_images_per_prompt
+        call.shape = self.latents_shape(batch, self.unet.config.in_channels, call.height, call.width)
+        precomputable = can_precompute(self.unet)
+        call.unmodified_unet = precomputable and not self._overrides("predictor")
+        check_compatible(self.components, call.output_type, call.unmodified_unet)
+        call.check_options(check_shape=not self._overrides("prepare_latents"))
+        call.check_intervals(precomputable)
+        on_execution_device = "vae" in components or self._offload
+        call.device = self._execution_device if on_execution_device else device_of(components, self.device)
+
+    def _overrides(self, method: str) -> bool:
+        """Return whether a subclass overrides a method of this class."""
+        return getattr(type(self), method) is not getattr(StableDiffusionImageVariationPipeline, method)
+
+    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return height and width in pixels, by default those that the UNet was trained at."""
+        sample_size = self.unet.config.sample_size
+        if sample_size is not None:
+            rows, columns = sample_size if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
+            height = rows * self.vae_scale_factor if height is None else height
+            width = columns * self.vae_scale_factor if width is None else width
+        for name, side in ("height", height), ("width", width):
+            if side is None:
+                hint = "this UNet's config has no sample_size to use by default"
+                raise invalid(InputError, name, "a number of pixels", "None", hint)
+        return height, width
+
+    def latents_shape(self, batch: int, channels: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return the shape of the latents for images of this size in pixels."""
+        return batch, channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def check_inputs(self, image: Any, height: int, width: int, callback_steps: int) -> None:
+        """Raise `InputError` for an image, a size or an interval that is not supported."""
+        check_inputs(image, height, width, callback_steps, factor=max(8, self.vae_scale_factor))
+
+    def prepare_scheduler(self, call: Call) -> tuple[SchedulerLike, Any, dict[str, Any]]:
+        """Set the timesteps of this call, and return its scheduler, these, and the options of each step."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(call.num_inference_steps, device=call.device)
+        check_timesteps(scheduler)
+        step_options = self.prepare_extra_step_kwargs(call.generator, call.eta)
+        call.check_seeds_are_used(step_options)
+        return scheduler, scheduler.timesteps, step_options
+
+    def prepare_extra_step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
+        """Return those of `eta` and `generator` that the scheduler's step takes."""
+        parameters = inspect.signature(self.scheduler.step).parameters
+        if "eta" in parameters:
+            check_float("eta", eta)
+        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in parameters}
+
+    def _encode_image(
+        self, image: Any, device: torch.device, num_images_per_prompt: int, do_classifier_free_guidance: bool
+    ) -> Tensor:
+        """Return the context of the UNet, (b n, 1, c); under guidance (2 b n, 1, c), first zeros."""
+        if not isinstance(image, Tensor):
+            if self.feature_extractor is None:
+                hint = "or pass a tensor of normalized pixels as `image`"
+                raise invalid(InputError, "feature_extractor", "a CLIPImageProcessor for images", "None", hint)
+            with rename_argument("images", "image"):
+                features = self.feature_extractor(images=image, return_tensors="pt")
+            image = require_tensor(self.feature_extractor, "feature_extractor", features, "pixel_values")
+        dtype = dtype_of(self.image_encoder, torch.float32)
+        with rename_argument("pixel_values", "image"):
+            output = self.image_encoder(image.to(device=device, dtype=dtype))
+        embeds = require_tensor(self.image_encoder, "image_encoder", output, "image_embeds")
+        check_all_finite("image embeddings", embeds, self.image_encoder, "pixels too large")
+        context = embeds[:, None].repeat_interleave(num_images_per_prompt, dim=0)  # b c -> bn 1 c
+        context = context.to(dtype_of(self.unet, dtype))
+        return torch.cat([torch.zeros_like(context), context]) if do_classifier_free_guidance else context
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Any,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Return the first latents: noise (b, c, height / 8, width / 8), scaled as the scheduler needs it."""
+        shape = self.latents_shape(batch_size, num_channels_latents, height, width)
+        if latents is None:
+            latents = randn(shape, generator, device=device, dtype=dtype)
+        else:
+            check_latents(latents, shape)
+            latents = latents.to(device=device, dtype=dtype)
+            check_latents(latents, shape)  # again, as they may overflow in this dtype
+        return latents * self.scheduler.init_noise_sigma
+
+    def predictor(
+        self, timesteps: Any, context: Tensor, cache_interval: int = 1, packed: PackedWeights | None = None
+    ) -> Predict:
+        """Return the UNet as a function of scaled latents (b n, 4, h, w) and a step: a prediction for each context.
+
+        The denoiser runs what this returns; a subclass may wrap it or return another function.
+        """
+        return make_predictor(self.unet, timesteps, context, cache_interval, self.runner, packed)
+
+    def finish(
+        self,
+        latents: Tensor,
+        output_type: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_flagged: str = "black",
+        seeds: list[int] | None = None,
+    ) -> tuple[Any, list[bool] | None]:
+        """Decode the last latents, check the images, and return them and their flags."""
+        check_all_finite("latents after the last step", latents, self.unet, "guidance_scale or latents too large")
+        if output_type == "latent":
+            return latents, None
+        pixels = self.decode_finite(latents)
+        checker_output = self.run_safety_checker(pixels.clone(), device, dtype)
+        images, flags, is_centred = judge(pixels, checker_output, on_flagged, seeds)
+        return self.image_processor.postprocess(images, output_type, do_denormalize=is_centred), flags
+
+    def decode_finite(self, latents: Tensor) -> Tensor:
+        """Decode, and once more in float32 if float16 overflowed. Raises `ImvarError` if the result is not finite."""
+        pixels = self.decode(latents)
+        if not isinstance(pixels, Tensor):
+            raise invalid(InputTypeError, "decode", "a tensor of images", describe(pixels))
+        if latents.dtype == torch.float16 and not pixels.isfinite().all():
+            warn_user(
+                "vae: float16 overflowed, so these latents are decoded again in float32; a vae in float32 or bfloat16 "
+                "avoids that"
+            )
+            wide = copy.copy(self)
+            wide.vae, wide._compiler = copy.deepcopy(self.components["vae"]).float(), None
+            pixels = wide.decode(latents.float()).to(latents.dtype)
+        check_all_finite("decoded images", pixels, self.vae)
+        return pixels
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (b, 4, h, w) to images (b, 3, 8 h, 8 w) around [-1, 1].
+
+        Large images are decoded one at a time to limit peak memory; a VAE with hooks always gets the whole batch.
+        """
+        latents = (latents / self.vae.config.scaling_factor).to(dtype_of(self.vae, latents.dtype))
+        height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
+        run = self.runner(decode_with, self.components["vae"])
+        unmodified = is_unmodified(self.components["vae"])
+        batch = max(MAX_DECODE_PIXELS // (height * width), 1) if unmodified else len(latents)
+        batches = [run(part) for part in latents.split(batch)]
+        images = batches[0] if len(batches) == 1 else torch.cat(batches)
+        if unmodified and images.shape[2:] != (height, width):
+            hint = f"use one that decodes a latent to {self.vae_scale_factor} x {self.vae_scale_factor} pixels"
+            raise invalid(InputError, "vae", f"images of {(height, width)}", f"{tuple(images.shape[2:])}", hint)
+        return images
+
+    def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[bool] | None]:
+        """Run the safety checker on images (b, 3, h, w) around [-1, 1], or an array (b, h, w, 3) in [0, 1].
+
+        Returns the images, flagged ones zero, and the flags.
+        """
+        if self.safety_checker is None:
+            return image, None
+        extractor: Any = self.feature_extractor  # not None: checked with the components
+        if isinstance(image, Tensor) and isinstance(extractor, CLIPImageProcessor):
+            pixel_values = extractor.preprocess_uint8(to_uint8(self.image_processor.denormalize(image)))
+        else:
+            images = (
+                self.numpy_to_pil(image) if isinstance(image, np.ndarray) else self.image_processor.postprocess(image)
+            )
+            features = extractor(images, return_tensors="pt")
+            pixel_values = require_tensor(extractor, "feature_extractor", features, "pixel_values")
+        clip_input = pixel_values.to(device=device, dtype=dtype_of(self.safety_checker, dtype))
+        return self.safety_checker(images=image, clip_input=clip_input)
+
+    def decode_latents(self, latents: Tensor) -> np.ndarray:
+        """Decode latents to an array (b, h, w, 3) in [0, 1], as in older pipelines, for code that calls it."""
+        return self.image_processor.postprocess(self.decode(latents), "np")
+
+
+def decode_with(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents; a function of the model, as a runner needs it."""
+    return vae.decode(latents, return_dict=False)[0]
+
+
+def check_all_finite(name: str, x: Tensor, model: Any, *causes: str) -> None:
+    """Raise `ImvarError` for values that are not finite, with the likely cause."""
+    if x.isfinite().all():
+        return
+    weights = model.state_dict() if isinstance(model, torch.nn.Module) else {}
+    for key, weight in weights.items():
+        if not weight.isfinite().all():
+            hint = f"{type(model).__name__} has some in {key}: load its weights again"
+            raise invalid(ImvarError, name, "finite values", "NaN or infinity", hint)
+    overflow = [] if x.dtype == torch.float32 else [f"{x.dtype} that overflowed"]
+    hint = f"likely causes: {', '.join([*causes, *overflow])} or weights that are too large"
+    hint += "; try torch.float32 and a guidance_scale near 3"
+    raise invalid(ImvarError, name, "finite values", "NaN or infinity", hint)

@@ -1,4 +1,4 @@
-"""Parts that stay in main memory and visit the accelerator one at a time."""
+"""Model offloading: components stay in main memory and are moved to the accelerator one at a time."""
 
 from __future__ import annotations
 
@@ -10,67 +10,68 @@ from torch import nn
 
 
 class Offload:
-    """Moves a part to `device` when it is called, and the part that was there before back to the CPU.
+    """Move a component to `device` when it is called, and the previous one back to the CPU.
 
-    A part counts as called when it, or a module right below it, runs: an autoencoder is used through
-    `decode`, which calls its decoder. `with offload:` is one call of the pipeline: threads take turns, and
-    everything is back on the CPU at its end.
+    A component counts as called when it or one of its children runs: an autoencoder is used through `decode`, which
+    calls its decoder. `with offload:` is one call of the pipeline: threads wait for each other, and at its end
+    everything is back on the CPU.
     """
 
-    def __init__(self, device: torch.device, parts: dict[str, nn.Module]):
-        self.device, self.turn = device, threading.RLock()
-        self.visiting: nn.Module | None = None
+    def __init__(self, device: torch.device, components: dict[str, nn.Module]):
+        self.device, self.lock = device, threading.RLock()
+        self.onloaded: nn.Module | None = None
         self.hooks: list[Any] = []
-        for part in parts.values():
-            part.to("cpu")
-            for module in (part, *part.children()):
-                self.hooks.append(module.register_forward_pre_hook(OnloadHook(self, part)))
+        for component in components.values():
+            component.to("cpu")
+            for module in (component, *component.children()):
+                self.hooks.append(module.register_forward_pre_hook(OnloadHook(self, component)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "turn"}
+        return {name: value for name, value in vars(self).items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, turn=threading.RLock())
+        vars(self).update(state, lock=threading.RLock())
 
     def __enter__(self) -> None:
-        self.turn.acquire()
+        self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.rest()
+            self.offload_all()
         finally:
             try:
-                self.rest()  # again, where that was stopped
+                self.offload_all()  # again, in case the first was interrupted
             finally:
-                self.turn.release()
+                self.lock.release()
 
-    def visit(self, part: nn.Module) -> None:
-        if part is not self.visiting:
-            self.rest()
-            self.visiting = part  # before it moves, so that one that was stopped half way is sent back
-            part.to(self.device)
+    def onload(self, component: nn.Module) -> None:
+        """Move this component to the device, after the previous one left it."""
+        if component is not self.onloaded:
+            self.offload_all()
+            self.onloaded = component  # before it moves, so that an interrupted move is undone
+            component.to(self.device)
 
-    def rest(self) -> None:
-        """Everything back to the CPU."""
-        if self.visiting is not None:
-            self.visiting.to("cpu")
-            self.visiting = None
+    def offload_all(self) -> None:
+        """Move the component on the device back to the CPU."""
+        if self.onloaded is not None:
+            self.onloaded.to("cpu")
+            self.onloaded = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def remove(self) -> None:
-        """Back to ordinary parts, on the CPU."""
-        self.rest()
+        """Remove the hooks; the components stay on the CPU."""
+        self.offload_all()
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
 
 
 class OnloadHook:
-    """The hook of a module of `part`; a class, so that it can be copied with the part and pickled."""
+    """Forward pre-hook of the modules of a component; a class, so that it can be copied and pickled with them."""
 
-    def __init__(self, offload: Offload, part: nn.Module):
-        self.offload, self.part = offload, part
+    def __init__(self, offload: Offload, component: nn.Module):
+        self.offload, self.component = offload, component
 
     def __call__(self, *_: Any) -> None:
-        self.offload.visit(self.part)
+        self.offload.onload(self.component)

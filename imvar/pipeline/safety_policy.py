@@ -1,4 +1,4 @@
-"""What becomes of pictures that the safety checker flagged."""
+"""Policy for images that the safety checker flags: black, blurred, kept, or an error."""
 
 from __future__ import annotations
 
@@ -10,72 +10,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import FlaggedError, InputTypeError, short_repr
+from ..errors import FlaggedError, InputTypeError, describe, invalid, short_repr
 from ..models.safety import Flags
 
-PIXELATE_GRID = 8  # a side, that are left of a picture that is blurred
-SAME_IMAGE_ATOL = 0.05  # of [-1, 1], by how much a picture may be off that shows the same
+PIXELATE_GRID = 8  # cells on each side of a blurred image
+SAME_IMAGE_ATOL = 0.05  # difference, of values in [-1, 1], up to which two images show the same
+
+
+def judge(
+    pixels: Tensor, checker_output: Any, on_flagged: str, seeds: list[int] | None
+) -> tuple[Tensor, list[bool] | None, list[bool]]:
+    """Apply the decision of a safety checker to images (b, 3, h, w).
+
+    Returns the images, the flags, and for each image whether its values are around [-1, 1]: those of an image that a
+    checker made black or replaced are in [0, 1].
+    """
+    checked, flags = parse_checker_output(checker_output, pixels)
+    images = apply_flag_policy(pixels, checked, flags or [], on_flagged, seeds)
+    replaced = flags if flags and on_flagged == "black" else [False] * len(pixels)
+    return images, flags, [not flag for flag in replaced]
 
 
 def apply_flag_policy(
-    pixels: Tensor, checked: Tensor, flags: Sequence[bool], how: str, seeds: list[int] | None
+    pixels: Tensor, checked: Tensor, flags: Sequence[bool], on_flagged: str, seeds: list[int] | None
 ) -> Tensor:
-    """Pictures (b, 3, h, w) as the checker left them, and the flagged ones as `on_flagged` asks: black, or what the
-    checker put in their place; blurred; kept; or a `FlaggedError`."""
-    hit = [i for i, flag in enumerate(flags) if flag]
-    if not hit:
-        return checked
-    if how == "raise":
-        by = f" (seed{'s' * (len(hit) > 1)} {', '.join(str(seeds[i]) for i in hit)})" if seeds else ""
-        raise FlaggedError(
-            f"the safety checker flagged {len(hit)} of {len(flags)} pictures{by}; another seed, or "
-            "on_flagged='black', 'blur' or 'keep', would do",
-            flags,
-            getattr(flags, "scores", None),
-            seeds,
-        )
-    treat = {"black": keep_replacement_or_black, "blur": pixelate, "keep": lambda picture, _: picture}[how]
-    left = checked.clone()
-    for i in hit:
-        left[i] = treat(pixels[i], checked[i])
-    return left
+    """Return `checked`, with the flagged images treated as `on_flagged` says.
 
-
-def keep_replacement_or_black(picture: Tensor, made: Tensor) -> Tensor:
-    """What a checker put in the place of a picture, (3, h, w) in [0, 1], if it did; black where that shows it still."""
-    in_range = made.min() >= 0 and made.max() <= 1  # as black pictures and others in their place are; decoded, few are
-    shows = torch.allclose(made.float(), picture.float(), atol=SAME_IMAGE_ATOL)
-    return made if in_range and not shows else torch.zeros_like(made)
-
-
-def parse_checker_output(answer: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
-    """What a safety checker, of whatever kind, said of pictures (b, 3, h, w): these, and a flag each.
-
-    Raises `InputTypeError` for other than a pair of both, lest pictures go out that nobody judged.
+    "black": black, or the checker's replacement; "blur"; "keep"; or a `FlaggedError`.
     """
-    would_do = f"pictures of shape {tuple(pixels.shape)} and {len(pixels)} flags would do"
-    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        raise InputTypeError(f"safety_checker: it returned {short_repr(answer)}; {would_do}", key="safety_checker")
-    checked, flags = answer
-    if not isinstance(checked, Tensor) or checked.shape != pixels.shape or checked.device != pixels.device:
-        came = (
-            f"a tensor {tuple(checked.shape)} on {checked.device}"
-            if isinstance(checked, Tensor)
-            else short_repr(checked)
+    flagged = [i for i, flag in enumerate(flags) if flag]
+    if not flagged:
+        return checked
+    if on_flagged == "raise":
+        by_seed = f" (seed{'s' * (len(flagged) > 1)} {', '.join(str(seeds[i]) for i in flagged)})" if seeds else ""
+        raise invalid(
+            FlaggedError,
+            "safety_checker",
+            "no flagged image",
+            f"{len(flagged)} of {len(flags)} images flagged{by_seed}",
+            "use another seed, or on_flagged='black', 'blur' or 'keep'",
+            flags=flags,
+            scores=getattr(flags, "scores", None),
+            seeds=seeds,
         )
-        raise InputTypeError(f"safety_checker: it returned {came}; {would_do}", key="safety_checker")
+    treat = {"black": keep_replacement_or_black, "blur": pixelate, "keep": lambda image, _: image}[on_flagged]
+    out = checked.clone()
+    for i in flagged:
+        out[i] = treat(pixels[i], checked[i])
+    return out
+
+
+def keep_replacement_or_black(image: Tensor, checked: Tensor) -> Tensor:
+    """Return the checker's replacement (3, h, w) in [0, 1] of a flagged image, or black if it still shows the image."""
+    in_range = checked.min() >= 0 and checked.max() <= 1  # true of replacements; of decoded images rarely
+    is_same = torch.allclose(checked.float(), image.float(), atol=SAME_IMAGE_ATOL)
+    return checked if in_range and not is_same else torch.zeros_like(checked)
+
+
+def parse_checker_output(output: Any, pixels: Tensor) -> tuple[Tensor, list[bool] | None]:
+    """Return the images and flags in the output of a safety checker, imvar's or third-party, for images (b, 3, h, w).
+
+    Raises `InputTypeError` for any other output, so that no unchecked image is returned.
+    """
+    expected = f"an output of images {tuple(pixels.shape)} and {len(pixels)} flags"
+    if not isinstance(output, (tuple, list)) or len(output) != 2:
+        raise invalid(InputTypeError, "safety_checker", expected, short_repr(output))
+    checked, flags = output
+    if not isinstance(checked, Tensor) or checked.shape != pixels.shape or checked.device != pixels.device:
+        got = f"{describe(checked)} on {checked.device}" if isinstance(checked, Tensor) else short_repr(checked)
+        raise invalid(InputTypeError, "safety_checker", expected, got)
     if flags is None or isinstance(flags, Flags):
         return checked, flags
     flags = flags.tolist() if isinstance(flags, (Tensor, np.ndarray)) else flags
     flags = list(flags) if isinstance(flags, Iterable) and not isinstance(flags, (str, Mapping)) else flags
     if not isinstance(flags, list) or len(flags) != len(pixels) or any(flag not in (0, 1, None) for flag in flags):
-        raise InputTypeError(
-            f"safety_checker: it returned {short_repr(flags)} for flags; {would_do}", key="safety_checker"
-        )
+        raise invalid(InputTypeError, "safety_checker", expected, f"{short_repr(flags)} as flags")
     return checked, [bool(flag) for flag in flags]
 
 
-def pixelate(picture: Tensor, _: Tensor) -> Tensor:
-    """(3, h, w) of which no more is left than the colours of 8 x 8 cells, faded into each other."""
-    cells = F.adaptive_avg_pool2d(picture.float(), PIXELATE_GRID)
-    return F.interpolate(cells[None], picture.shape[1:], mode="bilinear")[0].to(picture.dtype)
+def pixelate(image: Tensor, _: Tensor) -> Tensor:
+    """Blur an image (3, h, w) to the mean colours of 8 x 8 cells, interpolated bilinearly."""
+    cells = F.adaptive_avg_pool2d(image.float(), PIXELATE_GRID)
+    return F.interpolate(cells[None], image.shape[1:], mode="bilinear")[0].to(image.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,22 +19,8 @@ from ..checks import check_float, check_floating, check_has_data, check_int, che
 from ..config import Config, one_of
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from ..noise import check_generator
-from ..outputs import SchedulerOutput
 from ..weights.configured import ConfiguredComponent
 from .timesteps import make_betas
-
-
-class SchedulerLike(Protocol):
-    """All that the pipeline asks of a scheduler; any object that has these five will do."""
-
-    timesteps: Any
-
-    @property
-    def init_noise_sigma(self) -> float | Tensor: ...
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None: ...
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor: ...
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, /) -> SchedulerOutput | tuple[Tensor, ...]: ...
-
 
 # Prediction types, section 4 of arXiv:2202.00512: x = signal x0 + noise eps, v = signal eps - noise x0
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 import imvar
-from imvar.pipeline.steps import decode
+from imvar.pipeline.image_variation import decode_with
 from imvar.runtime.compiled import Compiler
 from imvar.runtime.precompute import PrecomputedUNet, Runner
 
@@ -150,7 +150,7 @@ def scaling(libraries: Libraries) -> Iterator[Case]:
 def vae(libraries: Libraries) -> Iterator[Case]:
     reference, model = libraries.component("vae")
     z = libraries.noise(libraries.args.batch, 4, libraries.size // 8, libraries.size // 8)
-    run_decode = libraries.runner()(decode, model)
+    run_decode = libraries.runner()(decode_with, model)
     yield Case(
         f"vae, decode, {libraries.args.batch} x {libraries.size} px",
         lambda: reference.decode(z).sample,

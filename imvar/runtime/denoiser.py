@@ -1,0 +1,121 @@
+"""The denoiser: a UNet prepared for the steps of one call, as a function of the latents and the index of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.packed_weights import PackedWeights
+from ..models import UNet2DConditionModel
+from ..models.stock import is_unmodified, repeat_to_batch
+from .deepcache import DeepCacheUNet
+from .guidance import ClassifierFreeGuidance, Predict
+from .precompute import Fingerprint, PrecomputedUNet, Runner
+
+
+class Denoiser:
+    """Noise prediction for the latents of a call: `eps = denoiser(x, step)`.
+
+    Guidance, precomputation, DeepCache and packed weights are set up for all steps at once. After code that may have
+    changed the UNet, such as a callback, call `refresh()`.
+    """
+
+    def __init__(
+        self,
+        unet: Callable[[], Any],
+        predictor: Callable[..., Predict],
+        timesteps: Any,
+        context: Tensor,
+        *,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cache_interval: int = 1,
+        refreshable: bool = False,
+    ):
+        """Build the denoiser.
+
+        Args:
+            unet: returns the UNet in use now.
+            predictor: builds a predictor from timesteps, a context and, by name, `cache_interval` and `packed`.
+            timesteps: (n,), those of the steps.
+            context: (b, m, c); under guidance (2 b, m, c), the unconditional one first.
+            guidance_scale: None for no guidance.
+            guidance_interval: first and last fraction of the steps with guidance.
+            cache_interval: interval of DeepCache in steps; 1 disables it.
+            refreshable: whether `refresh()` will be called. Comparing the UNet with its state at first takes time.
+        """
+        self.unet, self.predictor, self.timesteps, self.context = unet, predictor, timesteps, context
+        self.guidance_scale, self.guidance_interval = guidance_scale, guidance_interval
+        self.cache_interval, self.refreshable = cache_interval, refreshable
+        self.build()
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        """Predict the noise in scaled latents (b, c, h, w)."""
+        return self.predict(x, step)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the context and of the latents."""
+        return self.context.dtype
+
+    def refresh(self) -> bool:
+        """Rebuild everything if the UNet's weights, dtype, layers, hooks or kernels changed, or if it is another one.
+
+        Returns whether it did; the latents have to be cast to `dtype` then.
+        """
+        unet = self.unet()
+        if unet is self.built_from and not (self.fingerprint and self.fingerprint.changed(unet)):
+            return False
+        del self.predict  # frees what it holds of the weights before the same is computed again
+        self.context = self.context.to(dtype_of(unet, self.dtype))
+        self.build()
+        return True
+
+    def build(self) -> None:
+        """Set up the prediction for all steps."""
+        steps = len(self.timesteps)
+        packed = PackedWeights(steps)  # shared by both predictors of guidance
+        make = partial(self.predictor, self.timesteps, cache_interval=self.cache_interval, packed=packed)
+        guided_steps = range(*(round(fraction * steps) for fraction in self.guidance_interval))
+        if self.guidance_scale is None:
+            self.predict: Predict = make(self.context)
+        elif not guided_steps:
+            self.predict = make(self.context.chunk(2)[1])
+        else:
+            guided = make(self.context)
+            conditional = make(self.context.chunk(2)[1]) if len(guided_steps) < steps else None
+            self.predict = ClassifierFreeGuidance(guided, conditional, self.guidance_scale, guided_steps)
+        self.built_from = self.unet()
+        can_change = self.refreshable and isinstance(self.built_from, nn.Module)
+        self.fingerprint = Fingerprint(self.built_from) if can_change else None
+
+
+def make_predictor(
+    unet: Any,
+    timesteps: Any,
+    context: Tensor,
+    cache_interval: int = 1,
+    runner: Runner = partial,
+    packed: PackedWeights | None = None,
+) -> Predict:
+    """Return the UNet as a function of latents and step, precomputed if it is imvar's own and unmodified."""
+    if can_precompute(unet):
+        if cache_interval > 1:
+            return DeepCacheUNet(unet, timesteps, context, cache_interval, runner, packed)
+        return PrecomputedUNet(unet, timesteps, context, runner, packed)
+    return lambda x, step: unet(repeat_to_batch(x, context), timesteps[step], encoder_hidden_states=context).sample
+
+
+def can_precompute(unet: Any) -> bool:
+    """Return whether a UNet is imvar's own, without custom layers, kernels or hooks."""
+    return isinstance(unet, UNet2DConditionModel) and is_unmodified(unet)
+
+
+def dtype_of(component: Any, default: torch.dtype) -> torch.dtype:
+    """Return the dtype of a component's weights; `default` if it has none."""
+    parameters = component.parameters() if isinstance(component, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), default)
