@@ -105,7 +105,7 @@ def in_checkpoint(error: InputError, path: str | Path | None) -> CheckpointError
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line that called into imvar: the first frame outside imvar and torch."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_back.f_code.co_filename.startswith(INTERNAL):
+    while frame.f_back and frame.f_code.co_filename.startswith(INTERNAL):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 

@@ -74,7 +74,8 @@ def parse_checker_output(output: Any, pixels: Tensor) -> tuple[Tensor, list[bool
     """
     expected = f"an output of images {tuple(pixels.shape)} and {len(pixels)} flags"
     if not isinstance(output, (tuple, list)) or len(output) != 2:
-        raise invalid(InputTypeError, "safety_checker", expected, short_repr(output))
+        got = describe(output) if isinstance(output, Tensor) else short_repr(output)
+        raise invalid(InputTypeError, "safety_checker", expected, got)
     checked, flags = output
     if not isinstance(checked, Tensor) or checked.shape != pixels.shape or checked.device != pixels.device:
         got = f"{describe(checked)} on {checked.device}" if isinstance(checked, Tensor) else short_repr(checked)

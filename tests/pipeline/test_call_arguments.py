@@ -1,4 +1,4 @@
-"""What a call asks for: refused before any work where it cannot be, and taken whatever kind of number it is."""
+"""Arguments of a call: invalid ones are refused before any work, valid ones may be numbers of any type."""
 
 from __future__ import annotations
 
@@ -24,100 +24,99 @@ def run(pipe, image, seed=0, **options):
     return pipe(image, **({"num_inference_steps": 3, "output_type": "np", "generator": generator} | options)).images
 
 
-async def nobody_waits(*_):
-    """A callback that would return before it began."""
+async def never_awaited(*_):
+    """A callback that returns before it runs."""
 
 
-CALLS = {
-    "image: an empty list": {"image": []},
-    "image[1]: NoneType": {"image": [PHOTO, None]},
-    "height=100: a multiple of 8": {"height": 100},
-    "width: expected an integer from 8 to 65536, got -64": {"width": -64},
-    "num_inference_steps: expected an integer >= 1, got 0": {"num_inference_steps": 0},
-    "num_images_per_prompt: expected an integer from 1 to 65536, got 0": {"num_images_per_prompt": 0},
-    "guidance_scale: expected a finite number, got nan": {"guidance_scale": NAN},
-    "guidance_scale: expected a finite number, got inf": {"guidance_scale": INF},
-    "eta: expected a finite number, got nan": {"eta": NAN},
-    "eta: expected a number from 0 to 1, got 2.0": {"eta": 2},
-    "generator=42": {"generator": 42},
-    "generator: 2 came for a batch of 1": {"generator": [torch.Generator(), torch.Generator()]},
-    "latents: shape (1, 4, 8, 8) came": {"latents": x[..., :8, :8]},
-    "latents: list came": {"latents": [1]},
-    "latents: finite floats": {"latents": x * NAN},
-    "output_type='jpeg'": {"output_type": "jpeg"},
-    "on_flagged='white'": {"on_flagged": "white"},
-    "return_dict=0": {"return_dict": 0},
-    "callback=3": {"callback": 3},
-    "callback_steps: expected an integer >= 1, got 0": {"callback_steps": 0},
-    "guidance_interval=(0.9, 0.1)": {"guidance_interval": (0.9, 0.1)},
-    "guidance_interval=0.5": {"guidance_interval": 0.5},
-    "guidance_interval: expected a number from 0 to 1, got nan": {"guidance_interval": (0.0, NAN)},
-    "cache_interval: expected an integer >= 1, got 0": {"cache_interval": 0},
-    "seed: expected an integer from 0 to 9223372036854775807, got -1": {"seed": -1},
-    "seed and generator both came": {"seed": 1, "generator": torch.Generator()},
-    "seed: latents came as well": {"seed": 1, "latents": x},
-    "image[0]: a batch of shape (2, 48, 64, 3)": {"image": [np.zeros((2, 48, 64, 3), np.uint8)]},
-    "image: a tensor of shape (1, 3, 0, 32)": {"image": torch.zeros(1, 3, 0, 32)},
-    "image: a tensor of torch.float8_e4m3fn": {"image": torch.zeros(1, 3, 32, 32).to(torch.float8_e4m3fn)},
-    "image: expected a dense tensor, got a torch.sparse_coo tensor": {"image": torch.zeros(1, 3, 32, 32).to_sparse()},
-    "latents: finite floats would do": {"latents": x.to(torch.float8_e4m3fn)},
-    "callback=<function": {"callback": lambda: None},
-    "callback=<function nobody_waits": {"callback": nobody_waits},
-    "guidance_scale: expected a finite number, got b'3'": {"guidance_scale": b"3"},
-    "guidance_scale: expected a finite number, got tensor(True)": {"guidance_scale": torch.tensor(True)},
-    "num_inference_steps: expected an integer >= 1, got tensor(True)": {"num_inference_steps": torch.tensor(True)},
-    "num_inference_steps: expected an integer >= 1, got tensor(..., device='meta', size=(), dtype=torch.int64)": {
-        "num_inference_steps": torch.tensor(2, device="meta")
-    },
-    "seed: expected an integer from 0 to 9223372036854775807, got np.True_": {"seed": np.True_},
+CALLS = {  # name and value as the message gives them
+    ("image", "an empty list"): {"image": []},
+    ("image[1]", "NoneType"): {"image": [PHOTO, None]},
+    ("height", "100"): {"height": 100},
+    ("width", "-64"): {"width": -64},
+    ("num_inference_steps", "0"): {"num_inference_steps": 0},
+    ("num_images_per_prompt", "0"): {"num_images_per_prompt": 0},
+    ("guidance_scale", "nan"): {"guidance_scale": NAN},
+    ("guidance_scale", "inf"): {"guidance_scale": INF},
+    ("eta", "nan"): {"eta": NAN},
+    ("eta", "2"): {"eta": 2},
+    ("generator", "42"): {"generator": 42},
+    ("generator", "2"): {"generator": [torch.Generator(), torch.Generator()]},
+    ("latents", "a tensor of shape (1, 4, 8, 8)"): {"latents": x[..., :8, :8]},
+    ("latents", "list"): {"latents": [1]},
+    ("latents", "NaN or infinity"): {"latents": x * NAN},
+    ("output_type", "'jpeg'"): {"output_type": "jpeg"},
+    ("on_flagged", "'white'"): {"on_flagged": "white"},
+    ("return_dict", "0"): {"return_dict": 0},
+    ("callback", "3"): {"callback": 3},
+    ("callback_steps", "0"): {"callback_steps": 0},
+    ("guidance_interval", "(0.9, 0.1)"): {"guidance_interval": (0.9, 0.1)},
+    ("guidance_interval", "0.5"): {"guidance_interval": 0.5},
+    ("guidance_interval", "nan"): {"guidance_interval": (0.0, NAN)},
+    ("cache_interval", "0"): {"cache_interval": 0},
+    ("seed", "-1"): {"seed": -1},
+    ("seed", "both; leave one of them out"): {"seed": 1, "generator": torch.Generator()},
+    ("seed", "both; leave one of them out, as no step draws noise"): {"seed": 1, "latents": x},
+    ("image[0]", "a batch of shape (2, 48, 64, 3)"): {"image": [np.zeros((2, 48, 64, 3), np.uint8)]},
+    ("image", "a tensor of shape (1, 3, 0, 32)"): {"image": torch.zeros(1, 3, 0, 32)},
+    ("image", "torch.float8_e4m3fn"): {"image": torch.zeros(1, 3, 32, 32).to(torch.float8_e4m3fn)},
+    ("image", "a torch.sparse_coo tensor"): {"image": torch.zeros(1, 3, 32, 32).to_sparse()},
+    ("latents", "torch.float8_e4m3fn"): {"latents": x.to(torch.float8_e4m3fn)},
+    ("callback", "<function"): {"callback": lambda: None},
+    ("callback", "<function never_awaited"): {"callback": never_awaited},
+    ("guidance_scale", "b'3'"): {"guidance_scale": b"3"},
+    ("guidance_scale", "tensor(True)"): {"guidance_scale": torch.tensor(True)},
+    ("num_inference_steps", "tensor(True)"): {"num_inference_steps": torch.tensor(True)},
+    ("num_inference_steps", "tensor(..., device='meta'"): {"num_inference_steps": torch.tensor(2, device="meta")},
+    ("seed", "np.True_"): {"seed": np.True_},
 }
 
 
-@pytest.mark.parametrize("words", CALLS)
-def test_a_call_is_refused_before_any_work(pipe, words):
+@pytest.mark.parametrize(("name", "got"), CALLS)
+def test_a_call_is_refused_before_any_work(pipe, name, got):
     def work(*args, **kwargs):
         raise AssertionError("began")
 
     idle = type(pipe)(**(pipe.components | {"feature_extractor": work, "scheduler": DDIMScheduler()}))
     with pytest.raises(InputError) as caught:
-        idle(**({"image": PHOTO} | CALLS[words]))
-    assert words in str(caught.value)
+        idle(**({"image": PHOTO} | CALLS[name, got]))
+    assert str(caught.value).startswith(f"{name}: expected ")
+    assert f", got {got}" in str(caught.value)
 
 
-def test_a_picture_of_another_size_is_named_as_it_was_called(pipe):
+def test_an_image_of_another_size_is_named_as_the_argument(pipe):
     with pytest.raises(InputError, match=r"^image: pictures of \(64, 64\) came; this encoder looks at \(32, 32\)"):
         pipe(torch.randn(1, 3, 64, 64))
 
 
-def test_latents_of_a_subclass_that_calls_the_steps(pipe):
-    with pytest.raises(InputError, match=r"latents: shape \(1, 4, 8, 8\) came"):
+def test_latents_of_a_subclass_that_calls_the_stages(pipe):
+    with pytest.raises(InputError, match=r"latents: .* got a tensor of shape \(1, 4, 8, 8\)"):
         pipe.prepare_latents(1, 4, 128, 128, torch.float32, torch.device("cpu"), None, x[..., :8, :8])
-    with pytest.raises(InputError, match="latents: list came"):
+    with pytest.raises(InputError, match=r"latents: .* got list"):
         pipe.prepare_latents(1, 4, 128, 128, torch.float32, torch.device("cpu"), None, [1])
 
 
 def test_callbacks_that_wrap_another(pipe):
     def inner(latents):
-        seen.append(latents.shape)
+        shapes.append(latents.shape)
 
     @functools.wraps(inner)
     def outer(step, timestep, latents):
         inner(latents)
 
-    seen = []
+    shapes = []
     run(pipe, PHOTO, callback=outer)
-    assert len(seen) == 3
+    assert len(shapes) == 3
 
 
-def test_pictures_need_a_feature_extractor(pipe):
+def test_images_need_a_feature_extractor(pipe):
     parts = pipe.components | {"feature_extractor": None, "safety_checker": None}
     bare = type(pipe)(**parts, requires_safety_checker=False)
-    with pytest.raises(InputError, match="feature_extractor=None: pictures need one"):
+    with pytest.raises(InputError, match="feature_extractor: expected a CLIPImageProcessor for images, got None"):
         bare(PHOTO)
 
 
-class Whole:
-    """A number as far as Python knows."""
+class Index:
+    """An integer by `__index__` alone."""
 
     def __init__(self, value):
         self.value = value
@@ -126,9 +125,9 @@ class Whole:
         return self.value
 
 
-@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.array, torch.tensor, Whole])
-def test_whole_numbers_of_any_kind(pipe, photo, kind):
-    """Narrow ones as well, which would overflow if one counted with them."""
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.array, torch.tensor, Index])
+def test_integers_of_any_kind(pipe, photo, kind):
+    """Narrow ones as well, with which arithmetic would overflow."""
     assert np.array_equal(
         run(
             pipe,
@@ -153,15 +152,15 @@ def test_numbers_of_any_kind(pipe, photo, kind):
     )
 
 
-def test_an_encoder_that_cannot_tell_is_named_before_the_first_step(pipe, photo):
+def test_an_encoder_with_nan_is_named_before_the_first_step(pipe, photo):
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("a step was taken"))
     pipe.image_encoder.proj.weight.data[0, 0] = NAN
-    with pytest.raises(imvar.ImvarError, match=r"embeddings are not finite: CLIPVisionModelWithProj.*proj\.weight"):
+    with pytest.raises(imvar.ImvarError, match=r"embeddings: expected finite.*CLIPVisionModelWithProj.*proj.*\.weight"):
         run(pipe, photo)
 
 
 def test_latents_that_their_dtype_cannot_hold(pipe, photo):
-    with pytest.raises(InputError, match="latents: finite floats would do"):
+    with pytest.raises(InputError, match="latents: expected finite floats, got NaN or infinity"):
         run(pipe, photo, latents=torch.full((1, 4, 16, 16), 1e300, dtype=torch.float64))
     with pytest.raises(imvar.ImvarError, match="latents too large"):
         run(pipe, photo, latents=torch.full((1, 4, 16, 16), 1e37))

@@ -1,4 +1,4 @@
-"""Parts that are none, or that do not go together: named before the first step, with what would do."""
+"""Components that are missing, or that do not fit together: named before the first step, with what is expected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from imvar import FlaggedError, InputError, InputTypeError
 from tests.support.random_checkpoint import TINY_CHECKER, TINY_ENCODER, TINY_UNET, TINY_VAE, TINY_VISION, randomize
 
 
-def made(pipe, photo, **options):
+def run(pipe, photo, **options):
     return pipe(photo, **({"num_inference_steps": 2, "output_type": "np", "seed": 0} | options))
 
 
@@ -20,49 +20,49 @@ def another(kind, settings, **changes):
     return randomize(kind(**(settings | changes)), 0)
 
 
-def odd_parts():
+def unfit_components():
+    """Return components that do not fit, by the name and value in the message."""
     unet, vae, encoder = imvar.UNet2DConditionModel, imvar.AutoencoderKL, imvar.CLIPVisionModelWithProjection
     checker = imvar.StableDiffusionSafetyChecker
     return {
-        "cross_attention_dim=24": {"image_encoder": another(encoder, TINY_ENCODER, projection_dim=16)},
-        "out_channels=4 and latent_channels=8": {"vae": another(vae, TINY_VAE, latent_channels=8)},
-        "in_channels=4 and out_channels=8": {"unet": another(unet, TINY_UNET, out_channels=8)},
-        "in_channels=9 and out_channels=4": {"unet": another(unet, TINY_UNET, in_channels=9)},
-        "vae: out_channels=4; 1 or 3": {"vae": another(vae, TINY_VAE, out_channels=4)},
-        "looks at 24 x 24 pixels": {
+        ("image_encoder", "embeddings of width 16"): {
+            "image_encoder": another(encoder, TINY_ENCODER, projection_dim=16)
+        },
+        ("vae", "latent_channels=8"): {"vae": another(vae, TINY_VAE, latent_channels=8)},
+        ("unet", "in_channels=4 and out_channels=8"): {"unet": another(unet, TINY_UNET, out_channels=8)},
+        ("unet", "in_channels=9 and out_channels=4"): {"unet": another(unet, TINY_UNET, in_channels=9)},
+        ("vae", "out_channels=4"): {"vae": another(vae, TINY_VAE, out_channels=4)},
+        ("safety_checker", "one for 24 x 24 pixels"): {
             "safety_checker": another(checker, TINY_CHECKER, vision_config=TINY_VISION | {"image_size": 24})
         },
-        "pictures of (32, 32) came; this encoder looks at (24, 24)": {
-            "image_encoder": another(encoder, TINY_ENCODER, image_size=24)
-        },
-        "scheduler: the class PNDMScheduler": {"scheduler": imvar.PNDMScheduler},
-        "unet: the class UNet2D": {"unet": unet},
-        "safety_checker: the class Stable": {"safety_checker": checker},
-        "feature_extractor: the class CLIPImageProcessor": {"feature_extractor": imvar.CLIPImageProcessor},
-        "image_encoder: Identity returned Tensor with no tensor in `image_embeds`": {
-            "image_encoder": torch.nn.Identity()
-        },
-        "feature_extractor: function returned Image": {"feature_extractor": lambda images, return_tensors: images},
-        "feature_extractor=None: pictures need one": {"feature_extractor": None, "safety_checker": None},
-        "feature_extractor=None: the safety checker needs one": {"feature_extractor": None},
-        "unet on meta": {"unet": unet(**TINY_UNET).to("meta")},
-        "unet: None came": {"unet": None},
+        ("image", "pictures of (32, 32)"): {"image_encoder": another(encoder, TINY_ENCODER, image_size=24)},
+        ("scheduler", "the class PNDMScheduler"): {"scheduler": imvar.PNDMScheduler},
+        ("unet", "the class UNet2D"): {"unet": unet},
+        ("safety_checker", "the class Stable"): {"safety_checker": checker},
+        ("feature_extractor", "the class CLIPImageProcessor"): {"feature_extractor": imvar.CLIPImageProcessor},
+        ("image_encoder", "Tensor from Identity; use"): {"image_encoder": torch.nn.Identity()},
+        ("feature_extractor", "Image from function; use"): {"feature_extractor": lambda images, return_tensors: images},
+        ("feature_extractor", "None; or pass a tensor"): {"feature_extractor": None, "safety_checker": None},
+        ("feature_extractor", "None; pass one, or safety_checker=None"): {"feature_extractor": None},
+        ("components", "vae on cpu, image_encoder on cpu, unet on meta"): {"unet": unet(**TINY_UNET).to("meta")},
+        ("unet", "None"): {"unet": None},
     }
 
 
-@pytest.mark.parametrize("words", odd_parts())
-def test_named_before_the_first_step(pipe, photo, words):
-    for name, part in odd_parts()[words].items():
-        setattr(pipe, name, part)
+@pytest.mark.parametrize(("name", "got"), unfit_components())
+def test_named_before_the_first_step(pipe, photo, name, got):
+    for component, value in unfit_components()[name, got].items():
+        setattr(pipe, component, value)
     with pytest.raises(InputError) as caught:
-        made(pipe, photo, output_type="pil", callback=lambda *_: pytest.fail("a step was taken"))
-    assert words in str(caught.value)
+        run(pipe, photo, output_type="pil", callback=lambda *_: pytest.fail("a step was taken"))
+    assert str(caught.value).startswith(f"{name}: expected ")
+    assert f"got {got}" in str(caught.value)
 
 
 def test_latents_need_no_autoencoder_that_fits(pipe, photo):
-    expected = made(pipe, photo, output_type="latent").images
+    expected = run(pipe, photo, output_type="latent").images
     pipe.vae, pipe.feature_extractor.crop_size = another(imvar.AutoencoderKL, TINY_VAE, latent_channels=8), 32
-    assert torch.equal(made(pipe, photo, output_type="latent").images, expected)
+    assert torch.equal(run(pipe, photo, output_type="latent").images, expected)
 
 
 class Enlarging(imvar.AutoencoderKL):
@@ -70,22 +70,22 @@ class Enlarging(imvar.AutoencoderKL):
         return (torch.nn.functional.interpolate(super().decode(z).sample, scale_factor=2),)
 
 
-def test_parts_of_somebodys_own(pipe, photo):
-    """Whose sizes are theirs to choose; and what a call does not use need not be there, or here."""
-    expected = made(pipe, photo, output_type="latent").images
+def test_custom_components(pipe, photo):
+    """Their sizes are free, and a component that a call does not use may be missing or on another device."""
+    expected = run(pipe, photo, output_type="latent").images
     pipe.vae = another(imvar.AutoencoderKL, TINY_VAE, out_channels=1)
     pipe.safety_checker = None
-    assert made(pipe, photo, output_type="pil").images[0].mode == "L"
+    assert run(pipe, photo, output_type="pil").images[0].mode == "L"
     pipe.vae = another(Enlarging, TINY_VAE)
-    assert made(pipe, photo, height=64, width=64).images.shape == (1, 128, 128, 3)
+    assert run(pipe, photo, height=64, width=64).images.shape == (1, 128, 128, 3)
     pipe.vae.to("meta")
     pipe.register_modules(second=imvar.UNet2DConditionModel(**TINY_UNET).to("meta"))
-    assert torch.equal(made(pipe, photo, output_type="latent").images, expected)
+    assert torch.equal(run(pipe, photo, output_type="latent").images, expected)
     pipe.vae = None
-    assert torch.equal(made(pipe, photo, output_type="latent").images, expected)
+    assert torch.equal(run(pipe, photo, output_type="latent").images, expected)
 
 
-class HandsOn:
+class Proxy:
     def __init__(self, inner):
         self.inner = inner
 
@@ -99,17 +99,17 @@ class Repeating(imvar.StableDiffusionImageVariationPipeline):
         return super().prepare_latents(batch_size, channels, height, width, dtype, device, generator, latents)
 
 
-def test_steps_and_schedulers_of_somebodys_own(pipe, photo):
+def test_custom_stages_and_schedulers(pipe, photo):
     noise = torch.randn(1, 4, 16, 16)
-    expected = made(pipe, photo, latents=noise, seed=None).images
+    expected = run(pipe, photo, latents=noise, seed=None).images
     own = Repeating(**pipe.components)
-    assert np.abs(made(own, photo, latents=noise, seed=None, num_images_per_prompt=2).images - expected).max() < 2e-5
-    pipe.scheduler = HandsOn(pipe.scheduler)
-    assert np.array_equal(made(pipe, photo, latents=noise, seed=None).images, expected)
+    assert np.abs(run(own, photo, latents=noise, seed=None, num_images_per_prompt=2).images - expected).max() < 2e-5
+    pipe.scheduler = Proxy(pipe.scheduler)
+    assert np.array_equal(run(pipe, photo, latents=noise, seed=None).images, expected)
 
 
-def test_flags_of_pictures_alone(pipe):
-    """As in the reference, what is handed over comes back; PIL pictures that are flagged turn black as well."""
+def test_flags_without_images(pipe):
+    """As in diffusers, `images` is returned in the type it has; flagged PIL images turn black as well."""
     pixels, checker = torch.zeros(1, 3, 32, 32), pipe.safety_checker
     red = Image.new("RGB", (4, 4), "red")
     for images in (None, [red]):
@@ -125,8 +125,8 @@ def test_flags_of_pictures_alone(pipe):
 def test_an_autoencoder_of_another_scale(pipe, photo):
     blocks = {name: kinds[:3] for name, kinds in TINY_VAE.items() if isinstance(kinds, tuple)}
     pipe.vae = another(imvar.AutoencoderKL, TINY_VAE, **blocks)
-    with pytest.raises(InputError, match=r"vae: it made pictures of \(64, 64\), where \(128, 128\) were due"):
-        made(pipe, photo)
+    with pytest.raises(InputError, match=r"vae: expected images of \(128, 128\), got \(64, 64\)"):
+        run(pipe, photo)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,8 @@ def test_tiles_that_do_not_fit(pipe, photo, sizes, words):
     pipe.enable_vae_tiling()
     pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = sizes
     with pytest.raises(InputError) as caught:
-        made(pipe, photo)
+        run(pipe, photo)
+    assert str(caught.value).startswith("scheduler: expected ")
     assert words in str(caught.value)
     with pytest.raises(InputError, match=r"tile_.*_min_size="):
         pipe.vae.encode(torch.zeros(1, 3, 128, 128))
@@ -152,12 +153,12 @@ def test_tiles_that_do_not_fit(pipe, photo, sizes, words):
     for wrong in (2, "x", -0.5):
         pipe.vae.tile_overlap_factor = wrong
         with pytest.raises(InputError, match=r"tile_overlap_factor: expected .*, got"):
-            made(pipe, photo)
+            run(pipe, photo)
     pipe.vae.tile_overlap_factor = 0.25
-    assert made(pipe, photo, height=64, width=72).images.shape == (1, 64, 72, 3)
+    assert run(pipe, photo, height=64, width=72).images.shape == (1, 64, 72, 3)
 
 
-def says(flags):
+def checker_with(flags):
     return lambda images, clip_input: (images, flags)
 
 
@@ -174,34 +175,34 @@ def says(flags):
         {"a": False, "b": True}.values(),
     ],
 )
-def test_a_checker_that_only_judges(pipe, photo, flags):
-    """Its flags count, whatever they come in, and what it flags turns black."""
+def test_a_checker_that_returns_the_images_unchanged(pipe, photo, flags):
+    """Its flags count in any container, and images that it flags turn black."""
     pipe.safety_checker = None
-    kept = made(pipe, photo, num_images_per_prompt=2).images
-    pipe.safety_checker = says(flags)
-    output = made(pipe, photo, num_images_per_prompt=2)
+    kept = run(pipe, photo, num_images_per_prompt=2).images
+    pipe.safety_checker = checker_with(flags)
+    output = run(pipe, photo, num_images_per_prompt=2)
     assert output.nsfw_content_detected == [False, True]
     assert np.array_equal(output.images[0], kept[0])
     assert not output.images[1].any()
-    assert not np.asarray(made(pipe, photo, num_images_per_prompt=2, output_type="pil").images[1]).any()
-    with pytest.raises(FlaggedError, match="1 of 2 pictures"):
-        made(pipe, photo, num_images_per_prompt=2, on_flagged="raise")
+    assert not np.asarray(run(pipe, photo, num_images_per_prompt=2, output_type="pil").images[1]).any()
+    with pytest.raises(FlaggedError, match="1 of 2 images"):
+        run(pipe, photo, num_images_per_prompt=2, on_flagged="raise")
 
 
 @pytest.mark.parametrize("output_type", ["np", "pil"])
 @pytest.mark.parametrize(
     "change", [lambda x: x.clamp(-1, 1), lambda x: x.half(), lambda x: x * 0.5, lambda x: x + 0.01, lambda x: -x]
 )
-def test_a_flagged_picture_that_is_changed_and_not_replaced_turns_black(pipe, photo, change, output_type):
+def test_a_flagged_image_that_is_changed_and_not_replaced_turns_black(pipe, photo, change, output_type):
     pipe.safety_checker = lambda images, clip_input: (change(images), [False, True])
-    images = made(pipe, photo, num_images_per_prompt=2, output_type=output_type).images
+    images = run(pipe, photo, num_images_per_prompt=2, output_type=output_type).images
     assert np.asarray(images[0]).any()
     assert not np.asarray(images[1]).any()
 
 
 @pytest.mark.parametrize("how", ["black", "blur", "keep"])
-def test_what_a_checker_makes_of_its_pictures(pipe, photo, how):
-    """Another picture in the place of a flagged one, and a mark on the other, whatever becomes of the flagged one."""
+def test_a_checker_that_edits_images(pipe, photo, how):
+    """A replacement of the flagged image is kept or not, by `on_flagged`; a mark on the other one always is."""
 
     def check(images, clip_input):
         images[0, :, :8, :8] = 0.5
@@ -209,9 +210,9 @@ def test_what_a_checker_makes_of_its_pictures(pipe, photo, how):
         return images, [False, True]
 
     pipe.safety_checker = None
-    kept = made(pipe, photo, num_images_per_prompt=2).images
+    kept = run(pipe, photo, num_images_per_prompt=2).images
     pipe.safety_checker = check
-    images = made(pipe, photo, num_images_per_prompt=2, on_flagged=how).images
+    images = run(pipe, photo, num_images_per_prompt=2, on_flagged=how).images
     assert np.allclose(images[0, :8, :8], 0.75)  # 0.5 of [-1, 1]
     assert np.array_equal(images[0, 8:], kept[0, 8:])
     if how == "black":
@@ -221,7 +222,7 @@ def test_what_a_checker_makes_of_its_pictures(pipe, photo, how):
 
 @pytest.mark.parametrize("how", ["black", "blur", "keep", "raise"])
 @pytest.mark.parametrize(
-    "answer",
+    "output",
     [
         None,
         3,
@@ -243,34 +244,34 @@ def test_what_a_checker_makes_of_its_pictures(pipe, photo, how):
         lambda x: (x.to("meta"), [True] * 2),
     ],
 )
-def test_a_checker_that_says_neither_yes_nor_no(pipe, photo, answer, how):
-    pipe.safety_checker = lambda images, clip_input: answer(images) if callable(answer) else answer
-    with pytest.raises(InputTypeError, match="safety_checker: it returned"):
-        made(pipe, photo, num_images_per_prompt=2, on_flagged=how)
+def test_a_checker_with_another_output_is_refused(pipe, photo, output, how):
+    pipe.safety_checker = lambda images, clip_input: output(images) if callable(output) else output
+    with pytest.raises(InputTypeError, match=r"safety_checker: expected an output of images .* and 2 flags, got"):
+        run(pipe, photo, num_images_per_prompt=2, on_flagged=how)
 
 
-def test_pictures_that_nobody_judged_have_no_flags(pipe, photo):
-    pipe.safety_checker = says(None)
-    assert made(pipe, photo).nsfw_content_detected is None
+def test_a_checker_without_flags(pipe, photo):
+    pipe.safety_checker = checker_with(None)
+    assert run(pipe, photo).nsfw_content_detected is None
 
 
 def test_another_dtype_from_within_a_callback(pipe, photo):
-    """What comes counts from the next step; the next call is of that dtype as well."""
-    expected = made(pipe, photo, num_inference_steps=4).images
-    close = made(pipe, photo, num_inference_steps=4, callback=lambda i, *_: i == 1 and pipe.to(torch.float64)).images
+    """The change takes effect at the next step, and the next call has that dtype as well."""
+    expected = run(pipe, photo, num_inference_steps=4).images
+    close = run(pipe, photo, num_inference_steps=4, callback=lambda i, *_: i == 1 and pipe.to(torch.float64)).images
     assert np.abs(close - expected).max() < 1e-4
     assert pipe.dtype == torch.float64
     pipe.to(torch.float32)
-    with pytest.raises(InputTypeError, match="unet: None came"):
-        made(pipe, photo, callback=lambda *_: setattr(pipe, "unet", None))
+    with pytest.raises(InputTypeError, match=r"unet: .* got None"):
+        run(pipe, photo, callback=lambda *_: setattr(pipe, "unet", None))
 
 
 @pytest.mark.parametrize("kind", [imvar.DDIMScheduler, imvar.PNDMScheduler, imvar.LMSDiscreteScheduler])
 def test_a_narrower_dtype_from_within_a_callback(pipe, photo, kind):
-    """Whatever the scheduler remembers of earlier steps."""
+    """The scheduler may hold outputs of earlier steps in the wider dtype."""
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    expected = made(pipe, photo, num_inference_steps=6, guidance_scale=3).images
-    close = made(
+    expected = run(pipe, photo, num_inference_steps=6, guidance_scale=3).images
+    close = run(
         pipe,
         photo,
         num_inference_steps=6,
@@ -280,8 +281,8 @@ def test_a_narrower_dtype_from_within_a_callback(pipe, photo, kind):
     assert 0 < np.abs(close - expected).mean() < 0.05
 
 
-class Broken(HandsOn):
-    """A scheduler that does as it should, but for one thing."""
+class Broken(Proxy):
+    """A scheduler with one thing wrong."""
 
     def __init__(self, scheduler, **wrong):
         super().__init__(scheduler)
@@ -298,40 +299,47 @@ class Broken(HandsOn):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"step": lambda out: (out.prev_sample,)}, "scheduler: Broken returned tuple with no tensor in `prev_sample`"),
-        ({"step": lambda out: out.prev_sample}, "scheduler: Broken returned Tensor"),
-        ({"timesteps": None}, "scheduler: set_timesteps left Broken with timesteps=None"),
-        ({"timesteps": torch.tensor([])}, "scheduler: set_timesteps left Broken with timesteps=tensor([])"),
+        (
+            {"step": lambda out: (out.prev_sample,)},
+            "a tensor `prev_sample`, got tuple from Broken",
+        ),
+        (
+            {"step": lambda out: out.prev_sample},
+            "a tensor `prev_sample`, got Tensor from Broken",
+        ),
+        ({"timesteps": None}, "after set_timesteps, got timesteps=None of Broken"),
+        ({"timesteps": torch.tensor([])}, "after set_timesteps, got timesteps=tensor([]) of Broken"),
     ],
 )
 def test_a_scheduler_at_fault_is_named(pipe, photo, wrong, words):
     pipe.scheduler = Broken(pipe.scheduler, **wrong)
     with pytest.raises(InputTypeError) as caught:
-        made(pipe, photo)
+        run(pipe, photo)
+    assert str(caught.value).startswith("scheduler: expected ")
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("change", [lambda x: None, lambda x: x[: len(x) // 2], lambda x: x[:, 0], lambda x: x[:0]])
-def test_a_context_that_is_none_is_named(pipe, photo, change, n):
+def test_a_context_of_another_shape_is_named(pipe, photo, change, n):
     class Own(type(pipe)):
         def _encode_image(self, *args):
             return change(super()._encode_image(*args))
 
-    with pytest.raises(InputTypeError, match=rf"image_encoder: .* came as the context; a tensor \({2 * n}, 1, width\)"):
-        made(Own(**pipe.components), photo, num_images_per_prompt=n)
+    with pytest.raises(InputTypeError, match=rf"image_encoder: expected a context \({2 * n}, 1, width\), got"):
+        run(Own(**pipe.components), photo, num_images_per_prompt=n)
 
 
-def test_pictures_that_are_none_are_named(pipe, photo):
+def test_a_decoder_that_returns_no_tensor_is_named(pipe, photo):
     kind = type("Own", (type(pipe),), {"decode": lambda *_: None})
-    with pytest.raises(InputTypeError, match="decode: it returned NoneType"):
-        made(kind(**pipe.components), photo)
+    with pytest.raises(InputTypeError, match="decode: expected a tensor of images, got NoneType"):
+        run(kind(**pipe.components), photo)
 
 
-def test_what_an_extractor_of_others_says_comes_as_it_is(pipe, photo):
+def test_errors_of_a_third_party_extractor_are_passed_on(pipe, photo):
     def refuse(*_, **__):
-        raise InputError("nothing but cats would do")
+        raise InputError("cats only")
 
     pipe.feature_extractor = refuse
-    with pytest.raises(InputError, match=r"^nothing but cats would do$"):
-        made(pipe, photo)
+    with pytest.raises(InputError, match=r"^cats only$"):
+        run(pipe, photo)

@@ -1,4 +1,4 @@
-"""What people see of the safety checker's decision, and what becomes of pictures that it flags."""
+"""The safety checker's decision in the output, and the policies for images that it flags."""
 
 import pickle
 
@@ -11,26 +11,26 @@ from imvar import FlaggedError, ImvarError, InputError, InputTypeError
 CONCEPT = 4
 
 
-def made(pipe, photo, **options):
+def run(pipe, photo, **options):
     options = {"num_inference_steps": 2, "output_type": "np", "num_images_per_prompt": 2, "seed": 0} | options
     return pipe(photo, **options)
 
 
 @pytest.fixture
 def strict(pipe, photo):
-    """A pipeline whose checker flags one picture of the two, by one concept: `strict.flagged` is its number."""
+    """A pipeline whose checker flags one of two images, by one concept: `strict.flagged` is its index."""
     checker = pipe.safety_checker
     checker.special_care_embeds_weights.data.fill_(2.0)
     thresholds = checker.concept_embeds_weights.data.fill_(2.0)
-    first, second = (2 + scores["concept_scores"][CONCEPT] for scores in made(pipe, photo).scores)
+    first, second = (2 + scores["concept_scores"][CONCEPT] for scores in run(pipe, photo).scores)
     assert first != second
     thresholds[CONCEPT] = (first + second) / 2
     pipe.flagged, pipe.sound = int(second > first), int(first > second)
     return pipe
 
 
-def test_scores_by_number_of_the_concept(strict, photo):
-    output = made(strict, photo)
+def test_scores_by_index_of_the_concept(strict, photo):
+    output = run(strict, photo)
     assert output.nsfw_content_detected[strict.flagged] is True
     assert output.nsfw_content_detected[strict.sound] is False
     bad, good = output.scores[strict.flagged], output.scores[strict.sound]
@@ -44,16 +44,16 @@ def test_scores_by_number_of_the_concept(strict, photo):
 
 def test_special_care_is_reported(pipe, photo):
     pipe.safety_checker.special_care_embeds_weights.data.copy_(torch.tensor([2.0, -2.0, 2.0]))
-    assert [scores["special_care"] for scores in made(pipe, photo).scores] == [[1], [1]]
+    assert [scores["special_care"] for scores in run(pipe, photo).scores] == [[1], [1]]
 
 
 @pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
-def test_what_becomes_of_a_flagged_picture(strict, photo, output_type):
-    def pictures(how):
-        images = made(strict, photo, on_flagged=how, output_type=output_type).images
+def test_a_flagged_image(strict, photo, output_type):
+    def images_of(how):
+        images = run(strict, photo, on_flagged=how, output_type=output_type).images
         return np.stack([np.asarray(image, dtype=np.float32) for image in images])
 
-    kept, black, blurred = map(pictures, ("keep", "black", "blur"))
+    kept, black, blurred = map(images_of, ("keep", "black", "blur"))
     which = strict.flagged
     assert not black[which].any()
     assert kept[which].std() > 0
@@ -67,8 +67,8 @@ def test_what_becomes_of_a_flagged_picture(strict, photo, output_type):
 
 
 def test_raise(strict, photo):
-    with pytest.raises(FlaggedError, match=rf"flagged 1 of 2 pictures \(seed {strict.flagged}\).*on_flagged") as caught:
-        made(strict, photo, on_flagged="raise")
+    with pytest.raises(FlaggedError, match=rf"1 of 2 images flagged \(seed {strict.flagged}\).*on_flagged") as caught:
+        run(strict, photo, on_flagged="raise")
     error = caught.value
     assert error.flags.index(True) == strict.flagged
     assert error.scores[strict.flagged]["bad_concepts"] == [CONCEPT]
@@ -76,46 +76,46 @@ def test_raise(strict, photo):
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.flags, again.scores, again.seeds) == (str(error), error.flags, error.scores, error.seeds)
     strict.safety_checker.concept_embeds_weights.data.fill_(2.0)
-    assert len(made(strict, photo, on_flagged="raise").images) == 2
+    assert len(run(strict, photo, on_flagged="raise").images) == 2
 
 
 @pytest.mark.parametrize(("how", "kind"), [("white", InputError), (None, InputTypeError), (3, InputTypeError)])
-def test_other_ways(pipe, photo, how, kind):
-    with pytest.raises(kind, match=r"on_flagged=.*'black', 'blur', 'keep', 'raise' would do"):
-        made(pipe, photo, on_flagged=how)
+def test_other_policies(pipe, photo, how, kind):
+    with pytest.raises(kind, match=r"on_flagged: expected one of 'black', 'blur', 'keep', 'raise', got"):
+        run(pipe, photo, on_flagged=how)
 
 
-def test_a_checker_of_others(pipe, photo):
-    """One that writes into what it is handed, as the reference's does, and tells no scores."""
+def test_a_third_party_checker(pipe, photo):
+    """One that writes into its input, as that of diffusers does, and returns no scores."""
 
     def check(images, clip_input):
         images[1] = 0
         return images, [False, True]
 
     pipe.safety_checker = None
-    kept = made(pipe, photo).images
+    kept = run(pipe, photo).images
     pipe.safety_checker = check
-    assert np.array_equal(made(pipe, photo, on_flagged="keep").images, kept)
-    output = made(pipe, photo)
+    assert np.array_equal(run(pipe, photo, on_flagged="keep").images, kept)
+    output = run(pipe, photo)
     assert not output.images[1].any()
     assert np.array_equal(output.images[0], kept[0])
     assert output.scores is None
     with pytest.raises(FlaggedError) as caught:
-        made(pipe, photo, on_flagged="raise", seed=None)
+        run(pipe, photo, on_flagged="raise", seed=None)
     assert caught.value.flags == [False, True]
     assert caught.value.scores is caught.value.seeds is None
 
 
 @pytest.mark.parametrize("part", ["concept_embeds", "proj", "tower"])
-def test_a_checker_that_cannot_tell_says_so(pipe, photo, part):
+def test_a_checker_with_nan_is_an_error(pipe, photo, part):
     next(p for name, p in pipe.safety_checker.named_parameters() if name.startswith(part)).data.fill_(float("nan"))
     with pytest.raises(ImvarError, match="safety checker's scores are not finite"):
-        made(pipe, photo)
+        run(pipe, photo)
 
 
-def test_nan_is_no_flag(pipe, photo):
-    """A picture that cannot be made is an error that names the weights, never a black one."""
+def test_nan_is_not_a_flag(pipe, photo):
+    """Images that are not finite are an error that names the weights, never black."""
     pipe.vae.decoder.conv_out.weight.data[0, 0] = float("nan")
     for output_type in ("pil", "np", "pt"):
-        with pytest.raises(ImvarError, match=r"pictures are not finite: AutoencoderKL holds.*decoder\.conv_out"):
-            made(pipe, photo, output_type=output_type)
+        with pytest.raises(ImvarError, match=r"images: expected finite values.*AutoencoderKL.*decoder\.conv_out"):
+            run(pipe, photo, output_type=output_type)
