@@ -24,7 +24,7 @@ from ..atomic.folder import atomic_folder, break_hard_links, read_consistently
 from ..checks import as_device, as_path, check_int, check_type, parse_to_args
 from ..config import Config
 from ..context import holding
-from ..errors import InputError, InputTypeError, in_checkpoint, invalid, short_repr
+from ..errors import InputError, InputTypeError, describe, in_checkpoint, invalid, short_repr
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
 from ..models.stock import is_unmodified
@@ -211,7 +211,7 @@ class PipelineBase:
             return
         components = {name: component for name, component in self.components.items() if component is not None}
         for name, component in components.items():
-            got = f"a {type(component).__name__}"
+            got = describe(component)
             if not hasattr(component, "save_pretrained"):
                 raise invalid(InputTypeError, name, "a component with save_pretrained", got)
             if (part := getattr(component, "part", name)) != name:

@@ -116,9 +116,9 @@ def check_components(components: Mapping[str, Any]) -> None:
         if component is None:
             raise invalid(InputTypeError, name, expected, "None")
         if missing:
-            raise invalid(InputTypeError, name, expected, f"a {type(component).__name__}, which has no {missing[0]}")
+            raise invalid(InputTypeError, name, expected, f"{describe(component)}, which has no {missing[0]}")
         if part != name:
-            raise invalid(InputTypeError, name, expected, f"a {type(component).__name__}, which is for {part}")
+            raise invalid(InputTypeError, name, expected, f"{describe(component)}, which is for {part}")
 
 
 def check_feature_extractor(safety_checker: Any, feature_extractor: Any) -> None:

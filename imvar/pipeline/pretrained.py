@@ -64,8 +64,8 @@ def read_component(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dty
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, str) for entry in value):
-        classes = ", ".join(PARTS.get(name, {})) or "none"
-        expected = f"a library and a class, of which imvar has {classes}"
+        classes = ", ".join(PARTS.get(name, {})) or "(none)"
+        expected = f"a library and one of the classes {classes}"
         raise invalid(CheckpointError, folder / INDEX, expected, short_repr(value), key=name)
     kind = class_named(name, value[1], folder / INDEX)
     if value[0].partition(".")[0] not in KNOWN_LIBRARIES:

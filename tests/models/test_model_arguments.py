@@ -124,7 +124,7 @@ META = {
     "image: expected a tensor with values, got a tensor on the meta device; move it to the CPU": lambda p: (
         p.image_processor.preprocess(picture.to("meta"))
     ),
-    "the parts are on the meta device": lambda p: copy.deepcopy(p).to("meta")(Image.open(PHOTO)),
+    "components: expected weights in memory, got vae on meta": lambda p: copy.deepcopy(p).to("meta")(Image.open(PHOTO)),
     "latents: expected a dense tensor, got a torch.sparse_coo tensor": lambda p: p(
         Image.open(PHOTO), latents=x.to_sparse()
     ),
@@ -194,11 +194,17 @@ SETTINGS = {
     ),
     "non_blocking: expected a bool, got 'x'": lambda p: p.to("cpu", non_blocking="x"),
     "to: expected arguments among device, dtype, non_blocking, memory_format": lambda p: p.to(foo=1),
-    "device='meta': weights would be lost": lambda p: p.enable_model_cpu_offload(device="meta"),
-    "set_progress_bar_config({'foo': 1})": lambda p: p.set_progress_bar_config(foo=1),
-    "set_progress_bar_config({'miniters': 'x'})": lambda p: p.set_progress_bar_config(miniters="x"),
-    "set_progress_bar_config({'file': 3})": lambda p: p.set_progress_bar_config(file=3),
-    "iterable=5": lambda p: p.progress_bar(5),
+    "device: expected an accelerator, got 'meta'": lambda p: p.enable_model_cpu_offload(device="meta"),
+    "set_progress_bar_config: expected options of tqdm such as disable=True, got {'foo': 1}": lambda p: (
+        p.set_progress_bar_config(foo=1)
+    ),
+    "set_progress_bar_config: expected options of tqdm such as disable=True, got {'miniters': 'x'}": lambda p: (
+        p.set_progress_bar_config(miniters="x")
+    ),
+    "set_progress_bar_config: expected options of tqdm such as disable=True, got {'file': 3}": lambda p: (
+        p.set_progress_bar_config(file=3)
+    ),
+    "iterable: expected an iterable, got 5": lambda p: p.progress_bar(5),
     "slice_size: expected an integer from 1 to 4, got array([1, 1])": lambda p: p.enable_attention_slicing(
         np.array([1, 1])
     ),
@@ -223,11 +229,13 @@ SETTINGS = {
     "set_attend(str": lambda p: imvar.set_attend("unet", imvar.sdpa),
     "swap(UNet2DConditionModel, 'x'": lambda p: imvar.replace_layers(p.unet, "x", lambda layer: layer),
     "made None of Linear": lambda p: imvar.replace_layers(p.unet.time, torch.nn.Linear, lambda layer: None),
-    "vae: a UNet2DConditionModel came, which has no decode; an AutoencoderKL": lambda p: type(p)(
+    "vae: expected an AutoencoderKL, got UNet2DConditionModel, which has no decode": lambda p: type(p)(
         **(p.components | {"vae": p.unet})
     ),
-    "unet: a AutoencoderKL came, which is for vae": lambda p: type(p)(**(p.components | {"unet": p.vae})),
-    "vae: a int came": lambda p: type(p)(1, 2, 3, 4, 5, 6),
+    "unet: expected a UNet2DConditionModel, got AutoencoderKL, which is for vae": lambda p: type(p)(
+        **(p.components | {"unet": p.vae})
+    ),
+    "vae: expected an AutoencoderKL, got int": lambda p: type(p)(1, 2, 3, 4, 5, 6),
     "use_safetensors: expected True or False, got 'x'": lambda p: imvar.UNet2DConditionModel.from_pretrained(
         "imvar-emoji", "unet", use_safetensors="x"
     ),
@@ -244,7 +252,7 @@ def without(pipe, name):
 
 
 PARTS = {
-    f"{name}: None came; {word}": lambda p, name=name: without(p, name)
+    f"{name}: expected {word}": lambda p, name=name: without(p, name)
     for name, word in (
         ("vae", "an AutoencoderKL"),
         ("image_encoder", "a CLIPVision"),
@@ -337,8 +345,12 @@ PICTURES = {
     "images[0]: expected a PIL image, an array or tensor of shape ... got str": lambda p: p.feature_extractor(
         [str(PHOTO)]
     ),
-    "image[0]: str came": lambda p: p([str(PHOTO)]),
-    "image: str came; a PIL": lambda p: p("https://example.org/cat.png"),
+    "image[0]: expected a PIL image, a list of them or a tensor (b, 3, h, w) of normalized pixels, got str": lambda p: (
+        p([str(PHOTO)])
+    ),
+    "image: expected a PIL image, a list of them or a tensor (b, 3, h, w) of normalized pixels, got str": lambda p: p(
+        "https://example.org/cat.png"
+    ),
     "image: expected finite values, got NaN": lambda p: p.image_processor.postprocess(
         torch.full((1, 3, 8, 8), NAN), "pt"
     ),

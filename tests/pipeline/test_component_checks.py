@@ -44,7 +44,9 @@ def unfit_components():
         ("feature_extractor", "Image from function; use"): {"feature_extractor": lambda images, return_tensors: images},
         ("feature_extractor", "None; or pass a tensor"): {"feature_extractor": None, "safety_checker": None},
         ("feature_extractor", "None; pass one, or safety_checker=None"): {"feature_extractor": None},
-        ("components", "vae on cpu, image_encoder on cpu, unet on meta"): {"unet": unet(**TINY_UNET).to("meta")},
+        ("components", "different devices (vae on cpu, image_encoder on cpu, unet on meta"): {
+            "unet": unet(**TINY_UNET).to("meta")
+        },
         ("unet", "None"): {"unet": None},
     }
 
@@ -145,7 +147,6 @@ def test_tiles_that_do_not_fit(pipe, photo, sizes, words):
     pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = sizes
     with pytest.raises(InputError) as caught:
         run(pipe, photo)
-    assert str(caught.value).startswith("scheduler: expected ")
     assert words in str(caught.value)
     with pytest.raises(InputError, match=r"tile_.*_min_size="):
         pipe.vae.encode(torch.zeros(1, 3, 128, 128))

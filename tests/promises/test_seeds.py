@@ -83,7 +83,7 @@ def test_what_is_no_seed(pipe, photo, seed, kind):
 
 
 def test_seed_or_generator(pipe, photo):
-    with pytest.raises(InputError, match="seed and generator both came"):
+    with pytest.raises(InputError, match="seed: expected seed or generator, got both"):
         made(pipe, photo, seed=3, generator=torch.Generator())
     with pytest.raises(
         InputError, match=r"seed: expected an integer from 0 to 9223372036854775806, got 9223372036854775807"

@@ -1,5 +1,7 @@
 """A run's UNet is prepared once and called with latents alone: the same answer, for less work."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, set_attend
 from imvar.models import ResnetBlock, SelfAttention
 from imvar.models.layers import Conv2d, Linear
 from imvar.models.stock import is_unmodified
-from imvar.runtime.guidance import ClassifierFreeGuidance, make_predictor
+from imvar.runtime.denoiser import Denoiser, make_predictor
 from imvar.runtime.precompute import PrecomputedUNet
 from tests.support.random_checkpoint import PUBLISHED_SCHEDULER, tiny_pipeline
 
@@ -134,16 +136,13 @@ def test_no_step_waits_for_the_device(pipe, kind, guided):
     scheduler.set_timesteps(6)
     unet, context = pipe.unet.to("meta"), torch.empty(1 + guided, 1, 24, device="meta")
     times = torch.empty(len(scheduler.timesteps), device="meta")
-
-    def make(context):
-        return make_predictor(unet, times, context)
-
-    predict = ClassifierFreeGuidance(make, context, 3.0, (0.0, 0.5), len(times)) if guided else make(context)
+    options = {"guidance_scale": 3.0, "guidance_interval": (0.0, 0.5)} if guided else {}
+    denoiser = Denoiser(lambda: unet, partial(make_predictor, unet), times, context, **options)
     x = torch.empty(1, 4, 8, 8, device="meta") * scheduler.init_noise_sigma
     with pytest.raises(RuntimeError, match="meta"):
         x.sum().item()
     for i, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(predict(scheduler.scale_model_input(x, t), i), t, x).prev_sample
+        x = scheduler.step(denoiser(scheduler.scale_model_input(x, t), i), t, x).prev_sample
     assert x.shape == (1, 4, 8, 8)
 
 
@@ -220,7 +219,7 @@ def test_what_a_callback_changes_counts_from_the_next_step(pipe, photo, change, 
 
 
 def test_watching_costs_nothing_where_nobody_is_called_back(pipe, photo, monkeypatch):
-    monkeypatch.setattr("imvar.pipeline.image_variation.Watch", lambda _: pytest.fail("watched"))
+    monkeypatch.setattr("imvar.runtime.denoiser.Fingerprint", lambda _: pytest.fail("watched"))
     made(pipe, photo)
 
 

@@ -130,7 +130,7 @@ def test_settings_that_no_file_can_hold(folder, value):
 def test_a_part_in_the_place_of_another(folder):
     pipe, before = tiny_pipeline(), (folder / "unet" / "config.json").read_bytes()
     pipe.unet = pipe.vae
-    with pytest.raises(InputError, match="unet: a AutoencoderKL came, which is for vae"):
+    with pytest.raises(InputError, match="unet: expected a component for unet, got AutoencoderKL, which is for vae"):
         pipe.save_pretrained(folder)
     assert (folder / "unet" / "config.json").read_bytes() == before
 
@@ -155,10 +155,10 @@ def test_settings_of_another_part(folder):
 @pytest.mark.parametrize(
     ("unet", "words"),
     [
-        (None, "is empty; from_pretrained(..., unet=...)"),
-        ([None, None], "is empty; from_pretrained(..., unet=...)"),
-        (["os", "UNet2DConditionModel"], "of the library 'os'"),
-        (["", "UNet2DConditionModel"], "of the library ''"),
+        (None, "an empty entry; pass from_pretrained(..., unet=...)"),
+        ([None, None], "an empty entry; pass from_pretrained(..., unet=...)"),
+        (["os", "UNet2DConditionModel"], "got 'os'"),
+        (["", "UNet2DConditionModel"], "got ''"),
     ],
 )
 def test_an_index_without_a_part(folder, unet, words):
@@ -260,13 +260,13 @@ def test_what_a_part_of_others_says_went_wrong(tmp_path, path):
     assert caught.value.path == (None if path is None else Path(path))
     assert not (tmp_path / "new").exists()
     pipe.safety_checker = lambda images, clip_input: (images, [False] * len(images))
-    with pytest.raises(InputError, match="safety_checker: a function cannot be saved"):
+    with pytest.raises(InputError, match="safety_checker: expected a component with save_pretrained, got function"):
         pipe.save_pretrained(tmp_path / "new")
 
 
 def test_whose_doing_it_is(checkpoint):
     """A wrong part that was handed over is no fault of the checkpoint."""
-    with pytest.raises(InputError, match="unet: a AutoencoderKL came") as caught:
+    with pytest.raises(InputError, match="unet: expected a UNet2DConditionModel, got AutoencoderKL") as caught:
         PIPELINE.from_pretrained(checkpoint, unet=tiny_pipeline().vae)
     assert not isinstance(caught.value, CheckpointError)
 
