@@ -163,7 +163,7 @@ def check_normalized(image: Tensor) -> None:
     if image.dtype not in FLOAT_DTYPES:
         raise invalid(InputTypeError, "image", "floats, as CLIPImageProcessor returns", str(image.dtype))
     if not image.isfinite().all():
-        raise invalid(InputError, "image", "finite values", "NaN or infinity")
+        raise invalid(InputError, "image", "finite values", "NaN or infinite values")
     if (peak := float(image.abs().max())) > MAX_NORMALIZED_PIXEL:
         warn_user(
             f"image: the tensor has values up to {peak:.4g}, and normalized pixels are within 3 of 0; "
@@ -181,7 +181,7 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
     if latents.dtype not in FLOAT_DTYPES:
         raise invalid(InputError, "latents", "finite floats", str(latents.dtype))
     if not latents.isfinite().all():
-        raise invalid(InputError, "latents", "finite floats", "NaN or infinity")
+        raise invalid(InputError, "latents", "finite floats", "NaN or infinite values")
 
 
 def check_option(name: str, value: Any, options: Sequence[str]) -> None:

@@ -383,8 +383,8 @@ def check_all_finite(name: str, x: Tensor, model: Any, *causes: str) -> None:
     for key, weight in weights.items():
         if not weight.isfinite().all():
             hint = f"{type(model).__name__} has some in {key}: load its weights again"
-            raise invalid(ImvarError, name, "finite values", "NaN or infinity", hint)
+            raise invalid(ImvarError, name, "finite values", "NaN or infinite values", hint)
     overflow = [] if x.dtype == torch.float32 else [f"{x.dtype} that overflowed"]
     hint = f"likely causes: {', '.join([*causes, *overflow])} or weights that are too large"
     hint += "; try torch.float32 and a guidance_scale near 3"
-    raise invalid(ImvarError, name, "finite values", "NaN or infinity", hint)
+    raise invalid(ImvarError, name, "finite values", "NaN or infinite values", hint)

@@ -43,7 +43,7 @@ CALLS = {  # name and value as the message gives them
     ("generator", "2"): {"generator": [torch.Generator(), torch.Generator()]},
     ("latents", "a tensor of shape (1, 4, 8, 8)"): {"latents": x[..., :8, :8]},
     ("latents", "list"): {"latents": [1]},
-    ("latents", "NaN or infinity"): {"latents": x * NAN},
+    ("latents", "NaN or infinite values"): {"latents": x * NAN},
     ("output_type", "'jpeg'"): {"output_type": "jpeg"},
     ("on_flagged", "'white'"): {"on_flagged": "white"},
     ("return_dict", "0"): {"return_dict": 0},
@@ -160,7 +160,7 @@ def test_an_encoder_with_nan_is_named_before_the_first_step(pipe, photo):
 
 
 def test_latents_that_their_dtype_cannot_hold(pipe, photo):
-    with pytest.raises(InputError, match="latents: expected finite floats, got NaN or infinity"):
+    with pytest.raises(InputError, match="latents: expected finite floats, got NaN or infinite values"):
         run(pipe, photo, latents=torch.full((1, 4, 16, 16), 1e300, dtype=torch.float64))
     with pytest.raises(imvar.ImvarError, match="latents too large"):
         run(pipe, photo, latents=torch.full((1, 4, 16, 16), 1e37))
