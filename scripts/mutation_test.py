@@ -47,7 +47,7 @@ TESTS = {
 }
 
 
-def tests_of(file: str) -> list[str]:
+def detecting_tests(file: str) -> list[str]:
     names = next(names for start, names in TESTS.items() if file.startswith(f"imvar/{start}"))
     return [f"tests/{name}" for name in dict.fromkeys(names.split())]
 
@@ -97,7 +97,7 @@ def is_detected(file: str, position: tuple[int, int]) -> bool:
             shutil.copy(ROOT / name, copy / name)
         (copy / file).write_text(mutate((ROOT / file).read_text(), position))
         run = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-x", *tests_of(file)],
+            [sys.executable, "-m", "pytest", "-x", *detecting_tests(file)],
             cwd=copy,
             text=True,
             stdout=subprocess.PIPE,

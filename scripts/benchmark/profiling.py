@@ -113,7 +113,7 @@ def recording(profile: Profile) -> Iterator[None]:
 
 
 def peak_flops(dtype: torch.dtype) -> float:
-    """Return the FLOP/s of the faster of a large matrix product and a large convolution, from which the floor follows."""
+    """Return the FLOP/s of a large matrix product or a large convolution, the faster of them: it sets the floor."""
     a, x, w = torch.randn(4096, 4096), torch.randn(2, 640, 64, 64), torch.randn(640, 640, 3, 3)
     a, x, w = (t.to(dtype) for t in (a, x, w))
     x = x.to(memory_format=torch.channels_last)
