@@ -1,4 +1,4 @@
-"""`weights_convert.py` as it is called: its exit status, and what it says where."""
+"""The command line of `weights_convert.py`: exit status, report and errors."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def test_the_command_line(small, checkpoint, tmp_path, capsys):
         ),
     ],
 )
-def test_misuse_and_failure_are_said_in_one_line(small, checkpoint, tmp_path, capsys, args, status, words):
-    places = {"small": small, "checkpoint": checkpoint, "out": tmp_path / "out"}
+def test_misuse_and_failures_are_reported_in_one_line(small, checkpoint, tmp_path, capsys, args, status, words):
+    paths = {"small": small, "checkpoint": checkpoint, "out": tmp_path / "out"}
     try:
-        found = weights_convert.main([arg.format(**places) for arg in args])
+        found = weights_convert.main([arg.format(**paths) for arg in args])
     except SystemExit as error:
         found = error.code
-    said = capsys.readouterr().err.strip().splitlines()
-    assert (found, words in said[-1]) == (status, True), said
-    assert len(said) == 1 or said[0].startswith("usage:")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert (found, words in lines[-1]) == (status, True), lines
+    assert len(lines) == 1 or lines[0].startswith("usage:")
     assert not list(tmp_path.iterdir())
 
 
-def test_as_a_program(small, tmp_path):
+def test_as_a_script(small, tmp_path):
     script = Path(weights_convert.__file__)
     done = subprocess.run(
         [sys.executable, script, small, tmp_path / "out", "--dry-run"], check=False, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Conversion: every tensor where the published lists say, to the bit, there and back, from any folder or file."""
+"""Conversion from any folder or file: every tensor bit-identical, under its listed name, and back."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from imvar.conversion import convert
 from imvar.weights.infer_config import infer_config
 from imvar.weights.keymap import Dialect, Keymap, Naming
 from imvar.weights.single_file import EMA, ORIGINAL_NAMINGS, RAW, PartTensors, SingleFile
-from tests.support.expected_tensors import agree, bytes_in, listed, settings, stored
+from tests.support.expected_tensors import config_fields, file_contents, listed_tensors, same_tensors, stored_tensors
 from tests.support.original_checkpoint import LAYOUTS, original, original_keys, write
 from tests.support.published_checkpoint import FILES, PUBLISHED
 from tests.support.random_checkpoint import TINY_UNET, randomize, tiny_pipeline
-from tests.support.tiny_sizes import SETTINGS
+from tests.support.tiny_sizes import TINY_CONFIGS
 
 MODELS = {
     "unet": imvar.UNet2DConditionModel,
@@ -30,27 +30,28 @@ MODELS = {
     "image_encoder": imvar.CLIPVisionModelWithProjection,
     "safety_checker": imvar.StableDiffusionSafetyChecker,
 }
-AVERAGED = {"full": True, "ema_only": True, "late": True, "v2": False}  # which have averaged weights
-SPELLINGS = ("full", "v2")  # these hold every name that there is, and every dtype
+AVERAGED = {"full": True, "ema_only": True, "late": True, "v2": False}  # layouts with averaged weights
+COVERING = ("full", "v2")  # which together have every name and every dtype
 
 
-# The table beside the lists, at full size
+# The key tables against the published lists, at full size
 
 
 @cache
 def full_size(part: str) -> torch.nn.Module:
+    """Return a model of the published size on the meta device."""
     with torch.device("meta"):
         return MODELS[part](MODELS[part].read_config(PUBLISHED / "v2.0" / part / "config.json"))
 
 
 @cache
 def meta(layout: str) -> SingleFile:
-    """The file of a layout at full size, without values."""
+    """Return the file of a layout at full size, on the meta device."""
     return SingleFile(PUBLISHED, {row.name: torch.empty(row.shape, device="meta") for row in original_keys(layout)})
 
 
-@pytest.mark.parametrize("layout", SPELLINGS)
-def test_every_row_of_the_lists_finds_its_place(layout):
+@pytest.mark.parametrize("layout", COVERING)
+def test_every_listed_tensor_has_its_target(layout):
     rows = {row.name: row for row in original_keys(layout)}
     found = {}
     for part, namings in ORIGINAL_NAMINGS.items():
@@ -64,8 +65,8 @@ def test_every_row_of_the_lists_finds_its_place(layout):
                 name: rows[name].shape for name in theirs
             }
             mine = {name: tensor for name, tensor in meta(layout).tensors.items() if name.startswith(naming.prefix)}
-            taken = keymap.to_ours(mine, ours, naming)
-            assert {name: tensor.shape for name, tensor in taken.items()} == {
+            loaded = keymap.to_ours(mine, ours, naming)
+            assert {name: tensor.shape for name, tensor in loaded.items()} == {
                 name: tensor.shape for name, tensor in ours.items()
             }
             for name in ours:
@@ -77,7 +78,7 @@ def test_every_row_of_the_lists_finds_its_place(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_the_lists_drop_is_dropped_and_nothing_else(layout):
+def test_only_listed_tensors_are_dropped(layout):
     file = meta(layout)
     keymaps: dict[Naming, Keymap] = {
         naming: model.keymap
@@ -87,10 +88,10 @@ def test_what_the_lists_drop_is_dropped_and_nothing_else(layout):
     }
     dropped = {
         name
-        for ways in file.parts.values()
-        for held in ways
-        for name in held.tensors
-        if keymaps[held.naming].drops(name, held.naming)
+        for versions in file.parts.values()
+        for part_tensors in versions
+        for name in part_tensors.tensors
+        if keymaps[part_tensors.naming].drops(name, part_tensors.naming)
     }
     dropped |= {name for name in file.tensors if file.is_droppable(name)}
     assert dropped == {row.name for row in original_keys(layout) if row.op == "drop"}
@@ -98,27 +99,29 @@ def test_what_the_lists_drop_is_dropped_and_nothing_else(layout):
 
 
 def in_dialect(part, dialect):
-    """A part at full size, without values, as one file or folder holds it."""
+    """Return the tensors of a part at full size, on the meta device, under the names of a dialect."""
     model = full_size(part)
     return PartTensors(part, Naming(dialect), model.keymap.to_theirs(model.state_dict(), Naming(dialect)), PUBLISHED)
 
 
-@pytest.mark.parametrize("layout", [*SPELLINGS, Dialect.OURS, Dialect.PUBLISHED, Dialect.ORIGINAL])
-def test_settings_told_by_tensors_are_the_published_ones(layout):
-    """All that a network is made of, each of which would go unnoticed if it were wrong."""
+@pytest.mark.parametrize("layout", [*COVERING, Dialect.OURS, Dialect.PUBLISHED, Dialect.ORIGINAL])
+def test_inferred_configs_are_the_published_ones(layout):
+    """A wrong one would load without an error and compute wrong outputs."""
     if isinstance(layout, Dialect):
         parts = MODELS.keys() if layout is not Dialect.ORIGINAL else ORIGINAL_NAMINGS.keys()
-        helds = [in_dialect(part, layout) for part in parts]
+        parts_tensors = [in_dialect(part, layout) for part in parts]
     else:
-        helds = [held for ways in meta(layout).parts.values() for held in ways]
-    for held in helds:
-        told = settings(MODELS[held.part].validate_config(infer_config(held), PUBLISHED))
-        true = settings(MODELS[held.part].read_config(PUBLISHED / "v2.0" / held.part / "config.json"))
-        odd = {name for name in told if told[name] != true[name]}
-        assert odd <= {"text_config"}, held.part
+        parts_tensors = [part_tensors for versions in meta(layout).parts.values() for part_tensors in versions]
+    for part_tensors in parts_tensors:
+        inferred = config_fields(MODELS[part_tensors.part].validate_config(infer_config(part_tensors), PUBLISHED))
+        published = config_fields(
+            MODELS[part_tensors.part].read_config(PUBLISHED / "v2.0" / part_tensors.part / "config.json")
+        )
+        different = {name for name in inferred if inferred[name] != published[name]}
+        assert different <= {"text_config"}, part_tensors.part
 
 
-def test_heads_are_not_guessed_where_they_cannot_be_told(tmp_path):
+def test_unknown_head_counts_are_not_guessed(tmp_path):
     """OpenCLIP's ViT-H has 16 heads of 80 channels, and another activation."""
     wide = {
         name: torch.zeros([1280 if size == 1024 else size for size in tensor.shape], device="meta")
@@ -128,36 +131,36 @@ def test_heads_are_not_guessed_where_they_cannot_be_told(tmp_path):
         infer_config(PartTensors("image_encoder", Naming(Dialect.ORIGINAL), wide, tmp_path))
 
 
-# Originals, there and back
+# Originals to folders, and back
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_originals_become_what_the_lists_say(converted, layout):
-    wanted = listed(layout, AVERAGED[layout])
-    assert agree(stored(converted[layout]), wanted)
-    kinds = {tensor.dtype for tensor in wanted["image_encoder"].values()}
+def test_originals_become_the_listed_tensors(converted, layout):
+    expected = listed_tensors(layout, AVERAGED[layout])
+    assert same_tensors(stored_tensors(converted[layout]), expected)
+    kinds = {tensor.dtype for tensor in expected["image_encoder"].values()}
     assert kinds == ({torch.float16, torch.float32} if layout in ("full", "ema_only") else {torch.float32})
 
 
-def test_averages_alone_become_the_same(converted):
-    assert bytes_in(converted["ema_only"]) == bytes_in(converted["full"])
+def test_ema_only_files_give_the_same_result(converted):
+    assert file_contents(converted["ema_only"]) == file_contents(converted["full"])
 
 
-@pytest.mark.parametrize("layout", SPELLINGS)
+@pytest.mark.parametrize("layout", COVERING)
 def test_there_and_back(converted, layout, tmp_path):
     convert(converted[layout], tmp_path / "original.safetensors", to="original", verify=True)
     convert(tmp_path / "original.safetensors", tmp_path / "again")
-    assert bytes_in(tmp_path / "again") == bytes_in(converted[layout])
+    assert file_contents(tmp_path / "again") == file_contents(converted[layout])
 
 
-def test_an_original_comes_back_as_it_was(originals, tmp_path):
+def test_an_original_is_restored(originals, tmp_path):
     convert(originals["full"], tmp_path / "folder", ema="no")
     convert(tmp_path / "folder", tmp_path / "back.safetensors", to="original")
     source = original("full")["state_dict"]
-    wanted = {
+    expected = {
         row.name: source[row.name] for row in original_keys("full", tiny=True) if row.targets and row.op != "copy_ema"
     }
-    assert agree({"": load_file(tmp_path / "back.safetensors")}, {"": wanted})
+    assert same_tensors({"": load_file(tmp_path / "back.safetensors")}, {"": expected})
 
 
 @pytest.mark.parametrize(
@@ -169,37 +172,38 @@ def test_an_original_comes_back_as_it_was(originals, tmp_path):
         ("v2", "no", False, "raw weights used, no moving average"),
     ],
 )
-def test_which_weights_are_taken(originals, tmp_path, layout, ema, average, words):
-    said = []
-    convert(originals[layout], tmp_path, part="unet", ema=ema, log=said.append)
-    assert agree(stored(tmp_path), {"unet": listed(layout, average)["unet"]})
-    assert any(line.startswith("  unet: 8,505,444 parameters in 686 float32") and words in line for line in said)
+def test_choice_of_weights(originals, tmp_path, layout, ema, average, words):
+    lines = []
+    convert(originals[layout], tmp_path, part="unet", ema=ema, log=lines.append)
+    assert same_tensors(stored_tensors(tmp_path), {"unet": listed_tensors(layout, average)["unet"]})
+    assert any(line.startswith("  unet: 8,505,444 parameters in 686 float32") and words in line for line in lines)
 
 
 @pytest.mark.parametrize(
     ("layout", "ema", "words"), [("ema_only", "no", "raw weights"), ("v2", "yes", "moving average")]
 )
-def test_weights_that_are_not_there(originals, tmp_path, layout, ema, words):
+def test_missing_weights(originals, tmp_path, layout, ema, words):
     with pytest.raises(CheckpointError, match=words):
         convert(originals[layout], tmp_path / "out", ema=ema)
     assert not list(tmp_path.iterdir())
 
 
-def test_flat_and_nested_are_the_same(converted, tmp_path):
+def test_flat_and_nested_files_give_the_same_result(converted, tmp_path):
     write(tmp_path / "flat.ckpt", original("v2", flat=True))
     convert(tmp_path / "flat.ckpt", tmp_path / "out")
-    assert bytes_in(tmp_path / "out") == bytes_in(converted["v2"])
+    assert file_contents(tmp_path / "out") == file_contents(converted["v2"])
 
 
-# Folders of any age
+# Folders of every format version
 
 
-def linked(folder, target):
+def copy_linked(folder, target):
+    """Copy a folder by hard links."""
     return shutil.copytree(folder, target, copy_function=os.link)
 
 
-def wanted_of(published):
-    """By today's names: what a published folder's tensors are to become."""
+def current_tensors(published):
+    """Return the tensors of a published folder under their current names, by part."""
     renamed = {
         "query": "to_q",
         "key": "to_k",
@@ -217,8 +221,8 @@ def wanted_of(published):
     return parts
 
 
-def rewritten(folder, part, change, ending=".safetensors"):
-    """Replace a part's files by one of an ending, with its tensors as `change` leaves or returns them."""
+def rewrite(folder, part, change, ending=".safetensors"):
+    """Replace a part's weights files by one with the ending, after `change` modified or replaced its tensors."""
     _, pickled, safe = FILES[part]
     tensors = load_file(folder / part / safe)
     tensors = change(tensors) or tensors
@@ -230,12 +234,12 @@ def rewritten(folder, part, change, ending=".safetensors"):
         save_file(tensors, (folder / part / safe).with_suffix(ending))
 
 
-def pickles_alone(folder):
+def pickles_only(folder):
     for part, (_, _, safe) in FILES.items():
         (folder / part / safe).unlink()
 
 
-def in_shards(folder):
+def sharded(folder):
     imvar.UNet2DConditionModel.from_pretrained(folder / "unet").save_pretrained(
         folder / "sharded", max_shard_size="9MB"
     )
@@ -244,9 +248,9 @@ def in_shards(folder):
     (folder / "sharded").rename(folder / "unet")
 
 
-def half_alone(folder):
+def half_only(folder):
     for part in FILES:
-        rewritten(
+        rewrite(
             folder,
             part,
             lambda tensors: {
@@ -257,7 +261,7 @@ def half_alone(folder):
 
 
 def single_prefix(folder):
-    rewritten(
+    rewrite(
         folder,
         "safety_checker",
         lambda tensors: {
@@ -267,10 +271,10 @@ def single_prefix(folder):
 
 
 def first_revision(folder):
-    """That of old-2ddbd90: a whole CLIP model, and all of its settings."""
+    """Make a folder like revision old-2ddbd90: a whole CLIP model, and its config."""
     old = PUBLISHED / "old-2ddbd90"
-    smaller = SETTINGS | {
-        "image_encoder/config.json": SETTINGS["safety_checker/config.json"],
+    smaller = TINY_CONFIGS | {
+        "image_encoder/config.json": TINY_CONFIGS["safety_checker/config.json"],
         "feature_extractor/preprocessor_config.json": {"size": 28, "crop_size": 28},
     }
     for file in old.rglob("*.json"):
@@ -279,7 +283,7 @@ def first_revision(folder):
             settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
         (folder / name).unlink()
         (folder / name).write_text(json.dumps(settings))
-    rewritten(
+    rewrite(
         folder,
         "image_encoder",
         lambda tensors: tensors.update(
@@ -294,37 +298,39 @@ def first_revision(folder):
     )
 
 
-@pytest.mark.parametrize(("change", "part"), [(in_shards, "unet"), (single_prefix, "safety_checker")])
-def test_parts_of_folders_of_any_age(published, tmp_path, change, part):
-    source = linked(published, tmp_path / "source")
+@pytest.mark.parametrize(("change", "part"), [(sharded, "unet"), (single_prefix, "safety_checker")])
+def test_parts_of_older_folders(published, tmp_path, change, part):
+    source = copy_linked(published, tmp_path / "source")
     change(source)
     convert(source, tmp_path / "target", part=part)
-    assert agree(stored(tmp_path / "target"), {part: wanted_of(published)[part]})
+    assert same_tensors(stored_tensors(tmp_path / "target"), {part: current_tensors(published)[part]})
 
 
-@pytest.mark.parametrize("change", [pickles_alone, half_alone, first_revision])
-def test_folders_of_any_age(published, tmp_path, change):
-    source, target, said = linked(published, tmp_path / "source"), tmp_path / "target", []
+@pytest.mark.parametrize("change", [pickles_only, half_only, first_revision])
+def test_older_folders(published, tmp_path, change):
+    source, target, lines = copy_linked(published, tmp_path / "source"), tmp_path / "target", []
     change(source)
-    convert(source, target, log=said.append)
-    wanted = wanted_of(published)
-    if change is half_alone:
-        wanted = {part: {name: tensor.half() for name, tensor in tensors.items()} for part, tensors in wanted.items()}
-    assert agree(stored(target), wanted)
+    convert(source, target, log=lines.append)
+    expected = current_tensors(published)
+    if change is half_only:
+        expected = {
+            part: {name: tensor.half() for name, tensor in tensors.items()} for part, tensors in expected.items()
+        }
+    assert same_tensors(stored_tensors(target), expected)
     index = json.loads((target / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionImageVariationPipeline"
     assert index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
     assert index["requires_safety_checker"] is True
-    variant = "fp16" if change is half_alone else None
+    variant = "fp16" if change is half_only else None
     before = imvar.StableDiffusionImageVariationPipeline.from_pretrained(source, variant=variant)
     after = imvar.StableDiffusionImageVariationPipeline.from_pretrained(target)
     for part, value in before.components.items():
-        assert settings(getattr(after, part).config) == settings(value.config)
-    assert ("dropped, as no model uses it: text_model.*" in " ".join(said)) is (change is first_revision)
+        assert config_fields(getattr(after, part).config) == config_fields(value.config)
+    assert ("dropped, as no model uses it: text_model.*" in " ".join(lines)) is (change is first_revision)
 
 
-def test_settings_that_only_other_schedulers_know_stay(published, tmp_path):
-    source = linked(published, tmp_path / "source")
+def test_fields_of_other_schedulers_are_kept(published, tmp_path):
+    source = copy_linked(published, tmp_path / "source")
     (source / "scheduler/scheduler_config.json").unlink()
     shutil.copy(PUBLISHED / "main/scheduler/scheduler_config.json", source / "scheduler")
     convert(source, tmp_path / "target")
@@ -336,7 +342,7 @@ def test_settings_that_only_other_schedulers_know_stay(published, tmp_path):
 
 
 @pytest.mark.parametrize("naming", [RAW, EMA, Naming()])
-def test_what_a_fork_adds_goes_there_and_back(naming):
+def test_tensors_of_a_fork_are_converted_and_restored(naming):
     fork = randomize(GatedUNet(**TINY_UNET), 1)
     for i, (name, gate) in enumerate(fork.named_parameters()):
         if name.endswith("gate"):
@@ -347,4 +353,4 @@ def test_what_a_fork_adds_goes_there_and_back(naming):
     theirs = keymap.to_theirs(ours, naming)
     assert len(theirs) == len(ours)
     assert all(name.startswith(naming.prefix) for name in theirs)
-    assert agree({"": keymap.to_ours(theirs, list(ours), naming)}, {"": ours})
+    assert same_tensors({"": keymap.to_ours(theirs, list(ours), naming)}, {"": ours})

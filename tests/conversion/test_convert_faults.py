@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be converted: the tensor and the file are named, and nothing is left where nothing was."""
+"""Checkpoints that cannot be converted: the error names the tensor and the file, and nothing is written."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 import weights_convert
 from imvar import CheckpointError, ImvarError
 from imvar.conversion import convert
-from tests.support.expected_tensors import bytes_in
+from tests.support.expected_tensors import file_contents
 
 FLOAT8 = torch.float8_e4m3fn
 RAW, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model."
 
 
 def rewrite(file, change):
-    """Have `change` alter the tensors of a file, which keeps its settings."""
+    """Let `change` modify the tensors of a file, whose metadata stays."""
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -36,12 +36,12 @@ def put(name, value):
     return change
 
 
-def both(one, other):
-    """A second copy, in another spelling."""
-    return lambda tensors: tensors.update({other: tensors[one].clone()})
+def both(name, other):
+    """Add a second copy of a tensor under another name."""
+    return lambda tensors: tensors.update({other: tensors[name].clone()})
 
 
-FAULTS = [  # what is done to an original file, and what is said
+FAULTS = [  # change of an original file, and words of the error
     (lambda t: t.pop(f"{RAW}time_embed.0.bias"), f"1 tensor missing: {RAW}time_embed.0.bias"),
     (
         lambda t: t.pop(f"{CLIP}visual.transformer.resblocks.1.attn.in_proj_bias"),
@@ -85,9 +85,9 @@ def test_originals(small, tmp_path, capsys, fault, to):
     rewrite(file, change)
     target = tmp_path / ("new.safetensors" if to == "original" else "new")
     assert weights_convert.main([str(file), str(target), "--to", to]) == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert words in said
-    assert str(file) in said
+    (lines,) = capsys.readouterr().err.splitlines()
+    assert words in lines
+    assert str(file) in lines
     assert [path.name for path in tmp_path.iterdir()] == ["file.safetensors"]
 
 
@@ -127,20 +127,20 @@ IN_FOLDERS = [
 
 @pytest.mark.parametrize("fault", IN_FOLDERS, ids=lambda fault: f"{fault.part}: {fault.words}")
 def test_folders(checkpoint, tmp_path, fault):
-    """The target is there already, and stays as it is to the byte."""
+    """An existing target stays unchanged, byte for byte."""
     source, target = shutil.copytree(checkpoint, tmp_path / "source"), shutil.copytree(checkpoint, tmp_path / "target")
-    before = bytes_in(target)
+    before = file_contents(target)
     (file,) = (source / fault.part).glob("*.safetensors")
     rewrite(file, fault.change)
     with pytest.raises(ImvarError) as caught:
         convert(source, target, **fault.options)
     assert fault.words in str(caught.value)
     assert str(file) in str(caught.value)
-    assert bytes_in(target) == before
+    assert file_contents(target) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
-def test_eight_bits_are_as_good_as_others(checkpoint, tmp_path):
+def test_eight_bit_values_are_checked_and_cast(checkpoint, tmp_path):
     source = shutil.copytree(checkpoint, tmp_path / "source")
     (file,) = (source / "vae").glob("*.safetensors")
     rewrite(file, lambda tensors: tensors.update({"quant_conv.bias": torch.full((8,), 0.5).to(FLOAT8)}))
@@ -178,20 +178,20 @@ def test_another_parts_weights(checkpoint, tmp_path, swapped):
     ],
 )
 @pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "unet/diffusion_pytorch_model.bin"])
-def test_sources_that_are_no_checkpoint(tmp_path, capsys, name, content, words):
+def test_sources_that_are_not_checkpoints(tmp_path, capsys, name, content, words):
     file = tmp_path / "source" / name
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
     (file.parent / "config.json").write_text("{}")
     source = file if file.name == "x.ckpt" or file.name == "x.safetensors" else tmp_path / "source"
     assert weights_convert.main([str(source), str(tmp_path / "target")]) == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert str(file) in said
-    assert words in said
+    (lines,) = capsys.readouterr().err.splitlines()
+    assert str(file) in lines
+    assert words in lines
     assert not (tmp_path / "target").exists()
 
 
-def test_folders_that_hold_nothing_known(tmp_path):
+def test_folders_without_a_known_part(tmp_path):
     with pytest.raises(ImvarError, match="expected folders of parts, such as unet/, or the weights of one"):
         convert(tmp_path, tmp_path / "target")
     (tmp_path / "unet").mkdir()
@@ -200,7 +200,7 @@ def test_folders_that_hold_nothing_known(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
 
 
-def test_a_source_without_a_part_that_it_names(checkpoint, tmp_path):
+def test_a_listed_part_that_is_missing(checkpoint, tmp_path):
     source = shutil.copytree(checkpoint, tmp_path / "source")
     shutil.rmtree(source / "vae")
     with pytest.raises(CheckpointError, match=r"got no vae; pass fill=") as caught:
@@ -209,23 +209,23 @@ def test_a_source_without_a_part_that_it_names(checkpoint, tmp_path):
     assert not (tmp_path / "target").exists()
     convert(source, tmp_path / "unet", part="unet")
     convert(source, tmp_path / "target", fill=checkpoint)
-    assert bytes_in(tmp_path / "target") == bytes_in(checkpoint)
+    assert file_contents(tmp_path / "target") == file_contents(checkpoint)
 
 
-def test_no_part_stands_beside_those_of_another_checkpoint(small, checkpoint, tmp_path):
+def test_parts_of_two_checkpoints_are_not_mixed(small, checkpoint, tmp_path):
     target = shutil.copytree(checkpoint, tmp_path / "target")
-    before = bytes_in(target)
+    before = file_contents(target)
     with pytest.raises(CheckpointError, match="expected no part of another checkpoint") as caught:
         convert(small, target)
     assert caught.value.path == target / "safety_checker"
-    assert bytes_in(target) == before
+    assert file_contents(target) == before
 
 
-def test_folders_that_no_index_names_are_told(checkpoint, tmp_path):
-    source, said = shutil.copytree(checkpoint, tmp_path / "source"), []
+def test_unlisted_folders_are_reported(checkpoint, tmp_path):
+    source, lines = shutil.copytree(checkpoint, tmp_path / "source"), []
     shutil.copytree(source / "unet", source / "unet_ema")
-    convert(source, tmp_path / "target", log=said.append)
-    assert "  ignored: unet_ema" in said
+    convert(source, tmp_path / "target", log=lines.append)
+    assert "  ignored: unet_ema" in lines
     assert not (tmp_path / "target" / "unet_ema").exists()
 
 
@@ -237,7 +237,7 @@ def test_folders_that_no_index_names_are_told(checkpoint, tmp_path):
         (1e300, "fp32", "expected keep, got torch.float32"),
     ],
 )
-def test_what_would_hold_a_value_is_told(checkpoint, tmp_path, value, dtype, words):
+def test_the_error_names_a_wide_enough_dtype(checkpoint, tmp_path, value, dtype, words):
     source = shutil.copytree(checkpoint / "vae", tmp_path / "vae")
     file = source / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -246,7 +246,7 @@ def test_what_would_hold_a_value_is_told(checkpoint, tmp_path, value, dtype, wor
         convert(source, tmp_path / "out", dtype=dtype)
 
 
-def test_a_full_disk_is_noticed_beforehand(small, tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_writing(small, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(1_000_000))
     with pytest.raises(ImvarError, match="free disk space, got 1000000 bytes; nothing was written"):
         convert(small, tmp_path / "a" / "b")
@@ -254,38 +254,38 @@ def test_a_full_disk_is_noticed_beforehand(small, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["half"]
 
 
-def test_stopped_in_the_middle(small, checkpoint, tmp_path, monkeypatch, capsys):
-    """By Ctrl-C, in the last of the files."""
+def test_interrupted_while_writing(small, checkpoint, tmp_path, monkeypatch, capsys):
+    """By Ctrl-C, in the last file."""
     target = shutil.copytree(checkpoint, tmp_path / "target")
-    before = bytes_in(target)
+    before = file_contents(target)
 
     def stop(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("imvar.conversion.layouts.index_text", stop)
     assert weights_convert.main([str(small), str(target), "--fill", str(checkpoint)]) == 130
-    assert "as it was" in capsys.readouterr().err
-    assert bytes_in(target) == before
+    assert "the target is unchanged" in capsys.readouterr().err
+    assert file_contents(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize(
     "settings", [{"_class_name": "UNet2DConditionModel"}, {"architectures": ["BertModel"]}], ids=str
 )
-def test_settings_that_are_of_something_else(published, tmp_path, settings):
-    """A download folder may hold anybody's config.json: it is passed over there, and refused where it is named."""
+def test_configs_of_other_models(published, tmp_path, settings):
+    """A download folder may contain a config.json of another model: ignored there, refused as config=."""
     file = shutil.copy(published / "image_encoder/model.safetensors", tmp_path / "encoder.safetensors")
     convert(file, tmp_path / "alone")
     (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_act": "gelu", "num_attention_heads": 8}))
     convert(file, tmp_path / "beside")
-    assert bytes_in(tmp_path / "beside") == bytes_in(tmp_path / "alone")
+    assert file_contents(tmp_path / "beside") == file_contents(tmp_path / "alone")
     for source in (file, published / "image_encoder"):
         with pytest.raises(ImvarError, match=r"config\.json: expected the config of the image_encoder, got that of a "):
             convert(source, tmp_path / "named", config=tmp_path)
     assert not (tmp_path / "named").exists()
 
 
-def test_a_folder_whose_parts_are_all_none(tmp_path):
+def test_a_folder_whose_parts_are_all_disabled(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "model_index.json").write_text('{"unet": [null, null]}')
     with pytest.raises(CheckpointError, match="expected a part of a checkpoint, got none"):

@@ -1,4 +1,4 @@
-"""What a conversion is asked for and what it says: parts, dtypes, settings, targets."""
+"""Options and report of a conversion: parts, dtypes, configs, targets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import imvar
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
 from imvar.conversion import convert
-from tests.support.expected_tensors import agree, bytes_in, stored
+from tests.support.expected_tensors import file_contents, same_tensors, stored_tensors
 from tests.support.published_checkpoint import FILES
 from tests.support.random_checkpoint import TINY_ENCODER
 
@@ -28,82 +28,82 @@ PARTS = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-# Which tensors, as what
+# Parts and dtypes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("to", ["diffusers", "original"])
 def test_dtypes(converted, checkpoint, tmp_path, to, dtype):
-    """From half and single precision."""
+    """Half and single precision sources."""
     source = shutil.copytree(checkpoint, tmp_path / "source")
     convert(converted["full"], source, part="image_encoder")
-    wanted = {
+    expected = {
         part: {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
-        for part, tensors in stored(source).items()
+        for part, tensors in stored_tensors(source).items()
     }
     convert(
         source, tmp_path / "new.safetensors" if to == "original" else tmp_path / "new", to=to, dtype=dtype, verify=True
     )
     if to == "original":
         convert(tmp_path / "new.safetensors", tmp_path / "new")
-        del wanted["safety_checker"]
-    assert agree(stored(tmp_path / "new"), wanted)
+        del expected["safety_checker"]
+    assert same_tensors(stored_tensors(tmp_path / "new"), expected)
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_one_part(checkpoint, tmp_path, part):
-    """Out of a whole folder, from its own folder, and from its file beside its settings: the same."""
+    """From a pipeline's folder, from its own folder, and from its file next to its config, with the same result."""
     file = checkpoint / part / FILES[part][2]
     for i, source in enumerate((checkpoint, checkpoint / part, file)):
         options = {"part": part} if source != checkpoint / part else {}
         report = convert(source, tmp_path / str(i), **options)
         assert list(report.parts) == [part]
         assert [path.name for path in (tmp_path / str(i)).iterdir()] == [part]
-        assert bytes_in(tmp_path / str(i)) == bytes_in(tmp_path / "0")
+        assert file_contents(tmp_path / str(i)) == file_contents(tmp_path / "0")
     before, after = (PARTS[part].from_pretrained(folder / part) for folder in (checkpoint, tmp_path / "0"))
-    assert agree({"": before.state_dict()}, {"": after.state_dict()})
+    assert same_tensors({"": before.state_dict()}, {"": after.state_dict()})
 
 
 @pytest.mark.parametrize(
     ("part", "ending"),
     [("unet", ".pt"), ("vae", ".safetensors"), ("image_encoder", ".bin"), ("safety_checker", ".ckpt")],
 )
-def test_a_state_dict_of_ours_alone(published, tmp_path, part, ending):
-    """No settings beside it: the tensors and the published settings tell them."""
+def test_a_state_dict_of_imvar(published, tmp_path, part, ending):
+    """Without a config: it is inferred from the tensors and the published one."""
     model = PARTS[part].from_pretrained(published, subfolder=part)
     file = tmp_path / f"weights{ending}"
     (save_file if ending == ".safetensors" else torch.save)(model.state_dict(), file)
     convert(file, tmp_path / "out")
     after = PARTS[part].from_pretrained(tmp_path / "out", subfolder=part)
-    assert agree({"": model.state_dict()}, {"": after.state_dict()})
+    assert same_tensors({"": model.state_dict()}, {"": after.state_dict()})
 
 
 def test_shards(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / "out", max_shard_size="100KB", verify=True)
     sizes = [path.stat().st_size for path in (tmp_path / "out/unet").glob("*-of-*")]
     assert len(sizes) > 3
-    assert max(sizes) < 120_000  # headers count for nothing
-    convert(tmp_path / "out", tmp_path / "out", verify=True)  # in place, and whole again
+    assert max(sizes) < 120_000  # headers are not counted
+    convert(tmp_path / "out", tmp_path / "out", verify=True)  # in place, without shards
     assert [path.name for path in (tmp_path / "out/unet").glob("*.safetensors*")] == [FILES["unet"][2]]
     convert(checkpoint, tmp_path / "once")
-    assert bytes_in(tmp_path / "out") == bytes_in(tmp_path / "once")
+    assert file_contents(tmp_path / "out") == file_contents(tmp_path / "once")
 
 
-# Settings and parts from elsewhere
+# Configs and parts from other checkpoints
 
 
 def test_filled(checkpoint, small, tmp_path):
-    said = []
-    convert(small, tmp_path / "filled", fill=checkpoint, log=said.append)
-    assert f"filled from {checkpoint}: safety_checker" in said
+    lines = []
+    convert(small, tmp_path / "filled", fill=checkpoint, log=lines.append)
+    assert f"filled from {checkpoint}: safety_checker" in lines
     convert(checkpoint, tmp_path / "whole")
-    assert bytes_in(tmp_path / "filled") == bytes_in(tmp_path / "whole")
-    said.clear()
-    convert(tmp_path / "whole", tmp_path / "x", fill=small, log=said.append)
-    assert f"filled from {small}: nothing, as it has no missing part" in said
+    assert file_contents(tmp_path / "filled") == file_contents(tmp_path / "whole")
+    lines.clear()
+    convert(tmp_path / "whole", tmp_path / "x", fill=small, log=lines.append)
+    assert f"filled from {small}: nothing, as it has no missing part" in lines
 
 
-def test_parts_that_do_not_fit(checkpoint, tmp_path):
+def test_parts_of_different_widths(checkpoint, tmp_path):
     source = shutil.copytree(checkpoint, tmp_path / "source", ignore=shutil.ignore_patterns("image_encoder"))
     imvar.CLIPVisionModelWithProjection(**TINY_ENCODER | {"projection_dim": 20}).save_pretrained(tmp_path / "encoder")
     with pytest.raises(CheckpointError, match=r"expected projection_dim 24, the cross_attention_dim of .*, got 20"):
@@ -112,12 +112,12 @@ def test_parts_that_do_not_fit(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("paths", [(None, "x"), ("x", 3)])
-def test_paths_that_are_none(paths):
-    with pytest.raises(TypeError, match="a path would do"):
+def test_invalid_paths(paths):
+    with pytest.raises(TypeError, match="expected a path, got"):
         convert(*paths)
 
 
-def test_without_filling_there_is_no_checker_and_it_is_said(converted, originals, tmp_path):
+def test_a_missing_checker_is_reported(converted, originals, tmp_path):
     index = json.loads((converted["full"] / "model_index.json").read_text())
     assert (index["safety_checker"], index["requires_safety_checker"]) == ([None, None], False)
     report = convert(originals["full"], tmp_path / "x", dry_run=True)
@@ -150,8 +150,8 @@ def test_settings_from_a_folder(checkpoint, small, tmp_path, kind):
     assert not (tmp_path / "other").exists()
 
 
-def test_the_index_says_which_scheduler(checkpoint, tmp_path):
-    """As it does to `from_pretrained`, here and in diffusers."""
+def test_the_scheduler_class_is_that_of_the_index(checkpoint, tmp_path):
+    """As in `from_pretrained`, of imvar and of diffusers."""
     source = shutil.copytree(checkpoint, tmp_path / "source")
     index = json.loads((source / "model_index.json").read_text())
     (source / "model_index.json").write_text(
@@ -166,20 +166,20 @@ def test_the_index_says_which_scheduler(checkpoint, tmp_path):
         )
     )
     (source / "text_encoder").mkdir()
-    said = []
-    convert(source, tmp_path / "target", log=said.append)
+    lines = []
+    convert(source, tmp_path / "target", log=lines.append)
     pipe = StableDiffusionImageVariationPipeline.from_pretrained(tmp_path / "target")
     assert type(pipe.scheduler) is imvar.DDIMScheduler
     assert pipe.safety_checker is None
     assert not (tmp_path / "target/safety_checker").exists()
-    assert any("text_encoder" in line and "ignored" in line for line in said)
+    assert any("text_encoder" in line and "ignored" in line for line in lines)
 
 
-# Where it is written
+# Target
 
 
-def test_the_size_that_old_unets_meant(checkpoint, tmp_path):
-    """Before 0.9 a sample_size under 64 was a mistake, which pipelines put right as long as the age is told."""
+def test_legacy_sample_sizes_are_corrected(checkpoint, tmp_path):
+    """Before diffusers 0.9 a sample_size below 64 was wrong; pipelines correct it by the version in the config."""
     source = shutil.copytree(checkpoint, tmp_path / "source")
     path = source / "unet/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": "0.4.0.dev0", "sample_size": 32}))
@@ -196,7 +196,7 @@ def test_in_place(checkpoint, tmp_path):
     (folder / "README.md").write_text("mine")
     convert(folder, tmp_path / "beside")
     convert(folder, folder, verify=True)
-    assert bytes_in(folder) == bytes_in(tmp_path / "beside") | {"README.md": b"mine"}
+    assert file_contents(folder) == file_contents(tmp_path / "beside") | {"README.md": b"mine"}
 
 
 def test_an_original_in_place(small, tmp_path):
@@ -206,7 +206,7 @@ def test_an_original_in_place(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_what_else_is_in_the_target_stays(small, checkpoint, tmp_path):
+def test_other_files_in_the_target_stay(small, checkpoint, tmp_path):
     target = tmp_path / "target"
     convert(checkpoint, target, max_shard_size="100KB")
     (target / "photos").mkdir()
@@ -214,25 +214,28 @@ def test_what_else_is_in_the_target_stays(small, checkpoint, tmp_path):
     (target / "unet" / "notes.txt").write_text("mine")
     convert(checkpoint, target)
     convert(checkpoint, tmp_path / "fresh")
-    assert bytes_in(target) == bytes_in(tmp_path / "fresh") | {"photos/cat.jpg": b"cat", "unet/notes.txt": b"mine"}
+    assert file_contents(target) == file_contents(tmp_path / "fresh") | {
+        "photos/cat.jpg": b"cat",
+        "unet/notes.txt": b"mine",
+    }
 
 
 def test_a_dry_run_writes_nothing(small, tmp_path):
-    said = []
-    report = convert(small, tmp_path / "new" / "folder", dry_run=True, log=said.append)
+    lines = []
+    report = convert(small, tmp_path / "new" / "folder", dry_run=True, log=lines.append)
     assert not list(tmp_path.iterdir())
-    assert said[-1] == "dry run: nothing was written"
+    assert lines[-1] == "dry run: nothing was written"
     assert set(report.parts) == {"unet", "vae", "image_encoder", "scheduler", "feature_extractor"}
     assert not report.written
 
 
-# What is said
+# Report
 
 
-def test_what_is_said(originals, tmp_path):
-    said = []
-    report = convert(originals["full"], tmp_path / "out", log=said.append, verify=True)
-    text = "\n".join(said)
+def test_report(originals, tmp_path):
+    lines = []
+    report = convert(originals["full"], tmp_path / "out", log=lines.append, verify=True)
+    text = "\n".join(lines)
     for words in (
         f"source: {originals['full']}, a single file in the original layout",
         "26 float16 and 14 float32 tensors",
@@ -257,38 +260,38 @@ def test_what_is_said(originals, tmp_path):
         assert file.sha256 in text
 
 
-def test_which_file_of_several_is_said(published, tmp_path):
-    said = []
-    convert(published, tmp_path / "x", dry_run=True, log=said.append)
-    assert any("diffusers' names of 2022" in line and "diffusion_pytorch_model.safetensors" in line for line in said)
+def test_the_report_names_the_file(published, tmp_path):
+    lines = []
+    convert(published, tmp_path / "x", dry_run=True, log=lines.append)
+    assert any("diffusers' names of 2022" in line and "diffusion_pytorch_model.safetensors" in line for line in lines)
 
 
-def test_older_files_at_the_target_are_named(small, tmp_path):
-    said = []
+def test_the_report_names_older_files_in_the_target(small, tmp_path):
+    lines = []
     imvar.AutoencoderKL.from_single_file(small).save_pretrained(
         tmp_path / "vae", safe_serialization=False, variant="fp16"
     )
-    convert(small, tmp_path, log=said.append)
-    assert [line for line in said if "kept: " in line] == [
+    convert(small, tmp_path, log=lines.append)
+    assert [line for line in lines if "kept: " in line] == [
         f"kept: {tmp_path}/vae/diffusion_pytorch_model.fp16.bin, weights of an earlier checkpoint"
     ]
     assert (tmp_path / "vae" / "diffusion_pytorch_model.fp16.bin").exists()
 
 
-def test_a_part_of_the_source_is_no_target(published):
+def test_a_part_of_the_source_is_refused_as_target(published):
     with pytest.raises(imvar.InputError, match="target: expected a folder outside the source"):
         convert(published, published / "unet")
 
 
 @pytest.mark.parametrize("to", ["diffusers", "original"])
 @pytest.mark.parametrize("tamper", ["a bit", "a tensor less", "another dtype"])
-def test_verifying_notices(small, tmp_path, monkeypatch, to, tamper):
-    """What lies on the disk is spoilt between writing and reading back."""
+def test_verify_detects_corruption(small, tmp_path, monkeypatch, to, tamper):
+    """The file is corrupted between writing and reading back."""
     module = sys.modules["imvar.conversion.layouts"]
     reads = "read_checkpoint" if to == "original" else "read_weights"
     real = getattr(module, reads)
 
-    def spoilt(*args):
+    def corrupted(*args):
         first, second = real(*args)
         tensors = first if to == "original" else second
         name = sorted(tensors)[len(tensors) // 2]
@@ -302,10 +305,10 @@ def test_verifying_notices(small, tmp_path, monkeypatch, to, tamper):
 
     target = tmp_path / ("x.safetensors" if to == "original" else "x")
     convert(small, target, to=to, verify=True)
-    monkeypatch.setattr(module, reads, spoilt)
+    monkeypatch.setattr(module, reads, corrupted)
     convert(small, target, to=to)
-    before = bytes_in(tmp_path)
+    before = file_contents(tmp_path)
     with pytest.raises(CheckpointError, match="expected the values that were written") as caught:
         convert(small, target, to=to, verify=True, dtype="bf16")
     assert caught.value.key
-    assert bytes_in(tmp_path) == before  # nothing has taken its place
+    assert file_contents(tmp_path) == before  # it was not replaced

@@ -1,4 +1,4 @@
-"""What is converted, beside diffusers and transformers: they load it, and compute from it what they and imvar do."""
+"""Converted checkpoints in diffusers and transformers: they load, with the outputs of the source and of imvar."""
 
 import diffusers
 import pytest
@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 
 import imvar
 from imvar.conversion import convert
-from tests.support.expected_tensors import agree
+from tests.support.expected_tensors import same_tensors
 
 THEIRS = {
     "unet": diffusers.UNet2DConditionModel,
@@ -25,7 +25,7 @@ UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
 
 
 def outputs(models):
-    """What a UNet, a VAE and an image encoder make of noise."""
+    """Return the outputs of a UNet, a VAE and an image encoder for noise."""
 
     def noise(*shape):
         return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
@@ -39,33 +39,33 @@ def outputs(models):
         ]
 
 
-def same(ours, theirs, tolerance=1e-5):
+def assert_close(ours, theirs, tolerance=1e-5):
     for a, b in zip(ours, theirs, strict=True):
         assert b.abs().max() > 1e-2
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-def loaded(classes, folder, **options):
+def load_models(classes, folder, **options):
     return {part: kind.from_pretrained(folder / part, **options).eval() for part, kind in classes.items()}
 
 
 @pytest.mark.parametrize("layout", ["full", "v2"])
 def test_originals(converted, originals, layout):
-    """Loaded whole by diffusers: to the bit the tensors that imvar has, and its outputs."""
+    """A pipeline of diffusers has bit-identical tensors to imvar's, and its outputs."""
     pipe = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(converted[layout], **UNCHECKED)
     theirs = {part: getattr(pipe, part).float() for part in OURS}
     ours = {part: kind.from_single_file(originals[layout]) for part, kind in OURS.items()}
     for part, model in ours.items():
-        assert agree({"": model.keymap.to_theirs(model.state_dict())}, {"": theirs[part].state_dict()})
-    same(outputs(ours), outputs(theirs))
+        assert same_tensors({"": model.keymap.to_theirs(model.state_dict())}, {"": theirs[part].state_dict()})
+    assert_close(outputs(ours), outputs(theirs))
 
 
-def test_a_picture(converted, photo):
-    made = []
+def test_an_image(converted, photo):
+    images = []
     for kind in (diffusers.StableDiffusionImageVariationPipeline, imvar.StableDiffusionImageVariationPipeline):
         pipe = kind.from_pretrained(converted["v2"], **UNCHECKED)
         pipe.set_progress_bar_config(disable=True)
-        made.append(
+        images.append(
             torch.as_tensor(
                 pipe(
                     photo,
@@ -78,18 +78,18 @@ def test_a_picture(converted, photo):
                 ).images
             )
         )
-    same(made[:1], made[1:], 1e-4)
+    assert_close(images[:1], images[1:], 1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "9MB"}], ids=str)
 def test_a_published_folder(published, tmp_path, options):
-    """Diffusers and transformers load the same from the new folder as from the old one."""
+    """Diffusers and transformers load the assert_close tensors from the new folder as from the old one."""
     convert(published, tmp_path, **options)
-    before, after = loaded(THEIRS, published), loaded(THEIRS, tmp_path)
+    before, after = load_models(THEIRS, published), load_models(THEIRS, tmp_path)
     for part, model in before.items():
         tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
-        assert agree({"": tensors}, {"": after[part].state_dict()})
-    same(outputs(after), outputs(before))
+        assert same_tensors({"": tensors}, {"": after[part].state_dict()})
+    assert_close(outputs(after), outputs(before))
     pipe = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(tmp_path)
     assert isinstance(pipe.safety_checker, StableDiffusionSafetyChecker)
     old = diffusers.PNDMScheduler.from_pretrained(published / "scheduler")
@@ -100,17 +100,17 @@ def test_a_published_folder(published, tmp_path, options):
 
 def test_half_precision(originals, tmp_path):
     convert(originals["full"], tmp_path, dtype="fp16")
-    half = loaded({part: THEIRS[part] for part in OURS}, tmp_path, torch_dtype=torch.float16)
+    half = load_models({part: THEIRS[part] for part in OURS}, tmp_path, torch_dtype=torch.float16)
     assert {tensor.dtype for model in half.values() for tensor in model.state_dict().values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
 @pytest.mark.parametrize("source", ["original", "ours"])
-def test_diffusers_reads_single_files_alike(originals, converted, tmp_path, part, source):
-    """The original v2 file, and the one that imvar makes of the folder."""
+def test_diffusers_reads_the_same_from_single_files(originals, converted, tmp_path, part, source):
+    """The original v2 file, and the one that imvar converts the folder to."""
     file = originals["v2"]
     if source == "ours":
         convert(converted["v2"], file := tmp_path / "v2.safetensors", to="original")
     theirs = THEIRS[part].from_single_file(str(file), config=str(converted["v2"]), subfolder=part)
     ours = OURS[part].from_single_file(file)
-    assert agree({"": ours.keymap.to_theirs(ours.state_dict())}, {"": theirs.state_dict()})
+    assert same_tensors({"": ours.keymap.to_theirs(ours.state_dict())}, {"": theirs.state_dict()})

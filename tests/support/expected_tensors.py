@@ -1,4 +1,4 @@
-"""What the lists of tensors say becomes of an original file, and what is stored: no table of imvar's takes part."""
+"""Tensors that original files become by the published lists, without any table of imvar, and those in a folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.support.original_checkpoint import Row, original, original_keys
 Parts = dict[str, dict[str, Tensor]]
 
 
-def pieces(row: Row, tensor: Tensor) -> list[Tensor]:
-    """What becomes of one tensor, for each of its targets."""
+def target_tensors(row: Row, tensor: Tensor) -> list[Tensor]:
+    """Return the tensor for each target of an original one."""
     match row.op:
         case "squeeze_hw":
             return [tensor[:, :, 0, 0]]
@@ -29,29 +29,29 @@ def pieces(row: Row, tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
-def listed(layout: str, average: bool = True) -> Parts:
-    """The tensors by part and by diffusers' names, the UNet's averaged or raw."""
+def listed_tensors(layout: str, average: bool = True) -> Parts:
+    """Return the tensors of a layout by part and diffusers' name, with the UNet's averaged or raw weights."""
     tensors, parts = original(layout, flat=layout == "v2"), {}
     tensors = tensors.get("state_dict", tensors)
     other = "model." if average else "model_ema."
     for row in original_keys(layout, tiny=True):
         if not row.name.startswith(other):
-            for target, tensor in zip(row.targets, pieces(row, tensors[row.name]), strict=True):
+            for target, tensor in zip(row.targets, target_tensors(row, tensors[row.name]), strict=True):
                 part, _, name = target.partition("/")
                 parts.setdefault(part, {})[name] = tensor
     return parts
 
 
-def stored(folder: Path) -> Parts:
-    """The tensors in the safetensors files of a folder of parts, by part."""
+def stored_tensors(folder: Path) -> Parts:
+    """Return the tensors in the safetensors files of a folder, by part."""
     parts: Parts = {}
     for file in sorted(folder.glob("*/*.safetensors")):
         parts.setdefault(file.parent.name, {}).update(load_file(file))
     return parts
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """To the bit, in shape and dtype too."""
+def is_identical(a: Tensor, b: Tensor) -> bool:
+    """Return whether shape, dtype and every bit are equal."""
     return (
         a.shape == b.shape
         and a.dtype == b.dtype
@@ -59,22 +59,23 @@ def same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def agree(a: Parts, b: Parts) -> bool:
-    """Whether all parts have all tensors, and the same ones."""
+def same_tensors(a: Parts, b: Parts) -> bool:
+    """Assert that two checkpoints have the is_identical tensors; return whether there are any."""
     assert {part: sorted(tensors) for part, tensors in a.items()} == {
         part: sorted(tensors) for part, tensors in b.items()
     }
-    assert not [(part, name) for part in a for name in a[part] if not same(a[part][name], b[part][name])]
+    assert not [(part, name) for part in a for name in a[part] if not is_identical(a[part][name], b[part][name])]
     return bool(a)
 
 
-def settings(config: Any) -> dict[str, Any]:
-    """What a config says in its own fields, and in those of a config within it, whatever else came with it."""
+def config_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a config, and of a config within it, without extra ones."""
     return {
-        field.name: settings(value) if is_dataclass(value := config[field.name]) else value for field in fields(config)
+        field.name: config_fields(value) if is_dataclass(value := config[field.name]) else value
+        for field in fields(config)
     }
 
 
-def bytes_in(folder: Path) -> dict[str, bytes]:
-    """Every file, by its path within the folder."""
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file, by its path in the folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

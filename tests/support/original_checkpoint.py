@@ -1,15 +1,15 @@
-"""Make a checkpoint in one of the original single-file layouts with seeded random weights, from the lists alone.
+"""Write a checkpoint in an original single-file layout with seeded random weights, from the tensor lists alone.
 
     python tests/support/original_checkpoint.py FILE --layout full|ema_only|late|v2 [--seed 0] [--tiny]
 
-full       as training left it, 8.1 GB: raw and averaged weights, CLIP with its text tower, Lightning's surroundings;
+full       after training, 8.1 GB: raw and averaged weights, CLIP with its text tower, Lightning's training state;
            with --optimizer also both moments of AdamW, 15 GB
-ema_only   without raw weights and surroundings, 4.7 GB
-late       as later code would leave it, 8.6 GB: as `full`, but CLIP in float32 and without most of its text tower
-v2         rebuilt from the diffusers layout, 5.0 GB: raw weights, CLIP by Hugging Face's names; --flat does not nest it
+ema_only   without raw weights and training state, 4.7 GB
+late       by later training code, 8.6 GB: like `full`, but CLIP in float32 and without most of its text tower
+v2         converted from diffusers' layout, 5.0 GB: raw weights, CLIP with transformers' names; --flat does not nest it
 
-While it is being written, FILE takes twice its size on disk, and little memory. No model code takes part.
-A tensor has the same values in every layout that holds it in the same precision.
+Writing takes twice the size of FILE on disk, and little memory. No model code is used.
+A tensor has the same values in every layout that contains it in the same precision.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.support.published_checkpoint import PUBLISHED, draw
 from tests.support.tiny_sizes import is_in_tiny, tiny_shape
 
 LAYOUTS = ("full", "ema_only", "late", "v2")
-PARTS = {  # whose sizes a tensor has, by the first that fits; the others, of the schedule, are never tiny
+PARTS = {  # by prefix, the part whose sizes a tensor has; the first match counts, and schedule tables have none
     "model.": "unet",
     "model_ema.": "unet",
     "first_stage_model.": "vae",
@@ -42,7 +42,7 @@ PARTS = {  # whose sizes a tensor has, by the first that fits; the others, of th
     "cond_stage_model.model.": "text",
     "cond_stage_model.transformer.": "image_encoder",
 }
-EXACTLY = {"model_ema.decay": 0.9999, "model_ema.num_updates": 87000, "cond_stage_model.model.logit_scale": 4.6052}
+EXACT_VALUES = {"model_ema.decay": 0.9999, "model_ema.num_updates": 87000, "cond_stage_model.model.logit_scale": 4.6052}
 NAMES_OF_2022 = {
     f"c{__name__}\n": "cpytorch_lightning.callbacks.model_checkpoint\n",
     "cnumpy._core.multiarray\n": "cnumpy.core.multiarray\n",
@@ -51,7 +51,7 @@ Place = Callable[[Tensor], Tensor]
 
 
 class Row(NamedTuple):
-    """A tensor of an original file, and what becomes of it: `targets` are written part/name."""
+    """A tensor of an original file, the operation that converts it, and its `targets` as part/name."""
 
     name: str
     shape: list[int]
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 
 def original_keys(layout: str, tiny: bool = False) -> list[Row]:
-    """The tensors of a layout, group by group in the order of the file."""
+    """Return the tensors of a layout in the order of the file."""
     text = "".join((PUBLISHED / "keys" / f"{name}.txt").read_text() for name in ("original", "original_v2"))
     rows, op, dtypes = [], "", {}
     for line in text.splitlines():
@@ -80,46 +80,46 @@ def original_keys(layout: str, tiny: bool = False) -> list[Row]:
     return rows
 
 
-# What is in the file
+# Content
 
 
 class ModelCheckpoint:
-    """Stands for Lightning's, which a full file names."""
+    """Stands for Lightning's class, which a full file refers to."""
 
 
 def on_disk(tensor: Tensor, folder: Path) -> Tensor:
-    """A copy that lives in a file without a name: any number of them fit into little memory."""
+    """Return a copy that is mapped from an unnamed file, so that it takes no memory."""
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         room = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     return room.view(tensor.shape).copy_(tensor)
 
 
 def original_tensors(layout: str, tiny: bool = False, seed: int = 0, place: Place = torch.clone) -> dict[str, Tensor]:
-    """The weights of a layout. `place` says where each is to live."""
+    """Return the weights of a layout; `place` copies each to where it is stored."""
     generator, tensors = torch.Generator(), OrderedDict()
     for row in original_keys(layout, tiny):
         generator.manual_seed(zlib.crc32(row.name.encode(), seed))
-        if row.name in EXACTLY:
-            tensors[row.name] = torch.tensor(EXACTLY[row.name], dtype=row.dtype)
+        if row.name in EXACT_VALUES:
+            tensors[row.name] = torch.tensor(EXACT_VALUES[row.name], dtype=row.dtype)
         else:
             tensors[row.name] = place(draw("".join(row.targets) or row.name, row.shape, row.dtype, generator))
     return tensors
 
 
 def moments(tensors: dict[str, Tensor], seed: int = 0, place: Place = torch.clone) -> dict[int, dict[str, Any]]:
-    """What AdamW knows of the raw weights after training."""
+    """Return the state of AdamW for the raw weights after training."""
     generator = torch.Generator().manual_seed(seed)
-    known = {}
+    state = {}
     for name, tensor in tensors.items():
         if name.startswith("model."):
-            slope = draw("", list(tensor.shape), tensor.dtype, generator)
-            known[len(known)] = {"step": 87000, "exp_avg": place(slope), "exp_avg_sq": place(slope.square())}
-    return known
+            gradient = draw("", list(tensor.shape), tensor.dtype, generator)
+            state[len(state)] = {"step": 87000, "exp_avg": place(gradient), "exp_avg_sq": place(gradient.square())}
+    return state
 
 
 def lightning(tensors: dict[str, Tensor], optimizer: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """The weights as Lightning 1.4 surrounded them."""
-    tensors._metadata = OrderedDict({"": {"version": 1}})  # every state dict that a module made has this
+    """Return the weights within the training state of Lightning 1.4."""
+    tensors._metadata = OrderedDict({"": {"version": 1}})  # as in every state dict of a module
     group = {
         "lr": 1e-4,
         "betas": (0.9, 0.999),
@@ -165,18 +165,18 @@ def original(
     flat: bool = False,
     place: Place = torch.clone,
 ) -> dict[str, Any]:
-    """All that is in a file of this layout."""
+    """Return the content of a file of this layout."""
     tensors = original_tensors(layout, tiny, seed, place)
     if layout in ("full", "late"):
         return lightning(tensors, moments(tensors, seed, place) if optimizer else {})
     return dict(tensors) if flat else {"state_dict": dict(tensors)}
 
 
-# How it is written
+# Writing
 
 
 class Pickle2022:
-    """A pickle module that gives classes their names of 2022: protocol 2 writes them as lines of text."""
+    """A pickle module that writes the class names of 2022: protocol 2 has them as lines of text."""
 
     class Pickler(pickle.Pickler):
         def __init__(self, file: io.BytesIO, protocol: int) -> None:
@@ -192,10 +192,12 @@ class Pickle2022:
 
 
 def write(file: Path, content: dict[str, Any]) -> None:
+    """Write the content to a file as PyTorch of 2022."""
     torch.save(content, file, pickle_module=Pickle2022)
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--layout", choices=LAYOUTS, required=True)

@@ -1,9 +1,9 @@
-"""Make a full-size checkpoint with seeded random weights, from the published settings and lists of tensors alone.
+"""Write a full-size checkpoint with seeded random weights, from the published configs and tensor lists alone.
 
     python tests/support/published_checkpoint.py FOLDER [--seed 0] [--tiny] [--only .bin]
 
-Every part is written twice, as `.bin` and as safetensors, under the names of the published files: 11.6 GB in all,
-or 0.11 GB with `--tiny`. No model code takes part, neither imvar's nor anybody else's.
+Every part is written as `.bin` and as safetensors, under the published file names: 11.6 GB in all, or 0.11 GB with
+`--tiny`. No model code is used, neither imvar's nor third-party.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.support.tiny_sizes import is_in_tiny, shrink_settings, tiny_shape
+from tests.support.tiny_sizes import is_in_tiny, shrink_configs, tiny_shape
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "published"
-FILES = {  # of each part with weights: its list of tensors, its pickle, its safetensors
+FILES = {  # by part: tensor list, pickle, safetensors
     "vae": ("vae_legacy", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
     "image_encoder": ("image_encoder", "pytorch_model.bin", "model.safetensors"),
     "unet": ("unet", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
@@ -41,36 +41,38 @@ class Checkpoint:
 
     @classmethod
     def at(cls, source: str, revision: str | None = None) -> Checkpoint:
-        """A folder, or a repository on the hub, all of whose settings and weights are then fetched."""
-        wanted = ["*.json", "*.bin", "*.safetensors"]
+        """Return a local folder, or a hub repository, whose configs and weights are downloaded."""
+        patterns = ["*.json", "*.bin", "*.safetensors"]
         return cls(
             Path(source)
             if Path(source).is_dir()
-            else Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=wanted))
+            else Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
         )
 
     def settings(self, part: str) -> dict[str, Any]:
+        """Return the content of a part's config.json."""
         return json.loads((self.folder / part / "config.json").read_text())
 
     def formats(self, part: str) -> list[dict[str, bool]]:
-        """How to ask for each kind of file that is there, pickles first."""
+        """Return the loading options for each file format of a part, pickles first."""
         endings = {path.suffix for path in (self.folder / part).iterdir()}
         kinds = {".bin": {"use_safetensors": False}, ".safetensors": {"use_safetensors": True}}
         return [kind for ending, kind in kinds.items() if ending in endings]
 
     @property
     def latents(self) -> tuple[int, int, int]:
+        """The shape of the latents of one image."""
         unet = self.settings("unet")
         return unet["in_channels"], unet["sample_size"], unet["sample_size"]
 
     @property
     def side(self) -> int:
-        """Of the pictures it makes, in pixels."""
+        """The height and width of images, in pixels."""
         return self.latents[1] * 2 ** (len(self.settings("vae")["block_out_channels"]) - 1)
 
 
 def key_list(name: str, tiny: bool = False) -> dict[str, tuple[list[int], torch.dtype]]:
-    """The tensors of a published file: name to shape and dtype."""
+    """Return the tensors of a published file: name to shape and dtype."""
     lines = (line.split("\t") for line in (PUBLISHED / "keys" / f"{name}.txt").read_text().splitlines())
     facts = {name: (json.loads(shape), getattr(torch, dtype)) for name, shape, dtype in lines}
     if not tiny:
@@ -80,7 +82,7 @@ def key_list(name: str, tiny: bool = False) -> dict[str, tuple[list[int], torch.
 
 
 def draw(name: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Values with which signals keep their size: weights from N(0, 1/inputs), small biases, scales around 1."""
+    """Draw values that preserve the variance of activations: N(0, 1/fan_in), small biases, scales around 1."""
     if not dtype.is_floating_point:
         return torch.arange(shape[-1], dtype=dtype).expand(shape).contiguous()  # position_ids
     noise = torch.randn(shape, generator=generator, dtype=dtype)
@@ -93,13 +95,13 @@ def draw(name: str, shape: list[int], dtype: torch.dtype, generator: torch.Gener
 
 
 def tiny_folder(folder: Path) -> None:
-    """The v2.0 settings with tiny sizes into `folder`, made if need be, and no weights."""
+    """Write the v2.0 configs with tiny sizes, without weights, into `folder`, which is created if needed."""
     shutil.copytree(PUBLISHED / "v2.0", folder, dirs_exist_ok=True)
-    shrink_settings(folder)
+    shrink_configs(folder)
 
 
 def write_checkpoint(folder: Path, seed: int = 0, tiny: bool = False, endings: Sequence[str] = ENDINGS) -> None:
-    """The v2.0 settings and random weights into `folder`, made if need be."""
+    """Write the v2.0 configs and random weights into `folder`, which is created if needed."""
     if tiny:
         tiny_folder(folder)
     else:
@@ -114,11 +116,12 @@ def write_checkpoint(folder: Path, seed: int = 0, tiny: bool = False, endings: S
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="shrink every part to about a hundredth")
-    parser.add_argument("--only", choices=ENDINGS, help="write one kind of file")
+    parser.add_argument("--only", choices=ENDINGS, help="write one file format")
     args = parser.parse_args()
     write_checkpoint(args.folder, args.seed, args.tiny, [args.only] if args.only else ENDINGS)
     size = "tiny" if args.tiny else "at full size"

@@ -1,8 +1,8 @@
-"""Make a checkpoint in the published layout with seeded random weights: everything works, nothing is learned.
+"""Write a tiny checkpoint in the published layout with seeded random weights.
 
     python tests/support/random_checkpoint.py FOLDER [--seed 0]
 
-The sizes are tiny, so that a run takes seconds; pictures made with it are coloured noise.
+A run takes seconds; the images are coloured noise.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ PUBLISHED_SCHEDULER = {
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int) -> nn.Module:
-    """Weights from N(0, 1/inputs), small biases, scales around 1: signals keep their size on the way through."""
+    """Draw weights that preserve the variance of activations: N(0, 1/fan_in), small biases, scales around 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -74,7 +74,7 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
 
 
 def tiny_pipeline(seed: int = 0, **scheduler: object) -> StableDiffusionImageVariationPipeline:
-    """All six parts, tiny, with random weights and a safety checker that flags hardly anything."""
+    """Return a tiny pipeline of all six components with random weights; its safety checker flags hardly any image."""
     checker = StableDiffusionSafetyChecker(**TINY_CHECKER)
     parts = {
         "vae": AutoencoderKL(**TINY_VAE),
@@ -94,6 +94,7 @@ def tiny_pipeline(seed: int = 0, **scheduler: object) -> StableDiffusionImageVar
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)

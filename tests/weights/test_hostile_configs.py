@@ -1,4 +1,4 @@
-"""Settings and indexes that no model goes by: refused soon, by the name of the setting."""
+"""Configs and indexes that no model supports: refused early, with the name of the field."""
 
 import json
 
@@ -12,7 +12,7 @@ from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipe
 from imvar.weights.json_files import MAX_JSON_BYTES
 from tests.support.refusals import CLASSES, LFS, every_part, refuses, refuses_part, weights
 
-# Settings
+# Configs
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ SIZES = {
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_settings(folder, part, setting, value):
+def test_configs(folder, part, setting, value):
     file = folder / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
     key = None if value == 10**7 or isinstance(value, dict) else setting
@@ -145,7 +145,7 @@ def test_more_layers_than_the_file_has_tensors(folder):
         file.write_text(json.dumps(config))
 
 
-def test_numbers_of_other_libraries_are_numbers():
+def test_numbers_of_other_libraries_are_accepted():
     config = imvar.CLIPVisionConfig(
         hidden_size=np.int64(24), layer_norm_eps=np.float32(0.5), num_hidden_layers=torch.tensor(3)
     )
@@ -176,7 +176,7 @@ def test_numbers_of_other_libraries_are_numbers():
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_scheduler_settings(folder, setting, value):
+def test_scheduler_configs(folder, setting, value):
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
     for load in (
@@ -195,7 +195,7 @@ def test_scheduler_settings(folder, setting, value):
     ],
     ids=str,
 )
-def test_settings_that_make_no_scheduler(tmp_path, settings):
+def test_configs_without_a_scheduler(tmp_path, settings):
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps(settings))
     refuses(lambda: imvar.LMSDiscreteScheduler.from_pretrained(tmp_path), file, "noise levels|sigma_")
@@ -237,8 +237,8 @@ def test_indexes(folder, part, index, words):
         CLASSES[part].from_pretrained(folder, subfolder=part)
     refuses_part(folder, part, caught.value.path, words)
     assert caught.value.path.parent == folder / part or "x" * 1000 in str(caught.value.path)
-    held = load_file(folder / part / "part.safetensors")
-    path.write_text(json.dumps({"weight_map": dict.fromkeys(held, "part.safetensors")}))  # metadata may be missing
+    tensors = load_file(folder / part / "part.safetensors")
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")}))  # metadata may be missing
     CLASSES[part].from_pretrained(folder, subfolder=part)
 
 
@@ -272,7 +272,7 @@ def test_model_index(folder, key, value):
     )
 
 
-def test_a_part_that_is_not_listed(folder):
+def test_an_unlisted_part(folder):
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in index.items() if name != "unet"}))

@@ -1,4 +1,4 @@
-"""Folders, hub repositories, formats and names that checkpoints come in, and what is said when they are wrong."""
+"""Loading from folders and hub repositories, in every format and naming, and the errors."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ CLASSES = {
 
 @pytest.fixture
 def folder(checkpoint, tmp_path):
-    """A copy of the checkpoint that a test may spoil."""
+    """A copy of the checkpoint that a test may modify."""
     return shutil.copytree(checkpoint, tmp_path / "copy")
 
 
@@ -33,7 +33,7 @@ def weights(folder, part):
 
 
 def rewrite(file, change):
-    """Load a weights file, have `change` alter the dictionary, and write it back."""
+    """Load a weights file, let `change` modify the dictionary, and write it back."""
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
     save_file(tensors, file)
@@ -57,7 +57,7 @@ def equal(a, b):
     ],
     ids=str,
 )
-def test_there_and_back(checkpoint, tmp_path, part, options):
+def test_save_and_load(checkpoint, tmp_path, part, options):
     model = CLASSES[part].from_pretrained(checkpoint, subfolder=part)
     model.save_pretrained(tmp_path, **options)
     again = CLASSES[part].from_pretrained(tmp_path, variant=options.get("variant"))
@@ -66,8 +66,8 @@ def test_there_and_back(checkpoint, tmp_path, part, options):
     assert not again.training
 
 
-def test_saving_again_replaces_what_was_there(checkpoint, tmp_path):
-    """Shards of an older save would otherwise win over, or lie beside, the new file; and the file in use is safe."""
+def test_saving_again_replaces_older_files(checkpoint, tmp_path):
+    """Shards of an older save would otherwise take precedence over the new file; a mapped file stays readable."""
     model = imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     shards = list(tmp_path.glob("*-of-*"))
@@ -83,7 +83,7 @@ def test_saving_again_replaces_what_was_there(checkpoint, tmp_path):
     assert equal(again, model)
 
 
-def test_formats_in_their_order(checkpoint, tmp_path):
+def test_precedence_of_formats(checkpoint, tmp_path):
     model = imvar.AutoencoderKL.from_pretrained(checkpoint, subfolder="vae")
     model.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.safetensors"):
@@ -101,7 +101,7 @@ def test_formats_in_their_order(checkpoint, tmp_path):
         ("safety_checker", {"vision_model.": "vision_model.vision_model."}),
     ],
 )
-def test_names_of_2022(folder, part, renamed):
+def test_tensor_names_of_2022(folder, part, renamed):
     before = CLASSES[part].from_pretrained(folder, subfolder=part)
 
     def rename(tensors):
@@ -119,7 +119,7 @@ def test_names_of_2022(folder, part, renamed):
 
 
 def test_a_whole_clip_model_as_image_encoder(folder):
-    """The first revisions: a full CLIPModel, of which the text half is left, and another pipeline class."""
+    """The first revisions have a full CLIPModel, whose text tower is ignored, and another pipeline class."""
     before = imvar.CLIPVisionModelWithProjection.from_pretrained(folder, subfolder="image_encoder")
     rewrite(
         weights(folder, "image_encoder"),
@@ -155,7 +155,7 @@ def test_a_whole_clip_model_as_image_encoder(folder):
     assert equal(StableDiffusionImageVariationPipeline.from_pretrained(folder).image_encoder, before)
 
 
-def test_state_dicts_in_either_dialect(pipe):
+def test_state_dicts_in_either_naming(pipe):
     for part in PARTS:
         model, other = getattr(pipe, part), getattr(tiny_pipeline(seed=9), part)
         assert not equal(model, other)
@@ -169,7 +169,7 @@ def test_state_dicts_in_either_dialect(pipe):
             model.load_state_dict({})
 
 
-# What is wrong is named
+# Errors
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -183,7 +183,7 @@ def test_state_dicts_in_either_dialect(pipe):
         (lambda t: t.update({sorted(t)[3]: t[sorted(t)[3]].to(torch.int8)}), "int8"),
     ],
 )
-def test_tensors_that_do_not_fit(folder, part, change, words):
+def test_mismatched_tensors(folder, part, change, words):
     file = weights(folder, part)
     rewrite(file, change)
     with pytest.raises(CheckpointError, match=words) as caught:
@@ -194,7 +194,7 @@ def test_tensors_that_do_not_fit(folder, part, change, words):
     assert isinstance(caught.value, OSError)
 
 
-def test_a_tensor_in_two_spellings(folder):
+def test_a_tensor_under_two_names(folder):
     name = "encoder.mid_block.attentions.0.to_q.weight"
     rewrite(weights(folder, "vae"), lambda t: t.update({name.replace("to_q", "query"): t[name].clone()}))
     with pytest.raises(CheckpointError, match=r"twice") as caught:
@@ -209,11 +209,11 @@ def test_a_tensor_in_two_spellings(folder):
         (b"<html>not found</html>", "cannot be read"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "cannot be read"),
         (b"\xff" * 4096, "cannot be read"),
-        (b"PK\x06\x07" + bytes(12) + b"\2\0\0\0" + b"PK\x05\x06" + bytes(18), "cannot be read"),  # of two disks
+        (b"PK\x06\x07" + bytes(12) + b"\2\0\0\0" + b"PK\x05\x06" + bytes(18), "cannot be read"),  # a multi-disk zip
     ],
 )
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
-def test_files_that_hold_no_tensors(folder, name, content, words):
+def test_files_without_tensors(folder, name, content, words):
     weights(folder, "unet").unlink()
     (folder / "unet" / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=words) as caught:
@@ -226,23 +226,23 @@ class Harmful:
         return (print, ("this must never run",))
 
 
-def test_pickles_run_nothing(folder, capsys):
+def test_pickles_run_no_code(folder, capsys):
     file = folder / "unet" / "diffusion_pytorch_model.bin"
     weights(folder, "unet").unlink()
-    for held, words in (
+    for content, words in (
         ({"conv_in.weight": Harmful()}, "names builtins.print"),
         ([torch.ones(1)], "list"),
         ({"conv_in.weight": 3}, "dense"),
         ({"conv_in.weight": torch.eye(2).to_sparse()}, "dense"),
     ):
-        torch.save(held, file)
+        torch.save(content, file)
         with pytest.raises(CheckpointError, match=words) as caught:
             imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
         assert "weights_only=False" not in str(caught.value)
     assert "never" not in capsys.readouterr().out
 
 
-def test_pickles_of_the_old_kind_are_read(folder):
+def test_legacy_pickles_are_read(folder):
     before = imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     file = weights(folder, "unet")
     torch.save(load_file(file), folder / "unet" / "diffusion_pytorch_model.bin", _use_new_zipfile_serialization=False)
@@ -251,7 +251,7 @@ def test_pickles_of_the_old_kind_are_read(folder):
 
 
 @pytest.mark.parametrize("place", ["../unet/x.safetensors", "/etc/passwd", "", ".."])
-def test_indexes_that_point_elsewhere(folder, place):
+def test_indexes_with_paths_outside_the_folder(folder, place):
     weights(folder, "unet").unlink()
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": place}}))
@@ -286,7 +286,7 @@ def test_indexes_that_point_elsewhere(folder, place):
         ("scheduler", "timestep_spacing", "even"),
     ],
 )
-def test_settings_that_no_code_here_honours(folder, part, setting, value):
+def test_unsupported_config_values(folder, part, setting, value):
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     file = folder / part / name
     file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
@@ -344,7 +344,7 @@ def test_overrides(checkpoint):
         imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", nonsense=1)
 
 
-def test_a_subclass_that_passes_its_arguments_on(checkpoint):
+def test_a_subclass_that_forwards_its_arguments(checkpoint):
     class Mine(StableDiffusionImageVariationPipeline):
         def __init__(self, *args, strength=0.5, **kwargs):
             super().__init__(*args, **kwargs)
@@ -372,7 +372,7 @@ def test_dtypes(checkpoint, tmp_path):
             StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, dtype=bad)
 
 
-def test_a_variant_may_be_there_for_some_parts_only(checkpoint, folder):
+def test_a_variant_of_some_parts_only(checkpoint, folder):
     unet = imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
     unet.conv_in.weight.data.zero_()
     unet.save_pretrained(folder / "unet", variant="fp16")
@@ -384,7 +384,7 @@ def test_a_variant_may_be_there_for_some_parts_only(checkpoint, folder):
         imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant="fp32")
 
 
-def test_no_such_folder(tmp_path):
+def test_a_missing_folder(tmp_path):
     for nowhere in (tmp_path / "nowhere", "nowhere", "a/b/c"):
         with pytest.raises(CheckpointError, match="no such folder"):
             StableDiffusionImageVariationPipeline.from_pretrained(nowhere)
@@ -396,7 +396,7 @@ def test_no_such_folder(tmp_path):
 # Constructors
 
 
-def test_constructors_take_keywords_positions_or_a_config():
+def test_constructors_accept_keywords_positions_or_a_config():
     unet = imvar.UNet2DConditionModel(**TINY_UNET)
     for other in (
         imvar.UNet2DConditionModel(unet.config),
@@ -437,16 +437,18 @@ def test_configs_are_dictionaries(pipe):
         assert encoder.config == config
 
 
-def test_a_change_that_no_setting_is_for(pipe):
-    with pytest.warns(UserWarning, match="DDIMScheduler.from_config: solver_order"):
+def test_a_change_of_an_unknown_field(pipe):
+    with pytest.warns(UserWarning, match="DDIMScheduler.from_config: .*solver_order"):
         ddim = imvar.DDIMScheduler.from_config(pipe.scheduler.config, solver_order=2)
     assert "solver_order" not in ddim.config
 
 
-def test_published_names_in_a_module_around_ours(pipe):
-    """As a trainer's wrapper loads them."""
-    around = torch.nn.ModuleDict({"unet": pipe.unet, "extra": torch.nn.Linear(2, 2)})
-    theirs = {f"unet.{name}": tensor + 1 for name, tensor in pipe.unet.keymap.to_theirs(pipe.unet.state_dict()).items()}
+def test_published_names_in_a_wrapping_module(pipe):
+    """As in the wrapper of a trainer."""
+    wrapper = torch.nn.ModuleDict({"unet": pipe.unet, "extra": torch.nn.Linear(2, 2)})
+    published_tensors = {
+        f"unet.{name}": tensor + 1 for name, tensor in pipe.unet.keymap.to_theirs(pipe.unet.state_dict()).items()
+    }
     kept = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
-    around.load_state_dict(theirs | {f"extra.{k}": v for k, v in around["extra"].state_dict().items()})
+    wrapper.load_state_dict(published_tensors | {f"extra.{k}": v for k, v in wrapper["extra"].state_dict().items()})
     assert all(torch.equal(tensor, kept[name] + 1) for name, tensor in pipe.unet.state_dict().items())

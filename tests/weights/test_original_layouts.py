@@ -1,4 +1,4 @@
-"""The original single files that the scripts make: what is published of them holds, diffusers understands them."""
+"""Generated original single files: they have the published sizes and tensors, and diffusers can read them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GLOBALS = {
     "late": PLAIN | LIGHTNING | {"torch IntStorage"},
     "v2": PLAIN | {"torch LongStorage"},
 }
-GROUPS = {  # how many tensors, and bytes, of the schedule, the raw and the averaged weights, the VAE, CLIP
+GROUPS = {  # number of tensors, and bytes, of the schedule, the raw and the averaged weights, the VAE, CLIP
     "full": [(12, 48_000), (686, 3_438_083_856), (688, 3_438_083_864), (248, 334_615_452), (446, 932_051_972)],
     "ema_only": [(12, 48_000), (688, 3_438_083_864), (248, 334_615_452), (446, 932_051_972)],
     "late": [(12, 48_000), (686, 3_438_083_856), (688, 3_438_083_864), (248, 334_615_452), (302, 1_370_248_196)],
@@ -40,8 +40,8 @@ def full():
     return original("full")["state_dict"]
 
 
-def done(row: Row) -> list[list[int]]:
-    """The shapes of what becomes of it."""
+def target_shapes(row: Row) -> list[list[int]]:
+    """Return the shape of each target of a tensor."""
     match row.op:
         case "squeeze_hw":
             assert row.shape[2:] == [1, 1]
@@ -65,7 +65,7 @@ def test_lists_have_the_published_size(layout):
     assert list(zip(*(group.values() for group in groups), strict=True)) == GROUPS[layout]
 
 
-def test_averages_alone_have_the_published_size():
+def test_ema_only_has_the_published_size():
     rows = original_keys("ema_only")
     assert len(rows) == 1394
     assert sum(prod(row.shape) * row.dtype.itemsize for row in rows) == 4_704_799_288
@@ -77,7 +77,7 @@ def test_averages_alone_have_the_published_size():
 
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_tensor_of_the_parts_comes_from_one(layout, tiny):
+def test_every_target_has_one_source(layout, tiny):
     rows = original_keys(layout, tiny)
     if layout in ("full", "late"):
         averages = {(row.name.replace(".", ""), *row.targets) for row in rows if row.op == "copy_ema"}
@@ -88,19 +88,19 @@ def test_every_tensor_of_the_parts_comes_from_one(layout, tiny):
         }
         assert raw == averages
         rows = [row for row in rows if row.op != "copy_ema"]
-    made = [(target, shape) for row in rows for target, shape in zip(row.targets, done(row), strict=True)]
-    wanted = {
+    targets = [(target, shape) for row in rows for target, shape in zip(row.targets, target_shapes(row), strict=True)]
+    expected = {
         f"{part}/{name}": shape
         for part in ("unet", "vae", "image_encoder")
         for name, (shape, _) in key_list(part, tiny).items()
         if not name.endswith("position_ids")
     }
-    assert dict(made) == wanted
-    assert len(made) == len(wanted)
+    assert dict(targets) == expected
+    assert len(targets) == len(expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pickles_name_what_the_published_ones_name(originals, layout):
+def test_pickles_refer_to_the_published_globals(originals, layout):
     with zipfile.ZipFile(originals[layout]) as file:
         text = file.read(f"{layout}/data.pkl")
         assert file.testzip() is None
@@ -109,7 +109,7 @@ def test_pickles_name_what_the_published_ones_name(originals, layout):
 
 
 @pytest.mark.parametrize("layout", ["ema_only", "v2"])
-def test_safe_loading_gives_back_what_was_drawn(originals, layout):
+def test_safe_loading_returns_the_drawn_values(originals, layout):
     loaded, drawn = torch.load(originals[layout], weights_only=True), original(layout)
     assert loaded.keys() == {"state_dict"}
     assert list(loaded["state_dict"]) == [row.name for row in original_keys(layout, tiny=True)]
@@ -120,12 +120,12 @@ def test_safe_loading_gives_back_what_was_drawn(originals, layout):
 
 
 @pytest.mark.parametrize("layout", ["full", "late"])
-def test_safe_loading_refuses_what_lightning_wrote(originals, layout):
+def test_safe_loading_refuses_lightning_files(originals, layout):
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(originals[layout], weights_only=True)
 
 
-def test_flat_files_hold_tensors_alone():
+def test_flat_files_contain_only_tensors():
     assert list(original("v2", flat=True)) == [row.name for row in original_keys("v2", tiny=True)]
 
 
@@ -134,8 +134,8 @@ def test_optimizers_keep_two_moments_of_each_raw_weight():
     (optimizer,) = content["optimizer_states"]
     raw = [tensor for name, tensor in content["state_dict"].items() if name.startswith("model.")]
     assert len(optimizer["state"]) == len(optimizer["param_groups"][0]["params"]) == len(raw)
-    for tensor, known in zip(raw, optimizer["state"].values(), strict=True):
-        assert known["exp_avg"].shape == known["exp_avg_sq"].shape == tensor.shape
+    for tensor, moments in zip(raw, optimizer["state"].values(), strict=True):
+        assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == tensor.shape
 
 
 def test_layouts_share_values_and_averages_differ(full):
@@ -149,10 +149,10 @@ def test_layouts_share_values_and_averages_differ(full):
     )
 
 
-# What others make of them
+# diffusers and transformers
 
 
-def test_diffusers_understands_the_unet_and_the_vae(full, tmp_path):
+def test_diffusers_converts_the_unet_and_the_vae(full, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     tiny_folder(tmp_path)
@@ -166,7 +166,7 @@ def test_diffusers_understands_the_unet_and_the_vae(full, tmp_path):
         for row in original_keys("full", tiny=True):
             if row.targets and row.op != "copy_ema" and row.targets[0].startswith(f"{part}/"):
                 name = row.targets[0].removeprefix(f"{part}/")
-                assert theirs[name].equal(full[row.name].reshape(done(row)[0])), row
+                assert theirs[name].equal(full[row.name].reshape(target_shapes(row)[0])), row
 
 
 def test_transformers_loads_the_image_encoder(tmp_path):
@@ -184,7 +184,7 @@ def test_transformers_loads_the_image_encoder(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
 @pytest.mark.parametrize("ending", [".bin", ".safetensors"])
-def test_tiny_folders_work_as_a_whole(tmp_path, photo, ending):
+def test_tiny_folders_load_as_pipelines(tmp_path, photo, ending):
     write_checkpoint(tmp_path, tiny=True, endings=[ending])
     assert {path.suffix for path in tmp_path.glob("*/*model*")} == {ending}
     pipe = imvar.StableDiffusionImageVariationPipeline.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The published revisions, without their weights: every setting is understood, every tensor has its place."""
+"""The published revisions, without their weights: every config is supported, every tensor is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imvar.weights.model_index import PARTS
 from tests.support.published_checkpoint import PUBLISHED, Checkpoint, draw, key_list
 from tests.support.random_checkpoint import tiny_pipeline
 
-MODELS = {  # and how many parameters each has
+MODELS = {  # class and number of parameters
     "unet": (imvar.UNet2DConditionModel, 859_520_964),
     "vae": (imvar.AutoencoderKL, 83_653_863),
     "image_encoder": (imvar.CLIPVisionModelWithProjection, 303_966_208),
@@ -34,24 +34,24 @@ def settings(revision: str, file: str) -> dict:
     return json.loads((PUBLISHED / revision / file).read_text())
 
 
-def empty(part: str, revision: str = "v2.0") -> torch.nn.Module:
+def meta_model(part: str, revision: str = "v2.0") -> torch.nn.Module:
     model, _ = MODELS[part]
     with torch.device("meta"):
         return model(model.read_config(PUBLISHED / revision / part / "config.json"))
 
 
-def undoubled(key: str) -> str:
+def with_single_prefix(key: str) -> str:
     return key.replace("vision_model.vision_model", "vision_model")
 
 
-def published(name: str) -> dict[str, torch.Tensor]:
+def published_tensors(name: str) -> dict[str, torch.Tensor]:
     return {key: torch.empty(shape, dtype=dtype, device="meta") for key, (shape, dtype) in key_list(name).items()}
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
 @pytest.mark.parametrize("part", MODELS)
 def test_every_model_is_built_at_its_size(part, revision):
-    model = empty(part, revision)
+    model = meta_model(part, revision)
     assert model.num_parameters() == MODELS[part][1]
     given = settings(revision, f"{part}/config.json")
     if part == "image_encoder" and "vision_config" in given:  # the old revision's is a whole CLIP model
@@ -61,17 +61,17 @@ def test_every_model_is_built_at_its_size(part, revision):
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_every_published_tensor_has_its_place(name):
-    model, tensors = empty(LISTS[name]), published(name)
-    load(model, tensors)  # raises for one that is missing, unknown or misshapen
+def test_every_published_tensor_is_loaded(name):
+    model, tensors = meta_model(LISTS[name]), published_tensors(name)
+    load(model, tensors)  # raises for a missing, unknown or misshapen tensor
     ids = {key for key in tensors if key.endswith("position_ids")}
     assert len(model.state_dict()) == len(tensors) - len(ids)
     load(model, {key: tensor for key, tensor in tensors.items() if key not in ids})
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_nothing_else_is_accepted(name):
-    model, tensors = empty(LISTS[name]), published(name)
+def test_other_tensors_are_refused(name):
+    model, tensors = meta_model(LISTS[name]), published_tensors(name)
     for key in (next(iter(tensors)), list(tensors)[-1]):
         with pytest.raises(imvar.CheckpointError, match="missing"):
             load(model, {other: tensor for other, tensor in tensors.items() if other != key})
@@ -81,22 +81,22 @@ def test_nothing_else_is_accepted(name):
             load(model, tensors | {f"{key}.more": tensors[key]})
 
 
-def test_checker_takes_both_depths_of_prefix():
-    tensors = published("safety_checker")
-    load(empty("safety_checker"), {undoubled(key): tensor for key, tensor in tensors.items()})
+def test_checker_loads_single_and_doubled_prefixes():
+    tensors = published_tensors("safety_checker")
+    load(meta_model("safety_checker"), {with_single_prefix(key): tensor for key, tensor in tensors.items()})
 
 
 @pytest.mark.parametrize("part", MODELS)
-def test_saved_names_are_the_current_ones(part):
-    model = empty(part)
-    names = {undoubled(key) for key in key_list(part)}
+def test_saved_names_are_the_current_names(part):
+    model = meta_model(part)
+    names = {with_single_prefix(key) for key in key_list(part)}
     saved = model.keymap.to_theirs(model.state_dict())
     assert saved.keys() == {name for name in names if not name.endswith("position_ids")}
 
 
 @pytest.mark.parametrize("revision", SCHEDULERS)
 @pytest.mark.parametrize("scheduler", [imvar.PNDMScheduler, imvar.DDIMScheduler, imvar.LMSDiscreteScheduler])
-def test_schedulers_keep_what_is_given(scheduler, revision):
+def test_schedulers_keep_the_given_config(scheduler, revision):
     given = settings(revision, "scheduler/scheduler_config.json")
     config = scheduler.from_pretrained(PUBLISHED / revision, subfolder="scheduler").config
     assert all(config[key] == value for key, value in given.items() if key != "_class_name")
@@ -117,14 +117,14 @@ def test_feature_extractors_agree(revision):
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
-def test_every_part_of_every_index_is_known(revision):
+def test_every_class_of_every_index_is_registered(revision):
     index = settings(revision, "model_index.json")
     classes = {name: value[1] for name, value in index.items() if isinstance(value, list)}
     assert classes.keys() == PARTS.keys()
     assert all(name in PARTS[part] for part, name in classes.items())
 
 
-def test_random_tensors_keep_signals_in_size():
+def test_random_tensors_preserve_variance():
     generator = torch.Generator().manual_seed(0)
     weight = draw("conv.weight", [64, 32, 3, 3], torch.float32, generator)
     x = torch.randn(1, 32, 9, 9, generator=generator)
@@ -134,9 +134,9 @@ def test_random_tensors_keep_signals_in_size():
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
-def test_the_full_size_proof_runs_on_a_tiny_model(tmp_path):
+def test_verify_reference_runs_on_a_tiny_model(tmp_path):
     verify_reference = pytest.importorskip("verify_reference")
     tiny_pipeline().save_pretrained(tmp_path)
     compared = list(verify_reference.verify(Checkpoint(tmp_path), steps=2))
-    assert {row.component for row in compared} == verify_reference.SIDES.keys()
+    assert {row.component for row in compared} == verify_reference.CLASSES.keys()
     assert all(row.ok for row in compared), verify_reference.table(compared)

@@ -1,4 +1,4 @@
-"""`from_single_file`: what a file holds is what the folder holds that it is converted to."""
+"""`from_single_file` loads the same as `from_pretrained` of the folder that the file is converted to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import imvar
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
 from imvar.conversion import convert
-from tests.support.expected_tensors import agree, settings
+from tests.support.expected_tensors import config_fields, same_tensors
 from tests.support.original_checkpoint import LAYOUTS, original, write
 from tests.support.random_checkpoint import TINY_VAE, randomize
 
@@ -27,12 +27,14 @@ IN_ORIGINALS = {part: PARTS[part] for part in ("unet", "vae", "image_encoder")}
 UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
 
 
-def alike(a, b):
-    return agree({"": a.state_dict()}, {"": b.state_dict()}) and settings(a.config) == settings(b.config)
+def same_model(a, b):
+    return same_tensors({"": a.state_dict()}, {"": b.state_dict()}) and config_fields(a.config) == config_fields(
+        b.config
+    )
 
 
-def picture(pipe, photo):
-    """With weights that are copied out of the files, in which they lie at odd addresses: those round differently."""
+def make_image(pipe, photo):
+    """Return an image made with copied weights: mapped ones are not aligned, which changes rounding."""
     for model in pipe.modules.values():
         model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     pipe.set_progress_bar_config(disable=True)
@@ -47,37 +49,39 @@ def picture(pipe, photo):
     ).images
 
 
-# As the folder
+# Equality with the converted folder
 
 
 @pytest.mark.filterwarnings("ignore:safety_checker=None")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_pipeline_of_every_layout(originals, converted, layout, photo):
-    """Its parts, settings and pictures are those of the converted folder, to the bit."""
+    """Components, configs and images are bit-identical to those of the converted folder."""
     pipe = StableDiffusionImageVariationPipeline.from_single_file(originals[layout])
     other = StableDiffusionImageVariationPipeline.from_pretrained(converted[layout], **UNCHECKED)
     for part in IN_ORIGINALS:
-        assert alike(getattr(pipe, part), getattr(other, part))
+        assert same_model(getattr(pipe, part), getattr(other, part))
         assert getattr(pipe, part).dtype == torch.float32
         assert not getattr(pipe, part).training
     for part in ("scheduler", "feature_extractor"):
-        assert settings(getattr(pipe, part).config) == settings(getattr(other, part).config)
+        assert config_fields(getattr(pipe, part).config) == config_fields(getattr(other, part).config)
         assert type(getattr(pipe, part)) is type(getattr(other, part))
     assert pipe.safety_checker is None
-    if layout != "ema_only":  # whose tensors are those of `full`
-        made = picture(pipe, photo)
-        assert made.isfinite().all()
-        assert torch.equal(made, picture(other, photo))
+    if layout != "ema_only":  # which has the same tensors as `full`
+        pixels = make_image(pipe, photo)
+        assert pixels.isfinite().all()
+        assert torch.equal(pixels, make_image(other, photo))
 
 
 def test_every_part(originals, converted):
     for part, kind in IN_ORIGINALS.items():
-        assert alike(kind.from_single_file(originals["full"]), kind.from_pretrained(converted["full"], subfolder=part))
+        assert same_model(
+            kind.from_single_file(originals["full"]), kind.from_pretrained(converted["full"], subfolder=part)
+        )
     with pytest.raises(CheckpointError, match="the safety_checker, got those of unet and vae and image_encoder"):
         PARTS["safety_checker"].from_single_file(originals["full"])
 
 
-def test_raw_and_averaged(originals):
+def test_raw_and_averaged_weights(originals):
     raw, averaged = (
         imvar.UNet2DConditionModel.from_single_file(originals["full"], ema=ema).conv_in.weight for ema in ("no", "yes")
     )
@@ -93,18 +97,18 @@ def test_raw_and_averaged(originals):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_the_file_of_one_part(checkpoint, tmp_path, part):
-    """Beside its settings in a folder; alone in our names, with settings from elsewhere."""
+    """Next to its config in a folder; alone under the names of `state_dict`, with the config of another folder."""
     model = PARTS[part].from_pretrained(checkpoint, subfolder=part)
     (file,) = (checkpoint / part).glob("*.safetensors")
-    assert alike(PARTS[part].from_single_file(file), model)
+    assert same_model(PARTS[part].from_single_file(file), model)
     torch.save(model.state_dict(), tmp_path / "ours.pt")
     for where in (checkpoint, checkpoint / part):
-        assert alike(PARTS[part].from_single_file(tmp_path / "ours.pt", config=where), model)
-    assert alike(PARTS[part].from_single_file(tmp_path / "ours.pt", config=checkpoint, subfolder=part), model)
+        assert same_model(PARTS[part].from_single_file(tmp_path / "ours.pt", config=where), model)
+    assert same_model(PARTS[part].from_single_file(tmp_path / "ours.pt", config=checkpoint, subfolder=part), model)
 
 
-def test_an_autoencoder_as_it_is_published_alone(tmp_path):
-    """The original names without a prefix, and what training leaves beside them."""
+def test_a_published_autoencoder_file(tmp_path):
+    """The original names without a prefix, and the tensors of training."""
     sizes = {"block_out_channels": (32, 32, 32, 64), "norm_num_groups": 32}
     vae = randomize(imvar.AutoencoderKL(**TINY_VAE | sizes), 0)
     vae.save_pretrained(tmp_path / "vae")
@@ -121,7 +125,7 @@ def test_an_autoencoder_as_it_is_published_alone(tmp_path):
     }
     torch.save({"state_dict": tensors, "global_step": 840000}, tmp_path / "vae.ckpt")
     found = imvar.AutoencoderKL.from_single_file(tmp_path / "vae.ckpt")
-    assert agree({"": found.state_dict()}, {"": vae.state_dict()})
+    assert same_tensors({"": found.state_dict()}, {"": vae.state_dict()})
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(found(x).sample, vae(x).sample)
 
@@ -129,17 +133,17 @@ def test_an_autoencoder_as_it_is_published_alone(tmp_path):
 # Options
 
 
-def test_settings_are_in_files_of_ours(small, checkpoint):
-    """A tiny encoder's heads, and a checkpoint's own sizes, are told by nothing else."""
+def test_files_of_imvar_contain_configs(small, checkpoint):
+    """The heads of a tiny encoder, and the sizes of a checkpoint, cannot be inferred from tensors."""
     pipe = StableDiffusionImageVariationPipeline.from_single_file(small, **UNCHECKED)
     other = StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, **UNCHECKED)
     for part, value in pipe.components.items():
         if value is not None:
-            assert settings(value.config) == settings(getattr(other, part).config), part
+            assert config_fields(value.config) == config_fields(getattr(other, part).config), part
     assert pipe.unet.config.sample_size == 16
 
 
-def test_settings_from_a_folder_win(small, checkpoint, tmp_path):
+def test_config_of_a_folder_takes_precedence(small, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "settings", ignore=shutil.ignore_patterns("*.safetensors"))
     for name, key, value in (
         ("unet/config.json", "sample_size", 24),
@@ -169,7 +173,7 @@ def test_dtypes(small):
         load(small, dtype={"text_encoder": torch.float16})
 
 
-def test_a_file_of_mixed_dtypes_makes_a_model_of_the_widest(originals, converted):
+def test_dtype_auto_is_the_widest_in_the_file(originals, converted):
     kind = imvar.CLIPVisionModelWithProjection
     for encoder in (
         kind.from_single_file(originals["full"], dtype="auto"),
@@ -178,7 +182,7 @@ def test_a_file_of_mixed_dtypes_makes_a_model_of_the_widest(originals, converted
         assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float32}
 
 
-def test_parts_handed_over(small, checkpoint):
+def test_overrides(small, checkpoint):
     checker = imvar.StableDiffusionSafetyChecker.from_pretrained(checkpoint, subfolder="safety_checker")
     scheduler = imvar.DDIMScheduler()
     pipe = StableDiffusionImageVariationPipeline.from_single_file(small, safety_checker=checker, scheduler=scheduler)
@@ -189,7 +193,7 @@ def test_parts_handed_over(small, checkpoint):
         StableDiffusionImageVariationPipeline.from_single_file(small, tokenizer=checker)
 
 
-def test_a_part_that_is_not_there_can_be_handed_over(small, checkpoint, tmp_path):
+def test_an_override_of_a_missing_part(small, checkpoint, tmp_path):
     tensors = {name: tensor for name, tensor in load_file(small).items() if not name.startswith("cond_stage_model.")}
     with safe_open(small, "pt") as file:
         save_file(tensors, tmp_path / "half.safetensors", file.metadata())
@@ -209,7 +213,7 @@ def test_no_such_file(source):
         StableDiffusionImageVariationPipeline.from_single_file(source)
 
 
-# What is wrong is named
+# Errors
 
 
 def test_folders_are_for_from_pretrained(checkpoint):
@@ -220,8 +224,8 @@ def test_folders_are_for_from_pretrained(checkpoint):
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("other", PARTS)
-def test_another_parts_file(checkpoint, tmp_path, part, other):
-    """By its name in the error, from a file and from a folder in which it was swapped."""
+def test_the_file_of_another_part(checkpoint, tmp_path, part, other):
+    """The error names both parts, for a file and for a folder with swapped files."""
     if part == other:
         return
     (file,), (mine,) = ((checkpoint / name).glob("*.safetensors") for name in (other, part))
@@ -250,11 +254,13 @@ def test_text_to_image_checkpoints(small, tmp_path, tower):
         with pytest.raises(CheckpointError, match="as in text-to-image checkpoints; load its UNet or VAE alone"):
             load(tmp_path / "sd.safetensors")
     for part in ("unet", "vae"):
-        assert alike(PARTS[part].from_single_file(tmp_path / "sd.safetensors"), PARTS[part].from_single_file(small))
+        assert same_model(
+            PARTS[part].from_single_file(tmp_path / "sd.safetensors"), PARTS[part].from_single_file(small)
+        )
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "corrupt",
     [
         lambda text: text[:-1],
         lambda text: "[]",
@@ -263,16 +269,16 @@ def test_text_to_image_checkpoints(small, tmp_path, tower):
         lambda text: json.dumps(json.loads(text) | {"scheduler": {}}),
     ],
 )
-def test_spoilt_settings_in_a_file(small, tmp_path, spoil):
+def test_invalid_configs_in_a_file(small, tmp_path, corrupt):
     with safe_open(small, "pt") as opened:
-        text = spoil(opened.metadata()["imvar.settings"])
+        text = corrupt(opened.metadata()["imvar.settings"])
     save_file(load_file(small), tmp_path / "x.safetensors", {"imvar.settings": text})
     with pytest.raises(CheckpointError) as caught:
         StableDiffusionImageVariationPipeline.from_single_file(tmp_path / "x.safetensors")
     assert caught.value.path == tmp_path / "x.safetensors"
 
 
-def test_a_pickle_that_does_more_is_refused(tmp_path, capsys):
+def test_harmful_pickles_are_refused(tmp_path, capsys):
     class Harmful:
         def __reduce__(self):
             return (print, ("this must never run",))
