@@ -1,10 +1,10 @@
-"""What the approximate ways to be quicker cost in quality, and what they save: measured on imvar-emoji.
+"""Measure quality and speed of imvar's approximate accelerations on imvar-emoji.
 
     python scripts/evaluate_approximations.py [-n 300] [--out out/approximations]
 
-Variations of held-out drawings, the same seeds each way, which a judge that was trained apart names; and how far
-they are from those that are made exactly. Prints a Markdown table, and saves a grid to look at of each way. The seconds
-are those of this small model: where half of a step is left out of a large one, more of the whole is saved.
+Generates variations of held-out drawings with the same seeds for each option, and measures the accuracy of an
+independently trained judge and the PSNR against the exact output. Prints a Markdown table and saves an image grid for
+each option. Times are of this small model; a large one saves a larger share.
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ from PIL import Image
 from train_emoji import judging
 from train_emoji.autoencoder import psnr
 from train_emoji.catalogue import REDUCED, codes
-from train_emoji.measures import identity, variations
-from train_emoji.pictures import save_grid
+from train_emoji.grids import save_grid
+from train_emoji.measures import accuracy, variations
 
 from imvar import StableDiffusionImageVariationPipeline
 
 ASSETS = Path(__file__).resolve().parents[1] / "tests" / "emoji"
-HEADER = ("what", "top-1", "top-5", "beside the exact, PSNR", "seconds a picture")
+HEADER = ("option", "top-1", "top-5", "PSNR against exact", "seconds per image")
 
 
-class Told:
-    """A pipeline that is told more in every call."""
+class WithOptions:
+    """A pipeline with additional arguments in every call."""
 
-    def __init__(self, pipe: Any, **more: Any):
-        self.pipe, self.more = pipe, more
+    def __init__(self, pipe: Any, **defaults: Any):
+        self.pipe, self.defaults = pipe, defaults
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.pipe(*args, **options, **self.more)
+        return self.pipe(*args, **options, **self.defaults)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)
 
 
-def in_eight_bits(pipe: Any) -> Any:
+def with_fp8(pipe: Any) -> Any:
     pipe.enable_fp8()
     return pipe
 
 
-def in_tiles(pipe: Any) -> Any:
+def with_tiling(pipe: Any) -> Any:
     pipe.enable_vae_tiling()
     pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 32, 32 // pipe.vae_scale_factor
     return pipe
 
 
-WAYS: dict[str, Callable[[Any], Any]] = {
+OPTIONS: dict[str, Callable[[Any], Any]] = {
     "exact": lambda pipe: pipe,
-    "`guidance_interval=(0, 0.8)`": lambda pipe: Told(pipe, guidance_interval=(0, 0.8)),
-    "`guidance_interval=(0, 0.5)`": lambda pipe: Told(pipe, guidance_interval=(0, 0.5)),
-    "`guidance_interval=(0.2, 0.8)`": lambda pipe: Told(pipe, guidance_interval=(0.2, 0.8)),
-    "`cache_interval=2`": lambda pipe: Told(pipe, cache_interval=2),
-    "`cache_interval=3`": lambda pipe: Told(pipe, cache_interval=3),
-    "`cache_interval=5`": lambda pipe: Told(pipe, cache_interval=5),
-    "`enable_fp8()`": in_eight_bits,
-    "`enable_vae_tiling()`, tiles of half a picture's side": in_tiles,
+    "`guidance_interval=(0, 0.8)`": lambda pipe: WithOptions(pipe, guidance_interval=(0, 0.8)),
+    "`guidance_interval=(0, 0.5)`": lambda pipe: WithOptions(pipe, guidance_interval=(0, 0.5)),
+    "`guidance_interval=(0.2, 0.8)`": lambda pipe: WithOptions(pipe, guidance_interval=(0.2, 0.8)),
+    "`cache_interval=2`": lambda pipe: WithOptions(pipe, cache_interval=2),
+    "`cache_interval=3`": lambda pipe: WithOptions(pipe, cache_interval=3),
+    "`cache_interval=5`": lambda pipe: WithOptions(pipe, cache_interval=5),
+    "`enable_fp8()`": with_fp8,
+    "`enable_vae_tiling()`, tiles of half the image's side": with_tiling,
 }
 
 
@@ -77,27 +77,27 @@ def held_out() -> tuple[torch.Tensor, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", type=int, default=300, help="variations made each way (default: 300)")
+    parser.add_argument("-n", type=int, default=300, help="variations per option (default: 300)")
     parser.add_argument("--out", type=Path, default=Path("out/approximations"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    judge, (pictures, labels) = judging.read(ASSETS / "judge.safetensors"), held_out()
+    judge, (images, labels) = judging.read(ASSETS / "judge.safetensors"), held_out()
     exact = torch.empty(0)
     for row in HEADER, ("---",) * len(HEADER):
         print(f"| {' | '.join(row)} |")
-    for k, (name, change) in enumerate(WAYS.items()):
+    for k, (name, change) in enumerate(OPTIONS.items()):
         pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(
             "imvar-emoji", safety_checker=None, requires_safety_checker=False
         )
         pipe.set_progress_bar_config(disable=True)
-        told, begun = change(pipe), time.perf_counter()
-        made, of, places = variations(told, pictures, labels, args.n)
-        seconds = (time.perf_counter() - begun) / args.n
-        found = identity(judge, made, of, codes(REDUCED.concepts))
-        exact = exact if len(exact) else made
-        near = "" if exact is made else f"{float(psnr(made, exact).mean()):.1f} dB"
-        print(f"| {name} | {found.top1} | {found.top5} | {near} | {seconds:.3f} |", flush=True)
-        save_grid(args.out / f"{k}.png", torch.stack([pictures[places], exact, made], 1).flatten(0, 1)[:192], 12)
+        configured, started = change(pipe), time.perf_counter()
+        output, output_labels, indices = variations(configured, images, labels, args.n)
+        seconds = (time.perf_counter() - started) / args.n
+        result = accuracy(judge, output, output_labels, codes(REDUCED.concepts))
+        exact = exact if len(exact) else output
+        distance = "" if exact is output else f"{float(psnr(output, exact).mean()):.1f} dB"
+        print(f"| {name} | {result.top1} | {result.top5} | {distance} | {seconds:.3f} |", flush=True)
+        save_grid(args.out / f"{k}.png", torch.stack([images[indices], exact, output], 1).flatten(0, 1)[:192], 12)
 
 
 if __name__ == "__main__":

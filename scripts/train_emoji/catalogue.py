@@ -1,7 +1,7 @@
-"""What the small model is trained on: which drawings, of what, by whom, under which licence, and what is held out.
+"""The training data: drawings by vendor with their licences, concepts by category, and the held-out splits.
 
-A concept is one Unicode character. Its drawings by several vendors are variations of each other, which is what makes
-them worth training on. The held-out lists are written down here so that every run, and the evaluation, agree.
+A concept is one Unicode character. Its drawings by several vendors are variations of each other, which is what the
+model learns. The held-out lists are constants, so that all runs and the evaluation use the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Style:
-    """One vendor's drawings: an npm package, pinned by version and by the digest that npm says of it."""
+    """One vendor's drawings: an npm package, pinned by version and integrity digest."""
 
     name: str
     package: str
@@ -65,7 +65,7 @@ STYLES = (
         "sha512-vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ==",
         "CC BY-SA 4.0",
         trained=False,
-    ),  # the unseen style: looked at by the evaluation, in no weights and no package
+    ),  # the unseen style, for evaluation only: not trained on and not distributed
 )
 
 CONCEPTS = {
@@ -86,7 +86,7 @@ HELD_OUT_CONCEPTS = {
     "activities": "🏐🎷🥈",
     "smileys": "😇🥶😜",
 }
-"""Concepts that nothing but the judge is trained on."""
+"""Concepts that only the judge is trained on."""
 
 SAFETY_CONCEPTS = {
     "pistol": "🔫",
@@ -98,13 +98,13 @@ SAFETY_CONCEPTS = {
     "no one under eighteen": "🔞",
     "middle finger": "🖕",
 }
-"""What the demonstration of a safety checker looks for."""
+"""Concepts of the demonstration safety checker."""
 
 HELD_OUT_STYLES = ("noto", "noto-v1", "fluent-flat")
-"""Whose drawings may be held out, in turn: those whose licence lets the tests carry them."""
+"""Styles whose drawings are held out, in turn: their licences allow the tests to include them."""
 
 HELD_OUT_EVERY = 3
-"""Of every third concept one drawing is held out."""
+"""One drawing of every third concept is held out."""
 
 NOTO_CATEGORIES = {
     "Animals & Nature": "animals",
@@ -114,11 +114,11 @@ NOTO_CATEGORIES = {
     "Activities": "activities",
     "Smileys & Emotion": "smileys",
 }
-"""The pictorial ones. People differ by details that 64 pixels lose, symbols are letters, flags are flags."""
+"""The pictorial categories; people, symbols and flags are left out, whose details 64 pixels do not resolve."""
 
 
 def code(character: str) -> str:
-    """The code point in hexadecimal, which is how drawings are labelled."""
+    """Return the code point in hexadecimal, the label of a drawing."""
     return f"{ord(character):04x}"
 
 
@@ -127,13 +127,13 @@ def codes(characters: Iterable[str]) -> list[str]:
 
 
 def characters(lists: dict[str, str]) -> list[str]:
-    """Those of all categories, in order."""
-    return [character for one in lists.values() for character in one]
+    """Return the characters of all categories, in order."""
+    return [character for category in lists.values() for character in category]
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is learned and what is held out: concepts by category, unseen ones, and of some the held-out style."""
+    """Trained concepts and unseen concepts by category, and the held-out style of some of the trained ones."""
 
     by_category: dict[str, str]
     unseen_by_category: dict[str, str]
@@ -151,30 +151,31 @@ class Split:
         return next(
             name
             for lists in (self.by_category, self.unseen_by_category)
-            for name, some in lists.items()
-            if character in some
+            for name, characters in lists.items()
+            if character in characters
         )
 
 
-def every(characters: list[str], nth: int) -> dict[str, str]:
-    """Of every nth character the style that is held out, in turn."""
+def hold_out(characters: list[str], nth: int) -> dict[str, str]:
+    """Return the held-out style of every nth character, in turn."""
     return {character: HELD_OUT_STYLES[i % len(HELD_OUT_STYLES)] for i, character in enumerate(characters[::nth])}
 
 
-REDUCED = Split(CONCEPTS, HELD_OUT_CONCEPTS, every(characters(CONCEPTS), HELD_OUT_EVERY))
-"""What two processor cores can learn in a few hours."""
+REDUCED = Split(CONCEPTS, HELD_OUT_CONCEPTS, hold_out(characters(CONCEPTS), HELD_OUT_EVERY))
+"""The split that two CPU cores can train on in a few hours."""
 
 
 def full(available: dict[str, list[str]]) -> Split:
-    """Everything pictorial, for a GPU, from the characters of each category; what REDUCED holds out stays held out."""
+    """Split all pictorial characters by category, for training on a GPU; a superset of REDUCED in each of its parts."""
     more = {
-        name: [one for one in some if one not in REDUCED.concepts + REDUCED.unseen] for name, some in available.items()
+        name: [char for char in chars if char not in REDUCED.concepts + REDUCED.unseen]
+        for name, chars in available.items()
     }
     return Split(
         {
-            name: REDUCED.by_category[name] + "".join(one for i, one in enumerate(some) if i % 10)
-            for name, some in more.items()
+            name: REDUCED.by_category[name] + "".join(char for i, char in enumerate(chars) if i % 10)
+            for name, chars in more.items()
         },
-        {name: REDUCED.unseen_by_category[name] + "".join(some[::10]) for name, some in more.items()},
-        REDUCED.held_out | every([one for some in more.values() for i, one in enumerate(some) if i % 10], 10),
+        {name: REDUCED.unseen_by_category[name] + "".join(chars[::10]) for name, chars in more.items()},
+        REDUCED.held_out | hold_out([char for chars in more.values() for i, char in enumerate(chars) if i % 10], 10),
     )

@@ -1,7 +1,7 @@
-"""The drawings: fetched by package name, rendered once to 64 x 64 RGBA, and kept in one file.
+"""The drawings: fetched by package name, rendered once to 64 x 64 RGBA, and cached in one file.
 
-Every drawing of a single character by every vendor is rendered (8,000 in about two minutes); who trains on which of
-them is said here as well.
+Every drawing of a single character by every vendor is rendered (8,000 in about two minutes). The functions below also
+select the drawings to train on and to hold out.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from PIL import Image
 from train_emoji.catalogue import NOTO_CATEGORIES, STYLES, Split, Style, code, codes, full
 
 SIDE = 64
-RENDERED = 256  # pixels that a drawing is rendered at before it is made small
+RENDERED = 256  # pixels that a drawing is rendered at before it is downsampled
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """`images` (n, 4, 64, 64) uint8 RGBA; of each the character's code point in hexadecimal and the style's name."""
+    """`images` (n, 4, 64, 64) uint8 RGBA, with the code point in hexadecimal and the style name of each."""
 
     images: torch.Tensor
     codes: np.ndarray
@@ -41,65 +41,65 @@ class Drawings:
     def where(self, mask: np.ndarray) -> Drawings:
         return self.take(torch.from_numpy(mask).nonzero()[:, 0])
 
-    def take(self, places: torch.Tensor) -> Drawings:
-        return Drawings(self.images[places], self.codes[places.numpy()], self.styles[places.numpy()])
+    def take(self, indices: torch.Tensor) -> Drawings:
+        return Drawings(self.images[indices], self.codes[indices.numpy()], self.styles[indices.numpy()])
 
     def of(self, characters: Iterable[str], *, styles: Collection[str] | None = None) -> Drawings:
         mask = np.isin(self.codes, codes(characters))
         return self.where(mask if styles is None else mask & np.isin(self.styles, list(styles)))
 
     def labels(self, characters: Iterable[str]) -> torch.Tensor:
-        """Of each drawing the place of its character in the list."""
-        place = {code(character): i for i, character in enumerate(characters)}
-        return torch.tensor([place[one] for one in self.codes])
+        """Return the index of each drawing's character in the list."""
+        index = {code(character): i for i, character in enumerate(characters)}
+        return torch.tensor([index[point] for point in self.codes])
 
     def rgb(self) -> torch.Tensor:
-        """On white: (n, 3, 64, 64), values in [0, 1]."""
+        """Return the drawings on white: (n, 3, 64, 64), values in [0, 1]."""
         colour, alpha = self.images[:, :3].float() / 255, self.images[:, 3:].float() / 255
         return colour * alpha + 1 - alpha
 
 
-def together(one: Drawings, other: Drawings) -> Drawings:
+def concat(first: Drawings, second: Drawings) -> Drawings:
     return Drawings(
-        torch.cat([one.images, other.images]),
-        np.concatenate([one.codes, other.codes]),
-        np.concatenate([one.styles, other.styles]),
+        torch.cat([first.images, second.images]),
+        np.concatenate([first.codes, second.codes]),
+        np.concatenate([first.styles, second.styles]),
     )
 
 
 def is_held_out(drawings: Drawings, split: Split) -> np.ndarray:
-    """Of each drawing whether it is one that is held out. The two Fluent styles share their shapes, and go together."""
+    """Return which drawings are held out. The two Fluent styles share their shapes and are held out together."""
     style = {code(character): name for character, name in split.held_out.items()}
     drawn = np.where(drawings.styles == "fluent-3d", "fluent-flat", drawings.styles)
-    return np.array([style.get(one) == of for one, of in zip(drawings.codes, drawn, strict=True)], bool)
+    return np.array([style.get(point) == name for point, name in zip(drawings.codes, drawn, strict=True)], bool)
 
 
 def learnable(drawings: Drawings, split: Split) -> Drawings:
-    """All but what is held out: drawings, concepts and styles."""
+    """Return the drawings to train on: without held-out drawings, concepts and styles."""
     trained = np.isin(drawings.styles, [style.name for style in STYLES if style.trained])
     unseen = np.isin(drawings.codes, codes(split.unseen))
     return drawings.where(trained & ~unseen & ~is_held_out(drawings, split))
 
 
 def held_out(drawings: Drawings, split: Split) -> Drawings:
-    """The held-out drawings, each design once, in the order of the concepts."""
+    """Return the held-out drawings, each design once, in the order of the concepts."""
     kept = drawings.where(is_held_out(drawings, split) & (drawings.styles != "fluent-3d"))
     order = kept.labels(split.concepts).argsort(stable=True)
     return kept.take(order)
 
 
 def load(folder: Path) -> Drawings:
-    """All drawings, fetched and rendered if they are not in `folder` yet."""
+    """Return all drawings, fetched and rendered unless `folder` has them."""
     path = folder / "drawings.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        save(path, [one for style in STYLES for one in render(style, fetch(style, folder))])
+        save(path, [drawing for style in STYLES for drawing in render(style, fetch(style, folder))])
     with np.load(path) as file:
         return Drawings(torch.from_numpy(file["images"]), file["codes"], file["styles"])
 
 
-def save(path: Path, drawn: list[tuple[str, str, np.ndarray]]) -> None:
-    codes, styles, images = zip(*drawn, strict=True)
+def save(path: Path, drawings: list[tuple[str, str, np.ndarray]]) -> None:
+    codes, styles, images = zip(*drawings, strict=True)
     part = path.with_suffix(".part.npz")
     np.savez_compressed(part, images=np.stack(images), codes=np.array(codes), styles=np.array(styles))
     part.replace(path)
@@ -107,7 +107,7 @@ def save(path: Path, drawn: list[tuple[str, str, np.ndarray]]) -> None:
 
 
 def fetch(style: Style, folder: Path) -> Path:
-    """The package's archive, from the npm registry by name and version; its digest is compared with the one here."""
+    """Return the path of the package archive, downloaded from the npm registry and checked against its digest."""
     path = folder / (style.package[1:].replace("/", "-") + f"-{style.version}.tgz")
     if not path.exists():
         try:
@@ -116,42 +116,44 @@ def fetch(style: Style, folder: Path) -> Path:
             raise SystemExit(f"npm could not fetch {style.package}@{style.version} into {folder}: {error}") from error
     digest = "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if digest != style.integrity:
-        raise SystemExit(f"{path}: its digest is {digest}, not {style.integrity} of {style.package}@{style.version}")
+        raise SystemExit(
+            f"{path}: expected the digest {style.integrity} of {style.package}@{style.version}, got {digest}"
+        )
     return path
 
 
 def render(style: Style, archive: Path) -> list[tuple[str, str, np.ndarray]]:
-    """Code point, style and RGBA (4, 64, 64) of every drawing of a single character, without empty ones."""
+    """Return code point, style and RGBA (4, 64, 64) of every drawing of a single character, except empty ones."""
     print(f"rendering {style.package}@{style.version}", flush=True)
     drawn = []
     with tarfile.open(archive) as files:
-        pictures = vectors(files) if "package/icons.json" in files.getnames() else rasters(files)
-        for character, picture in pictures:
-            small = np.asarray(picture.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+        images = vectors(files) if "package/icons.json" in files.getnames() else rasters(files)
+        for character, image in images:
+            small = np.asarray(image.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
             if small[..., 3].mean() > 8:
                 drawn.append((character, style.name, small.transpose(2, 0, 1)))
     return drawn
 
 
 def everything(drawings: Drawings, folder: Path) -> Split:
-    """All pictorial characters that four of the styles draw, or more, by category, which Noto's package says."""
+    """Split the pictorial characters that at least four trained styles draw, by the categories of Noto's package."""
     names: dict[str, list[str]] = {}
     with tarfile.open(fetch(STYLES[0], folder)) as files:
         category = {
-            name: ours
-            for theirs, ours in NOTO_CATEGORIES.items()
-            for name in read(files, "metadata.json")["categories"][theirs]
+            name: category
+            for noto_category, category in NOTO_CATEGORIES.items()
+            for name in read(files, "metadata.json")["categories"][noto_category]
         }
         for point, name in read(files, "chars.json").items():
             point = point.removesuffix("-fe0f")
             drawn = drawings.styles[drawings.codes == point]
             if name in category and single(point) and len(drawn) - ("openmoji" in drawn) >= 4:
                 names.setdefault(category[name], []).append(chr(int(point, 16)))
-    return full({name: sorted(set(some)) for name, some in names.items()})
+    return full({name: sorted(set(characters)) for name, characters in names.items()})
 
 
 def rasters(files: tarfile.TarFile) -> Any:
-    """(code point, picture) of an archive of WebP files named by code point."""
+    """Yield code point and image of each WebP file, named by code point, in an archive."""
     for name in files.getnames():
         character = name.removeprefix("package/assets/").removesuffix(".webp").removesuffix("-fe0f")
         if single(character):
@@ -159,14 +161,14 @@ def rasters(files: tarfile.TarFile) -> Any:
 
 
 def vectors(files: tarfile.TarFile, only: Container[str] | None = None) -> Any:
-    """(code point, picture) of an Iconify set, or of some of it.
+    """Yield code point and image of each icon of an Iconify set, or of the code points in `only`.
 
-    A set without code points of its own is read by the names of Noto's.
+    A set without code points uses those of Noto's names.
     """
     try:
-        import resvg_py  # not needed by those who have the rendered file
+        import resvg_py  # only needed to render
     except ImportError as error:
-        raise SystemExit("resvg_py, which renders the drawings, is not installed: pip install .[train]") from error
+        raise SystemExit("resvg_py, which renders the drawings, is not installed; run pip install .[train]") from error
 
     icons = read(files, "icons.json")
     points = read(files, "chars.json") or names_of_noto(files)
@@ -186,18 +188,18 @@ def vectors(files: tarfile.TarFile, only: Container[str] | None = None) -> Any:
 
 
 def names_of_noto(files: tarfile.TarFile) -> dict[str, str]:
-    """Code point to name, of the newer set by the same vendor, which lies beside the older one's archive."""
+    """Return code point to name of Noto's newer set, from its archive in the same folder."""
     with tarfile.open(fetch(STYLES[0], Path(str(files.name)).parent)) as newer:
         return read(newer, "chars.json")
 
 
 def read(files: tarfile.TarFile, name: str) -> Any:
-    """What a JSON file in a package says."""
+    """Return the content of a JSON file in a package."""
     return json.load(files.extractfile(f"package/{name}"))  # type: ignore[arg-type]
 
 
 def single(point: str) -> bool:
-    """Whether this is one character, and neither a skin tone nor a letter of a flag."""
+    """Return whether a code point is a single character, and neither a skin tone nor a letter of a flag."""
     return (
         "-" not in point
         and point.isalnum()

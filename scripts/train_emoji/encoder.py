@@ -1,7 +1,7 @@
-"""The image encoder: a small vision transformer that is taught by a convolutional network.
+"""The image encoder: a small vision transformer, distilled from a convolutional network.
 
-At 64 pixels and a few thousand drawings a convolutional network learns what a drawing shows much sooner than a
-transformer does; so that one learns first, and the transformer learns to give its embedding.
+At 64 pixels and a few thousand drawings a convolutional network learns to classify much sooner than a transformer. So
+it is trained first, and the transformer is trained to predict its embedding.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from imvar import CLIPImageProcessor, CLIPVisionModelWithProjection
 from train_emoji.catalogue import codes
+from train_emoji.classifiers import Pairs, info_nce
 from train_emoji.drawings import Drawings
-from train_emoji.loop import Job, quick_on_cpu
-from train_emoji.naming import Pairs, contrast
-from train_emoji.networks import Namer, top
+from train_emoji.loop import Job, use_unfused_attention_on_cpu
+from train_emoji.networks import Classifier, top
 from train_emoji.views import view
 
 WIDTH = 128
-LENGTH = math.sqrt(WIDTH)  # of an embedding, so that its elements are about 1, which suits the UNet
+LENGTH = math.sqrt(WIDTH)  # norm of an embedding, so that its elements, inputs of the UNet, are about 1
 SETTINGS = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -36,7 +36,7 @@ EXTRACTOR = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width":
 
 
 def pixels(rgb: Tensor) -> Tensor:
-    """What CLIPImageProcessor makes of pictures of the right size, of RGB in [0, 1]."""
+    """Normalise RGB in [0, 1] of the right size as CLIPImageProcessor does."""
     processor = CLIPImageProcessor(**EXTRACTOR)
     mean, deviation = (rgb.new_tensor(value).view(3, 1, 1) for value in (processor.image_mean, processor.image_std))
     return (rgb - mean) / deviation
@@ -47,7 +47,7 @@ def job(
     model: nn.Module,
     embed: Callable[[nn.Module, Tensor], Tensor],
     drawings: Drawings,
-    teacher: Namer,
+    teacher: Classifier,
     preferred: list[str],
     check: Drawings,
     device: torch.device,
@@ -55,17 +55,17 @@ def job(
     share: float = 0.6,
     batch: int = 128,
 ) -> Job:
-    """For `embed(model, pixels)` to be the teacher's embedding of each drawing, from any view of it.
+    """Distil the teacher's embedding of each drawing into `embed(model, pixels)` of any view of it.
 
-    The `preferred` characters are drawn in `share` of all cases; `check` is what it is looked at on, of these.
+    The `preferred` characters are sampled with probability `share`; `check` are drawings of these to evaluate on.
     """
-    quick_on_cpu(model, device)
-    ours, teacher = codes(preferred), teacher.to(device).eval()
-    pairs = Pairs(drawings, teacher.names, ours, share, device)
-    table, among = teacher.table().detach(), teacher.table(ours).detach()
-    shown, labels = check.rgb().to(device), torch.tensor([ours.index(one) for one in check.codes], device=device)
+    use_unfused_attention_on_cpu(model, device)
+    classes, teacher = codes(preferred), teacher.to(device).eval()
+    pairs = Pairs(drawings, teacher.names, classes, share, device)
+    table, among = teacher.table().detach(), teacher.table(classes).detach()
+    rgb, labels = check.rgb().to(device), torch.tensor([classes.index(point) for point in check.codes], device=device)
     with torch.no_grad():
-        targets = torch.cat([teacher.embedding(part) for part in drawings.rgb().to(device).split(256)])
+        targets = torch.cat([teacher.embedding(chunk) for chunk in drawings.rgb().to(device).split(256)])
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         concept, first, second = pairs.draw(batch // 2, generator)
@@ -73,13 +73,13 @@ def job(
         embedding = embed(model, pixels(view(pairs.images[both], generator))).float() / LENGTH
         length = embedding.norm(dim=-1)
         embedding = F.normalize(embedding, dim=-1)
-        near = (embedding * targets[both]).sum(-1).mean()
-        named = F.cross_entropy(embedding @ table.T * teacher.scale, concept.repeat(2), label_smoothing=0.1)
-        total = 4 * (1 - near) + 0.5 * named + 0.5 * contrast(*embedding.chunk(2), concept)
-        return total + 0.1 * ((length - 1) ** 2).mean(), {"cosine": near.detach()}
+        cosine = (embedding * targets[both]).sum(-1).mean()
+        classification = F.cross_entropy(embedding @ table.T * teacher.scale, concept.repeat(2), label_smoothing=0.1)
+        total = 4 * (1 - cosine) + 0.5 * classification + 0.5 * info_nce(*embedding.chunk(2), concept)
+        return total + 0.1 * ((length - 1) ** 2).mean(), {"cosine": cosine.detach()}
 
-    def look(model: nn.Module) -> dict[str, float]:
-        scores = F.normalize(embed(model, pixels(shown)).float(), dim=-1) @ among.T
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        scores = F.normalize(embed(model, pixels(rgb)).float(), dim=-1) @ among.T
         return {"top-1": top(scores, labels, 1), "top-5": top(scores, labels, 5)}
 
     return Job(
@@ -90,16 +90,16 @@ def job(
         rate=1e-3,
         decay=0.05,
         average=0.998,
-        look=look,
-        look_every=120,
+        evaluate=evaluate,
+        evaluate_every=120,
         compiled=(model.tower,),
     )  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def normalize(model: CLIPVisionModelWithProjection, rgb: Tensor) -> None:
-    """Scale the projection, in place, so that embeddings of pictures have the length of sqrt(128) in the mean."""
-    length = torch.cat([model(pixels(part)).image_embeds.norm(dim=-1) for part in rgb.split(256)]).mean()
+    """Scale the projection, in place, so that embeddings have a mean norm of sqrt(128)."""
+    length = torch.cat([model(pixels(chunk)).image_embeds.norm(dim=-1) for chunk in rgb.split(256)]).mean()
     model.proj.weight *= LENGTH / length
 
 

@@ -1,4 +1,4 @@
-"""Pictures to go with the model: inputs to try it on, and the held-out drawings that the tests measure it with."""
+"""Images shipped with the model: example inputs, and the held-out drawings that the tests evaluate it on."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from PIL import Image
 
 from train_emoji.catalogue import REDUCED, STYLES, code
 from train_emoji.drawings import Drawings, fetch, held_out, vectors
-from train_emoji.pictures import save_grid
+from train_emoji.grids import save_grid
 
 EXAMPLES = {
     "noto": {"dog": "🐶", "elephant": "🐘", "cake": "🎂", "helicopter": "🚁", "fox": "🦊", "zebra": "🦓"},
     "noto-v1": {"rabbit": "🐰", "camera": "📷", "strawberry": "🍓"},
     "fluent-flat": {"panda": "🐼", "fire-engine": "🚒", "octopus": "🐙"},
 }
-"""By style. Some were trained on, some are held out of concepts that were, and of zebras nothing was seen."""
+"""By style. Some are training drawings, some are held-out drawings, and the zebra is a held-out concept."""
 
 FIXTURE_COLUMNS = 12
 
 
 def write_examples(folder: Path, work: Path) -> None:
-    """As PNG of 256 x 256 on white, named by what is shown, by whom, and whether it was held out."""
+    """Write PNGs of 256 x 256 on white, named by concept, style and whether they are held out."""
     folder.mkdir(parents=True, exist_ok=True)
     for style in STYLES:
         names = {code(character): name for name, character in EXAMPLES.get(style.name, {}).items()}
         if not names:
             continue
         with tarfile.open(fetch(style, work)) as files:
-            for point, picture in vectors(files, only=names):
+            for point, image in vectors(files, only=names):
                 character = chr(int(point, 16))
-                new = character in REDUCED.unseen or REDUCED.held_out.get(character) == style.name
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                name = f"{names[point]}-{style.name}{'-held-out' if new else ''}.png"
-                Image.alpha_composite(white, picture).convert("RGB").save(folder / name, optimize=True)
+                is_held_out = character in REDUCED.unseen or REDUCED.held_out.get(character) == style.name
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                name = f"{names[point]}-{style.name}{'-held-out' if is_held_out else ''}.png"
+                Image.alpha_composite(white, image).convert("RGB").save(folder / name, optimize=True)
 
 
 def write_fixture(folder: Path, drawings: Drawings) -> None:
-    """The held-out drawings as one picture, 64 x 64 each in rows, and a list of what they show and who drew them."""
-    kept = held_out(drawings, REDUCED)
-    save_grid(folder / "held-out.png", kept.rgb(), FIXTURE_COLUMNS)
-    shown = [
-        {"code": str(one), "shows": chr(int(one, 16)), "style": str(style)}
-        for one, style in zip(kept.codes, kept.styles, strict=True)
+    """Write the held-out drawings as one image, a grid of 64 x 64, and a list of their concepts and styles."""
+    drawings = held_out(drawings, REDUCED)
+    save_grid(folder / "held-out.png", drawings.rgb(), FIXTURE_COLUMNS)
+    entries = [
+        {"code": str(point), "shows": chr(int(point, 16)), "style": str(style)}
+        for point, style in zip(drawings.codes, drawings.styles, strict=True)
     ]
-    (folder / "held-out.json").write_text(json.dumps(shown, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "held-out.json").write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The folder that is shipped: six parts in the published layout, in half precision, with card, credits and figures."""
+"""The shipped folder: six components in the published layout, in half precision, with model card and notices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pipeline(
 
 
 def write(folder: Path, pipe: StableDiffusionImageVariationPipeline, training: dict[str, Any]) -> None:
-    """Save `pipe` in float16, and beside it what `training` says of its making, and the texts that go with it."""
+    """Save `pipe` in float16, with `training` as training.json, model card and notices."""
     pipe.to(torch.float16).save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(training, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in ("README.md", "NOTICE"):

@@ -1,4 +1,4 @@
-"""A small convolutional network that names drawings: the encoder's teacher, and, under another seed, the judge."""
+"""A small convolutional classifier of drawings: the encoder's teacher and, with another seed, the judge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Stage(nn.Module):
-    """Half the side, then a residual refinement."""
+    """A stride-2 convolution and a residual convolution."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -27,8 +27,8 @@ class Stage(nn.Module):
         return x + self.refine(x)
 
 
-class Namer(nn.Module):
-    """RGB in [0, 1], b 3 64 64, to an embedding of length 1, whose cosines with each concept's own name the picture.
+class Classifier(nn.Module):
+    """Classify RGB (b, 3, 64, 64) in [0, 1] by the cosine of a unit-norm embedding with that of each concept.
 
     `names` are the concepts' code points, sorted.
     """
@@ -47,17 +47,17 @@ class Namer(nn.Module):
         return F.normalize(self.embed(torch.cat([h.mean((2, 3)), h.amax((2, 3))], dim=1)).float(), dim=-1)
 
     def table(self, among: Sequence[str] | None = None) -> Tensor:
-        """The embeddings of these concepts (n, 128), or of all, of length 1."""
+        """Return the unit-norm embeddings (n, 128) of these concepts, by default of all."""
         table = F.normalize(self.concepts, dim=-1)
         return table if among is None else table[[self.names.index(name) for name in among]]
 
     def forward(self, rgb: Tensor, among: Sequence[str] | None = None) -> Tensor:
-        """Scaled cosines (b, n) with each of these concepts."""
+        """Return scaled cosines (b, n) with each of these concepts."""
         return self.embedding(rgb) @ self.table(among).T * self.scale
 
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Of each row the number of concepts that score higher than the right one: 0 is top-1, below 5 top-5."""
+    """Return for each row how many classes score higher than the label: 0 is top-1, below 5 top-5."""
     return (scores > scores.gather(1, labels[:, None])).sum(1)
 
 

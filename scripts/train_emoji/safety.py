@@ -1,6 +1,6 @@
-"""A demonstration of a safety checker: eight drawn things that it flags, and thresholds that flag little else.
+"""A demonstration safety checker: it flags drawings of eight concepts, with thresholds that flag little else.
 
-It shows the published class at work on this model's pictures. It is no moderation filter.
+It shows the published class in use on this model's images. It is not a moderation filter.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SETTINGS = {
     },
     "projection_dim": WIDTH,
 }
-NEVER = 2.0  # a threshold that no cosine reaches: the class holds 17 concepts and 3 special ones, and few are used
-FALSE_POSITIVES = 0.01  # at most, of drawings of anything else, over all concepts together
+NEVER = 2.0  # a threshold that no cosine reaches, for the unused ones of the 17 concepts and 3 special ones
+FALSE_POSITIVES = 0.01  # at most, of drawings of other concepts, over all thresholds
 
 
 def embed(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -36,18 +36,18 @@ def embed(model: nn.Module, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def calibrate(checker: StableDiffusionSafetyChecker, drawings: Drawings, seed: int) -> dict[str, float]:
-    """Set concepts and thresholds, in place; answers the share of hits and of false alarms on the drawings."""
+    """Set concepts and thresholds in place; return the rates of true and false positives on the drawings."""
     generator = torch.Generator().manual_seed(seed)
     codes = [code(character) for character in SAFETY_CONCEPTS.values()]
     device = next(checker.parameters()).device
     views = [drawings.rgb(), *(view(drawings.images, generator, strong=False) for _ in range(2))]
-    embedding = torch.cat([embed(checker, pixels(part.to(device))).cpu() for one in views for part in one.split(256)])
+    embedding = torch.cat([embed(checker, pixels(chunk.to(device))).cpu() for rgb in views for chunk in rgb.split(256)])
     embedding = F.normalize(embedding, dim=-1)
-    kind = torch.tensor([codes.index(one) if one in codes else -1 for one in drawings.codes]).repeat(len(views))
+    kind = torch.tensor([codes.index(point) if point in codes else -1 for point in drawings.codes]).repeat(len(views))
     table = F.normalize(torch.stack([embedding[kind == i].mean(0) for i in range(len(codes))]), dim=-1)
     cosines = embedding @ table.T
     others = cosines[kind == -1].sort(0, descending=True).values
-    allowed = int(FALSE_POSITIVES * (kind == -1).sum() / len(codes))  # each concept may have its part of the alarms
+    allowed = int(FALSE_POSITIVES * (kind == -1).sum() / len(codes))  # false positives per concept
     thresholds = others[allowed].clamp(min=0.3)
     checker.concept_embeds[: len(codes)] = table
     checker.concept_embeds_weights.fill_(NEVER)

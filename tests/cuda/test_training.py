@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from train_emoji import autoencoder, diffusion, encoder, loop, naming
+from train_emoji import autoencoder, classifiers, diffusion, encoder, loop
 from train_emoji.catalogue import codes
 from train_emoji.drawings import Drawings
-from train_emoji.networks import Namer
+from train_emoji.networks import Classifier
 
 import imvar
 
@@ -23,10 +23,10 @@ def drawings():
 def job(name, drawings, folder):
     cuda = torch.device("cuda")
     if name == "teacher":
-        return naming.job(name, drawings, CONCEPTS, drawings, cuda, batch=16)
+        return classifiers.job(name, drawings, CONCEPTS, drawings, cuda, batch=16)
     if name == "encoder":
         model = imvar.CLIPVisionModelWithProjection(**encoder.SETTINGS)
-        teacher = Namer(sorted(codes(CONCEPTS)))
+        teacher = Classifier(sorted(codes(CONCEPTS)))
         return encoder.job(name, model, encoder.image_embeds, drawings, teacher, CONCEPTS, drawings, cuda, batch=16)
     if name == "vae":
         return autoencoder.job(drawings, drawings, drawings, folder, cuda, batch=16)

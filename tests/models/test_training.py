@@ -1,4 +1,4 @@
-"""The training of imvar-emoji: what is held out stays out, a stopped run goes on as it would have, models learn."""
+"""The training of imvar-emoji: held-out data, resuming, and that the models learn."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from train_emoji import autoencoder, diffusion, encoder, examples, judging, loop, naming, safety, views
+from train_emoji import autoencoder, classifiers, diffusion, encoder, examples, judging, loop, safety, views
 from train_emoji.catalogue import HELD_OUT_STYLES, REDUCED, SAFETY_CONCEPTS, STYLES, code, codes, full
-from train_emoji.drawings import Drawings, held_out, learnable, together
-from train_emoji.measures import Share, identity, nearest, spread
-from train_emoji.networks import Namer, ranks
+from train_emoji.drawings import Drawings, concat, held_out, learnable
+from train_emoji.measures import Share, accuracy, nearest, spread
+from train_emoji.networks import Classifier, ranks
 
 import imvar
 
@@ -23,17 +23,17 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def drawings():
-    """Noise for every style's drawing of every concept, of what the checker looks for, and of something else."""
+    """Noise for every style's drawing of every concept, of the checker's concepts, and of one other."""
     characters = codes([*REDUCED.concepts, *REDUCED.unseen, *SAFETY_CONCEPTS.values(), "🪜"])
     pairs = [(one, style.name) for one in characters for style in STYLES]
     images = torch.randint(0, 256, (len(pairs), 4, 64, 64), dtype=torch.uint8, generator=torch.manual_seed(0))
     return Drawings(images, np.array([one for one, _ in pairs]), np.array([style for _, style in pairs]))
 
 
-# ---- what is held out
+# ---- held-out data
 
 
-def test_nothing_held_out_is_learned_from(drawings):
+def test_held_out_data_is_not_trained_on(drawings):
     known, out = learnable(drawings, REDUCED), held_out(drawings, REDUCED)
     assert not {"openmoji"} & set(known.styles)
     assert not set(codes(REDUCED.unseen)) & set(known.codes)
@@ -55,7 +55,7 @@ def test_the_concepts():
     assert {REDUCED.category(one) for one in REDUCED.unseen} == set(REDUCED.by_category)
 
 
-def test_the_full_set_holds_out_what_the_reduced_one_does():
+def test_the_full_split_holds_out_all_of_the_reduced_one():
     available = {
         name: [
             *REDUCED.by_category[name],
@@ -75,7 +75,7 @@ def test_the_full_set_holds_out_what_the_reduced_one_does():
 def test_pairs_are_of_one_concept_by_two_vendors(drawings):
     known = learnable(drawings, REDUCED)
     names = sorted(set(known.codes.tolist()))
-    pairs = naming.Pairs(known, names, codes(REDUCED.concepts[:3]), 0.5, CPU)
+    pairs = classifiers.Pairs(known, names, codes(REDUCED.concepts[:3]), 0.5, CPU)
     concept, first, second = pairs.draw(400, torch.Generator().manual_seed(0))
     for which, one, two in zip(concept.tolist(), first.tolist(), second.tolist(), strict=True):
         assert known.codes[one] == known.codes[two] == names[which]
@@ -87,7 +87,7 @@ def test_pairs_are_of_one_concept_by_two_vendors(drawings):
 # ---- the loop
 
 
-def job(look=None, average=0.9):
+def job(evaluate=None, average=0.9):
     torch.manual_seed(5)
     model = nn.Linear(4, 1)
 
@@ -95,17 +95,17 @@ def job(look=None, average=0.9):
         x = torch.randn(8, 4, generator=generator)
         return ((model(x).float() - x.sum(1, keepdim=True)) ** 2).mean()
 
-    return loop.Job("line", model, loss, 8, rate=0.05, average=average, look=look)
+    return loop.Job("line", model, loss, 8, rate=0.05, average=average, evaluate=evaluate)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time passes by one second a look at it."""
+    """Advance time by one second per call."""
     now = iter(range(10**6))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
 
 
-def test_it_learns_in_the_time_planned(clock, tmp_path):
+def test_it_learns_in_the_planned_time(clock, tmp_path):
     model, figures = loop.train(job(), tmp_path, 20, 0, CPU)
     assert (model.weight - 1).abs().max() < 0.2
     assert figures["seconds"] >= 1200
@@ -115,10 +115,10 @@ def test_it_learns_in_the_time_planned(clock, tmp_path):
     assert log[0]["loss"] > 10 * log[-1]["loss"]
 
 
-def test_a_stopped_run_goes_on_as_it_would_have(tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     def seconds_per_step():
         now = iter(range(10**6))
-        monkeypatch.setattr(time, "monotonic", lambda: next(now) / 2)  # two looks a step
+        monkeypatch.setattr(time, "monotonic", lambda: next(now) / 2)  # two calls per step
 
     seconds_per_step()
     whole, _ = loop.train(job(), tmp_path / "whole", 2, 0, CPU)
@@ -128,28 +128,30 @@ def test_a_stopped_run_goes_on_as_it_would_have(tmp_path, monkeypatch):
     seconds_per_step()
     parts, figures = loop.train(job(), tmp_path / "parts", 2, 0, CPU)
     assert figures["seconds"] >= 120
-    assert torch.allclose(whole.weight, parts.weight, atol=0.02)  # the pace is by the clock, the batches by the step
+    assert torch.allclose(
+        whole.weight, parts.weight, atol=0.02
+    )  # the learning rate depends on time, the batches on the step
     again, same = loop.train(job(), tmp_path / "parts", 2, 0, CPU)
     assert torch.equal(again.weight, parts.weight)
     assert same == figures
 
 
-def test_a_stage_whose_ground_has_moved(clock, tmp_path):
-    loop.train(job(), tmp_path, 1, 0, CPU, begun_with={"seed": 0, "vae": 3})
-    with pytest.raises(SystemExit, match=r"line.pt was begun with seed 0, vae 3, and now there is seed 0, vae 4"):
-        loop.train(job(), tmp_path, 2, 0, CPU, begun_with={"seed": 0, "vae": 4})
-    _, figures = loop.train(job(), tmp_path, 2, 0, CPU, begun_with={"seed": 0, "vae": 4}, keep=True)
+def test_a_stage_whose_dependencies_changed(clock, tmp_path):
+    loop.train(job(), tmp_path, 1, 0, CPU, dependencies={"seed": 0, "vae": 3})
+    with pytest.raises(SystemExit, match=r"line\.pt: expected seed 0, vae 4, got seed 0, vae 3"):
+        loop.train(job(), tmp_path, 2, 0, CPU, dependencies={"seed": 0, "vae": 4})
+    _, figures = loop.train(job(), tmp_path, 2, 0, CPU, dependencies={"seed": 0, "vae": 4}, keep=True)
     assert figures["seconds"] >= 120
 
 
-def test_the_average_is_what_is_looked_at_and_kept(clock, tmp_path):
+def test_the_ema_is_evaluated_and_saved(clock, tmp_path):
     seen = []
 
-    def look(model):
+    def evaluate(model):
         seen.append((model.weight.clone(), model.training))
         return {"first": model.weight[0, 0].item()}
 
-    one = job(look)
+    one = job(evaluate)
     model, figures = loop.train(one, tmp_path, 20, 0, CPU)
     assert len(seen) > 2
     assert not any(training for _, training in seen)
@@ -160,7 +162,7 @@ def test_the_average_is_what_is_looked_at_and_kept(clock, tmp_path):
     assert not torch.equal(saved["model"]["weight"], model.weight)
 
 
-def test_a_loss_that_is_not_finite_stops_it(clock, tmp_path):
+def test_a_non_finite_loss_stops_training(clock, tmp_path):
     bad = job()
     bad.loss = lambda generator: bad.model.weight.sum() * math.nan
     with pytest.raises(SystemExit, match="line: the loss is not finite at step 0"):
@@ -186,17 +188,17 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_learns_a_batch_in_half_precision(name):
+def test_a_model_fits_a_batch_in_half_precision(name):
     make, run = MODELS[name]
     torch.manual_seed(0)
     model, x = make().train(), torch.randn(2, 3, 64, 64)
-    loop.quick_on_cpu(model, CPU)
+    loop.use_unfused_attention_on_cpu(model, CPU)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     losses = []
     for _ in range(12):
         with torch.autocast("cpu", torch.bfloat16):
-            answer = run(model, x)
-        losses.append((answer.float() - 0.7).square().mean())
+            output = run(model, x)
+        losses.append((output.float() - 0.7).square().mean())
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -211,7 +213,7 @@ def test_gradients_are_the_same_with_checkpointing_and_with_either_attention(nam
     grads = []
     for change in (
         lambda: None,
-        lambda: loop.quick_on_cpu(model, CPU),
+        lambda: loop.use_unfused_attention_on_cpu(model, CPU),
         getattr(model, "enable_gradient_checkpointing", None) or model.gradient_checkpointing_enable,
     ):
         change()
@@ -224,7 +226,7 @@ def test_gradients_are_the_same_with_checkpointing_and_with_either_attention(nam
             assert (other[n] - grad).abs().max() <= 1e-4 * grad.abs().max() + 1e-7, n
 
 
-# ---- the parts of a job
+# ---- components of a job
 
 
 @pytest.mark.parametrize("strong", [True, False])
@@ -237,14 +239,16 @@ def test_views(drawings, strong):
     assert (seen[0] - seen[1]).abs().mean() > 0.01
 
 
-def test_a_view_not_changed_is_the_drawing(drawings):
+def test_an_identity_transform_keeps_the_drawing(drawings):
     generator = torch.Generator().manual_seed(0)
-    still = views.moved(views.premultiplied(drawings.images[:4]), generator, turn=0, scale=(1, 1), shift=0)
-    assert torch.allclose(views.over(still), drawings.take(torch.arange(4)).rgb(), atol=1e-4)
+    identity = views.random_affine(
+        views.premultiply_alpha(drawings.images[:4]), generator, turn=0, scale=(1, 1), shift=0
+    )
+    assert torch.allclose(views.composite(identity), drawings.take(torch.arange(4)).rgb(), atol=1e-4)
 
 
 @torch.no_grad()
-def test_latents_of_unit_variance_decode_as_before(drawings):
+def test_normalised_latents_decode_to_the_same_images(drawings):
     torch.manual_seed(0)
     vae, rgb = imvar.AutoencoderKL(**autoencoder.SETTINGS).eval(), drawings.take(torch.arange(16)).rgb()
     before, posterior = autoencoder.reconstruct(vae, rgb), vae.encode(rgb * 2 - 1).latent_dist
@@ -259,7 +263,7 @@ def test_latents_of_unit_variance_decode_as_before(drawings):
 
 
 @torch.no_grad()
-def test_embeddings_are_scaled_to_the_length_that_suits_the_unet(drawings):
+def test_embeddings_are_scaled_to_the_norm_for_the_unet(drawings):
     torch.manual_seed(0)
     model, rgb = imvar.CLIPVisionModelWithProjection(**encoder.SETTINGS).eval(), drawings.take(torch.arange(16)).rgb()
     encoder.normalize(model, rgb)
@@ -267,7 +271,7 @@ def test_embeddings_are_scaled_to_the_length_that_suits_the_unet(drawings):
     assert lengths.mean() == pytest.approx(encoder.LENGTH, rel=1e-4)
 
 
-def test_pixels_are_those_of_the_image_processor(drawings):
+def test_pixels_equal_those_of_the_image_processor(drawings):
     rgb = drawings.take(torch.arange(3)).rgb()
     pil = [imvar.VaeImageProcessor.numpy_to_pil(one.permute(1, 2, 0).numpy()[None])[0] for one in rgb]
     theirs = imvar.CLIPImageProcessor(**encoder.EXTRACTOR)(pil, return_tensors="pt").pixel_values
@@ -284,39 +288,39 @@ def test_a_calibrated_checker_flags_little_else(drawings):
     assert (checker.special_care_embeds_weights == safety.NEVER).all()
 
 
-def test_what_either_prediction_stands_for():
+def test_both_prediction_types_give_x0_and_noise():
     schedule = imvar.DDIMScheduler(**diffusion.SCHEDULER)
     x0, eps = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
-    for when in (0, 500, 999):
-        times = torch.tensor([when, when])
-        noisy = schedule.add_noise(x0, eps, times)
-        for kind, answer in (("epsilon", eps), ("v_prediction", schedule.get_velocity(x0, eps, times))):
-            clean, noise = diffusion.parts(
-                imvar.DDIMScheduler(**diffusion.SCHEDULER, prediction_type=kind), answer, noisy, when
+    for t in (0, 500, 999):
+        timesteps = torch.tensor([t, t])
+        noisy = schedule.add_noise(x0, eps, timesteps)
+        for kind, output in (("epsilon", eps), ("v_prediction", schedule.get_velocity(x0, eps, timesteps))):
+            clean, noise = diffusion.to_x0_and_eps(
+                imvar.DDIMScheduler(**diffusion.SCHEDULER, prediction_type=kind), output, noisy, t
             )
             assert torch.allclose(clean, x0, atol=1e-4)
             assert torch.allclose(noise, eps, atol=1e-4)
 
 
 @torch.no_grad()
-def test_errors_of_a_unet_that_knows_the_answer():
+def test_errors_of_a_perfect_unet():
     latents = torch.randn(3, 4, 16, 16)
     schedule = imvar.DDIMScheduler(**diffusion.SCHEDULER)
 
-    def knows(noisy, time, told, return_dict):
+    def perfect(noisy, time, embeddings, return_dict):
         alpha = schedule.alphas_cumprod[time]
         return ((noisy - alpha.sqrt() * latents) / (1 - alpha).sqrt(),)
 
-    assert max(diffusion.errors(knows, latents, torch.zeros(3, 128), "epsilon").values()) < 1e-5
+    assert max(diffusion.errors(perfect, latents, torch.zeros(3, 128), "epsilon").values()) < 1e-5
     assert min(diffusion.errors(lambda *_, **__: (latents,), latents, torch.zeros(3, 128), "epsilon").values()) > 0.1
 
 
-# ---- the judge and what is measured
+# ---- the judge and the metrics
 
 
-def test_the_judges_file(tmp_path):
+def test_the_file_of_the_judge(tmp_path):
     torch.manual_seed(0)
-    judge = Namer(["2600", "1f600"], width=8).eval()
+    judge = Classifier(["2600", "1f600"], width=8).eval()
     judging.write(judge, tmp_path / "judge.safetensors")
     back = judging.read(tmp_path / "judge.safetensors")
     assert back.names == judge.names
@@ -332,31 +336,31 @@ def test_ranks_and_shares():
     assert str(share) == "50.0 ± 5.0 %"
 
 
-def test_identity_spread_and_nearest():
+def test_accuracy_spread_and_nearest():
     torch.manual_seed(0)
-    judge = Namer(["a", "b", "c", "d", "e", "f"], width=8).eval()
-    made = torch.rand(8, 3, 64, 64)
+    judge = Classifier(["a", "b", "c", "d", "e", "f"], width=8).eval()
+    images = torch.rand(8, 3, 64, 64)
     with torch.no_grad():
-        best = [judge.names[i] for i in judge(made).argmax(1)]
-    found = identity(judge, made, best, list(judge.names))
-    assert (found.top1.value, found.top5.value, found.top1.n) == (1, 1, 8)
-    within, between, least = spread(judge, torch.cat([made[:4], made[:4]]), 4)
+        best = [judge.names[i] for i in judge(images).argmax(1)]
+    result = accuracy(judge, images, best, list(judge.names))
+    assert (result.top1.value, result.top5.value, result.top1.n) == (1, 1, 8)
+    within, between, least = spread(judge, torch.cat([images[:4], images[:4]]), 4)
     assert within == pytest.approx(0, abs=1e-3)
     assert between > 0
     assert least == pytest.approx(0, abs=1e-6)
-    assert nearest(made, made).max() == pytest.approx(0, abs=1e-6)
-    assert nearest(made, made[:4] / 2)[4:].min() > 0.1
+    assert nearest(images, images).max() == pytest.approx(0, abs=1e-6)
+    assert nearest(images, images[:4] / 2)[4:].min() > 0.1
 
 
-def test_the_fixture_is_in_the_order_of_its_list(drawings, tmp_path):
+def test_the_fixture_has_the_order_of_its_list(drawings, tmp_path):
     examples.write_fixture(tmp_path, drawings)
-    listed = json.loads((tmp_path / "held-out.json").read_text(encoding="utf-8"))
-    assert [one["code"] for one in listed] == codes(REDUCED.held_out)
-    assert [one["style"] for one in listed] == list(REDUCED.held_out.values())
+    entries = json.loads((tmp_path / "held-out.json").read_text(encoding="utf-8"))
+    assert [entry["code"] for entry in entries] == codes(REDUCED.held_out)
+    assert [entry["style"] for entry in entries] == list(REDUCED.held_out.values())
 
 
-def test_together(drawings):
-    one, two = drawings.take(torch.arange(3)), drawings.take(torch.arange(5, 7))
-    both = together(one, two)
+def test_concat(drawings):
+    first, second = drawings.take(torch.arange(3)), drawings.take(torch.arange(5, 7))
+    both = concat(first, second)
     assert len(both) == 5
-    assert both.codes.tolist() == [*one.codes, *two.codes]
+    assert both.codes.tolist() == [*first.codes, *second.codes]

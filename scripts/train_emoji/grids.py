@@ -1,4 +1,4 @@
-"""Grids of pictures, to look at."""
+"""Image grids."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def grid(rgb: Tensor, columns: int) -> Image.Image:
-    """b 3 h w in [0, 1], in rows of `columns`; the last row is filled up with white."""
+    """Arrange images (b, 3, h, w) in [0, 1] in rows of `columns`; the last row is padded with white."""
     missing = -len(rgb) % columns
     rgb = torch.cat([rgb.cpu(), torch.ones(missing, *rgb.shape[1:])])
-    levels = (rgb.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(rearrange(levels, "(y x) c h w -> (y h) (x w) c", x=columns).numpy())
+    pixels = (rgb.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(rearrange(pixels, "(y x) c h w -> (y h) (x w) c", x=columns).numpy())
 
 
 def save_grid(path: Path, rgb: Tensor, columns: int) -> None:
