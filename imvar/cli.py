@@ -1,4 +1,4 @@
-"""The command line: `imvar vary PHOTO...` makes variations of photographs, and a contact sheet of them all."""
+"""Command line: `imvar vary PHOTO...` makes variations of photos, and a contact sheet of all of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from PIL.Image import Image
 from . import __version__
 from .atomic.file import atomic_write
 from .contact_sheet import SheetRow, contact_sheet
-from .errors import ImvarError, InputError, OutOfMemoryError, short_repr
-from .image.load_image import check_overwrites, load_image, unique_names
+from .errors import ImvarError, InputError, OutOfMemoryError, invalid, short_repr
+from .image.load_image import load_image
 from .malloc import keep_freed_memory
 from .noise import MAX_SEED
 from .oom import explain_out_of_memory
@@ -30,14 +30,14 @@ from .weights.bundled import bundled_examples
 CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
 EMOJI = "imvar-emoji"
 EMOJI_NOTICE = (
-    f"{EMOJI} knows drawings in the style of emoji: objects, animals, food, vehicles and faces; not photographs, "
-    f"which --checkpoint {CHECKPOINT} knows, a download of 6 GB"
+    f"{EMOJI} was trained on drawings in the style of emoji, of objects, animals, food, vehicles and faces, not on "
+    f"photographs; for those use --checkpoint {CHECKPOINT}, a download of 6 GB"
 )
 EMOJI_SIZE = (64, 64)
 STEPS, EMOJI_STEPS = 50, 20
-FLAG_NOTES = {"black": " and made black", "blur": " and blurred", "keep": ""}  # to what the safety checker flagged
+FLAG_NOTES = {"black": " and replaced by a black image", "blur": " and blurred", "keep": ""}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SCHEDULERS = {  # and what each is told: some published configs leave clip_sample on, which spoils latents
+SCHEDULERS = {  # with config changes: some published configs leave clip_sample on, which degrades latents
     "ddim": (DDIMScheduler, {"clip_sample": False}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # as published
     "lms": (LMSDiscreteScheduler, {}),
@@ -45,13 +45,13 @@ SCHEDULERS = {  # and what each is told: some published configs leave clip_sampl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Exit status: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
+    """Run the command line. Exit status: 0 success, 1 failure, 2 usage error, 130 interrupted by Ctrl-C."""
     if argv is None:  # run as a program
         gc.freeze()  # imported modules are never garbage: keep collections, also the one at exit, from traversing them
     args = parser().parse_args(argv)
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of photos need not exist in a terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters of file names
     try:
         with explain_out_of_memory():
             vary(args)
@@ -60,36 +60,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImvarError, OSError) as error:
         print(f"imvar: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("imvar: stopped", file=sys.stderr)
-        return 130  # as shells have it
+        print("imvar: interrupted", file=sys.stderr)
+        return 130  # the shells' convention
     else:
         return 0
     return 1
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="imvar", description="Variations of a picture with Stable Diffusion.")
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(prog="imvar", description="Image variations with Stable Diffusion.")
     top.add_argument("--version", action="version", version=f"imvar {__version__}")
-    jobs = top.add_subparsers(required=True, metavar="JOB")
-    job = jobs.add_parser(
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
         "vary",
-        help="make variations of pictures",
-        description="Make variations of each picture, and one contact sheet that shows them beside it.",
-        epilog=f"The checkpoint {EMOJI} comes with imvar and needs no download: a small model that makes 64 x 64 "
-        "pictures in seconds. It knows drawings in the style of emoji, not photographs. With no PHOTO it makes "
-        "variations of drawings that come with it. "
-        "Variation k of a photo comes of seed S + k and is saved as PHOTO-SEED.png, the sheet as "
-        "contact-sheet.png; files of those names in FOLDER, such as an earlier run's, are replaced. "
-        "Exit status: 0 done, 1 failed, 2 misused, 130 stopped.",
+        help="make variations of images",
+        description="Make variations of each image, and one contact sheet of the images and their variations.",
+        epilog=f"The checkpoint {EMOJI} is part of imvar and needs no download: a small model that makes 64 x 64 "
+        "images in seconds. It was trained on drawings in the style of emoji, not on photographs. Without a PHOTO it "
+        "varies its example drawings. "
+        "Variation k of a photo has seed S + k and is saved as PHOTO-SEED.png, the contact sheet as "
+        "contact-sheet.png; existing files of these names in FOLDER are replaced. "
+        "Exit status: 0 success, 1 failure, 2 usage error, 130 interrupted.",
     )
-    add = job.add_argument
-    job.set_defaults(misused=job.error)
+    add = command.add_argument
+    command.set_defaults(usage_error=command.error)
     add(
         "photos",
         nargs="*",
         type=Path,
         metavar="PHOTO",
-        help=f"a JPEG, PNG or WebP file (default with --checkpoint {EMOJI}: drawings that come with it)",
+        help=f"a JPEG, PNG or WebP file (default with --checkpoint {EMOJI}: its example drawings)",
     )
     add("-n", type=int_arg, default=4, metavar="N", help="variations of each photo (default: 4)")
     add(
@@ -98,27 +99,27 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("variations"),
         metavar="FOLDER",
-        help="where the pictures go; made if need be (default: variations)",
+        help="output folder, created if it does not exist (default: variations)",
     )
     add("--seed", type=seed_arg, default=0, metavar="S", help="seed of the first variation (default: 0)")
-    add("--steps", type=int_arg, metavar="N", help=f"steps of denoising (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
-    add("--guidance", type=float_arg, default=3.0, metavar="W", help="how closely to follow the photo (default: 3)")
+    add("--steps", type=int_arg, metavar="N", help=f"denoising steps (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
+    add("--guidance", type=float_arg, default=3.0, metavar="W", help="guidance scale (default: 3)")
     add(
         "--size",
         type=size_arg,
         default=(None, None),
         metavar="N|HxW",
-        help="pixels of a variation, multiples of 8 (default: what the checkpoint was trained at)",
+        help="pixels of a variation, multiples of 8 (default: the size that the checkpoint was trained at)",
     )
-    add("--scheduler", choices=SCHEDULERS, help="default: the checkpoint's own")
+    add("--scheduler", choices=SCHEDULERS, help="default: the scheduler of the checkpoint")
     add(
         "--checkpoint",
         default=CHECKPOINT,
         metavar="ID|FOLDER|FILE",
         help=f"a hub id, a folder in the published layout, an original .ckpt file, or {EMOJI} (default: {CHECKPOINT})",
     )
-    add("--revision", help=f"which state of a hub id (default: {REVISION} of the default checkpoint)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest that is here)")
+    add("--revision", help=f"branch, tag or commit of a hub id (default: {REVISION} of the default checkpoint)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest available)")
     add(
         "--dtype",
         choices=("auto", *DTYPES),
@@ -129,14 +130,14 @@ def parser() -> argparse.ArgumentParser:
         "--on-flagged",
         choices=FLAG_NOTES,
         default="black",
-        help="what becomes of a picture that the safety checker flags (default: black)",
+        help="how to treat an image that the safety checker flags (default: black)",
     )
     add(
         "--batch",
         type=int_arg,
         default=4,
         metavar="N",
-        help="variations made at a time; fewer need less memory (default: 4)",
+        help="variations computed at a time; fewer need less memory (default: 4)",
     )
     return top
 
@@ -147,77 +148,104 @@ def vary(args: argparse.Namespace) -> None:
     apply_defaults(args, emoji)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    pictures = [load_image(path) for path in args.photos]
+    photos = [load_image(path) for path in args.photos]
     names = unique_names([path.stem for path in args.photos])
     seeds = range(args.seed, args.seed + args.n)
     if seeds[-1] > MAX_SEED:
-        raise InputError(f"--seed {args.seed}: the last of {args.n} would be above {MAX_SEED}; a smaller would do")
+        expected = f"at most {MAX_SEED - args.n + 1} for {args.n} variations"
+        raise invalid(InputError, "--seed", expected, str(args.seed))
     sheet = args.out / "contact-sheet.png"
-    outputs = [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)]
     check_folder(args.out)
-    check_overwrites(args.photos, outputs)
+    check_overwrites(args.photos, [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)])
     if emoji:
         print(f"imvar: {EMOJI_NOTICE}", file=sys.stderr)
         if args.size[0] and args.size != EMOJI_SIZE:
             print(
-                f"imvar: {EMOJI} was trained at 64x64 pixels, and what it makes at other sizes is seldom a thing; "
-                "the larger, the slower",
+                f"imvar: {EMOJI} was trained at 64x64 pixels; at other sizes its images rarely show an object, and "
+                "larger ones take longer",
                 file=sys.stderr,
             )
     pipe = load(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rows = [SheetRow(path.name, picture) for path, picture in zip(args.photos, pictures, strict=True)]
+    rows = [SheetRow(path.name, photo) for path, photo in zip(args.photos, photos, strict=True)]
     for row, name in zip(rows, names, strict=True):
         pipe.set_progress_bar_config(desc=name)
-        for seed, picture, flagged in variations(pipe, row.photo, seeds, args):
+        for seed, image, flagged in variations(pipe, row.photo, seeds, args):
             path, note = args.out / f"{name}-{seed}.png", ", flagged" if flagged else ""
-            save(picture, path)
-            row.variations.append((f"seed {seed}{note}", picture))
+            save(image, path)
+            row.variations.append((f"seed {seed}{note}", image))
             print(f"{path}{note} by the safety checker{FLAG_NOTES[args.on_flagged]}" if flagged else path)
 
     scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     footer = f"{args.steps} step{'s' * (args.steps > 1)} of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
     save(contact_sheet(rows, footer), sheet)
-    print(sheet, "(the variations beside the photos)")
+    print(sheet, "(the photos with their variations)")
     if pipe.safety_checker is None:
-        print("imvar: this checkpoint has no safety checker, so none looked at the pictures", file=sys.stderr)
+        print("imvar: this checkpoint has no safety checker; the images were not checked", file=sys.stderr)
+
+
+def unique_names(stems: Sequence[str]) -> list[str]:
+    """Return the names, numbered where they repeat; case does not distinguish them, as on some file systems."""
+    names: list[str] = []
+    for stem in stems:
+        name, k = stem, 2
+        while name.casefold() in map(str.casefold, names):
+            name, k = f"{stem}-{k}", k + 1
+        names.append(name)
+    return names
+
+
+def check_overwrites(photos: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Raise `InputError` if an output would overwrite a photo, or has the name of a folder."""
+    sources = {os.path.realpath(path) for path in photos}
+    for path in outputs:
+        if os.path.realpath(path) in sources:
+            raise invalid(InputError, path, "an output file", "one of the photos", "use another -o FOLDER")
+        if path.is_dir():
+            raise invalid(InputError, path, "an output file", "a folder", "use another -o FOLDER")
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `InputError` where nothing can be written into a folder, or it cannot be made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise InputError(f"-o {folder}: is, or lies in, a file; a folder would do")
-    if not os.access(there, os.W_OK):
-        raise InputError(f"-o {folder}: there is no permission to write in {there}; another folder would do")
+    """Raise `InputError` if the output folder cannot be created or written to."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        got = f"{folder} (it, or one of its parents, is a file)"
+        raise invalid(InputError, "-o", "a folder", got)
+    if not os.access(existing, os.W_OK):
+        got = f"{folder} (no permission to write in {existing})"
+        raise invalid(InputError, "-o", "a folder with write permission", got)
 
 
-def save(picture: Image, path: Path) -> None:
-    """As PNG, whole or not at all: what had that name before stays if this fails."""
-    atomic_write(path, lambda temporary: picture.save(temporary, "PNG"))
+def save(image: Image, path: Path) -> None:
+    """Save as PNG, atomically: on failure an existing file stays as it was."""
+    atomic_write(path, lambda temporary: image.save(temporary, "PNG"))
 
 
 def apply_defaults(args: argparse.Namespace, emoji: bool) -> None:
-    """Fill in what was not said and depends on the checkpoint: photos, steps and dtype."""
+    """Fill in the options whose defaults depend on the checkpoint: photos, steps and dtype."""
     args.steps = args.steps or (EMOJI_STEPS if emoji else STEPS)
-    if emoji and args.dtype == "auto":  # so that pictures are those of the same lines in Python, on any machine
+    if emoji and args.dtype == "auto":  # for the same images as from the Python API, on any machine
         args.dtype = "float32"
     if emoji and not args.photos:
         args.photos = list(bundled_examples(EMOJI).values())
     if not args.photos:
-        hides = f"; {Path(EMOJI).absolute()} hides the bundled one here" if args.checkpoint == EMOJI else ""
-        args.misused(f"no PHOTO came; name one or more, or --checkpoint {EMOJI}, which has drawings of its own{hides}")
+        path = Path(EMOJI).absolute()
+        shadowed = f"; {path} takes precedence over the bundled checkpoint" if args.checkpoint == EMOJI else ""
+        args.usage_error(
+            f"PHOTO: expected at least one, got none; name one, or use --checkpoint {EMOJI}, which has example "
+            f"drawings{shadowed}"
+        )
 
 
 def variations(
     pipe: StableDiffusionImageVariationPipeline, photo: Image, seeds: Sequence[int], args: argparse.Namespace
 ) -> Iterator[tuple[int, Image, bool]]:
-    """Each seed with its variation and the safety checker's flag, made `args.batch` at a time."""
+    """Yield each seed, its variation and the safety checker's flag, computed `args.batch` at a time."""
     height, width = args.size
     for first in range(0, len(seeds), args.batch):
         batch = seeds[first : first + args.batch]
-        made: Any = pipe(
+        output: Any = pipe(
             photo,
             height,
             width,
@@ -227,54 +255,50 @@ def variations(
             seed=batch,
             on_flagged=args.on_flagged,
         )
-        yield from zip(batch, made.images, made.nsfw_content_detected or [False] * len(batch), strict=True)
+        yield from zip(batch, output.images, output.nsfw_content_detected or [False] * len(batch), strict=True)
 
 
 def load(
-    checkpoint: str,
-    revision: str | None,
-    scheduler: str | None,
-    dtype: torch.dtype,
+    checkpoint: str, revision: str | None, scheduler: str | None, dtype: torch.dtype
 ) -> StableDiffusionImageVariationPipeline:
-    """The checkpoint as a pipeline, with its own scheduler or the one that is named."""
+    """Return the pipeline of a checkpoint, with its own scheduler or the named one."""
     if Path(checkpoint).exists() and revision:
-        raise InputError(f"--revision {revision}: what lies at {checkpoint} has no revisions; leave it out")
+        raise invalid(InputError, "--revision", f"none for the local checkpoint {checkpoint}", revision)
     revision = revision or (REVISION if checkpoint == CHECKPOINT else None)
-    kind = StableDiffusionImageVariationPipeline
-    if Path(checkpoint).is_file():  # the originals have no safety checker, which vary() will say
-        pipe = kind.from_single_file(checkpoint, dtype=dtype, requires_safety_checker=False)
+    pipeline_cls = StableDiffusionImageVariationPipeline
+    if Path(checkpoint).is_file():  # original files have no safety checker; vary() says so
+        pipe = pipeline_cls.from_single_file(checkpoint, dtype=dtype, requires_safety_checker=False)
     else:
-        pipe = kind.from_pretrained(checkpoint, revision=revision, dtype=dtype)
+        pipe = pipeline_cls.from_pretrained(checkpoint, revision=revision, dtype=dtype)
     if scheduler:
-        chosen, changes = SCHEDULERS[scheduler]
-        pipe.scheduler = chosen.from_config(pipe.scheduler.config, **changes)
+        scheduler_cls, changes = SCHEDULERS[scheduler]
+        pipe.scheduler = scheduler_cls.from_config(pipe.scheduler.config, **changes)
     pipe.enable_vae_slicing()
     return pipe
 
 
 def is_emoji(checkpoint: str) -> bool:
-    """Whether this is the bundled checkpoint, rather than a folder or file of its name."""
+    """Return whether this names the bundled checkpoint, not a folder or file of the same name."""
     return checkpoint == EMOJI and not Path(checkpoint).exists()
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, tried out; for "auto" the fastest that is here."""
+    """Return the device of that name after allocating on it; for "auto" the fastest available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError) as error:  # torch raises either for what it was not built with
-        raise InputError(f"--device {name}: not here, or not known to this torch; 'auto' or 'cpu' would do") from error
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without this backend
+        expected = "'auto', 'cpu' or another device that this machine and PyTorch have"
+        raise invalid(InputError, "--device", expected, short_repr(name)) from error
     return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; for "auto" half precision where the device computes in it natively."""
+    """Return the dtype of that name; for "auto" half precision if the device supports it natively."""
     if name == "float16" and device.type == "cpu":
-        raise InputError(
-            "--dtype float16: on a CPU about a hundred times slower than float32; float32, or bfloat16 "
-            "where the CPU computes in it, would do"
-        )
+        expected = "float32 on a CPU, or bfloat16 if the CPU has instructions for it"
+        raise invalid(InputError, "--dtype", expected, "float16, which is about a hundred times slower")
     if name != "auto":
         return DTYPES[name]
     native = {"cuda": torch.float16, "cpu": torch.bfloat16 if has_bfloat16() else torch.float32}
@@ -282,33 +306,37 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16, rather than imitating them."""
-    look = getattr(torch.cpu, "get_capabilities", dict)  # newer than the oldest torch that imvar runs on
-    return any(look().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    """Return whether this CPU has bfloat16 instructions, so that bfloat16 is not emulated."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in the oldest supported PyTorch
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def int_arg(text: str, least: int = 1, most: int = 10**6) -> int:
-    if not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{short_repr(text)}: a whole number from {least} to {most} would do")
+def int_arg(text: str, low: int = 1, high: int = 10**6) -> int:
+    """Parse an integer from `low` to `high`."""
+    if not text.isdecimal() or len(text) > 19 or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"expected an integer from {low} to {high}, got {short_repr(text)}")
     return int(text)
 
 
 def seed_arg(text: str) -> int:
-    return int_arg(text, least=0, most=MAX_SEED)
+    """Parse a seed."""
+    return int_arg(text, low=0, high=MAX_SEED)
 
 
 def float_arg(text: str) -> float:
+    """Parse a finite number."""
     try:
         if math.isfinite(number := float(text)):
             return number
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r}: a finite number would do")
+    raise argparse.ArgumentTypeError(f"expected a finite number, got {short_repr(text)}")
 
 
 def size_arg(text: str) -> tuple[int, int]:
-    """Height and width: (512, 512) of "512", (384, 512) of "384x512"."""
+    """Parse height and width: "512" is (512, 512), "384x512" is (384, 512)."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) in range(8, 2**16, 8) for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: 512 or 384x512 would do; height first, multiples of 8 below 65536")
+        expected = "512 or 384x512 (height first), multiples of 8 below 65536"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {short_repr(text)}")
     return int(sides[0]), int(sides[-1])

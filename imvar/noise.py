@@ -1,4 +1,4 @@
-"""Fresh noise, drawn as diffusers draws it, so that equal seeds give equal pictures."""
+"""Gaussian noise from seeds and generators, drawn in diffusers' order: equal seeds give equal images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_int
-from .errors import InputError, InputTypeError, short_repr
+from .errors import InputError, InputTypeError, invalid, short_repr
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Seeds = int | Sequence[int]
@@ -23,48 +23,41 @@ def randn(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise, drawn on the generator's device; a list of generators draws one row each.
-
-    Raises `InputTypeError` for what is no generator, `InputError` for a list of another length.
-    """
+    """Return standard normal noise, drawn on the generator's device; with a list, one generator per batch element."""
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
         generator = generator[0]
     check_generator(generator, shape[0])
     if generator is None:
         return torch.randn(*shape, dtype=dtype, device=device)
     generators = [generator] if isinstance(generator, torch.Generator) else generator
-    part = (shape[0] // len(generators), *shape[1:])
-    noise = torch.empty(shape, dtype=dtype, device=device)  # at once, so that too much of it is refused at once
-    for rows, g in zip(noise.split(part[0]), generators, strict=True):
-        rows.copy_(torch.randn(*part, generator=g, dtype=dtype, device=g.device))
+    chunk_shape = (shape[0] // len(generators), *shape[1:])
+    noise = torch.empty(shape, dtype=dtype, device=device)  # first, so that a lack of memory shows at once
+    for chunk, g in zip(noise.split(chunk_shape[0]), generators, strict=True):
+        chunk.copy_(torch.randn(*chunk_shape, generator=g, dtype=dtype, device=g.device))
     return noise
 
 
 def per_image_seeds(seed: Seeds, batch: int) -> list[int]:
-    """The seed of each of a batch: `seed` + k for the k-th, or `seed` itself where it is a list of one each.
-
-    Raises `InputTypeError` for other than whole numbers, `InputError` for one out of 0..2^63 - 1 or a wrong number.
-    """
+    """Return a seed per image: `seed` + k for image k, or the entries of a list with one seed per image."""
     if isinstance(seed, (list, tuple, range)):
         if len(seed) != batch:
-            raise InputError(f"seed: {len(seed)} came for a batch of {batch}; one, or one each, would do", key="seed")
-        return [check_int(f"seed[{k}]", one, low=0, high=MAX_SEED) for k, one in enumerate(seed)]
+            raise invalid(InputError, "seed", f"one integer, or one for each of {batch} images", f"{len(seed)} seeds")
+        return [check_int(f"seed[{k}]", value, low=0, high=MAX_SEED) for k, value in enumerate(seed)]
     first = check_int("seed", seed, low=0, high=MAX_SEED - batch + 1)
     return list(range(first, first + batch))
 
 
 def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """A generator for each seed, on the CPU, so that every device gets the same noise."""
+    """Return a CPU generator per seed, so that the noise does not depend on the device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def check_generator(generator: Any, batch: int) -> None:
-    """One generator, or one for each of a batch, or None."""
+    """Check that `generator` is None, a generator, or a list with one per batch element."""
     if generator is None or isinstance(generator, torch.Generator):
         return
-    if not isinstance(generator, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in generator):
-        raise InputTypeError(
-            f"generator={short_repr(generator)}: torch.Generator().manual_seed(42), or a list of them, would do; or seed=42"
-        )
+    if not isinstance(generator, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generator):
+        hint = "use torch.Generator().manual_seed(42), or seed=42"
+        raise invalid(InputTypeError, "generator", "a torch.Generator or a list of them", short_repr(generator), hint)
     if len(generator) != batch:
-        raise InputError(f"generator: {len(generator)} came for a batch of {batch}; one, or one each, would do")
+        raise invalid(InputError, "generator", f"one generator, or {batch} for a batch of {batch}", str(len(generator)))

@@ -1,7 +1,7 @@
-"""Results that can be read by attribute, by key, by index, or unpacked with `to_tuple()`.
+"""Output classes: fields are read by attribute, by key or by index, or unpacked with `to_tuple()`.
 
-A field that is None counts as absent in the last three, as in diffusers and transformers; one that is `aside` always
-does, so that code which unpacks what the reference returns goes on working.
+As in diffusers and transformers, all but attribute access skip fields that are None. They also skip the fields that
+imvar adds (`ATTRIBUTE_ONLY`), so that code that unpacks the outputs of diffusers keeps working.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ATTRIBUTE_ONLY = {"aside": True}  # of a field that is read by attribute alone
+ATTRIBUTE_ONLY = {"attribute_only": True}  # metadata of such a field
 
 
 class Output(Mapping[str, Any]):
-    """The base of every result: subclasses are dataclasses."""
+    """Base of all outputs; subclasses are dataclasses."""
 
     def _present(self) -> dict[str, Any]:
-        short_repr = (f for f in fields(self) if not f.metadata.get("aside"))  # type: ignore[arg-type]
-        values = ((f.name, getattr(self, f.name)) for f in short_repr)
-        return {name: value for name, value in values if value is not None}
+        names = [f.name for f in fields(self) if not f.metadata.get("attribute_only")]  # type: ignore[arg-type]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def __getitem__(self, key: str | int | slice) -> Any:
         return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
@@ -37,18 +36,18 @@ class Output(Mapping[str, Any]):
         return len(self._present())
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None, in the order of the fields."""
+        """Return the values that are not None, in the order of the fields."""
         return tuple(self._present().values())
 
 
 @dataclass(eq=False)
 class StableDiffusionPipelineOutput(Output):
-    """`images`: list of PIL pictures, or (b, h, w, 3) array, or (b, 3, h, w) tensor, or latents.
+    """`images`: a list of PIL images, an array (b, h, w, 3), a tensor (b, 3, h, w), or latents.
 
-    `nsfw_content_detected`: one flag a picture, or None where no safety checker looked. By attribute alone, `seeds`:
-    that of each picture, where the call was given any; `scores`: what imvar's safety checker measured of each,
-    by number of the concept, in `special_scores` and `concept_scores`, where above 0 is a hit, and the hits in
-    `special_care` and `bad_concepts`.
+    `nsfw_content_detected`: one flag per image, or None without a safety checker. By attribute only: `seeds`, one per
+    image if the call had seeds; `scores`, one dictionary per image from imvar's safety checker, with
+    `special_scores` and `concept_scores` by concept number (above 0 is a hit) and the hits in `special_care` and
+    `bad_concepts`.
     """
 
     images: list[Image] | np.ndarray | Tensor
@@ -59,30 +58,30 @@ class StableDiffusionPipelineOutput(Output):
 
 @dataclass(eq=False)
 class UNet2DConditionOutput(Output):
-    """`sample`: (b, c, h, w), what the network predicts of the noisy latents."""
+    """`sample`: (b, c, h, w), the prediction for the noisy latents: noise or velocity."""
 
     sample: Tensor
 
 
 @dataclass(eq=False)
 class DecoderOutput(Output):
-    """`sample`: (b, 3, 8h, 8w), pictures with values around [-1, 1]."""
+    """`sample`: (b, 3, 8h, 8w), images with values around [-1, 1]."""
 
     sample: Tensor
 
 
 @dataclass(eq=False)
 class AutoencoderKLOutput(Output):
-    """`latent_dist`: the Gaussian over latents that an encoder found for each picture."""
+    """`latent_dist`: the Gaussian posterior over the latents of each image."""
 
     latent_dist: Any
 
 
 @dataclass(eq=False)
 class CLIPVisionModelOutput(Output):
-    """`image_embeds`: (b, projection), not normalised; `last_hidden_state`: (b, 1 + patches, width).
+    """`image_embeds`: (b, projection), not normalized; `last_hidden_state`: (b, 1 + patches, width).
 
-    `hidden_states`: that of the embedding and of every layer, where asked for.
+    `hidden_states`: those of the embedding and of every layer, if requested.
     """
 
     image_embeds: Tensor | None = None
@@ -92,13 +91,13 @@ class CLIPVisionModelOutput(Output):
 
 @dataclass(eq=False)
 class SchedulerOutput(Output):
-    """`prev_sample`: (b, c, h, w), the latents one step less noisy."""
+    """`prev_sample`: (b, c, h, w), the latents of the next, less noisy timestep."""
 
     prev_sample: Tensor
 
 
 @dataclass(eq=False)
 class DenoisedOutput(SchedulerOutput):
-    """`pred_original_sample`: the clean latents that this step's prediction implies."""
+    """`pred_original_sample`: (b, c, h, w), the predicted clean latents."""
 
     pred_original_sample: Tensor | None = None

@@ -12,9 +12,10 @@ from PIL import Image, ImageFont
 
 import imvar
 from imvar import cli
+from imvar.cli import unique_names
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, SheetRow, contact_sheet, fit_text, size_on_sheet
 from imvar.conversion import convert
-from imvar.image.load_image import load_image, unique_names
+from imvar.image.load_image import load_image
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_flagged_pictures_are_reported(run, photo, tmp_path, capsys, monkeypatch
     assert run(photo, "-n", 2) == 0
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first.endswith("a photo-0.png")
-    assert second.endswith("a photo-1.png, flagged by the safety checker and made black")
+    assert second.endswith("a photo-1.png, flagged by the safety checker and replaced by a black image")
     assert not pixels(tmp_path / "out" / "a photo-1.png").any()
 
 
@@ -112,14 +113,17 @@ def test_flagged_pictures_are_reported(run, photo, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere.jpg"], "nowhere.jpg: no such file"),
-        ([__file__], "not a picture that can be read; a JPEG, PNG or WebP"),
+        (["nowhere.jpg"], "nowhere.jpg: expected a JPEG, PNG or WEBP file, got no such file"),
+        ([__file__], "expected a JPEG, PNG or WEBP file, got an unknown or another format"),
         (["PHOTO", "--dtype", "float16"], "about a hundred times slower"),
-        (["PHOTO", "--device", "meta"], "--device meta"),
-        (["PHOTO", "--device", "gpu"], "--device gpu"),
+        (
+            ["PHOTO", "--device", "meta"],
+            "--device: expected 'auto', 'cpu' or another device that this machine and PyTorch have, got 'meta'",
+        ),
+        (["PHOTO", "--device", "gpu"], "have, got 'gpu'"),
         (["PHOTO", "--steps", "1001"], "num_inference_steps"),
-        (["PHOTO", "-o", __file__], "is, or lies in, a file"),
-        (["PHOTO", "--revision", "v1.0"], "has no revisions"),
+        (["PHOTO", "-o", __file__], f"-o: expected a folder, got {__file__} (it, or one of its parents, is a file)"),
+        (["PHOTO", "--revision", "v1.0"], "--revision: expected none for the local checkpoint"),
         (["PHOTO", "--checkpoint", "/no/where"], "/no/where: expected a folder"),
     ],
 )
@@ -143,7 +147,7 @@ def test_a_photo_is_never_written_over(run, photo, tmp_path, capsys):
         other = tmp_path / "out" / name
         Image.new("RGB", (32, 32), "teal").save(other)
         assert run(photo, other) == 1
-        assert f"{name}: is one of the photos" in capsys.readouterr().err
+        assert f"{name}: expected an output file, got one of the photos" in capsys.readouterr().err
         assert Image.open(other).size == (32, 32)
 
 
@@ -174,10 +178,10 @@ def test_a_picture_is_written_whole_or_not_at_all(run, photo, tmp_path, capsys, 
 def test_where_nothing_can_be_written_nothing_is_made(run, photo, tmp_path, capsys, monkeypatch):
     (tmp_path / "out" / "contact-sheet.png").mkdir(parents=True)
     assert run(photo) == 1
-    assert "contact-sheet.png: is a folder" in capsys.readouterr().err
+    assert "contact-sheet.png: expected an output file, got a folder" in capsys.readouterr().err
     monkeypatch.setattr(cli.os, "access", lambda place, mode: place != tmp_path)
     assert run(photo, out="other/inner") == 1
-    assert f"there is no permission to write in {tmp_path}" in capsys.readouterr().err
+    assert f"no permission to write in {tmp_path}" in capsys.readouterr().err
     assert not any(path.is_file() for path in tmp_path.rglob("*.png"))
 
 
@@ -306,7 +310,7 @@ def test_size_of_the_contact_sheet():
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("black", "flagged by the safety checker and made black\n"),
+        ("black", "flagged by the safety checker and replaced by a black image\n"),
         ("blur", "flagged by the safety checker and blurred\n"),
         ("keep", "flagged by the safety checker\n"),
     ],

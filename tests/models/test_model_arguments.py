@@ -80,7 +80,9 @@ MODELS = {
     ),
     "z: expected a tensor (b, 4, h, w), got a tensor of shape (4, 8, 8)": lambda p: p.vae.decode(x[0, :, :8, :8]),
     "z: expected torch.float32, the dtype of the weights, got torch.float16": lambda p: p.vae.decode(x.half()),
-    "generator=42": lambda p: p.vae.encode(picture).latent_dist.sample(42),
+    "generator: expected a torch.Generator or a list of them, got 42": lambda p: p.vae.encode(
+        picture
+    ).latent_dist.sample(42),
     "pixel_values: expected a tensor (b, 3, h, w), got NoneType": lambda p: p.image_encoder(None),
     "pixel_values: pictures of (31, 32) came": lambda p: p.image_encoder(small[:, :, :31]),
     "pixel_values: expected floating-point values of 16 bits or more, got values of torch.uint8": lambda p: (
@@ -330,8 +332,12 @@ SCHEDULERS = {
     "variance_noise: expected a tensor of shape (1, 4, 16, 16), the shape of sample": lambda _: step(
         DDIMScheduler, eta=1.0, variance_noise=torch.zeros(1)
     ),
-    "generator=42: torch.Generator": lambda _: step(DDIMScheduler, eta=0.0, generator=42),
-    "generator=42": lambda _: step(DDIMScheduler, eta=1.0, generator=42),
+    "generator: expected a torch.Generator or a list of them, got 42; use torch.Generator()": lambda _: step(
+        DDIMScheduler, eta=0.0, generator=42
+    ),
+    "generator: expected a torch.Generator or a list of them, got 42; use": lambda _: step(
+        DDIMScheduler, eta=1.0, generator=42
+    ),
     "timesteps: expected integers, got values of torch.float32": lambda _: walk(DDIMScheduler).add_noise(
         x, x, torch.tensor([3.5])
     ),
@@ -385,16 +391,26 @@ PICTURES = {
         p.numpy_to_pil(np.zeros((0, 2, 2, 3)))
     ),
     "images: expected a PIL image or a list of them, got str": lambda p: p.image_processor.pil_to_numpy("x"),
-    "generator=42: torch": lambda p: randn((1, 4), 42),
+    "generator: expected a torch.Generator or a list of them, got 42; use torch.Generator().manual_seed(42), or seed=42": lambda p: (
+        randn((1, 4), 42)
+    ),
     "image: expected a path, got None": lambda p: imvar.load_image(None),
     "image: expected a path, got 3": lambda p: imvar.load_image(3),
-    "is an address, and nothing is fetched": lambda p: imvar.load_image("https://example.org/cat.png"),
-    "b'': not a picture": lambda p: imvar.load_image(b""),
-    "opened as text": lambda p: imvar.load_image(io.StringIO("x")),
+    "image: expected a file or its bytes, got 'https://example.org/cat.png'; URLs are not fetched": lambda p: (
+        imvar.load_image("https://example.org/cat.png")
+    ),
+    "b'': expected a JPEG, PNG or WEBP file, got an unknown or another format": lambda p: imvar.load_image(b""),
+    "image: expected a file opened in mode 'rb', got a file opened as text": lambda p: imvar.load_image(
+        io.StringIO("x")
+    ),
     "image: expected a path that is not empty and has no NUL character, got '\\x00'": lambda p: imvar.load_image("\0"),
-    "formats=['XX']": lambda p: imvar.load_image(PHOTO, formats=["XX"]),
-    "formats=None": lambda p: imvar.load_image(PHOTO, formats=None),
-    "chelsea.jpg: not a picture that can be read; a PNG file": lambda p: imvar.load_image(PHOTO, formats=["PNG"]),
+    "formats: expected a list of Pillow formats such as ['JPEG', 'PNG', 'WEBP'], got ['XX']": lambda p: (
+        imvar.load_image(PHOTO, formats=["XX"])
+    ),
+    "formats: expected a list ... got None": lambda p: imvar.load_image(PHOTO, formats=None),
+    "chelsea.jpg: expected a PNG file, got an unknown or another format": lambda p: imvar.load_image(
+        PHOTO, formats=["PNG"]
+    ),
     "image: expected a path, got [PosixPath(": lambda p: imvar.load_image([PHOTO]),
     "no such file": lambda p: imvar.load_image(PHOTO.with_name("nothing.jpg")),
 }
@@ -427,10 +443,10 @@ def test_animations_bombs_and_cut_files(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="animation of 2 frames"):
         assert imvar.load_image(tmp_path / "two.webp").getpixel((3, 3)) == (255, 0, 0)
     frames[0].save(tmp_path / "one.gif")
-    with pytest.raises(InputError, match="JPEG, PNG or WebP"):
+    with pytest.raises(InputError, match="JPEG, PNG or WEBP"):
         imvar.load_image(tmp_path / "one.gif")
     assert imvar.load_image(tmp_path / "one.gif", formats=("GIF",)).size == (20, 10)
-    with pytest.raises(InputError, match="cannot be read as a picture"):
+    with pytest.raises(InputError, match="cannot be decoded"):
         imvar.load_image(PHOTO.read_bytes()[:5000])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     with pytest.raises(InputError, match="decompression bomb"):

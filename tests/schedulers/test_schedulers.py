@@ -438,9 +438,17 @@ def test_lms_after_the_last_step():
         ({"eta": float("nan")}, InputError, "eta: expected .*, got nan"),
         ({"eta": "1"}, InputTypeError, "eta: expected .*, got '1'"),
         ({"eta": None}, InputTypeError, "eta: expected .*, got None"),
-        ({"eta": 1, "generator": 42}, InputTypeError, r"generator=42: torch.Generator\(\).manual_seed\(42\)"),
-        ({"eta": 1, "generator": [torch.Generator()] * 3}, InputError, "generator: 3 came for a batch of 2"),
-        ({"eta": 1, "generator": []}, InputError, "generator: 0 came for a batch of 2"),
+        (
+            {"eta": 1, "generator": 42},
+            InputTypeError,
+            r"generator: expected .*, got 42; use torch.Generator\(\).manual_seed\(42\)",
+        ),
+        (
+            {"eta": 1, "generator": [torch.Generator()] * 3},
+            InputError,
+            "generator: expected one generator, or 2 for a batch of 2, got 3",
+        ),
+        ({"eta": 1, "generator": []}, InputError, "generator: expected one generator, or 2 for a batch of 2, got 0"),
         (
             {"eta": 1, "generator": torch.Generator(), "variance_noise": noise()},
             InputError,

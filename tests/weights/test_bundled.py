@@ -215,7 +215,7 @@ def test_without_photos_its_own_drawings(pipe, capsys):
     assert same(pipe, path, f"variations/{name}-0.png", steps=2)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("imvar: ")]
     assert len(notes) == 1
-    for words in ("drawings in the style of emoji", "not photographs", f"--checkpoint {cli.CHECKPOINT}"):
+    for words in ("drawings in the style of emoji", "not on photographs", f"--checkpoint {cli.CHECKPOINT}"):
         assert words in notes[0]
 
 
@@ -257,7 +257,7 @@ def test_without_photos_and_without_drawings(args, capsys):
     assert left.value.code == 2
     said = capsys.readouterr().err
     assert "usage: imvar vary" in said
-    assert "no PHOTO came; name one or more, or --checkpoint imvar-emoji" in said
+    assert "PHOTO: expected at least one, got none; name one, or use --checkpoint imvar-emoji" in said
 
 
 def test_without_photos_where_a_folder_of_that_name_comes_first(capsys):
@@ -265,7 +265,7 @@ def test_without_photos_where_a_folder_of_that_name_comes_first(capsys):
     Path(NAME).mkdir()
     with pytest.raises(SystemExit):
         cli.main(["vary", "--checkpoint", NAME])
-    assert f"{Path(NAME).absolute()} hides the bundled one here" in capsys.readouterr().err
+    assert f"{Path(NAME).absolute()} takes precedence over the bundled checkpoint" in capsys.readouterr().err
 
 
 def test_a_revision_of_it(capsys):
@@ -277,5 +277,5 @@ def test_help_tells_of_it(capsys):
     with pytest.raises(SystemExit):
         cli.main(["vary", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    for words in ("20 with imvar-emoji", "float32 with imvar-emoji", "not photographs", "With no PHOTO"):
+    for words in ("20 with imvar-emoji", "float32 with imvar-emoji", "not on photographs", "Without a PHOTO"):
         assert words in told
