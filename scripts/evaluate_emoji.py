@@ -167,7 +167,7 @@ class Evaluation:
             )
 
     def flags(self) -> Iterator[Row]:
-        """Share of images that the demonstration safety checker flags: of its concepts in the unseen style, and of others."""
+        """Share of images that the demonstration safety checker flags: drawings of its concepts, and other drawings."""
         flaggable = self.drawings.of(SAFETY_CONCEPTS.values(), styles=["openmoji"]).rgb()
         for name, rgb in (
             ("drawings of its concepts, unseen style", flaggable),

@@ -264,18 +264,18 @@ def test_half_a_file():
         ({"crop_size": {"shortest_edge": 3}}, "crop_size: "),
         ({"crop_size": 10**9}, "crop_size: "),
         ({"resample": 9}, r"resample: expected one of 0 \(nearest\), 1 \(lanczos\), .*, got 9"),
-        ({"resample": "bicubic"}, "resample.*'bicubic'"),
-        ({"resample": True}, "resample.*True"),
-        ({"do_resize": "no"}, "do_resize.*'no'"),
-        ({"do_normalize": 1}, "do_normalize.*1"),
-        ({"do_rescale": None}, "do_rescale.*None"),
+        ({"resample": "bicubic"}, "resample: expected .*, got 'bicubic'"),
+        ({"resample": True}, "resample: expected .*, got True"),
+        ({"do_resize": "no"}, "do_resize: expected True or False, got 'no'"),
+        ({"do_normalize": 1}, "do_normalize: expected True or False, got 1"),
+        ({"do_rescale": None}, "do_rescale: expected True or False, got None"),
         ({"image_mean": [0.5, 0.5]}, "image_mean: "),
         ({"image_mean": "0.5"}, "image_mean: "),
         ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean: "),
         ({"image_std": [0, 1, 1]}, "image_std: "),
         ({"image_std": 0}, "image_std: "),
-        ({"rescale_factor": float("inf")}, "rescale_factor.*inf"),
-        ({"rescale_factor": "1/255"}, "rescale_factor"),
+        ({"rescale_factor": float("inf")}, "rescale_factor: expected a finite number, got inf"),
+        ({"rescale_factor": "1/255"}, "rescale_factor: expected a finite number, got '1/255'"),
         ({"sise": 3}, "sise"),
     ],
     ids=str,
@@ -395,7 +395,7 @@ def test_numpy_to_pil_needs_floats():
         (torch.zeros(8, 8), r"image: .*got a tensor of shape \(8, 8\)"),
         (IMAGE.convert("P"), r"image\[0\]: .*got mode P"),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)], "image: expected one shape .*, got shapes"),
-        (IMAGE.resize((5, 30)), r"width.*from 8 to"),
+        (IMAGE.resize((5, 30)), "width: expected an integer from 8 to 32768, got 5"),
     ],
 )
 def test_invalid_preprocess_arguments(image, words):
@@ -405,7 +405,7 @@ def test_invalid_preprocess_arguments(image, words):
 
 @pytest.mark.parametrize("height", [0, -64, 7, 64.0, "64", True])
 def test_invalid_heights(height):
-    with pytest.raises(InputError, match=r"height.* from 8 to 32768"):
+    with pytest.raises(InputError, match="height: expected an integer from 8 to 32768, got"):
         VaeImageProcessor().preprocess(IMAGE, height=height)
 
 

@@ -32,7 +32,7 @@ def test_steps_out_of_order():
     lms.set_timesteps(5)
     lms.scale_model_input(x, lms.timesteps[0])
     for wrong in (lms.timesteps[3], None, "x", float("nan"), 500):
-        with pytest.raises(InputError, match=r"timestep[=:]"):
+        with pytest.raises(InputError, match="timestep: expected"):
             lms.step(x, wrong, x)
     assert lms.step_index == 0
     for kind in (int, float, np.int64, torch.tensor, lambda t: torch.tensor(t).half()):  # a timestep of any type

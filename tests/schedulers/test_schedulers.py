@@ -293,7 +293,7 @@ def test_noise_is_drawn_from_one_generator_or_one_per_row():
 def test_bad_numbers_of_steps(cls, steps, error):
     scheduler = cls()
     before = scheduler.timesteps
-    with pytest.raises(error, match=r"num_inference_steps.*from 1 to 1000"):
+    with pytest.raises(error, match="num_inference_steps: expected an integer from 1 to 1000, got"):
         scheduler.set_timesteps(steps)
     assert scheduler.timesteps is before
 
@@ -412,7 +412,7 @@ def test_bad_timesteps(cls, timestep, error):
         error = InputError
         scheduler.scale_model_input(noise(), scheduler.timesteps[0])
         scheduler.set_timesteps(10)
-    with pytest.raises(error, match=r"timestep[=:]"):
+    with pytest.raises(error, match="timestep: expected"):
         scheduler.step(noise(), timestep, noise())
 
 
