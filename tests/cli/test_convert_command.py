@@ -55,11 +55,11 @@ def test_the_command_line(small, checkpoint, tmp_path, capsys):
 def test_misuse_and_failures_are_reported_in_one_line(small, checkpoint, tmp_path, capsys, args, status, words):
     paths = {"small": small, "checkpoint": checkpoint, "out": tmp_path / "out"}
     try:
-        found = weights_convert.main([arg.format(**paths) for arg in args])
+        returned = weights_convert.main([arg.format(**paths) for arg in args])
     except SystemExit as error:
-        found = error.code
+        returned = error.code
     lines = capsys.readouterr().err.strip().splitlines()
-    assert (found, words in lines[-1]) == (status, True), lines
+    assert (returned, words in lines[-1]) == (status, True), lines
     assert len(lines) == 1 or lines[0].startswith("usage:")
     assert not list(tmp_path.iterdir())
 

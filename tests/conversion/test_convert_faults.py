@@ -275,10 +275,10 @@ def test_interrupted_while_writing(small, checkpoint, tmp_path, monkeypatch, cap
 def test_configs_of_other_models(published, tmp_path, settings):
     """A download folder may contain a config.json of another model: ignored there, refused as config=."""
     file = shutil.copy(published / "image_encoder/model.safetensors", tmp_path / "encoder.safetensors")
-    convert(file, tmp_path / "alone")
+    convert(file, tmp_path / "single")
     (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_act": "gelu", "num_attention_heads": 8}))
-    convert(file, tmp_path / "beside")
-    assert file_contents(tmp_path / "beside") == file_contents(tmp_path / "alone")
+    convert(file, tmp_path / "neighbour")
+    assert file_contents(tmp_path / "neighbour") == file_contents(tmp_path / "single")
     for source in (file, published / "image_encoder"):
         with pytest.raises(ImvarError, match=r"config\.json: expected the config of the image_encoder, got that of a "):
             convert(source, tmp_path / "named", config=tmp_path)

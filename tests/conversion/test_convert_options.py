@@ -96,10 +96,10 @@ def test_filled(checkpoint, small, tmp_path):
     lines = []
     convert(small, tmp_path / "filled", fill=checkpoint, log=lines.append)
     assert f"filled from {checkpoint}: safety_checker" in lines
-    convert(checkpoint, tmp_path / "whole")
-    assert file_contents(tmp_path / "filled") == file_contents(tmp_path / "whole")
+    convert(checkpoint, tmp_path / "complete")
+    assert file_contents(tmp_path / "filled") == file_contents(tmp_path / "complete")
     lines.clear()
-    convert(tmp_path / "whole", tmp_path / "x", fill=small, log=lines.append)
+    convert(tmp_path / "complete", tmp_path / "x", fill=small, log=lines.append)
     assert f"filled from {small}: nothing, as it has no missing part" in lines
 
 
@@ -194,9 +194,9 @@ def test_legacy_sample_sizes_are_corrected(checkpoint, tmp_path):
 def test_in_place(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "folder")
     (folder / "README.md").write_text("mine")
-    convert(folder, tmp_path / "beside")
+    convert(folder, tmp_path / "fresh")
     convert(folder, folder, verify=True)
-    assert file_contents(folder) == file_contents(tmp_path / "beside") | {"README.md": b"mine"}
+    assert file_contents(folder) == file_contents(tmp_path / "fresh") | {"README.md": b"mine"}
 
 
 def test_an_original_in_place(small, tmp_path):

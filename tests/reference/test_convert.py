@@ -10,13 +10,13 @@ import imvar
 from imvar.conversion import convert
 from tests.support.expected_tensors import same_tensors
 
-THEIRS = {
+REFERENCE = {
     "unet": diffusers.UNet2DConditionModel,
     "vae": diffusers.AutoencoderKL,
     "image_encoder": transformers.CLIPVisionModelWithProjection,
     "safety_checker": StableDiffusionSafetyChecker,
 }
-OURS = {
+IMVAR = {
     "unet": imvar.UNet2DConditionModel,
     "vae": imvar.AutoencoderKL,
     "image_encoder": imvar.CLIPVisionModelWithProjection,
@@ -39,8 +39,8 @@ def outputs(models):
         ]
 
 
-def assert_close(ours, theirs, tolerance=1e-5):
-    for a, b in zip(ours, theirs, strict=True):
+def assert_close(actual, expected, tolerance=1e-5):
+    for a, b in zip(actual, expected, strict=True):
         assert b.abs().max() > 1e-2
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
@@ -53,11 +53,11 @@ def load_models(classes, folder, **options):
 def test_originals(converted, originals, layout):
     """A pipeline of diffusers has bit-identical tensors to imvar's, and its outputs."""
     pipe = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(converted[layout], **UNCHECKED)
-    theirs = {part: getattr(pipe, part).float() for part in OURS}
-    ours = {part: kind.from_single_file(originals[layout]) for part, kind in OURS.items()}
-    for part, model in ours.items():
-        assert same_tensors({"": model.keymap.to_theirs(model.state_dict())}, {"": theirs[part].state_dict()})
-    assert_close(outputs(ours), outputs(theirs))
+    expected = {part: getattr(pipe, part).float() for part in IMVAR}
+    actual = {part: kind.from_single_file(originals[layout]) for part, kind in IMVAR.items()}
+    for part, model in actual.items():
+        assert same_tensors({"": model.keymap.to_theirs(model.state_dict())}, {"": expected[part].state_dict()})
+    assert_close(outputs(actual), outputs(expected))
 
 
 def test_an_image(converted, photo):
@@ -83,9 +83,9 @@ def test_an_image(converted, photo):
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "9MB"}], ids=str)
 def test_a_published_folder(published, tmp_path, options):
-    """Diffusers and transformers load the assert_close tensors from the new folder as from the old one."""
+    """Diffusers and transformers load the same tensors from the new folder as from the old one."""
     convert(published, tmp_path, **options)
-    before, after = load_models(THEIRS, published), load_models(THEIRS, tmp_path)
+    before, after = load_models(REFERENCE, published), load_models(REFERENCE, tmp_path)
     for part, model in before.items():
         tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
         assert same_tensors({"": tensors}, {"": after[part].state_dict()})
@@ -100,17 +100,17 @@ def test_a_published_folder(published, tmp_path, options):
 
 def test_half_precision(originals, tmp_path):
     convert(originals["full"], tmp_path, dtype="fp16")
-    half = load_models({part: THEIRS[part] for part in OURS}, tmp_path, torch_dtype=torch.float16)
+    half = load_models({part: REFERENCE[part] for part in IMVAR}, tmp_path, torch_dtype=torch.float16)
     assert {tensor.dtype for model in half.values() for tensor in model.state_dict().values()} == {torch.float16}
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
-@pytest.mark.parametrize("source", ["original", "ours"])
+@pytest.mark.parametrize("source", ["original", "imvar"])
 def test_diffusers_reads_the_same_from_single_files(originals, converted, tmp_path, part, source):
     """The original v2 file, and the one that imvar converts the folder to."""
     file = originals["v2"]
-    if source == "ours":
+    if source == "imvar":
         convert(converted["v2"], file := tmp_path / "v2.safetensors", to="original")
-    theirs = THEIRS[part].from_single_file(str(file), config=str(converted["v2"]), subfolder=part)
-    ours = OURS[part].from_single_file(file)
-    assert same_tensors({"": ours.keymap.to_theirs(ours.state_dict())}, {"": theirs.state_dict()})
+    expected = REFERENCE[part].from_single_file(str(file), config=str(converted["v2"]), subfolder=part)
+    actual = IMVAR[part].from_single_file(file)
+    assert same_tensors({"": actual.keymap.to_theirs(actual.state_dict())}, {"": expected.state_dict()})

@@ -60,7 +60,7 @@ def is_identical(a: Tensor, b: Tensor) -> bool:
 
 
 def same_tensors(a: Parts, b: Parts) -> bool:
-    """Assert that two checkpoints have the is_identical tensors; return whether there are any."""
+    """Assert that two checkpoints have the same tensors; return whether there are any."""
     assert {part: sorted(tensors) for part, tensors in a.items()} == {
         part: sorted(tensors) for part, tensors in b.items()
     }

@@ -321,8 +321,8 @@ def test_model_index(folder):
         StableDiffusionImageVariationPipeline.from_pretrained(folder)
     path.write_text(json.dumps(index | {"safety_checker": [None, None], "requires_safety_checker": False}))
     assert StableDiffusionImageVariationPipeline.from_pretrained(folder).safety_checker is None
-    for spoilt in ("{", "[]", '{"a": ' * 10_000):
-        path.write_text(spoilt)
+    for invalid_json in ("{", "[]", '{"a": ' * 10_000):
+        path.write_text(invalid_json)
         with pytest.raises(CheckpointError, match=r"JSON|no such file"):
             StableDiffusionImageVariationPipeline.from_pretrained(folder)
 

@@ -104,8 +104,8 @@ def test_pickles_refer_to_the_published_globals(originals, layout):
     with zipfile.ZipFile(originals[layout]) as file:
         text = file.read(f"{layout}/data.pkl")
         assert file.testzip() is None
-    found = {name for code, name, _ in pickletools.genops(text) if code.name in ("GLOBAL", "STACK_GLOBAL")}
-    assert found == GLOBALS[layout]
+    names = {name for code, name, _ in pickletools.genops(text) if code.name in ("GLOBAL", "STACK_GLOBAL")}
+    assert names == GLOBALS[layout]
 
 
 @pytest.mark.parametrize("layout", ["ema_only", "v2"])
@@ -161,12 +161,12 @@ def test_diffusers_converts_the_unet_and_the_vae(full, tmp_path):
         ("vae", diffusers.AutoencoderKL, utils.convert_ldm_vae_checkpoint),
     ):
         model = kind.from_config(kind.load_config(tmp_path, subfolder=part))
-        theirs = convert(dict(full), model.config)
-        model.load_state_dict(theirs, strict=True)
+        converted = convert(dict(full), model.config)
+        model.load_state_dict(converted, strict=True)
         for row in original_keys("full", tiny=True):
             if row.targets and row.op != "copy_ema" and row.targets[0].startswith(f"{part}/"):
                 name = row.targets[0].removeprefix(f"{part}/")
-                assert theirs[name].equal(full[row.name].reshape(target_shapes(row)[0])), row
+                assert converted[name].equal(full[row.name].reshape(target_shapes(row)[0])), row
 
 
 def test_transformers_loads_the_image_encoder(tmp_path):

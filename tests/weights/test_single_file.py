@@ -101,10 +101,10 @@ def test_the_file_of_one_part(checkpoint, tmp_path, part):
     model = PARTS[part].from_pretrained(checkpoint, subfolder=part)
     (file,) = (checkpoint / part).glob("*.safetensors")
     assert same_model(PARTS[part].from_single_file(file), model)
-    torch.save(model.state_dict(), tmp_path / "ours.pt")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
     for where in (checkpoint, checkpoint / part):
-        assert same_model(PARTS[part].from_single_file(tmp_path / "ours.pt", config=where), model)
-    assert same_model(PARTS[part].from_single_file(tmp_path / "ours.pt", config=checkpoint, subfolder=part), model)
+        assert same_model(PARTS[part].from_single_file(tmp_path / "weights.pt", config=where), model)
+    assert same_model(PARTS[part].from_single_file(tmp_path / "weights.pt", config=checkpoint, subfolder=part), model)
 
 
 def test_a_published_autoencoder_file(tmp_path):
@@ -124,10 +124,10 @@ def test_a_published_autoencoder_file(tmp_path):
         "model_ema.num_updates": torch.tensor(3, dtype=torch.int32),
     }
     torch.save({"state_dict": tensors, "global_step": 840000}, tmp_path / "vae.ckpt")
-    found = imvar.AutoencoderKL.from_single_file(tmp_path / "vae.ckpt")
-    assert same_tensors({"": found.state_dict()}, {"": vae.state_dict()})
+    loaded = imvar.AutoencoderKL.from_single_file(tmp_path / "vae.ckpt")
+    assert same_tensors({"": loaded.state_dict()}, {"": vae.state_dict()})
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(found(x).sample, vae(x).sample)
+    assert torch.equal(loaded(x).sample, vae(x).sample)
 
 
 # Options
