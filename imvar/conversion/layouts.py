@@ -23,7 +23,7 @@ from ..weights.keymap import PUBLISHED, Naming
 from ..weights.model_index import INDEX, PARTS, index_text
 from ..weights.reading import read_checkpoint, read_weights
 from ..weights.single_file import CONFIGS_KEY, ORIGINAL_NAMINGS
-from ..weights.writing import WrittenFile, write_tensors, write_weights
+from ..weights.writing import WrittenFile, value_range, write_tensors, write_weights
 from .inspect import InspectedPart
 
 PIPELINE_CLASS = "StableDiffusionImageVariationPipeline"
@@ -112,8 +112,7 @@ class Layout(ABC):
             if part.source is None:
                 continue
             for name, tensor in part.component.state_dict().items():
-                values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # few functions support 8 bits
-                low, high = (bound.item() for bound in values.aminmax()) if tensor.numel() else (0.0, 0.0)
+                low, high = value_range(tensor)
                 key, path, largest = part.source_name(name), part.source.path, max(-low, high)
                 if not isfinite(low) or not isfinite(high):
                     raise invalid(CheckpointError, path, "finite values", "NaN or infinity", key=key)
@@ -174,7 +173,7 @@ class DiffusersLayout(Layout):
             for name, part in self.parts.items()
             if part.source
             for path in sorted((self.path / name).glob("*"))
-            if part.component.stem.left(path.name)
+            if part.component.stem.is_preserved(path.name)
         ]
 
     def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checks import Dtype, as_dtype
 from ..errors import CheckpointError, InputTypeError, invalid, short_repr, warn_user
-from ..weights.hub import within
+from ..weights.hub import names_in
 from ..weights.json_files import read_json, safe_join
 from ..weights.model_index import (
     INDEX,
@@ -110,9 +110,9 @@ def select_weights(
 ) -> tuple[list[str], str | None]:
     """Return the weights files to read and their variant, None if only the plain files are there."""
     try:
-        return model.stem.choose(names, variant, use_safetensors), variant
+        return model.stem.select(names, variant, use_safetensors), variant
     except CheckpointError:
-        return model.stem.choose(names, None, use_safetensors), None
+        return model.stem.select(names, None, use_safetensors), None
 
 
 def files_to_read(names: set[str] | None, overrides: Mapping[str, Any], **reading: Any) -> list[str]:
@@ -120,7 +120,7 @@ def files_to_read(names: set[str] | None, overrides: Mapping[str, Any], **readin
     files = [INDEX]
     for part in PARTS:
         model = default_class(part)
-        in_folder = within(names, f"{part}/")
+        in_folder = names_in(names, f"{part}/")
         if part not in overrides and in_folder != []:
             weights = select_weights(in_folder, model, **reading)[0] if issubclass(model, PretrainedModel) else []
             files += [f"{part}/{name}" for name in (model.config_name, *weights)]

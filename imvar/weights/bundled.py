@@ -1,40 +1,38 @@
-"""Checkpoints that come with imvar, in `imvar/checkpoints`: found by name, with no network and no cache."""
+"""Checkpoints bundled with imvar, in `imvar/checkpoints`, available without a network or a cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import CheckpointError, InputError, short_repr
+from ..errors import CheckpointError, InputError, invalid, short_repr
 
 BUNDLED = ("imvar-emoji",)
-HOME = Path(__file__).resolve().parents[1] / "checkpoints"  # resolved, since some installers link file by file
+HOME = Path(__file__).resolve().parents[1] / "checkpoints"  # resolved, since some installers link each file
 
 
 def bundled_checkpoint(name: str = BUNDLED[0], revision: str | None = None) -> Path:
-    """The folder of a checkpoint that comes with imvar, in the published layout: `str` of it is what diffusers takes.
+    """Return the folder of a bundled checkpoint, in the published layout; diffusers accepts `str` of it.
 
-    There is one state of it, so `revision` is None or "main". Raises `InputError` for another one or a name that is
-    not bundled, `CheckpointError` if the folder is not there.
+    There is one revision, so `revision` is None or "main". Raises `InputError` for another one or for an unknown name,
+    `CheckpointError` if the folder is missing.
     """
     if name not in BUNDLED:
-        raise InputError(
-            f"{short_repr(name)}: no checkpoint of that name comes with imvar; {' or '.join(BUNDLED)} would do"
-        )
+        raise invalid(InputError, "name", f"a bundled checkpoint ({' or '.join(BUNDLED)})", short_repr(name))
     if revision not in (None, "main"):
-        raise InputError(
-            f"revision={short_repr(revision)}: {name} comes with imvar and has no revisions; leave it out",
-            key="revision",
-        )
+        hint = f"{name} comes with imvar and has no other revisions"
+        raise invalid(InputError, "revision", "None or 'main'", short_repr(revision), hint)
     folder = HOME / name
     if not folder.is_dir():
-        raise CheckpointError(
-            f"no such folder: {name} comes with imvar, but this copy of imvar is not whole; "
-            "installing it again, unpacked, would do",
-            path=folder,
+        raise invalid(
+            CheckpointError,
+            folder,
+            "a folder, as it comes with imvar",
+            "an incomplete installation",
+            "install imvar again, unpacked",
         )
     return folder
 
 
 def bundled_examples(name: str = BUNDLED[0]) -> dict[str, Path]:
-    """Picture files by name that come with such a checkpoint, of the kind that it makes variations of."""
+    """Return the paths of the example images of a bundled checkpoint by name."""
     return {path.stem: path for path in sorted((bundled_checkpoint(name) / "examples").glob("*.png"))}

@@ -25,14 +25,14 @@ HINT = f"connect once so that it is downloaded, or pass the folder of a copy; {B
 TIMEOUT = 10  # seconds
 
 
-def within(names: set[str] | None, prefix: str) -> list[str] | None:
-    """Those of the names that begin with `prefix`, without it; None where they are not known."""
-    return None if names is None else [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+def names_in(names: set[str] | None, folder: str) -> list[str] | None:
+    """Return the names that begin with `folder`, without it; None for None."""
+    return None if names is None else [name.removeprefix(folder) for name in names if name.startswith(folder)]
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where on the hub a checkpoint is looked for, and with which rights."""
+    """Options of a download: revision, cache, whether to use only the cache, and token."""
 
     revision: str | None = None
     cache_dir: str | Path | None = None

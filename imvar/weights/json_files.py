@@ -1,4 +1,4 @@
-"""JSON files of checkpoints, which are untrusted: bounded in size, strict, inside the checkpoint's folder."""
+"""Strict reading of a checkpoint's JSON files, which are untrusted: limited in size and confined to its folder."""
 
 from __future__ import annotations
 
@@ -8,68 +8,68 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, describe, first_line, invalid
 
-MAX_JSON_BYTES = 2**21  # bytes of a config, an index or the header of a weights file; ours have 100,000 at the most
+MAX_JSON_BYTES = 2**21  # of a config, an index or the header of a weights file; imvar's have 100,000 at most
 
 
 def safe_join(folder: Path, name: str) -> Path:
-    """The file or folder `name` of a checkpoint's folder, refused where it lies elsewhere, as by `..` or a link.
+    """Return `folder / name`, or raise `CheckpointError` if that leads out of the folder, by `..` or a symbolic link.
 
-    The folder itself may be a link. In the hub's cache, where files are links, the repository's folder is the bound.
+    The folder itself may be a link. In the hub's cache, where files are links, the repository's folder is the limit.
     """
     path = folder / name
     try:
-        bound, real = folder.resolve(), path.resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a name that no file can have
-        raise CheckpointError(f"cannot be a file: {first_line(error)}", path=path) from error
-    for above in bound.parents:
-        if above.name == "snapshots" and above.parent.name.startswith("models--"):
-            bound = above.parent
-    if not real.is_relative_to(bound):
-        raise CheckpointError(f"leads out of {bound}, to {real}; a checkpoint's files lie in its folder", path=path)
+        limit, real = folder.resolve(), path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # circular links, names that are invalid as file names
+        raise invalid(CheckpointError, path, "a valid path", first_line(error)) from error
+    for parent in limit.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            limit = parent.parent
+    if not real.is_relative_to(limit):
+        raise invalid(CheckpointError, path, f"a path in {limit}", f"one that leads to {real}")
     return path
 
 
 def read_magic(path: Path) -> bytes:
-    """The first bytes of a file that is one, and has any."""
+    """Return the first bytes of a regular file that is not empty."""
     try:
-        kind = path.stat().st_mode
-        if not stat.S_ISREG(kind):  # opening a pipe would wait for a writer
-            raise CheckpointError("is a folder, not a file" if stat.S_ISDIR(kind) else "is no regular file", path=path)
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe would block
+            raise invalid(CheckpointError, path, "a file", "a folder" if stat.S_ISDIR(mode) else "a special file")
         with path.open("rb") as file:
-            start = file.read(64)
+            magic = file.read(64)
     except CheckpointError:
         raise
     except FileNotFoundError as error:
-        raise CheckpointError("no such file", path=path) from error
+        raise invalid(CheckpointError, path, "a file", "no such file") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {first_line(error)}", path=path) from error
-    if not start:
-        raise CheckpointError("cannot be read: the file is empty", path=path)
-    return start
+        raise invalid(CheckpointError, path, "a readable file", first_line(error)) from error
+    if not magic:
+        raise invalid(CheckpointError, path, "a file with content", "an empty file")
+    return magic
+
+
+def reject_substitute(magic: bytes, path: Path, expected: str) -> None:
+    """Raise `CheckpointError` for a file that git-lfs or a web server left in place of the expected one."""
+    if magic.startswith(b"version https://git-lfs"):
+        raise invalid(CheckpointError, path, expected, "a git-lfs pointer", "run `git lfs pull`")
+    if magic.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        raise invalid(CheckpointError, path, expected, "a web page (HTML or XML)", "download the file again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a `CheckpointError` that says what is there instead."""
-    read_magic(path)
+    """Return the object in a JSON file, or raise `CheckpointError` that says what it contains instead."""
+    reject_substitute(read_magic(path), path, "a JSON file")
     with path.open("rb") as file:
         content = file.read(MAX_JSON_BYTES + 1)
     return parse_json(content, path)
 
 
 def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, Any]:
-    """The object that a JSON text in `path` says; a `CheckpointError` where it does not say one, or says it twice."""
+    """Return the object of a JSON text from `path`; raise `CheckpointError` for other values and duplicate keys."""
     if len(content) > MAX_JSON_BYTES:
-        raise CheckpointError(f"cannot be read as JSON: it has more than {MAX_JSON_BYTES} bytes", path=path, key=key)
-    if content.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            "cannot be read as JSON: it is a git-lfs pointer; git lfs pull would fetch the file", path=path
-        )
-    if content.lstrip().startswith(b"<"):
-        raise CheckpointError(
-            "cannot be read as JSON: it is a web page, such as a server sends in place of a file", path=path
-        )
+        raise invalid(CheckpointError, path, f"at most {MAX_JSON_BYTES} bytes of JSON", "more", key=key)
     try:
         value = json.loads(
             content.decode("utf-8"),
@@ -78,25 +78,26 @@ def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, 
             parse_float=parse_number,
         )
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot be read as JSON: {first_line(error)}", path=path, key=key) from error
+        raise invalid(CheckpointError, path, "valid JSON", f"an error: {first_line(error)}", key=key) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"holds a JSON {type(value).__name__}, not an object", path=path, key=key)
+        raise invalid(CheckpointError, path, "a JSON object", f"a {describe(value)}", key=key)
     return value
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    """Return a dictionary of the pairs; raise `ValueError` for a duplicate key or a number that is not finite."""
+    out: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key[:200]!r} is there twice")
-        if odd := not_finite(value):
-            raise ValueError(f"{key[:200]}: {odd[:20]} is not a finite number")
-        found[key] = value
-    return found
+        if key in out:
+            raise ValueError(f"the duplicate key {key[:200]!r}")
+        if number := first_not_finite(value):
+            raise ValueError(f"{number[:20]} for {key[:200]}, which is not a finite number")
+        out[key] = value
+    return out
 
 
 class NotFinite(str):
-    """NaN, Infinity or a number too large, as it stands in a file."""
+    """NaN, Infinity or a number beyond float64, as written in the file."""
 
 
 def parse_number(text: str) -> float | NotFinite:
@@ -104,8 +105,8 @@ def parse_number(text: str) -> float | NotFinite:
     return value if math.isfinite(value) else NotFinite(text)
 
 
-def not_finite(value: Any) -> NotFinite | None:
-    """The first that a value or a list of them holds."""
+def first_not_finite(value: Any) -> NotFinite | None:
+    """Return the first number that is not finite in a value or a nested list."""
     if isinstance(value, list):
-        return next(filter(None, map(not_finite, value)), None)
+        return next(filter(None, map(first_not_finite, value)), None)
     return value if isinstance(value, NotFinite) else None

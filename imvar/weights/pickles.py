@@ -1,7 +1,7 @@
-"""Reading `torch.save` files: a pickle is a program, and this lets only those run that do nothing but make tensors.
+"""Read `torch.save` files safely: a pickle is a program, and only those that construct plain tensors are run.
 
-The instructions are looked over first, without running one: how many there are, and which names they ask for.
-Then `torch.load` runs them with `weights_only=True`, and what comes out is checked to be tensors.
+First the instructions are examined without running one: how many there are and which globals they reference. Then
+`torch.load` runs them with `weights_only=True`, and the result is checked to consist of tensors.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from typing import IO, Any
 
 import torch
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, first_line, invalid
 
-MOST_INSTRUCTIONS = 250_000  # some 8,000 tensors
-LARGEST_PROGRAM = 2**24  # bytes of data.pkl, or of all that comes before the numbers in an old file
-LARGEST_LIST = 2**21  # bytes in which a zip file lists its records
-LARGEST_TUPLE = 10_000  # values in it, and in those in it
+MAX_INSTRUCTIONS = 250_000  # about 8,000 tensors
+MAX_PICKLE_BYTES = 2**24  # of data.pkl, or of the pickles at the beginning of a file in the old format
+MAX_DIRECTORY_BYTES = 2**21  # of the central directory of a zip file
+MAX_TUPLE_VALUES = 10_000  # including those of nested tuples
+EXPECTED = "a file of tensors"
 
-TENSORS = re.compile(
+TENSOR_GLOBALS = re.compile(
     r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v[23]|parameter)|torch\.Size"
     r"|torch\.((Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|storage\.UntypedStorage)"
     r"|torch\.(b?float[\w]+|u?int\d+|bool)"
 )
-"""The names that a pickle of dense tensors asks for."""
+"""Globals that a pickle of dense tensors references."""
 
 
 class InertObject:
-    """Stands for an object that an original checkpoint holds beside its weights, takes all and does nothing."""
+    """Placeholder for an object of a training state: accepts any arguments and state, and ignores them."""
 
     def __init__(self, *_: Any):
         pass
@@ -48,105 +49,88 @@ IGNORED_GLOBALS = (
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
 )
-"""What the training state in the published full checkpoint is made of, beside plain values."""
-BYTES = "_codecs.encode"  # how protocol 2 spells bytes; torch has its own answer to it
+"""Globals of the training state in the published full checkpoint, replaced by `InertObject`."""
+BYTES_GLOBAL = "_codecs.encode"  # how protocol 2 encodes bytes; torch handles it
 
-_standing_in = threading.Lock()  # torch's table of names is the whole process's
+_safe_globals_lock = threading.Lock()  # torch's list of safe globals is per process
 
 
-def unpickle(path: Path, *, standins: bool = False) -> Any:
-    """What a `torch.save` file holds, mapped where it is a zip file.
+def unpickle(path: Path, *, allow_training_state: bool = False) -> Any:
+    """Return the content of a `torch.save` file, mapped if it is a zip file.
 
-    Raises `CheckpointError` naming what the pickle asks for other than dense tensors and, if `standins`, the
-    few things that training leaves in an original checkpoint, each of which is then an `Inert`.
+    Raises `CheckpointError` with the first global that is neither part of a dense tensor nor, with
+    `allow_training_state`, of the training state in an original checkpoint, which becomes `InertObject`s.
     """
     try:
-        mapped = zipfile.is_zipfile(path)  # which may also raise, for one that says it goes on on another disk
+        mapped = zipfile.is_zipfile(path)  # may raise too, for one that claims to continue on another disk
         with path.open("rb") as file:
             names = (
                 referenced_globals(read_pickle_record(path, file))
                 if mapped
-                else referenced_globals(file.read(LARGEST_PROGRAM), pickles=5)
+                else referenced_globals(file.read(MAX_PICKLE_BYTES), pickles=5)
             )
-        allowed = (*IGNORED_GLOBALS, BYTES) if standins else ()
-        if foreign := [name for name in names if not TENSORS.fullmatch(name) and name not in allowed]:
-            raise CheckpointError(
-                f"cannot be read as a file of tensors: it names {foreign[0]}, and nothing but dense "
-                "tensors is ever unpickled",
-                path=path,
-            )
-        with (
-            _standing_in,
-            torch.serialization.safe_globals([(InertObject, name) for name in IGNORED_GLOBALS if standins]),
-        ):
+        allowed = (*IGNORED_GLOBALS, BYTES_GLOBAL) if allow_training_state else ()
+        for name in names:
+            if not TENSOR_GLOBALS.fullmatch(name) and name not in allowed:
+                hint = "nothing but dense tensors is unpickled"
+                raise invalid(CheckpointError, path, EXPECTED, f"a pickle that references {name}", hint)
+        ignored: Any = [(InertObject, name) for name in IGNORED_GLOBALS if allow_training_state]
+        with _safe_globals_lock, torch.serialization.safe_globals(ignored):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (CheckpointError, MemoryError):
         raise
     except zipfile.BadZipFile as error:
-        raise CheckpointError(
-            f"cannot be read as a file of tensors: it is cut short or damaged ({first_line(error)})", path=path
-        ) from error
-    except pickle.UnpicklingError as error:  # whose text advises to run the pickle after all
-        raise CheckpointError("cannot be read as a file of tensors: it is no pickle of tensors", path=path) from error
-    except Exception as error:  # what a pickle of nonsense leads to is any error at all
-        raise CheckpointError(
-            f"cannot be read as a file of tensors: it is cut short, or no pickle of tensors ({first_line(error)})",
-            path=path,
-        ) from error
+        got = f"one cut short or damaged ({first_line(error)})"
+        raise invalid(CheckpointError, path, EXPECTED, got) from error
+    except pickle.UnpicklingError as error:  # its message advises to run the pickle nevertheless
+        raise invalid(CheckpointError, path, EXPECTED, "not a pickle of tensors") from error
+    except Exception as error:  # a malformed pickle can lead to any error
+        got = f"one cut short or not a pickle of tensors ({first_line(error)})"
+        raise invalid(CheckpointError, path, EXPECTED, got) from error
 
 
 def read_pickle_record(path: Path, file: IO[bytes]) -> bytes:
-    """The pickle in a zip file of which every record is whole and as it is, uncompressed."""
-    if (size := zip_directory_size(file)) > LARGEST_LIST:
-        raise CheckpointError(
-            f"cannot be read as a file of tensors: its list of records has {size} bytes, more than {LARGEST_LIST}",
-            path=path,
-        )
+    """Return the pickle in a zip file whose records are complete and uncompressed."""
+    if (size := zip_directory_size(file)) > MAX_DIRECTORY_BYTES:
+        expected = f"a zip directory of at most {MAX_DIRECTORY_BYTES} bytes"
+        raise invalid(CheckpointError, path, expected, str(size))
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        found = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
-        if len(found) != 1:
-            raise CheckpointError(
-                "cannot be read as a file of tensors: it is a zip file, but not of torch.save", path=path
-            )
-        packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
-        if packed or sum(record.file_size for record in records) > path.stat().st_size:
-            raise CheckpointError(
-                "cannot be read as a file of tensors: it is compressed; torch.save never does that",
-                path=path,
-                key=packed[0] if packed else None,
-            )
-        if found[0].file_size > LARGEST_PROGRAM:
-            raise CheckpointError(
-                f"cannot be read as a file of tensors: its pickle has {found[0].file_size} bytes, "
-                f"more than {LARGEST_PROGRAM}",
-                path=path,
-            )
-        return archive.read(found[0])
+        pickles = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
+        if len(pickles) != 1:
+            raise invalid(CheckpointError, path, EXPECTED, "a zip file that is not of torch.save")
+        compressed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+        if compressed or sum(record.file_size for record in records) > path.stat().st_size:
+            key = compressed[0] if compressed else None
+            raise invalid(CheckpointError, path, EXPECTED, "a compressed zip file, not of torch.save", key=key)
+        if pickles[0].file_size > MAX_PICKLE_BYTES:
+            expected = f"a pickle of at most {MAX_PICKLE_BYTES} bytes"
+            raise invalid(CheckpointError, path, expected, str(pickles[0].file_size))
+        return archive.read(pickles[0])
 
 
 def zip_directory_size(file: IO[bytes]) -> int:
-    """In how many bytes a zip file says that it lists its records, all of which `zipfile` would read."""
+    """Return the size of a zip file's central directory in bytes, which `zipfile` would read completely."""
     file.seek(-98, io.SEEK_END)
     end = file.read()  # the last 22 bytes; before them, in large files, the same in 56 and a pointer to these in 20
     if end[-22:-18] != b"PK\5\6":
-        raise zipfile.BadZipFile("it does not end as one")
+        raise zipfile.BadZipFile("no end record")
     return int.from_bytes(end[40:48] if end[-42:-38] == b"PK\6\7" else end[-10:-6], "little")
 
 
 def referenced_globals(programs: bytes, pickles: int = 1) -> list[str]:
-    """The names, in full, that one or more pickles in a row ask for, the first first.
+    """Return the full names of the globals that one or more consecutive pickles reference, in order.
 
-    Raises `ValueError` for what no checkpoint says: too much, or tuples that hold a tuple over and over. Such a one
-    is small to write and endless to walk, as it is when it becomes the key of a dictionary.
+    Raises `ValueError` for too many instructions, and for tuples that repeatedly contain a tuple: such a value is
+    small in the file but takes forever to hash, as the key of a dictionary.
     """
     names, count, source = dict[str, None](), 0, io.BytesIO(programs)
     for _ in range(pickles):
-        stack, marks, memo = [], [], {}  # of each value, how many values it is when written out
+        stack, marks, memo = [], [], {}  # the number of values in each value, nested ones included
         for instruction, argument, _ in pickletools.genops(source):
-            if (count := count + 1) > MOST_INSTRUCTIONS:
-                raise ValueError(f"more than {MOST_INSTRUCTIONS} instructions")
-            name, taken = instruction.name, instruction.stack_before
+            if (count := count + 1) > MAX_INSTRUCTIONS:
+                raise ValueError(f"more than {MAX_INSTRUCTIONS} instructions")
+            name, popped = instruction.name, instruction.stack_before
             if name in ("GLOBAL", "INST"):
                 names[str(argument).replace("__builtin__", "builtins").replace(" ", ".", 1)] = None
             if name == "MARK":
@@ -155,14 +139,14 @@ def referenced_globals(programs: bytes, pickles: int = 1) -> list[str]:
                 memo[argument] = stack[-1]
             elif name.endswith("GET"):
                 stack.append(memo[argument])
-            elif taken or instruction.stack_after:
-                marked = pickletools.markobject in taken
-                start = marks.pop() if marked else len(stack)
-                start -= len(taken) - 2 * marked  # the mark, and all that is above it, are two of what is taken
+            elif popped or instruction.stack_after:
+                has_mark = pickletools.markobject in popped
+                start = marks.pop() if has_mark else len(stack)
+                start -= len(popped) - 2 * has_mark  # the mark and all values above it count as two of those popped
                 if start < 0:
-                    raise ValueError("it takes more than is there")
+                    raise ValueError("an instruction that pops more values than there are")
                 size = 1 + sum(stack[start:]) if name.startswith("TUPLE") else 1
-                if size > LARGEST_TUPLE:
-                    raise ValueError(f"a tuple of more than {LARGEST_TUPLE} values")
+                if size > MAX_TUPLE_VALUES:
+                    raise ValueError(f"a tuple of more than {MAX_TUPLE_VALUES} values")
                 stack[start:] = [size] * len(instruction.stack_after)
     return list(names)

@@ -16,7 +16,7 @@ from ..checks import Dtype, as_path, check_type
 from ..errors import CheckpointError, invalid, warn_user
 from .configured import ConfiguredComponent
 from .filenames import DIFFUSERS, TRANSFORMERS, WeightsName
-from .hub import Hub, locate, within
+from .hub import Hub, locate, names_in
 from .json_files import safe_join
 from .keymap import PUBLISHED, Dialect, Keymap, Naming
 from .options import READ_OPTIONS, SAVE_OPTIONS, filter_kwargs, locate_config, resolve_dtype, resolve_ema, should_write
@@ -75,7 +75,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         check_type("disable_mmap", disable_mmap, bool)
 
         def allow_patterns(names: set[str] | None) -> list[str]:
-            files = cls.stem.choose(within(names, prefix), variant, use_safetensors)
+            files = cls.stem.select(names_in(names, prefix), variant, use_safetensors)
             return [prefix + name for name in (cls.config_name, *files)]
 
         hub = Hub(revision, cache_dir, local_files_only, token)
@@ -97,7 +97,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             config = cls.read_config(safe_join(folder, cls.config_name), **changes)
             return config, read_weights(folder, cls.stem, variant, use_safetensors)
 
-        patterns = [cls.config_name, *cls.stem.choose(None, None, None)]
+        patterns = [cls.config_name, *cls.stem.select(None, None, None)]
         config, (path, tensors) = read_consistently(folder, patterns, read_files)
         return cls.from_tensors(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
 

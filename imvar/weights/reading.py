@@ -1,4 +1,4 @@
-"""Reading files of tensors: nothing in them is ever run."""
+"""Read files of tensors without executing anything that they contain."""
 
 from __future__ import annotations
 
@@ -12,54 +12,55 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, first_line, invalid, short_repr
 from .filenames import WeightsName
-from .json_files import MAX_JSON_BYTES, parse_json, read_json, read_magic, safe_join
+from .json_files import MAX_JSON_BYTES, parse_json, read_json, read_magic, reject_substitute, safe_join
 
-MAX_TENSORS = 2**13  # in one file, or in all shards of one part
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+MAX_TENSORS = 2**13  # in one file, or in all shards of a part
+PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def read_weights(
-    folder: Path, stem: WeightsName, variant: str | None, use_safetensors: bool | None
+    folder: Path, weights_name: WeightsName, variant: str | None, use_safetensors: bool | None
 ) -> tuple[Path, dict[str, Tensor]]:
-    """The tensors of a part, mapped rather than read where the format allows, and the file that named them."""
+    """Return a part's weights file, or the index of its shards, and the tensors, mapped if the format allows."""
     try:
-        name = stem.choose((path.name for path in folder.iterdir()), variant, use_safetensors)[0]
+        name = weights_name.select((path.name for path in folder.iterdir()), variant, use_safetensors)[0]
     except CheckpointError as error:
-        raise CheckpointError(error.reason, path=folder) from error
-    first = safe_join(folder, name)
-    return first, (read_shards(first) if first.suffix == ".json" else read_tensors(first))
+        raise error.at(folder) from error
+    path = safe_join(folder, name)
+    return path, (read_shards(path) if path.suffix == ".json" else read_tensors(path))
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors that an index lists, from the files beside it that it names."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError("has no weight_map from tensor to file name", path=index)
-    if len(places) > MAX_TENSORS:
-        raise CheckpointError(f"lists {len(places)} tensors, more than {MAX_TENSORS}", path=index)
-    listed: dict[str, set[str]] = defaultdict(set)
-    for key, name in places.items():
-        listed[name].add(key)
+    """Return all tensors of a sharded checkpoint from the files that its index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(f, str) for f in weight_map.values())):
+        expected = "a dictionary from tensor to file name"
+        raise invalid(CheckpointError, index, expected, short_repr(weight_map), key="weight_map")
+    if len(weight_map) > MAX_TENSORS:
+        raise invalid(CheckpointError, index, f"at most {MAX_TENSORS} tensors", str(len(weight_map)))
+    keys_by_file: dict[str, set[str]] = defaultdict(set)
+    for key, name in weight_map.items():
+        keys_by_file[name].add(key)
     tensors: dict[str, Tensor] = {}
-    for name, keys in sorted(listed.items()):
+    for name, keys in sorted(keys_by_file.items()):
         if Path(name).name != name or name in {"", ".", ".."} or name.endswith(".json"):
-            raise CheckpointError(
-                f"names {name[:200]!r}, which is not a file beside it that holds tensors", path=index, key=min(keys)
-            )
+            raise invalid(CheckpointError, index, "a weights file next to the index", repr(name[:200]), key=min(keys))
         shard = read_tensors(safe_join(index.parent, name))
-        if odd := sorted(keys ^ shard.keys()):
-            raise CheckpointError(f"the index and {name} disagree on whether it holds this", path=index, key=odd[0])
+        if differing := sorted(keys ^ shard.keys()):
+            key = differing[0]
+            expected, got = f"{name} with the tensors that the index lists", "without" if key in keys else "with"
+            raise invalid(CheckpointError, index, expected, f"a file {got} this one", key=key)
         tensors |= shard
     return tensors
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in one safetensors or `torch.save` file, mapped rather than read where the format allows.
+    """Return the tensors in a safetensors or `torch.save` file, mapped if the format allows.
 
-    The ending says which it is, or the first bytes where it says nothing. Raises `CheckpointError` naming the
-    file and what it is instead, or the entry in it that is no dense tensor.
+    The ending decides the format, or the first bytes if the ending is unknown. Raises `CheckpointError` with the file
+    and what it is instead, or with the entry that is not a dense tensor.
     """
     if is_safetensors(path):
         return read_safetensors(path)
@@ -69,53 +70,42 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors in an original checkpoint, one file for the whole model, and the names of what is left aside.
+    """Return the tensors in an original checkpoint, one file for the whole model, and the names of ignored entries.
 
-    That is what training keeps beside the weights (`epoch`, `optimizer_states`, ...), of which nothing is made.
-    The weights are under `state_dict` or, where there is none, all tensors at the top.
+    Ignored are those that training keeps next to the weights (`epoch`, `optimizer_states`, ...). The weights are under
+    `state_dict` or, if there is none, all tensors at the top level.
     """
     if is_safetensors(path):
         return read_safetensors(path), []
     from .pickles import unpickle
 
-    held = require_names(unpickle(path, standins=True), path)
-    weights = held.get("state_dict")
+    entries = require_names(unpickle(path, allow_training_state=True), path)
+    weights = entries.get("state_dict")
     if weights is None:
-        weights = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        weights = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     if not isinstance(weights, dict) or not weights:
-        raise CheckpointError("holds no tensors by name", path=path, key="state_dict")
-    aside = [name for name in held if name != "state_dict" and name not in weights]
-    return require_dense(require_names(weights, path), path), aside
+        raise invalid(CheckpointError, path, "tensors by name", "none", key="state_dict")
+    ignored = [name for name in entries if name != "state_dict" and name not in weights]
+    return require_dense(require_names(weights, path), path), ignored
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether this is one rather than a pickle; `CheckpointError` for a file that is plainly neither."""
-    start = read_magic(path)
-    if start[8:9] == b"{" and path.suffix not in PICKLES:
+    """Return whether a file is safetensors rather than a pickle; raise `CheckpointError` if it is clearly neither."""
+    magic, expected = read_magic(path), "a file of tensors"
+    if magic[8:9] == b"{" and path.suffix not in PICKLE_ENDINGS:
         return True
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            "cannot be read as a file of tensors: it is a git-lfs pointer, which stands for the real "
-            "file; git lfs pull would fetch that",
-            path=path,
-        )
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise CheckpointError(
-            "cannot be read as a file of tensors: it is a web page (HTML or XML), as a failed download leaves it",
-            path=path,
-        )
-    if start[8:9] == b"{" or (start.startswith((b"PK\3\4", b"\x80\2")) and path.suffix == ".safetensors"):
-        kind, ending = ("safetensors", ".safetensors") if start[8:9] == b"{" else ("a pickle", ".bin or .ckpt")
-        raise CheckpointError(
-            f"cannot be read as a file of tensors: it looks like {kind}, and ends in {path.suffix}; "
-            f"a name that ends in {ending} would do",
-            path=path,
-        )
-    if path.suffix in (".safetensors", *PICKLES):
+    reject_substitute(magic, path, expected)
+    if magic[8:9] == b"{":
+        got, hint = f"safetensors in a file that ends in {path.suffix}", "rename it to .safetensors"
+        raise invalid(CheckpointError, path, expected, got, hint)
+    if magic.startswith((b"PK\3\4", b"\x80\2")) and path.suffix == ".safetensors":
+        got, hint = "a pickle in a file that ends in .safetensors", "rename it to .bin or .ckpt"
+        raise invalid(CheckpointError, path, expected, got, hint)
+    if path.suffix in (".safetensors", *PICKLE_ENDINGS):
         return path.suffix == ".safetensors"
-    if start.startswith((b"PK", b"\x80")):
+    if magic.startswith((b"PK", b"\x80")):
         return False
-    raise CheckpointError("cannot be read as a file of tensors: it is neither safetensors nor of torch.save", path=path)
+    raise invalid(CheckpointError, path, expected, "neither safetensors nor a file of torch.save")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -123,72 +113,53 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot be read as a safetensors file: {first_line(error)}", path=path) from error
+        raise invalid(CheckpointError, path, "a safetensors file", f"an error: {first_line(error)}") from error
 
 
 def check_header(path: Path) -> None:
-    """What the library lets pass or says obscurely: a header of nonsense, names that are there twice, a short file."""
-    size = path.stat().st_size
+    """Check what the library accepts or reports unclearly: the size, duplicate names, a truncated file."""
+    size, expected = path.stat().st_size, "a safetensors file"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        start = file.read(1)
-        if size < 10 or start != b"{" or length > MAX_JSON_BYTES:
-            raise CheckpointError(
-                "cannot be read as a safetensors file: it does not begin as one "
-                f"(a header of {length} bytes, {MAX_JSON_BYTES} at the most)",
-                path=path,
-            )
+        magic = file.read(1)
+        if size < 10 or magic != b"{" or length > MAX_JSON_BYTES:
+            got = f"one that does not begin as such (a header of {length} bytes, at most {MAX_JSON_BYTES} are allowed)"
+            raise invalid(CheckpointError, path, expected, got)
         if length > size - 8:
-            raise CheckpointError(
-                f"cannot be read as a safetensors file: it is cut short at {size} bytes, and its "
-                f"header alone has {length}",
-                path=path,
-            )
-        header = parse_json(start + file.read(length - 1), path)
+            got = f"one cut short at {size} bytes, of which the header alone has {length}"
+            raise invalid(CheckpointError, path, expected, got)
+        header = parse_json(magic + file.read(length - 1), path)
     if len(header) > MAX_TENSORS + 1:
-        raise CheckpointError(f"holds {len(header)} tensors, more than {MAX_TENSORS}", path=path)
-    ends = [
+        raise invalid(CheckpointError, path, f"at most {MAX_TENSORS} tensors", str(len(header)))
+    offsets = [
         entry["data_offsets"][-1:]
         for entry in header.values()
         if isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list)
     ]
-    if (end := 8 + length + max((n for [n] in filter(None, ends) if isinstance(n, int)), default=0)) > size:
-        raise CheckpointError(
-            f"cannot be read as a safetensors file: it is cut short at {size} bytes of {end}", path=path
-        )
+    end = 8 + length + max((end for [end] in filter(None, offsets) if isinstance(end, int)), default=0)
+    if end > size:
+        raise invalid(CheckpointError, path, expected, f"one cut short at {size} bytes of {end}")
 
 
-def require_names(held: Any, path: Path) -> dict[str, Any]:
-    """`held` as a dictionary by name, or a `CheckpointError`."""
-    if not isinstance(held, dict):
-        raise CheckpointError(f"holds a {type(held).__name__}, not tensors by name", path=path)
-    if odd := [name for name in held if not isinstance(name, str)]:
-        raise CheckpointError(f"holds something under a {type(odd[0]).__name__}, not under a name", path=path)
-    return dict(dict.items(held))  # an OrderedDict comes with attributes that the file chose
+def require_names(entries: Any, path: Path) -> dict[str, Any]:
+    """Return `entries` as a dictionary, or raise `CheckpointError` if they are not entries by name."""
+    if not isinstance(entries, dict):
+        raise invalid(CheckpointError, path, "tensors by name", f"a {type(entries).__name__}")
+    if keys := [name for name in entries if not isinstance(name, str)]:
+        raise invalid(CheckpointError, path, "tensors by name", f"a key of type {type(keys[0]).__name__}")
+    return dict(dict.items(entries))  # an OrderedDict may have attributes from the file
 
 
-def require_dense(held: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """These entries of a pickle as plain tensors, each of which has all of its numbers in the file."""
-    for name, tensor in held.items():
-        if (
-            type(tensor) not in (Tensor, nn.Parameter)
-            or tensor.layout != torch.strided
-            or tensor.is_quantized
-            or tensor.is_nested
-            or not tensor.is_cpu
-        ):
-            raise CheckpointError(
-                f"is a {type(tensor).__name__}, not a dense tensor"
-                if type(tensor) is not Tensor
-                else "is not a dense tensor",
-                path=path,
-                key=name,
-            )
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise CheckpointError(
-                f"has shape {tuple(tensor.shape)}, but the file holds "
-                f"{tensor.untyped_storage().nbytes()} bytes of it, not {tensor.nbytes}",
-                path=path,
-                key=name,
-            )
-    return {name: tensor.detach().resolve_neg() for name, tensor in held.items()}
+def require_dense(entries: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Return the entries of a pickle as plain tensors; raise `CheckpointError` unless all are dense and complete."""
+    for name, tensor in entries.items():
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise invalid(CheckpointError, path, "a dense tensor", f"a {type(tensor).__name__}", key=name)
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or not tensor.is_cpu:
+            got = f"one of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise invalid(CheckpointError, path, "a dense tensor", got, key=name)
+        n_bytes = tensor.untyped_storage().nbytes()
+        if tensor.nbytes > n_bytes:
+            expected = f"{tensor.nbytes} bytes for shape {tuple(tensor.shape)}"
+            raise invalid(CheckpointError, path, expected, str(n_bytes), key=name)
+    return {name: tensor.detach().resolve_neg() for name, tensor in entries.items()}

@@ -205,11 +205,14 @@ def test_a_tensor_under_two_names(folder):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "cannot be read"),
-        (b"<html>not found</html>", "cannot be read"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "cannot be read"),
-        (b"\xff" * 4096, "cannot be read"),
-        (b"PK\x06\x07" + bytes(12) + b"\2\0\0\0" + b"PK\x05\x06" + bytes(18), "cannot be read"),  # a multi-disk zip
+        (b"", "got an empty file"),
+        (b"<html>not found</html>", "got a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "got a git-lfs pointer"),
+        (b"\xff" * 4096, "begin as such|not a pickle"),
+        (
+            b"PK\x06\x07" + bytes(12) + b"\2\0\0\0" + b"PK\x05\x06" + bytes(18),
+            "begin as such|cut short",
+        ),  # a multi-disk zip
     ],
 )
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"])
@@ -230,7 +233,7 @@ def test_pickles_run_no_code(folder, capsys):
     file = folder / "unet" / "diffusion_pytorch_model.bin"
     weights(folder, "unet").unlink()
     for content, words in (
-        ({"conv_in.weight": Harmful()}, "names builtins.print"),
+        ({"conv_in.weight": Harmful()}, "references builtins.print"),
         ([torch.ones(1)], "list"),
         ({"conv_in.weight": 3}, "dense"),
         ({"conv_in.weight": torch.eye(2).to_sparse()}, "dense"),
@@ -255,7 +258,7 @@ def test_indexes_with_paths_outside_the_folder(folder, place):
     weights(folder, "unet").unlink()
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": place}}))
-    with pytest.raises(CheckpointError, match="not a file beside it"):
+    with pytest.raises(CheckpointError, match="expected a weights file next to the index"):
         imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     index.write_text(json.dumps({"weight_map": 3}))
     with pytest.raises(CheckpointError, match="weight_map"):

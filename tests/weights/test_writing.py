@@ -68,7 +68,7 @@ def test_casting(tmp_path):
     assert all(torch.equal(half[name], tensors[name].to(half[name].dtype)) for name in tensors)
     for ending in ("safetensors", "bin"):
         for bad, words in (
-            ({"w": torch.tensor([1e6])}, r"w: .*beyond torch\.float16"),
+            ({"w": torch.tensor([1e6])}, r"w: expected values within torch\.float16, got values up to 1e\+06"),
             ({"w": torch.ones(2, device="meta")}, r"w: .*meta"),
             ({"w": torch.eye(2).to_sparse()}, "dense"),
         ):
