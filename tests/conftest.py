@@ -1,4 +1,4 @@
-"""Tiny models and quiet progress bars for every test."""
+"""Fixtures of all tests: tiny models, checkpoints in every layout, a photo."""
 
 import os
 import shutil
@@ -18,8 +18,16 @@ pytest.register_assert_rewrite("tests.support.refusals", "tests.support.expected
 PHOTOS = Path(__file__).parent / "photos"
 
 
+def pytest_collection_modifyitems(items):
+    """Mark tests by folder, so that `-m "not reference"` selects."""
+    for item in items:
+        for marker in {"cuda", "reference"} & set(item.path.parts):
+            item.add_marker(marker)
+
+
 @pytest.fixture(autouse=True)
-def _one_thread_is_quickest():
+def _single_thread():
+    """Run models as small as these on one thread, which is faster."""
     torch.set_num_threads(1)
 
 
@@ -37,7 +45,7 @@ def pipe():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A folder with a whole tiny checkpoint, loaded once: no test is charged for what the libraries do only once."""
+    """A complete tiny checkpoint, loaded once so that no test pays for one-time work of the libraries."""
     folder = tmp_path_factory.mktemp("checkpoint")
     tiny_pipeline().save_pretrained(folder)
     StableDiffusionImageVariationPipeline.from_pretrained(folder)
@@ -46,13 +54,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def folder(checkpoint, tmp_path):
-    """A copy of it, to be spoilt."""
+    """A copy of `checkpoint` for tests that corrupt it."""
     return shutil.copytree(checkpoint, tmp_path / "checkpoint")
 
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """A folder as it was published, tiny and with random weights: pickles, and safetensors of the same."""
+    """A folder in the published layout, tiny and with random weights, as pickles and as safetensors."""
     folder = tmp_path_factory.mktemp("published")
     write_checkpoint(folder, tiny=True)
     return folder
@@ -60,7 +68,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory):
-    """A tiny original file of each layout."""
+    """A tiny original file per layout."""
     folder = tmp_path_factory.mktemp("originals")
     files = {layout: folder / f"{layout}.ckpt" for layout in LAYOUTS}
     for layout, file in files.items():
@@ -70,7 +78,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def converted(originals, tmp_path_factory):
-    """The folder in diffusers' layout that each of the original files becomes."""
+    """Each original file, converted to a folder in diffusers' layout."""
     folder = tmp_path_factory.mktemp("converted")
     for layout, file in originals.items():
         convert(file, folder / layout)
@@ -79,7 +87,7 @@ def converted(originals, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(checkpoint, tmp_path_factory):
-    """An original file of a megabyte, with its settings in it."""
+    """An original file of a megabyte with its configs in the metadata."""
     file = tmp_path_factory.mktemp("small") / "small.safetensors"
     convert(checkpoint, file, to="original")
     return file
@@ -87,5 +95,5 @@ def small(checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def no_fsync(monkeypatch):
-    """A killed process loses nothing that it has written, synchronised or not; waiting for the disk takes long."""
+    """Skip fsync: a killed process loses nothing that it has written, and waiting for the disk is slow."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
