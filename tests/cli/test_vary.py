@@ -1,4 +1,4 @@
-"""The command line, on a tiny checkpoint with random weights."""
+"""`imvar vary` with a tiny checkpoint of random weights."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ def photo(tmp_path):
 
 @pytest.fixture
 def run(checkpoint, tmp_path):
-    """Runs `imvar vary` with these arguments, in two steps and float32; the pictures go to tmp_path/out."""
+    """Return a function that runs `imvar vary` with two steps in float32 and saves to tmp_path/out."""
 
     def run(*args, out="out", common=("--steps", "2", "--dtype", "float32", "--device", "cpu")):
         return cli.main(["vary", "--checkpoint", str(checkpoint), "-o", str(tmp_path / out), *common, *map(str, args)])
@@ -39,7 +39,7 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_one_file_a_variation_and_a_contact_sheet(run, photo, tmp_path, capsys):
+def test_a_file_per_variation_and_a_contact_sheet(run, photo, tmp_path, capsys):
     (tmp_path / "b").mkdir()
     other = tmp_path / "b" / "A PHOTO.png"
     Image.new("RGB", (40, 80), "teal").save(other)
@@ -47,13 +47,13 @@ def test_one_file_a_variation_and_a_contact_sheet(run, photo, tmp_path, capsys):
     names = [f"{name}-{seed}.png" for name in ("a photo", "A PHOTO-2") for seed in (7, 8, 9)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*names, "contact-sheet.png"])
     assert {Image.open(tmp_path / "out" / name).size for name in names} == {(96, 64)}
-    said = capsys.readouterr().out.splitlines()
-    assert [line.rsplit("/")[-1] for line in said[:-1]] == names
-    assert "contact-sheet.png" in said[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit("/")[-1] for line in lines[:-1]] == names
+    assert "contact-sheet.png" in lines[-1]
 
 
-def test_a_seed_makes_the_same_picture_alone_and_among_others(run, photo, tmp_path):
-    """To the bit in batches of one size; else up to the rounding of a batch of another size, here one level."""
+def test_a_seed_gives_the_same_image_in_any_batch(run, photo, tmp_path):
+    """Bit-identical in batches of equal size; otherwise up to rounding, at most one of 255 levels."""
     run(photo, "-n", 3, "--seed", 5)
     run(photo, "-n", 1, "--seed", 6, out="alone")
     run(photo, "-n", 2, "--seed", 6, "--batch", 1, out="singly")
@@ -64,19 +64,19 @@ def test_a_seed_makes_the_same_picture_alone_and_among_others(run, photo, tmp_pa
     assert np.abs(alone - pixels(tmp_path / "out" / "a photo-5.png")).max() > 50
 
 
-def test_pictures_are_those_of_the_pipeline(run, checkpoint, photo, tmp_path):
+def test_images_equal_those_of_the_pipeline(run, checkpoint, photo, tmp_path):
     run(photo, "-n", 2, "--guidance", 2, "--scheduler", "lms")
     pipe = imvar.StableDiffusionImageVariationPipeline.from_pretrained(checkpoint)
     pipe.scheduler = imvar.LMSDiscreteScheduler.from_config(pipe.scheduler.config)
-    made = pipe(
+    output = pipe(
         Image.open(photo),
         num_inference_steps=2,
         guidance_scale=2.0,
         num_images_per_prompt=2,
         generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
     )
-    for seed, picture in enumerate(made.images):
-        assert np.abs(pixels(tmp_path / "out" / f"a photo-{seed}.png") - np.asarray(picture)).max() <= 1
+    for seed, image in enumerate(output.images):
+        assert np.abs(pixels(tmp_path / "out" / f"a photo-{seed}.png") - np.asarray(image)).max() <= 1
 
 
 def test_an_original_file_is_a_checkpoint(run, checkpoint, photo, tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_ddim_does_not_clip(checkpoint):
     assert type(cli.load(str(checkpoint), None, None, torch.float32).scheduler) is imvar.PNDMScheduler
 
 
-def test_flagged_pictures_are_reported(run, photo, tmp_path, capsys, monkeypatch):
+def test_flagged_images_are_reported(run, photo, tmp_path, capsys, monkeypatch):
     def check(self, images, clip_input):
         return images * torch.tensor([1.0, 0.0])[:, None, None, None], [False, True]
 
@@ -107,7 +107,7 @@ def test_flagged_pictures_are_reported(run, photo, tmp_path, capsys, monkeypatch
     assert not pixels(tmp_path / "out" / "a photo-1.png").any()
 
 
-# ---- what is refused
+# ---- Errors
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_flagged_pictures_are_reported(run, photo, tmp_path, capsys, monkeypatch
         (["PHOTO", "--checkpoint", "/no/where"], "/no/where: expected a folder"),
     ],
 )
-def test_a_job_that_cannot_be_done(run, photo, args, message, capsys):
+def test_invalid_arguments(run, photo, args, message, capsys):
     assert run(*[photo if arg == "PHOTO" else arg for arg in args]) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("imvar: ")
-    assert message in said
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("imvar: ")
+    assert message in line
 
 
 def test_photos_are_read_before_the_checkpoint(run, photo, tmp_path, capsys):
@@ -141,7 +141,7 @@ def test_photos_are_read_before_the_checkpoint(run, photo, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_photo_is_never_written_over(run, photo, tmp_path, capsys):
+def test_a_photo_is_never_overwritten(run, photo, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     for name in ("a photo-1.png", "contact-sheet.png"):
         other = tmp_path / "out" / name
@@ -151,7 +151,7 @@ def test_a_photo_is_never_written_over(run, photo, tmp_path, capsys):
         assert Image.open(other).size == (32, 32)
 
 
-def test_a_second_name_of_a_photo_keeps_it(run, photo, tmp_path):
+def test_a_hard_link_to_a_photo_is_replaced_and_the_photo_kept(run, photo, tmp_path):
     (tmp_path / "out").mkdir()
     other = tmp_path / "out" / "a photo-0.png"
     other.hardlink_to(photo)
@@ -161,12 +161,12 @@ def test_a_second_name_of_a_photo_keeps_it(run, photo, tmp_path):
     assert Image.open(other).size == (128, 128)
 
 
-def test_a_picture_is_written_whole_or_not_at_all(run, photo, tmp_path, capsys, monkeypatch):
+def test_a_failed_save_keeps_the_existing_file(run, photo, tmp_path, capsys, monkeypatch):
     assert run(photo, "-n", 1) == 0
     files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
-    def full(self, place, format):
-        place.write_bytes(b"half")
+    def full(self, path, format):
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
@@ -175,26 +175,26 @@ def test_a_picture_is_written_whole_or_not_at_all(run, photo, tmp_path, capsys, 
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
-def test_where_nothing_can_be_written_nothing_is_made(run, photo, tmp_path, capsys, monkeypatch):
+def test_nothing_is_computed_if_nothing_can_be_written(run, photo, tmp_path, capsys, monkeypatch):
     (tmp_path / "out" / "contact-sheet.png").mkdir(parents=True)
     assert run(photo) == 1
     assert "contact-sheet.png: expected an output file, got a folder" in capsys.readouterr().err
-    monkeypatch.setattr(cli.os, "access", lambda place, mode: place != tmp_path)
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: path != tmp_path)
     assert run(photo, out="other/inner") == 1
     assert f"no permission to write in {tmp_path}" in capsys.readouterr().err
     assert not any(path.is_file() for path in tmp_path.rglob("*.png"))
 
 
-def test_a_machine_with_too_little_memory(run, photo, capsys):
+def test_out_of_memory(run, photo, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "load", lambda *_: torch.empty(2**60))
         assert run(photo) == 1
     assert capsys.readouterr().err.startswith("imvar: out of memory; use --batch 1")
 
 
-def test_a_name_that_the_terminal_cannot_write(run, photo, tmp_path):
+def test_a_name_that_the_terminal_cannot_encode(run, photo, tmp_path):
     fox = photo.rename(tmp_path / "🦊.jpg")
-    done = subprocess.run(
+    result = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -214,7 +214,7 @@ def test_a_name_that_the_terminal_cannot_write(run, photo, tmp_path):
         check=True,
         env=os.environ | {"PYTHONIOENCODING": "cp1252"},
     )
-    assert b"\\U0001f98a-0.png" in done.stdout
+    assert b"\\U0001f98a-0.png" in result.stdout
     assert (tmp_path / "out" / "🦊-0.png").exists()
 
 
@@ -233,22 +233,22 @@ def test_a_name_that_the_terminal_cannot_write(run, photo, tmp_path):
     ],
     ids=" ".join,
 )
-def test_a_job_that_is_not_understood(args, capsys):
-    with pytest.raises(SystemExit) as left:
+def test_usage_errors(args, capsys):
+    with pytest.raises(SystemExit) as caught:
         cli.main(args)
-    assert left.value.code == 2
+    assert caught.value.code == 2
     assert "usage: imvar" in capsys.readouterr().err
 
 
-# ---- pieces
+# ---- Helpers
 
 
 def test_as_a_module():
-    run = subprocess.run([sys.executable, "-m", "imvar", "--version"], capture_output=True, text=True, check=True)
-    assert run.stdout == f"imvar {imvar.__version__}\n"
+    result = subprocess.run([sys.executable, "-m", "imvar", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"imvar {imvar.__version__}\n"
 
 
-def test_half_precision_only_where_it_is_fast(monkeypatch):
+def test_half_precision_only_on_devices_that_support_it(monkeypatch):
     cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(cli, "has_bfloat16", lambda native=native: native)
@@ -258,8 +258,8 @@ def test_half_precision_only_where_it_is_fast(monkeypatch):
     assert cli.pick_dtype("bfloat16", cpu) is torch.bfloat16
 
 
-def test_photos_stand_upright(tmp_path):
-    """A picture dark at its top, to be turned a quarter clockwise, is dark at its right."""
+def test_exif_orientation_is_applied(tmp_path):
+    """An image that is dark at the top and rotated clockwise by a quarter is dark on the right."""
     path, exif = tmp_path / "turned.jpg", Image.Exif()
     exif[0x0112] = 6
     Image.linear_gradient("L").resize((40, 20)).save(path, exif=exif)
@@ -269,11 +269,11 @@ def test_photos_stand_upright(tmp_path):
     assert image.getpixel((19, 20)) < (50,) * 3
 
 
-def test_distinct_names():
+def test_unique_names():
     assert unique_names(["a", "b", "A", "a", "a-2"]) == ["a", "b", "A-2", "a-3", "a-2-2"]
 
 
-def test_text_is_shortened_to_fit():
+def test_fit_text():
     font = ImageFont.load_default(13)
     assert fit_text("short", font, 100) == "short"
     short = fit_text("w" * 99, font, 100)
@@ -291,15 +291,15 @@ def test_text_is_shortened_to_fit():
         ((512, 512), (256, 256)),
     ],
 )
-def test_small_pictures_grow_by_a_whole_factor(size, on_sheet):
+def test_small_images_are_enlarged_by_an_integer(size, on_sheet):
     assert size_on_sheet(Image.new("RGB", size)) == on_sheet
 
 
 def test_size_of_the_contact_sheet():
-    picture = Image.new("RGB", (384, 256), "teal")
+    image = Image.new("RGB", (384, 256), "teal")
     rows = [
-        SheetRow("wide", Image.new("RGB", (300, 100)), [("", picture)] * 3),
-        SheetRow("tall", Image.new("RGB", (100, 300)), [("", picture)]),
+        SheetRow("wide", Image.new("RGB", (300, 100)), [("", image)] * 3),
+        SheetRow("tall", Image.new("RGB", (100, 300)), [("", image)]),
     ]
     height = SIDE * 256 // 384 + 1
     sheet = contact_sheet(rows, "a footer that is too long " * 99)
@@ -308,16 +308,16 @@ def test_size_of_the_contact_sheet():
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("policy", "note"),
     [
         ("black", "flagged by the safety checker and replaced by a black image\n"),
         ("blur", "flagged by the safety checker and blurred\n"),
         ("keep", "flagged by the safety checker\n"),
     ],
 )
-def test_what_becomes_of_flagged_pictures(run, photo, tmp_path, capsys, monkeypatch, how, said):
-    plain = imvar.StableDiffusionSafetyChecker.scores
-    monkeypatch.setattr(imvar.StableDiffusionSafetyChecker, "scores", lambda *args: tuple(s + 3 for s in plain(*args)))
-    assert run(photo, "-n", 1, "--on-flagged", how) == 0
-    assert said in capsys.readouterr().out
-    assert pixels(tmp_path / "out" / "a photo-0.png").any() == (how != "black")
+def test_flag_policies(run, photo, tmp_path, capsys, monkeypatch, policy, note):
+    scores = imvar.StableDiffusionSafetyChecker.scores
+    monkeypatch.setattr(imvar.StableDiffusionSafetyChecker, "scores", lambda *args: tuple(s + 3 for s in scores(*args)))
+    assert run(photo, "-n", 1, "--on-flagged", policy) == 0
+    assert note in capsys.readouterr().out
+    assert pixels(tmp_path / "out" / "a photo-0.png").any() == (policy != "black")

@@ -1,4 +1,4 @@
-"""What a fork changes on loaded weights, without editing the package."""
+"""Changes that a fork makes to loaded models without editing the package."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_the_worked_example(checkpoint, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("change", [tempered_attention, windowed_attention, quieter_skips, custom_scheduler])
-def test_a_change_shows_in_the_pictures(pipe, photo, change):
+def test_a_change_affects_the_images(pipe, photo, change):
     before = run(pipe, photo)
     change(pipe)
     after = run(pipe, photo)
@@ -52,7 +52,7 @@ def test_a_change_shows_in_the_pictures(pipe, photo, change):
 
 
 @torch.no_grad()
-def test_gates_of_one_change_nothing_and_gates_of_zero_do(pipe):
+def test_gates_of_one_are_neutral_and_gates_of_zero_are_not(pipe):
     before = predict(pipe.unet)
     gated_blocks(pipe)
     assert torch.equal(predict(pipe.unet), before)
@@ -69,9 +69,9 @@ def test_added_parameters_are_trained_saved_and_loaded(pipe, tmp_path):
     assert temperature.grad.abs() > 0
     torch.optim.SGD(pipe.unet.parameters(), lr=1e-2).step()
     pipe.unet.save_pretrained(tmp_path)
-    again = MyUNet.from_pretrained(tmp_path)
+    loaded = MyUNet.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(predict(again, tokens=2), predict(pipe.unet, tokens=2))
+        assert torch.equal(predict(loaded, tokens=2), predict(pipe.unet, tokens=2))
     with pytest.raises(imvar.CheckpointError, match=r"gate"):
         imvar.UNet2DConditionModel.from_pretrained(tmp_path)
     with pytest.raises(imvar.CheckpointError, match=r"temperature"):
@@ -100,7 +100,7 @@ def test_wider_input(pipe, tmp_path):
 
 
 @torch.no_grad()
-def test_swap_replaces_every_layer_of_a_class(pipe):
+def test_replace_layers_replaces_every_layer_of_a_class(pipe):
     layers = [m for m in pipe.unet.modules() if isinstance(m, SelfAttention)]
     assert imvar.replace_layers(pipe.unet, SelfAttention, WindowAttention.from_layer) == len(layers)
     assert all(isinstance(m, WindowAttention) for m in pipe.unet.modules() if isinstance(m, SelfAttention))
@@ -111,7 +111,7 @@ def test_swap_replaces_every_layer_of_a_class(pipe):
 
 
 @torch.no_grad()
-def test_kernels_go_in_and_out(pipe):
+def test_kernels_are_set_and_reset(pipe):
     before, calls = predict(pipe.unet, tokens=2), []
 
     def counting(q, k, v):
@@ -125,24 +125,24 @@ def test_kernels_go_in_and_out(pipe):
     assert not torch.equal(predict(pipe.unet, tokens=2), before)
     imvar.set_attend(pipe.unet, imvar.sdpa)
     assert torch.equal(predict(pipe.unet, tokens=2), before)
-    plain = pipe.unet.merge
+    merge = pipe.unet.merge
     pipe.unet.merge = torch.nn.Identity()
-    pipe.unet.merge = lambda h, skip, level: plain(h, skip, level)
+    pipe.unet.merge = lambda h, skip, level: merge(h, skip, level)
     pipe.unet.disable_freeu()
     assert torch.equal(predict(pipe.unet, tokens=2), before)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "came"),
+    ("kernel", "got"),
     [
         (lambda q, k, v: v.mean(2, keepdim=True), r"a tensor of shape \(2, \d, 1, \d\)"),
         (lambda q, k, v: None, "NoneType"),
         (lambda q, k, v: q.flatten(1, 2), "a tensor"),
     ],
 )
-def test_a_kernel_at_fault_is_named(pipe, kernel, came):
+def test_invalid_kernel_outputs_are_named(pipe, kernel, got):
     imvar.set_attend(pipe.unet, kernel)
-    with pytest.raises(imvar.InputTypeError, match=f"attend=.*it answered with {came}.*as q has it, would do"):
+    with pytest.raises(imvar.InputTypeError, match=f"attend=.*it answered with {got}.*as q has it, would do"):
         predict(pipe.unet, tokens=2)
 
 
@@ -154,15 +154,15 @@ def test_a_kernel_at_fault_is_named(pipe, kernel, came):
         (lambda unet: attention_layers(unet)[0], "override"),
     ],
 )
-def test_what_is_no_function_takes_no_functions_place(pipe, seam):
+def test_only_functions_are_accepted_as_kernels_and_merges(pipe, seam):
     layer = seam[0](pipe.unet)
-    for wrong in (3, "sdpa", *([None] if seam[1] != "override" else [])):
+    for invalid in (3, "sdpa", *([None] if seam[1] != "override" else [])):
         with pytest.raises(imvar.InputTypeError, match=f"{seam[1]}=.*a function would do"):
-            setattr(layer, seam[1], wrong)
+            setattr(layer, seam[1], invalid)
 
 
 class Quiet(imvar.UNet2DConditionModel):
-    """A merge of its own, as a method."""
+    """Overrides merge as a method."""
 
     def merge(self, h, skip, level):
         return torch.cat([h, 0.5 * skip], dim=1)
@@ -178,10 +178,10 @@ def test_a_subclass_may_have_its_own_merge_and_kernel(pipe, photo):
     own.load_state_dict(pipe.unet.state_dict())
     plain = predict(pipe.unet)
     pipe.unet.merge = lambda h, skip, level: torch.cat([h, 0.5 * skip], dim=1)
-    expected, pictures = predict(pipe.unet), run(pipe, photo)
+    expected, images = predict(pipe.unet), run(pipe, photo)
     assert torch.equal(predict(own), expected)
     pipe.unet = own.eval()
-    assert torch.allclose(run(pipe, photo), pictures, atol=1e-5)
+    assert torch.allclose(run(pipe, photo), images, atol=1e-5)
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     assert not torch.equal(predict(own), expected)
     pipe.disable_freeu()
@@ -196,8 +196,8 @@ def test_a_subclass_may_have_its_own_merge_and_kernel(pipe, photo):
 
 
 @torch.no_grad()
-def test_a_kernel_of_ones_own_is_asked_about_one_token_too(pipe):
-    """It need not be a softmax, over one key or over many."""
+def test_a_custom_kernel_also_runs_for_one_token(pipe):
+    """It need not be a softmax, for any number of keys."""
     before = predict(pipe.unet)
     imvar.set_attend(pipe.unet, lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
     assert torch.allclose(predict(pipe.unet), before, atol=1e-6)
@@ -209,7 +209,7 @@ def test_a_kernel_of_ones_own_is_asked_about_one_token_too(pipe):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", ["auto", "max", 1, 3, 4, None])
-def test_sliced_equals_whole(pipe, size):
+def test_sliced_attention_equals_unsliced(pipe, size):
     before = predict(pipe.unet, tokens=5)
     pipe.enable_attention_slicing(size)
     assert torch.allclose(predict(pipe.unet, tokens=5), before, atol=1e-6)
@@ -218,19 +218,19 @@ def test_sliced_equals_whole(pipe, size):
 
 
 @torch.no_grad()
-def test_slices_are_as_many_as_asked_for(pipe):
-    seen = []
+def test_slices_have_the_requested_size(pipe):
+    sizes = []
 
-    def watching(q, k, v):
-        seen.append(q.shape[0] * q.shape[1])
+    def recording(q, k, v):
+        sizes.append(q.shape[0] * q.shape[1])
         return F.scaled_dot_product_attention(q, k, v)
 
-    imvar.set_attend(pipe.unet, watching)
+    imvar.set_attend(pipe.unet, recording)
     for size, expected in (("auto", 2), ("max", 1), (3, 3)):
-        seen.clear()
+        sizes.clear()
         pipe.unet.set_attention_slice(size)
         predict(pipe.unet, tokens=2)
-        assert max(seen) == expected
+        assert max(sizes) == expected
     layers = len(attention_layers(pipe.unet))
     pipe.unet.set_attention_slice([1] * (layers - 1) + [4])
     for bad in (0, -1, 5, 2.5, "most", True, [1], [9] * layers):
@@ -267,7 +267,7 @@ def test_memory_efficient_attention_takes_precedence_over_slicing(pipe, photo):
     assert torch.equal(predict(pipe.unet, tokens=2), before)
     pipe.enable_xformers_memory_efficient_attention(attention_op=op)
     assert torch.equal(predict(pipe.unet, tokens=2), before)
-    assert set(calls) == {(2, 4)}  # whole, not sliced
+    assert set(calls) == {(2, 4)}  # not sliced
     run(pipe, photo)
     pipe.disable_xformers_memory_efficient_attention()
     calls.clear()
@@ -290,7 +290,7 @@ def test_settings_belong_to_the_model(pipe):
         pipe.enable_freeu(s1=0.9, s2=0, b1=1.2, b2=1.4)
 
 
-def test_a_part_that_cannot_be_saved_is_named_before_anything_is_written(pipe, tmp_path):
+def test_a_component_that_cannot_be_saved_is_named_before_anything_is_written(pipe, tmp_path):
     pipe.scheduler = Euler()
     with pytest.raises(imvar.InputTypeError, match="scheduler: expected a component with save_pretrained, got Euler"):
         pipe.save_pretrained(tmp_path / "new")
@@ -303,7 +303,7 @@ def test_a_scheduler_of_five_names_is_copied_for_each_call(pipe, photo):
     assert not hasattr(pipe.scheduler, "sigmas")
 
 
-def test_a_buffer_that_no_file_holds_is_named(checkpoint):
+def test_a_buffer_that_is_in_no_file_is_named(checkpoint):
     class Mine(imvar.UNet2DConditionModel):
         def __init__(self, *args, **settings):
             super().__init__(*args, **settings)
@@ -313,7 +313,7 @@ def test_a_buffer_that_no_file_holds_is_named(checkpoint):
         Mine.from_pretrained(checkpoint, subfolder="unet")
 
 
-def test_a_subclass_may_bring_a_setting_of_its_own(tmp_path):
+def test_a_subclass_may_add_a_config_field(tmp_path):
     from dataclasses import dataclass
 
     from imvar.models.unet import UNetConfig
