@@ -187,7 +187,7 @@ def test_overrides(small, checkpoint):
     scheduler = imvar.DDIMScheduler()
     pipe = StableDiffusionImageVariationPipeline.from_single_file(small, safety_checker=checker, scheduler=scheduler)
     assert (pipe.safety_checker, pipe.scheduler) == (checker, scheduler)
-    with pytest.warns(UserWarning, match="nobody looks at the pictures"):
+    with pytest.warns(UserWarning, match="images are returned unchecked"):
         StableDiffusionImageVariationPipeline.from_single_file(small)
     with pytest.raises(TypeError, match="tokenizer"):
         StableDiffusionImageVariationPipeline.from_single_file(small, tokenizer=checker)
