@@ -215,10 +215,9 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             rows, columns = sample_size if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
             height = rows * self.vae_scale_factor if height is None else height
             width = columns * self.vae_scale_factor if width is None else width
-        for name, side in ("height", height), ("width", width):
-            if side is None:
-                hint = "this UNet's config has no sample_size to use by default"
-                raise invalid(InputError, name, "a number of pixels", "None", hint)
+        if height is None or width is None:
+            hint = "this UNet's config has no sample_size to use by default"
+            raise invalid(InputError, "height" if height is None else "width", "a number of pixels", "None", hint)
         return height, width
 
     def latents_shape(self, batch: int, channels: int, height: int, width: int) -> tuple[int, int, int, int]:
