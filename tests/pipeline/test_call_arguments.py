@@ -109,8 +109,8 @@ def test_callbacks_that_wrap_another(pipe):
 
 
 def test_images_need_a_feature_extractor(pipe):
-    parts = pipe.components | {"feature_extractor": None, "safety_checker": None}
-    bare = type(pipe)(**parts, requires_safety_checker=False)
+    components = pipe.components | {"feature_extractor": None, "safety_checker": None}
+    bare = type(pipe)(**components, requires_safety_checker=False)
     with pytest.raises(InputError, match="feature_extractor: expected a CLIPImageProcessor for images, got None"):
         bare(PHOTO)
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import imvar
 from imvar import FlaggedError, InputError, InputTypeError
+from imvar.pipeline.components import PROTOCOLS, required_members
 from tests.support.random_checkpoint import TINY_CHECKER, TINY_ENCODER, TINY_UNET, TINY_VAE, TINY_VISION, randomize
 
 
@@ -59,6 +60,25 @@ def test_named_before_the_first_step(pipe, photo, name, got):
         run(pipe, photo, output_type="pil", callback=lambda *_: pytest.fail("a step was taken"))
     assert str(caught.value).startswith(f"{name}: expected ")
     assert f"got {got}" in str(caught.value)
+
+
+MEMBERS = {
+    "vae": ["decode", "config"],
+    "image_encoder": ["__call__", "parameters"],
+    "unet": ["__call__", "config"],
+    "scheduler": ["set_timesteps", "scale_model_input", "step", "init_noise_sigma"],
+    "safety_checker": ["__call__"],
+    "feature_extractor": ["__call__"],
+}
+
+
+@pytest.mark.parametrize(("name", "member"), [(name, member) for name in MEMBERS for member in MEMBERS[name]])
+def test_a_missing_member_is_named(pipe, photo, name, member):
+    assert required_members(PROTOCOLS[name]) == MEMBERS[name]
+    custom = type("Custom", (), dict.fromkeys(set(MEMBERS[name]) - {member}))
+    setattr(pipe, name, custom())
+    with pytest.raises(InputTypeError, match=f"{name}: expected .*, got Custom, which has no {member}"):
+        run(pipe, photo)
 
 
 def test_latents_need_no_autoencoder_that_fits(pipe, photo):

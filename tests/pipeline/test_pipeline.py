@@ -108,28 +108,28 @@ def test_a_call_within_a_callback(pipe, photo):
 
 def test_the_scheduler_that_is_visible(pipe, photo):
     """During a call, in hooks and callbacks too, that call's copy; elsewhere the one that was set."""
-    seen = []
+    schedulers = []
 
-    class Watching(StableDiffusionImageVariationPipeline):
+    class Recorder(StableDiffusionImageVariationPipeline):
         def check_inputs(self, *args):
-            seen.append(self.scheduler)
+            schedulers.append(self.scheduler)
             super().check_inputs(*args)
 
         def prepare_extra_step_kwargs(self, generator, eta):
-            seen.append(self.scheduler)
-            self.noted = len(self.scheduler.timesteps)
+            schedulers.append(self.scheduler)
+            self.timestep_count = len(self.scheduler.timesteps)
             return super().prepare_extra_step_kwargs(generator, eta)
 
-    mine = Watching(**pipe.components)
-    mine.set_progress_bar_config(disable=True)
-    run(mine, photo, callback=lambda *_: seen.append(mine.scheduler))
-    assert all(scheduler is seen[0] for scheduler in seen)
-    assert seen[0] is not mine.scheduler
-    assert mine.scheduler is pipe.scheduler
-    assert mine.noted == 4  # attributes that a stage sets stay on the pipeline
+    recorder = Recorder(**pipe.components)
+    recorder.set_progress_bar_config(disable=True)
+    run(recorder, photo, callback=lambda *_: schedulers.append(recorder.scheduler))
+    assert all(scheduler is schedulers[0] for scheduler in schedulers)
+    assert schedulers[0] is not recorder.scheduler
+    assert recorder.scheduler is pipe.scheduler
+    assert recorder.timestep_count == 4  # attributes that a stage sets stay on the pipeline
     outside = []
-    run(mine, photo, callback=lambda *_: outside.append(in_a_thread(lambda: mine.scheduler)))
-    assert outside[0] is mine.scheduler
+    run(recorder, photo, callback=lambda *_: outside.append(in_a_thread(lambda: recorder.scheduler)))
+    assert outside[0] is recorder.scheduler
 
 
 def test_schedulers_with_lists_or_patched_methods(pipe, photo):
@@ -151,6 +151,50 @@ def test_schedulers_with_lists_or_patched_methods(pipe, photo):
     assert not np.array_equal(run(pipe, photo), expected)
 
 
+class Damped(StableDiffusionImageVariationPipeline):
+    """Wraps the predictor, and lists the UNets for which one was built."""
+
+    def predictor(self, timesteps, context, *args, **options):
+        predict = super().predictor(timesteps, context, *args, **options)
+        self.built_for.append(self.unet)
+        return lambda x, step: 0.5 * predict(x, step)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1}, {"guidance_interval": (0, 0.5)}, {"cache_interval": 2}])
+def test_a_subclass_may_wrap_the_predictor(pipe, photo, options):
+    """What it returns is run, with guidance over it, and built again when a callback changes the UNet."""
+    wrapped = Damped(**pipe.components)
+    wrapped.built_for, predictors = [], 2 if "guidance_interval" in options else 1
+    wrapped.set_progress_bar_config(disable=True)
+    damped = run(wrapped, photo, **options)
+    assert wrapped.built_for == [pipe.unet] * predictors
+    halved = tiny().unet
+    halved.conv_out.weight.data *= 0.5
+    halved.conv_out.bias.data *= 0.5
+    changed = run(wrapped, photo, **options, callback=lambda i, *_: i == 3 and setattr(wrapped, "unet", halved))
+    assert wrapped.built_for == [pipe.unet] * predictors * 2 + [halved] * predictors
+    assert np.array_equal(changed, damped)  # after the last step
+    pipe.unet = halved
+    assert np.abs(run(pipe, photo, **options) - damped).max() < 1e-4
+
+
+def test_a_custom_unet_that_is_replaced_in_a_callback(pipe, photo):
+    """Also one that is not a module."""
+
+    class Custom:
+        def __init__(self, factor):
+            self.config, self.factor = pipe.unet.config, factor
+
+        def __call__(self, sample, timestep, encoder_hidden_states):
+            return imvar.outputs.UNet2DConditionOutput(self.factor * sample)
+
+    pipe.unet = Custom(0.1)
+    expected = run(pipe, photo)
+    assert np.array_equal(run(pipe, photo, callback=lambda *_: None), expected)
+    changed = run(pipe, photo, callback=lambda i, *_: i == 1 and setattr(pipe, "unet", Custom(0.2)))
+    assert not np.array_equal(changed, expected)
+
+
 def in_a_thread(work):
     results = []
     thread = threading.Thread(target=lambda: results.append(work()))
@@ -165,16 +209,16 @@ def test_threads_with_their_own_schedulers_and_sizes(pipe, photo):
     pipes[1].set_progress_bar_config(disable=True)
     jobs = [(pipes[i % 2], {"seed": i, "num_inference_steps": 2 + i, "height": 64 + 8 * i}) for i in range(4)]
     expected = [run(p, photo, **options) for p, options in jobs]
-    made = [None] * len(jobs)
+    results = [None] * len(jobs)
 
     def work(i):
         p, options = jobs[i]
-        made[i] = run(p, photo, **options)
+        results[i] = run(p, photo, **options)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    assert all(np.array_equal(a, b) for a, b in zip(made, expected, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_components_are_shared_with_their_settings(pipe, photo):
@@ -265,7 +309,7 @@ def test_offloaded_components_run_only_after_they_moved(pipe, photo, monkeypatch
     pipe.enable_model_cpu_offload(device="cpu:0")
     for _ in range(2):
         assert np.array_equal(run(pipe, photo), expected)
-        assert {next(part.parameters()).device.type for part in pipe.modules.values()} == {"meta"}
+        assert {next(module.parameters()).device.type for module in pipe.modules.values()} == {"meta"}
     assert torch.equal(pipe.vae.encode(image).latent_dist.mode(), coded)
 
 
@@ -317,12 +361,12 @@ def test_images_that_are_not_finite_are_an_error(pipe, photo):
 
 
 def test_construction(pipe):
-    parts = pipe.components
+    components = pipe.components
     with pytest.warns(UserWarning, match="requires_safety_checker=False"):
-        StableDiffusionImageVariationPipeline(**(parts | {"safety_checker": None}))
-    StableDiffusionImageVariationPipeline(**(parts | {"safety_checker": None}), requires_safety_checker=False)
+        StableDiffusionImageVariationPipeline(**(components | {"safety_checker": None}))
+    StableDiffusionImageVariationPipeline(**(components | {"safety_checker": None}), requires_safety_checker=False)
     with pytest.raises(InputError, match="feature_extractor"):
-        StableDiffusionImageVariationPipeline(**(parts | {"feature_extractor": None}))
+        StableDiffusionImageVariationPipeline(**(components | {"feature_extractor": None}))
     assert pipe.config["requires_safety_checker"] is pipe.config.requires_safety_checker is True
     assert "AutoencoderKL" in repr(pipe)
 
@@ -425,7 +469,7 @@ def test_a_device_that_is_too_small_is_named(pipe, monkeypatch):
             pipe.to("cpu")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mine"), imvar.OutOfMemoryError("mine")])
+@pytest.mark.parametrize("error", [RuntimeError("raised"), imvar.OutOfMemoryError("raised")])
 def test_errors_of_a_callback_are_passed_on(pipe, photo, error):
     def fail(*_):
         raise error

@@ -106,9 +106,9 @@ def test_a_third_party_checker(pipe, photo):
     assert caught.value.scores is caught.value.seeds is None
 
 
-@pytest.mark.parametrize("part", ["concept_embeds", "proj", "tower"])
-def test_a_checker_with_nan_is_an_error(pipe, photo, part):
-    next(p for name, p in pipe.safety_checker.named_parameters() if name.startswith(part)).data.fill_(float("nan"))
+@pytest.mark.parametrize("prefix", ["concept_embeds", "proj", "tower"])
+def test_a_checker_with_nan_is_an_error(pipe, photo, prefix):
+    next(p for name, p in pipe.safety_checker.named_parameters() if name.startswith(prefix)).data.fill_(float("nan"))
     with pytest.raises(ImvarError, match="safety checker's scores are not finite"):
         run(pipe, photo)
 

@@ -60,7 +60,7 @@ def test_options_of_saving(unet, tmp_path):
     pipe = tiny_pipeline()
     for thing in (unet, pipe, pipe.scheduler, pipe.feature_extractor):
         for option in ("push_to_hub", "other"):
-            with pytest.raises(TypeError, match=f"save_pretrained: {option!r}"):
+            with pytest.raises(TypeError, match=f"save_pretrained: expected .*, got unknown argument {option!r}"):
                 thing.save_pretrained(tmp_path / "c", **{option: True})
     assert not (tmp_path / "c").exists()
 
@@ -114,7 +114,7 @@ def test_ways_to_name_a_single_file(unet, checkpoint, tmp_path):
     ):
         assert equal(named, unet)
         assert named.config.attention_head_dim == 4
-    with pytest.raises(TypeError, match="dictionary of tensors"):
+    with pytest.raises(TypeError, match="expected a path, a link or a dictionary of str to tensor"):
         kind.from_single_file({"conv_in.weight": [1.0]})
     with pytest.raises(CheckpointError, match="from_single_file reads files"):
         kind.from_pretrained(file)
@@ -138,7 +138,7 @@ def test_guessed_settings_are_told(checkpoint, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         imvar.UNet2DConditionModel.from_single_file(alone, config=checkpoint)
-    said = []
+    lines = []
     (tmp_path / "vae").mkdir()
     vae = imvar.AutoencoderKL(
         block_out_channels=(32, 64),
@@ -147,8 +147,8 @@ def test_guessed_settings_are_told(checkpoint, tmp_path):
         norm_num_groups=16,
     )
     save_file(vae.state_dict(), tmp_path / "vae.safetensors")
-    convert(tmp_path / "vae.safetensors", tmp_path / "out", dry_run=True, log=said.append)
-    assert any("norm_num_groups=32" in line and "--config" in line for line in said)
+    convert(tmp_path / "vae.safetensors", tmp_path / "out", dry_run=True, log=lines.append)
+    assert any("norm_num_groups=32" in line and "--config" in line for line in lines)
 
 
 def test_any_length_of_header_is_one(unet, tmp_path):

@@ -1,4 +1,4 @@
-"""Whatever happened before, and whatever happens beside it: the next good call equals that of a fresh pipeline."""
+"""A valid call equals that of a new pipeline, after and during any other calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiff
 from tests.support.random_checkpoint import tiny_pipeline
 
 
-def made(pipe, photo, **options):
+def images_of(pipe, photo, **options):
     return pipe(photo, **({"num_inference_steps": 3, "output_type": "np", "seed": 0} | options)).images
 
 
@@ -35,7 +35,7 @@ CHANGES = {DDIMScheduler: {"clip_sample": False}}
 
 
 class Stop:
-    """Ctrl-C at the n-th line that imvar runs: as it may come at any point of a call."""
+    """Raise KeyboardInterrupt at the n-th line that imvar runs, as Ctrl-C may at any point of a call."""
 
     def __init__(self, at: int):
         self.left = at
@@ -67,28 +67,28 @@ def test_stopped_at_any_point(photo, way):
     if way == "slicing":
         pipe.enable_attention_slicing(1)
         pipe.enable_vae_slicing()
-    expected = made(pipe, photo, **options)
+    expected = images_of(pipe, photo, **options)
     with Stop(10**9) as counting:
-        made(pipe, photo, **options)
+        images_of(pipe, photo, **options)
     lines = 10**9 - counting.left
     assert lines > 1000
     stopped = 0
     for at in range(1, lines, lines // 23):
         with Stop(at):
             try:
-                made(pipe, photo, **options)
+                images_of(pipe, photo, **options)
             except KeyboardInterrupt:
                 stopped += 1
         assert torch.get_num_threads() == 1
         assert torch.is_grad_enabled()
     assert stopped >= 20
-    assert np.array_equal(made(pipe, photo, **options), expected)
+    assert np.array_equal(images_of(pipe, photo, **options), expected)
 
 
-def test_what_is_changed_between_calls(photo):
-    """Each setting there and back, in the order of a careless afternoon; in the end all is as it was."""
+def test_changes_between_calls(photo):
+    """Each setting is enabled and disabled again; then the images are those of before."""
     pipe = fresh()
-    expected, kept = made(pipe, photo), pipe.scheduler
+    expected, scheduler = images_of(pipe, photo), pipe.scheduler
 
     for change, back in [
         (lambda: pipe.enable_attention_slicing("max"), pipe.disable_attention_slicing),
@@ -100,19 +100,19 @@ def test_what_is_changed_between_calls(photo):
         (pipe.enable_fp8, pipe.disable_fp8),
         (lambda: pipe.enable_model_cpu_offload(device="cpu:0"), pipe.remove_all_hooks),
         (
-            lambda: setattr(pipe, "scheduler", LMSDiscreteScheduler.from_config(kept.config)),
-            lambda: setattr(pipe, "scheduler", kept),
+            lambda: setattr(pipe, "scheduler", LMSDiscreteScheduler.from_config(scheduler.config)),
+            lambda: setattr(pipe, "scheduler", scheduler),
         ),
     ]:
         change()
-        made(pipe, photo, height=72, num_images_per_prompt=2)
+        images_of(pipe, photo, height=72, num_images_per_prompt=2)
         back()
-        assert np.array_equal(made(pipe, photo), expected)
+        assert np.array_equal(images_of(pipe, photo), expected)
 
 
 @pytest.mark.parametrize("what", ["scheduler", "slicing", "freeu", "steps"])
-def test_what_is_changed_during_a_call(photo, what):
-    """From a callback: the next call is that of a pipeline which was always so."""
+def test_changes_during_a_call(photo, what):
+    """From a callback: the next call equals that of a pipeline with the change from the start."""
     pipe = fresh()
 
     def change(target):
@@ -125,16 +125,16 @@ def test_what_is_changed_during_a_call(photo, what):
         else:
             target.scheduler.set_timesteps(7)
 
-    made(pipe, photo, callback=lambda i, *_: change(pipe) if i == 1 else None, num_inference_steps=4)
+    images_of(pipe, photo, callback=lambda i, *_: change(pipe) if i == 1 else None, num_inference_steps=4)
     other = fresh()
     change(other)
-    assert np.array_equal(made(pipe, photo), made(other, photo))
+    assert np.array_equal(images_of(pipe, photo), images_of(other, photo))
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one pipeline", "shared parts"])
+@pytest.mark.parametrize("shared", [True, False], ids=["one pipeline", "shared components"])
 @pytest.mark.parametrize("threads", [2, 4])
 def test_threads(photo, threads, shared):
-    """Each with its seeds, steps, size, scheduler and guidance."""
+    """Each with other seeds, steps, sizes, schedulers and guidance."""
     pipe, kinds = fresh(), (PNDMScheduler, DDIMScheduler, LMSDiscreteScheduler)
     pipes = [pipe] * threads
     if not shared:
@@ -152,13 +152,13 @@ def test_threads(photo, threads, shared):
         }
         for i in range(threads)
     ]
-    expected = [made(one, photo, **more) for one, more in zip(pipes, options, strict=True)]
+    expected = [images_of(one, photo, **more) for one, more in zip(pipes, options, strict=True)]
     results: list = [None] * threads
     together = threading.Barrier(threads)
 
     def work(i):
         together.wait()
-        results[i] = [made(pipes[i], photo, **options[i]) for _ in range(2)]
+        results[i] = [images_of(pipes[i], photo, **options[i]) for _ in range(2)]
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
     for worker in workers:
@@ -169,9 +169,9 @@ def test_threads(photo, threads, shared):
         assert all(np.array_equal(one, images) for one in found)
 
 
-def in_a_child(pipe, photo, answer):
+def in_a_child(pipe, photo, queue):
     torch.set_num_threads(1)
-    answer.put(made(pipe, photo))
+    queue.put(images_of(pipe, photo))
 
 
 @pytest.mark.skipif(not hasattr(multiprocessing.get_context(), "Process") or sys.platform != "linux", reason="no fork")
@@ -179,62 +179,62 @@ def in_a_child(pipe, photo, answer):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_fork_after_use(pipe, photo, threads):
     torch.set_num_threads(threads)
-    expected, fork = made(pipe, photo), multiprocessing.get_context("fork")
-    answer = fork.Queue()
-    child = fork.Process(target=in_a_child, args=(pipe, photo, answer), daemon=True)
+    expected, fork = images_of(pipe, photo), multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    child = fork.Process(target=in_a_child, args=(pipe, photo, queue), daemon=True)
     child.start()
     try:
-        assert np.abs(answer.get(timeout=60) - expected).max() < 1e-5
+        assert np.abs(queue.get(timeout=60) - expected).max() < 1e-5
     finally:
         child.join(10)
         child.kill()
-    assert np.array_equal(made(pipe, photo), expected)
+    assert np.array_equal(images_of(pipe, photo), expected)
 
 
-def test_a_copy_that_is_made_during_a_call(pipe, photo):
+def test_a_copy_during_a_call(pipe, photo):
     copies = []
-    expected = made(pipe, photo, callback=lambda *_: copies.append(copy.deepcopy(pipe)))
-    assert np.array_equal(made(copies[1], photo), expected)
+    expected = images_of(pipe, photo, callback=lambda *_: copies.append(copy.deepcopy(pipe)))
+    assert np.array_equal(images_of(copies[1], photo), expected)
     assert copies[1].scheduler.num_inference_steps is None
 
 
-def test_a_shallow_copy_has_parts_and_settings_of_its_own(pipe):
-    twin, settings, parts = copy.copy(pipe), dict(pipe.config), dict(pipe.components)
+def test_a_shallow_copy_has_its_own_components_and_settings(pipe):
+    twin, settings, components = copy.copy(pipe), dict(pipe.config), dict(pipe.components)
     twin.register_to_config(requires_safety_checker=False)
     twin.register_modules(extra=torch.nn.Linear(2, 2))
-    assert (dict(pipe.config), pipe.components) == (settings, parts)
+    assert (dict(pipe.config), pipe.components) == (settings, components)
     assert not twin.config.requires_safety_checker
-    assert [*twin.components] == [*parts, "extra"]
+    assert [*twin.components] == [*components, "extra"]
 
 
-def test_a_picture_is_left_as_it_was(pipe, photo):
-    mine, before = photo.copy(), np.asarray(photo).copy()
+def test_arguments_are_not_written_to(pipe, photo):
+    image, before = photo.copy(), np.asarray(photo).copy()
     noise = torch.randn(1, 4, 16, 16)
-    tensor, kept = torch.rand(1, 3, 32, 32), noise.clone()
-    given = tensor.clone()
-    made(pipe, [mine], latents=noise, seed=None)
-    made(pipe, tensor, latents=noise, seed=None)
-    assert np.array_equal(np.asarray(mine), before)
-    assert torch.equal(noise, kept)
-    assert torch.equal(tensor, given)
+    tensor, noise_before = torch.rand(1, 3, 32, 32), noise.clone()
+    tensor_before = tensor.clone()
+    images_of(pipe, [image], latents=noise, seed=None)
+    images_of(pipe, tensor, latents=noise, seed=None)
+    assert np.array_equal(np.asarray(image), before)
+    assert torch.equal(noise, noise_before)
+    assert torch.equal(tensor, tensor_before)
 
 
 def test_two_errors_in_a_row_change_nothing(pipe, photo):
     with pytest.raises(imvar.OutOfMemoryError):
-        made(pipe, photo, num_images_per_prompt=2**16, height=2**15, width=2**15)
+        images_of(pipe, photo, num_images_per_prompt=2**16, height=2**15, width=2**15)
     with pytest.raises(ZeroDivisionError):
-        made(pipe, photo, callback=lambda *_: 1 / 0)
-    assert np.array_equal(made(pipe, photo), made(fresh(), photo))
+        images_of(pipe, photo, callback=lambda *_: 1 / 0)
+    assert np.array_equal(images_of(pipe, photo), images_of(fresh(), photo))
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PNG", "JPEG", "WEBP"])
-def test_threads_that_share_a_picture_that_is_not_read_yet(pipe, kind):
-    """Which Pillow reads right for one thread at a time."""
+def test_threads_that_share_an_image_file(pipe, kind):
+    """Pillow decodes an image correctly only in one thread at a time."""
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)).save(file, kind)
     expected = pipe.feature_extractor(Image.open(file), return_tensors="np").pixel_values
     for _ in range(3):
         shared = Image.open(io.BytesIO(file.getvalue()))
         with ThreadPoolExecutor(4) as pool:
-            made = [pool.submit(pipe.feature_extractor, shared, return_tensors="np") for _ in range(4)]
-        assert all(np.array_equal(one.result().pixel_values, expected) for one in made)
+            futures = [pool.submit(pipe.feature_extractor, shared, return_tensors="np") for _ in range(4)]
+        assert all(np.array_equal(future.result().pixel_values, expected) for future in futures)

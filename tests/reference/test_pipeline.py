@@ -1,4 +1,4 @@
-"""The whole pipeline beside diffusers': same weights, same noise, same pictures."""
+"""The pipeline against that of diffusers: same weights, same noise, same images."""
 
 import itertools
 import threading
@@ -14,7 +14,7 @@ import imvar
 from imvar.config import to_jsonable
 
 SCHEDULERS = ["PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler"]
-PAIRS = {"one picture": (1, 1), "two of each of two": (2, 2), "three of one": (1, 3)}
+PAIRS = {"one image": (1, 1), "two of each of two": (2, 2), "three of one": (1, 3)}
 
 
 def seeded(seed=5):
@@ -26,7 +26,7 @@ def change_scheduler(name, *pipes, **changes):
         pipe.scheduler = getattr(library, name).from_config(pipe.scheduler.config, **changes)
 
 
-def pictures(photo, count):
+def rotated(photo, count):
     return [photo.rotate(90 * i).resize((150 + 40 * i, 120)) for i in range(count)]
 
 
@@ -34,21 +34,21 @@ def call(pipe, image, seed=5, **options):
     return pipe(image, generator=seeded(seed), **({"num_inference_steps": 3, "output_type": "np"} | options))
 
 
-def same(mine, theirs):
-    assert mine.nsfw_content_detected == theirs.nsfw_content_detected
-    assert mine.images.shape == theirs.images.shape
-    assert np.abs(mine.images - theirs.images).max() <= 1e-4
-    assert np.ptp(theirs.images) > 0.2
+def same(out, expected):
+    assert out.nsfw_content_detected == expected.nsfw_content_detected
+    assert out.images.shape == expected.images.shape
+    assert np.abs(out.images - expected.images).max() <= 1e-4
+    assert np.ptp(expected.images) > 0.2
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 @pytest.mark.parametrize("guidance", [1, 3, 7.5])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_pictures(ours, ref, photo, name, guidance, pair):
+def test_images(ours, ref, photo, name, guidance, pair):
     """Schedulers, guidance, eta, batches and images per prompt; then FreeU and slicing on top."""
     change_scheduler(name, ours, ref)
     batch, n = PAIRS[pair]
-    image = pictures(photo, batch)
+    image = rotated(photo, batch)
     for eta in (0.0, 0.6) if name == "DDIMScheduler" else (0.0,):
         options = {"guidance_scale": guidance, "eta": eta, "num_images_per_prompt": n}
         same(call(ours, image, **options), call(ref, image, **options))
@@ -62,8 +62,8 @@ def test_pictures(ours, ref, photo, name, guidance, pair):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_longer_runs(ours, ref, photo, name, prediction):
-    """Random networks are no denoisers: over many steps they make any rounding grow. So once with the
-    same networks in both pipelines, and once with our own, the UNet's output made small.
+    """Random networks amplify rounding over many steps. So compare once with the same networks in both pipelines, and
+    once with each pipeline's own and a small output of the UNet.
     """
     change_scheduler(name, ours, ref, prediction_type=prediction)
     options = {"num_inference_steps": 25, "guidance_scale": 3}
@@ -89,8 +89,8 @@ def test_every_scheduler_after_every_other(ours, ref, photo):
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_callbacks(ours, ref, photo, steps, skip_prk_steps, every):
     change_scheduler("PNDMScheduler", ours, ref, skip_prk_steps=skip_prk_steps)
-    seen = ([], [])
-    for pipe, calls in zip((ours, ref), seen, strict=True):
+    both_calls = ([], [])
+    for pipe, calls in zip((ours, ref), both_calls, strict=True):
         call(
             pipe,
             photo,
@@ -98,28 +98,28 @@ def test_callbacks(ours, ref, photo, steps, skip_prk_steps, every):
             callback_steps=every,
             callback=lambda i, t, latents, calls=calls: calls.append((i, int(t), latents.clone())),
         )
-    assert [entry[:2] for entry in seen[0]] == [entry[:2] for entry in seen[1]]
-    for (*_, mine), (*_, theirs) in zip(*seen, strict=True):
-        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert [entry[:2] for entry in both_calls[0]] == [entry[:2] for entry in both_calls[1]]
+    for (*_, out), (*_, expected) in zip(*both_calls, strict=True):
+        assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_outputs(ours, ref, photo, output_type, return_dict):
-    mine, theirs = (
-        call(pipe, pictures(photo, 2), output_type=output_type, return_dict=return_dict) for pipe in (ours, ref)
+    out, expected = (
+        call(pipe, rotated(photo, 2), output_type=output_type, return_dict=return_dict) for pipe in (ours, ref)
     )
-    assert type(mine).__name__ == type(theirs).__name__
-    assert mine[1:] == theirs[1:]
+    assert type(out).__name__ == type(expected).__name__
+    assert out[1:] == expected[1:]
     if not return_dict:
-        assert isinstance(mine, tuple)
+        assert isinstance(out, tuple)
     if output_type == "pil":
-        for a, b in zip(mine[0], theirs[0], strict=True):
+        for a, b in zip(out[0], expected[0], strict=True):
             assert isinstance(a, Image.Image)
             assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
     else:
-        assert type(mine[0]) is type(theirs[0])
-        assert np.abs(np.asarray(mine[0]) - np.asarray(theirs[0])).max() <= 1e-4
+        assert type(out[0]) is type(expected[0])
+        assert np.abs(np.asarray(out[0]) - np.asarray(expected[0])).max() <= 1e-4
 
 
 def test_sizes(ours, ref, photo):
@@ -129,29 +129,29 @@ def test_sizes(ours, ref, photo):
 
 
 def test_noise(ours, ref, photo):
-    """One generator, a list of them, latents handed in, and eta's noise after either."""
+    """One generator, a list of them, latents as an argument, and the noise of eta after either."""
     change_scheduler("DDIMScheduler", ours, ref)
-    image, options = pictures(photo, 2), {"num_inference_steps": 3, "output_type": "np", "eta": 0.8}
+    image, options = rotated(photo, 2), {"num_inference_steps": 3, "output_type": "np", "eta": 0.8}
     for noise in (
         lambda: {"generator": seeded()},
         lambda: {"generator": [seeded(i) for i in range(4)]},
         lambda: {"generator": seeded(), "latents": torch.randn(4, 4, 16, 16, generator=seeded(9))},
     ):
-        mine, theirs = (pipe(image, num_images_per_prompt=2, **noise(), **options) for pipe in (ours, ref))
-        same(mine, theirs)
+        out, expected = (pipe(image, num_images_per_prompt=2, **noise(), **options) for pipe in (ours, ref))
+        same(out, expected)
     torch.manual_seed(7)
-    mine = ours(image, **options)
+    out = ours(image, **options)
     torch.manual_seed(7)
-    same(mine, ref(image, **options))
+    same(out, ref(image, **options))
 
 
 def test_tensor_input(ours, ref, photo):
-    pixels = ref.feature_extractor(images=pictures(photo, 2), return_tensors="pt").pixel_values
+    pixels = ref.feature_extractor(images=rotated(photo, 2), return_tensors="pt").pixel_values
     same(call(ours, pixels), call(ref, pixels))
     same(call(ours, pixels[0]), call(ref, pixels[:1]))
 
 
-def test_every_mode_of_picture(ours, ref, photo):
+def test_every_image_mode(ours, ref, photo):
     alpha = Image.linear_gradient("L").resize(photo.size)
     for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"):
         image = photo.convert(mode)
@@ -160,44 +160,44 @@ def test_every_mode_of_picture(ours, ref, photo):
         same(call(ours, image, num_inference_steps=2), call(ref, image, num_inference_steps=2))
 
 
-def test_flagged_pictures_are_black(ours, ref, photo):
-    """Thresholds at the middle of what the pictures score, so that some are flagged."""
-    image = pictures(photo, 4)
+def test_flagged_images_are_black(ours, ref, photo):
+    """With thresholds at the median score, so that some are flagged."""
+    image = rotated(photo, 4)
     pixels = call(ref, image, output_type="pil").images
-    seen = ref.feature_extractor(pixels, return_tensors="pt").pixel_values
-    middle = ours.safety_checker.scores(seen)[1].median(dim=0).values + 0.9
+    pixel_values = ref.feature_extractor(pixels, return_tensors="pt").pixel_values
+    middle = ours.safety_checker.scores(pixel_values)[1].median(dim=0).values + 0.9
     for pipe in (ours, ref):
         pipe.safety_checker.concept_embeds_weights.data.fill_(2.0)
         pipe.safety_checker.concept_embeds_weights.data[3] = middle[3]
     for output_type in ("np", "pt"):
-        mine, theirs = (call(pipe, image, output_type=output_type) for pipe in (ours, ref))
-        assert mine.nsfw_content_detected == theirs.nsfw_content_detected
-        assert sorted(set(mine.nsfw_content_detected)) == [False, True]
-        assert np.abs(np.asarray(mine.images) - np.asarray(theirs.images)).max() <= 1e-4
-        assert [bool(x.max() == 0) for x in mine.images] == mine.nsfw_content_detected
+        out, expected = (call(pipe, image, output_type=output_type) for pipe in (ours, ref))
+        assert out.nsfw_content_detected == expected.nsfw_content_detected
+        assert sorted(set(out.nsfw_content_detected)) == [False, True]
+        assert np.abs(np.asarray(out.images) - np.asarray(expected.images)).max() <= 1e-4
+        assert [bool(x.max() == 0) for x in out.images] == out.nsfw_content_detected
     levels = [np.asarray(call(pipe, image, output_type="pil").images, int) for pipe in (ours, ref)]
     assert np.abs(levels[0] - levels[1]).max() <= 1
 
 
 def test_without_a_safety_checker(ours, ref, photo):
-    parts = ours.components | {"safety_checker": None}
+    components = ours.components | {"safety_checker": None}
     with pytest.warns(UserWarning, match="safety_checker"):
-        mine = imvar.StableDiffusionImageVariationPipeline(**parts)
-    mine.set_progress_bar_config(disable=True)
-    theirs = diffusers.StableDiffusionImageVariationPipeline(
+        out = imvar.StableDiffusionImageVariationPipeline(**components)
+    out.set_progress_bar_config(disable=True)
+    expected = diffusers.StableDiffusionImageVariationPipeline(
         **(ref.components | {"safety_checker": None}), requires_safety_checker=False
     )
-    theirs.set_progress_bar_config(disable=True)
-    assert call(mine, photo).nsfw_content_detected is None
-    same(call(mine, photo), call(theirs, photo))
-    assert len(call(mine, photo, return_dict=False)) == len(call(theirs, photo, return_dict=False)) == 2
+    expected.set_progress_bar_config(disable=True)
+    assert call(out, photo).nsfw_content_detected is None
+    same(call(out, photo), call(expected, photo))
+    assert len(call(out, photo, return_dict=False)) == len(call(expected, photo, return_dict=False)) == 2
 
 
 def test_slicing_and_tiling_of_the_autoencoder(ours, ref, photo):
     for pipe in (ours, ref):
         pipe.vae.enable_slicing()
         pipe.vae.enable_tiling()
-    same(call(ours, pictures(photo, 2)), call(ref, pictures(photo, 2)))
+    same(call(ours, rotated(photo, 2)), call(ref, rotated(photo, 2)))
     ours.disable_vae_slicing()
     ours.disable_vae_tiling()
     assert not ours.vae.use_slicing
@@ -215,27 +215,27 @@ def read(library, folder, options):
 
 
 @pytest.mark.parametrize("options", SAVINGS, ids=str)
-def test_saved_by_one_side_read_by_the_other(ours, ref, photo, tmp_path, options):
-    ours.save_pretrained(tmp_path / "ours", **options)
-    ref.save_pretrained(tmp_path / "theirs", **options)
+def test_saved_by_one_library_and_loaded_by_the_other(ours, ref, photo, tmp_path, options):
+    ours.save_pretrained(tmp_path / "imvar", **options)
+    ref.save_pretrained(tmp_path / "diffusers", **options)
     expected = call(ref, photo)
-    same(call(read(imvar, tmp_path / "theirs", options), photo), expected)
-    same(call(read(diffusers, tmp_path / "ours", options), photo), expected)
-    assert np.array_equal(call(read(imvar, tmp_path / "ours", options), photo).images, call(ours, photo).images)
+    same(call(read(imvar, tmp_path / "diffusers", options), photo), expected)
+    same(call(read(diffusers, tmp_path / "imvar", options), photo), expected)
+    assert np.array_equal(call(read(imvar, tmp_path / "imvar", options), photo).images, call(ours, photo).images)
 
 
-def test_half_precision_is_as_near_as_the_reference(ours, ref, photo):
+def test_half_precision_is_as_accurate_as_in_diffusers(ours, ref, photo):
     latents = torch.randn(1, 4, 16, 16, generator=seeded()).bfloat16()
     exact = call(ref, photo, guidance_scale=3, latents=latents.float()).images
     half = (pipe.to(torch.bfloat16) for pipe in (ours, ref))
-    mine, theirs = (call(pipe, photo, guidance_scale=3, latents=latents).images for pipe in half)
+    out, expected = (call(pipe, photo, guidance_scale=3, latents=latents).images for pipe in half)
     assert (ours.dtype, ours.unet.dtype, ours.vae.dtype) == (torch.bfloat16,) * 3
-    assert np.abs(mine - theirs).max() <= np.abs(theirs - exact).max()
-    assert np.abs(mine - exact).mean() <= 1.1 * np.abs(theirs - exact).mean()
+    assert np.abs(out - expected).max() <= np.abs(expected - exact).max()
+    assert np.abs(out - exact).mean() <= 1.1 * np.abs(expected - exact).mean()
 
 
 class Recorder:
-    """A subclass as community code writes them: hooks overridden, the reference's own called."""
+    """A subclass as community code writes them: stages are overridden and call their base."""
 
     def _encode_image(self, image, device, num_images_per_prompt, do_classifier_free_guidance):
         embeds = super()._encode_image(image, device, num_images_per_prompt, do_classifier_free_guidance)
@@ -260,30 +260,30 @@ class Recorder:
         return image, [False] * len(image)
 
 
-class OurRecorder(Recorder, imvar.StableDiffusionImageVariationPipeline):
+class ImvarRecorder(Recorder, imvar.StableDiffusionImageVariationPipeline):
     pass
 
 
-class TheirRecorder(Recorder, diffusers.StableDiffusionImageVariationPipeline):
+class DiffusersRecorder(Recorder, diffusers.StableDiffusionImageVariationPipeline):
     pass
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_subclasses_with_hooks(ours, ref, photo, name):
+def test_subclasses_that_override_stages(ours, ref, photo, name):
     change_scheduler(name, ours, ref)
-    mine, theirs = OurRecorder(**ours.components), TheirRecorder(**ref.components)
-    for pipe in (mine, theirs):
+    out, expected = ImvarRecorder(**ours.components), DiffusersRecorder(**ref.components)
+    for pipe in (out, expected):
         pipe.set_progress_bar_config(disable=True)
     options = {"eta": 0.8, "num_images_per_prompt": 2, "guidance_scale": 3}
-    same(call(mine, photo, **options), call(theirs, photo, **options))
-    assert torch.allclose(mine.embeds, theirs.embeds, atol=1e-5)
-    assert (mine.checked, mine.sigma, mine.steps) == (theirs.checked, theirs.sigma, theirs.steps)
+    same(call(out, photo, **options), call(expected, photo, **options))
+    assert torch.allclose(out.embeds, expected.embeds, atol=1e-5)
+    assert (out.checked, out.sigma, out.steps) == (expected.checked, expected.sigma, expected.steps)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hooks_called_by_hand(ours, ref, photo):
-    """A loop of one's own out of the pipeline's parts, as community code has it."""
-    made = []
+def test_stages_called_by_hand(ours, ref, photo):
+    """A custom loop over the pipeline's stages, as in community code."""
+    results = []
     for pipe in (ours, ref):
         context = pipe._encode_image(photo, "cpu", 2, True)
         pipe.scheduler.set_timesteps(4, device="cpu")
@@ -295,30 +295,30 @@ def test_hooks_called_by_hand(ours, ref, photo):
                 uncond, cond = pipe.unet(doubled, t, encoder_hidden_states=context).sample.chunk(2)
                 x = pipe.scheduler.step(uncond + 3 * (cond - uncond), t, x, **options).prev_sample
             array = pipe.decode_latents(x)
-            made.append((context, array, *pipe.run_safety_checker(array.copy(), "cpu", context.dtype)))
+            results.append((context, array, *pipe.run_safety_checker(array.copy(), "cpu", context.dtype)))
             assert len(pipe.numpy_to_pil(array)) == 2
-    assert torch.allclose(made[0][0], made[1][0], atol=1e-5)
-    assert np.abs(made[0][1] - made[1][1]).max() <= 1e-4
-    assert made[0][3] == made[1][3]
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert np.abs(results[0][1] - results[1][1]).max() <= 1e-4
+    assert results[0][3] == results[1][3]
 
 
 def test_threads_share_one_pipeline(ours, ref, photo):
-    """Every thread's pictures are those of a call alone, whatever scheduler steps in the others."""
+    """Every thread returns the images of a single call, with any scheduler in the others."""
     expected = [call(ref, photo, seed=i, num_inference_steps=3 + i % 3).images for i in range(6)]
-    made = [None] * 6
+    results = [None] * 6
 
     def work(i):
-        made[i] = call(ours, photo, seed=i, num_inference_steps=3 + i % 3).images
+        results[i] = call(ours, photo, seed=i, num_inference_steps=3 + i % 3).images
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(np.abs(mine - theirs).max() <= 1e-4 for mine, theirs in zip(made, expected, strict=True))
+    assert all(np.abs(a - b).max() <= 1e-4 for a, b in zip(results, expected, strict=True))
 
 
-def test_old_unets_smaller_than_64_are_taken_as_64(ref_folder, tmp_path):
+def test_sample_size_of_old_unets_is_64(ref_folder, tmp_path):
     for library in (imvar, diffusers):
         pipe = library.StableDiffusionImageVariationPipeline.from_pretrained(ref_folder)
         pipe.save_pretrained(tmp_path)
@@ -328,11 +328,11 @@ def test_old_unets_smaller_than_64_are_taken_as_64(ref_folder, tmp_path):
         assert old.unet.config.sample_size == 64
 
 
-def test_configs_say_the_same(ours, ref):
+def test_configs_are_equal(ours, ref):
     assert ours.components.keys() == ref.components.keys()
     for name in ("vae", "unet", "scheduler"):
-        theirs = {key: value for key, value in getattr(ref, name).config.items() if not key.startswith("_")}
-        assert to_jsonable(getattr(ours, name).config).items() >= to_jsonable(theirs).items()
+        expected = {key: value for key, value in getattr(ref, name).config.items() if not key.startswith("_")}
+        assert to_jsonable(getattr(ours, name).config).items() >= to_jsonable(expected).items()
     encoder = transformers.CLIPVisionConfig(**ours.image_encoder.config.to_dict())
     assert encoder.to_diff_dict() == ref.image_encoder.config.to_diff_dict() | {"architectures": encoder.architectures}
     for key in ("resample", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize"):
