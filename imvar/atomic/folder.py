@@ -223,8 +223,8 @@ def read_consistently(folder: Path, patterns: Sequence[str], read: Callable[[], 
 
 def stamps(folder: Path, patterns: Sequence[str]) -> dict[Path, FileStamp]:
     """Return the stamps of the files that match, following symbolic links, of which the hub's cache consists."""
-    found = {}
+    out = {}
     for path in chain.from_iterable(map(folder.glob, patterns)):
         with suppress(OSError, RuntimeError):  # removed, or a broken or circular link
-            found[path] = file_stamp(path.resolve())
-    return found
+            out[path] = file_stamp(path.resolve())
+    return out

@@ -200,9 +200,9 @@ def find_weights(folder: Path) -> PartTensors | None:
     `part` is "" if the tensors are of no known part.
     """
     names = [path.name for path in folder.iterdir()]
-    for stem in (DIFFUSERS, TRANSFORMERS):
-        for variant in stem.variants(names)[:1]:
-            path, tensors = read_weights(folder, stem, variant, None)
+    for weights_name in (DIFFUSERS, TRANSFORMERS):
+        for variant in weights_name.variants(names)[:1]:
+            path, tensors = read_weights(folder, weights_name, variant, None)
             part, naming = detect_part(tensors) or ("", PUBLISHED)
             return PartTensors(part, naming, tensors, path)
     return None

@@ -173,7 +173,7 @@ class DiffusersLayout(Layout):
             for name, part in self.parts.items()
             if part.source
             for path in sorted((self.path / name).glob("*"))
-            if part.component.stem.is_preserved(path.name)
+            if part.component.weights_name.is_preserved(path.name)
         ]
 
     def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
@@ -184,7 +184,7 @@ class DiffusersLayout(Layout):
                 if part.source:
                     files = write_weights(
                         new / name,
-                        part.component.stem,
+                        part.component.weights_name,
                         self.tensors[name],
                         dtype=self.dtype,
                         max_shard_size=self.max_shard_size,
@@ -201,7 +201,7 @@ class DiffusersLayout(Layout):
         return written
 
     def read(self, part: str, path: Path) -> Mapping[str, Tensor]:
-        return read_weights(path / part, self.parts[part].component.stem, None, True)[1]
+        return read_weights(path / part, self.parts[part].component.weights_name, None, True)[1]
 
 
 class OriginalLayout(Layout):

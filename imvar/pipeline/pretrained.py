@@ -110,9 +110,9 @@ def select_weights(
 ) -> tuple[list[str], str | None]:
     """Return the weights files to read and their variant, None if only the plain files are there."""
     try:
-        return model.stem.select(names, variant, use_safetensors), variant
+        return model.weights_name.select(names, variant, use_safetensors), variant
     except CheckpointError:
-        return model.stem.select(names, None, use_safetensors), None
+        return model.weights_name.select(names, None, use_safetensors), None
 
 
 def files_to_read(names: set[str] | None, overrides: Mapping[str, Any], **reading: Any) -> list[str]:

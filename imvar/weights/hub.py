@@ -98,7 +98,7 @@ def download(name: str, hub: Hub, select: FileSelector) -> Path:
             return Path(snapshot(allow_patterns=patterns))
         except failures as error:
             raise hub_error(label, error, "a complete download") from error
-    try:  # no patterns: the hub's library takes a snapshot for incomplete that lacks any file which matches one
+    try:  # without patterns, as huggingface_hub requires every file that matches one, and alternatives match too
         folder = Path(snapshot(allow_patterns=[], local_files_only=True))
         checked_selection({path.relative_to(folder).as_posix() for path in folder.rglob("*")}, select, label)
     except failures as error:
@@ -107,7 +107,7 @@ def download(name: str, hub: Hub, select: FileSelector) -> Path:
 
 
 def checked_selection(names: set[str], select: FileSelector, label: str) -> list[str]:
-    """Return what `select` picks from `names`, or raise `CheckpointError` if that is not all there."""
+    """Return the files that `select` selects from `names`, or raise `CheckpointError` if one is missing."""
     try:
         patterns = select(names)
     except CheckpointError as error:
@@ -118,9 +118,9 @@ def checked_selection(names: set[str], select: FileSelector, label: str) -> list
 
 
 def hub_error(label: str, error: Exception, expected: str) -> CheckpointError:
-    """Return a `CheckpointError` that says why a checkpoint could not be fetched.
+    """Return a `CheckpointError` with the reason why a checkpoint could not be fetched.
 
-    `expected` is for errors from which it does not follow.
+    `expected` is used for errors that have no more specific text.
     """
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 

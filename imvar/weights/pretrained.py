@@ -34,7 +34,7 @@ OURS = Naming(Dialect.OURS)
 class PretrainedModel(ConfiguredComponent, nn.Module):
     """A model: config, weights, and the keymap between its parameter names and those in files."""
 
-    stem: ClassVar[WeightsName] = DIFFUSERS
+    weights_name: ClassVar[WeightsName] = DIFFUSERS
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -75,7 +75,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         check_type("disable_mmap", disable_mmap, bool)
 
         def allow_patterns(names: set[str] | None) -> list[str]:
-            files = cls.stem.select(names_in(names, prefix), variant, use_safetensors)
+            files = cls.weights_name.select(names_in(names, prefix), variant, use_safetensors)
             return [prefix + name for name in (cls.config_name, *files)]
 
         hub = Hub(revision, cache_dir, local_files_only, token)
@@ -95,9 +95,9 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
 
         def read_files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
             config = cls.read_config(safe_join(folder, cls.config_name), **changes)
-            return config, read_weights(folder, cls.stem, variant, use_safetensors)
+            return config, read_weights(folder, cls.weights_name, variant, use_safetensors)
 
-        patterns = [cls.config_name, *cls.stem.select(None, None, None)]
+        patterns = [cls.config_name, *cls.weights_name.select(None, None, None)]
         config, (path, tensors) = read_consistently(folder, patterns, read_files)
         return cls.from_tensors(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
 
@@ -214,7 +214,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             super().save_pretrained(new)
             write_weights(
                 new,
-                self.stem,
+                self.weights_name,
                 self.keymap.to_theirs(self.state_dict()),
                 variant=variant,
                 safe_serialization=safe_serialization,
@@ -242,7 +242,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
 class TransformersModel(PretrainedModel):
     """A model whose published files follow transformers."""
 
-    stem = TRANSFORMERS
+    weights_name = TRANSFORMERS
     model_type: ClassVar[str]
 
     def saved_config(self) -> Mapping[str, Any]:
