@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import FLOAT_DTYPES, check_finite, check_float, check_has_data, check_int
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from ..image.read import exif_orientation
-from ..noise import check_generator, per_image_seeds, seed_generators
+from ..noise import Generators, Seeds, check_generator, per_image_seeds, seed_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ON_FLAGGED = ("black", "blur", "keep", "raise")
@@ -26,25 +26,25 @@ MAX_SIDE = 2**16  # pixels
 
 @dataclass(repr=False, eq=False)
 class Call:
-    """The arguments of one call, as given at first, then checked and converted to Python's own types in place."""
+    """The arguments of one call: as given, until the checks convert them in place to the types of these fields."""
 
     image: Any
-    height: Any
-    width: Any
-    num_inference_steps: Any
-    guidance_scale: Any
-    num_images_per_prompt: Any
-    eta: Any
-    generator: Any
-    latents: Any
-    output_type: Any
-    return_dict: Any
-    callback: Any
-    callback_steps: Any
-    guidance_interval: Any
-    cache_interval: Any
-    seed: Any
-    on_flagged: Any
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_images_per_prompt: int
+    eta: float
+    generator: Generators | None
+    latents: Tensor | None
+    output_type: str
+    return_dict: bool
+    callback: Callable[[int, Any, Tensor], Any] | None
+    callback_steps: int
+    guidance_interval: tuple[float, float]
+    cache_interval: int
+    seed: Seeds | None
+    on_flagged: str
 
     # Values that follow from the arguments and the components
 
@@ -97,13 +97,8 @@ class Call:
         """Check the approximations, of which DeepCache runs layers of an unmodified UNet one by one."""
         self.cache_interval = check_int("cache_interval", self.cache_interval)
         if self.cache_interval > 1 and not precomputable:
-            raise invalid(
-                InputError,
-                "cache_interval",
-                "1",
-                str(self.cache_interval),
-                "above 1 it requires imvar's own UNet2DConditionModel without custom layers or hooks",
-            )
+            hint = "above 1 it requires imvar's own UNet2DConditionModel without custom layers or hooks"
+            raise invalid(InputError, "cache_interval", "1", str(self.cache_interval), hint)
         pair = self.guidance_interval
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             expected = "two fractions of the steps such as (0.0, 0.8)"
@@ -125,7 +120,7 @@ def image_count(image: Any) -> int:
     return len(image) if isinstance(image, (list, tuple, Tensor)) else 1
 
 
-def check_inputs(image: Any, height: int, width: int, callback_steps: int, factor: int) -> None:
+def check_image_and_size(image: Any, height: int, width: int, callback_steps: int, factor: int) -> None:
     """Check the type of the images, the size in pixels, a multiple of `factor`, and the callback's interval."""
     images = image if isinstance(image, (list, tuple)) else [image]
     if not images:

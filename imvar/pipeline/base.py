@@ -86,7 +86,7 @@ class PipelineBase:
         )
 
     @classmethod
-    def parameters(cls) -> dict[str, inspect.Parameter]:
+    def init_parameters(cls) -> dict[str, inspect.Parameter]:
         """Return the constructor's parameters by name, following *args and **kwargs up the MRO."""
         parameters: dict[str, inspect.Parameter] = {}
         for base in cls.__mro__:
@@ -132,7 +132,7 @@ class PipelineBase:
         check_type("variant", variant, str)
         check_type("low_cpu_mem_usage", low_cpu_mem_usage, bool)
         check_type("disable_mmap", disable_mmap, bool)
-        parameters = cls.parameters()
+        parameters = cls.init_parameters()
         overrides = filter_kwargs(overrides, parameters, f"{cls.__name__}.from_pretrained")
         dtypes = dtypes_by_component(torch_dtype if dtype is None else dtype)
         reading = {"variant": variant, "use_safetensors": use_safetensors}
@@ -178,7 +178,7 @@ class PipelineBase:
 
         hub = Hub(revision, cache_dir, local_files_only, token)
         overrides = {name: value for name, value in overrides.items() if name not in READ_OPTIONS}
-        overrides = filter_kwargs(overrides, cls.parameters(), f"{cls.__name__}.from_single_file")
+        overrides = filter_kwargs(overrides, cls.init_parameters(), f"{cls.__name__}.from_single_file")
         dtypes = dtypes_by_component(torch_dtype if dtype is None else dtype)
         file = SingleFile.from_source(pretrained_model_link_or_path, hub)
         file.check_complete(overrides)

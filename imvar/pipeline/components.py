@@ -124,13 +124,8 @@ def check_components(components: Mapping[str, Any]) -> None:
 def check_feature_extractor(safety_checker: Any, feature_extractor: Any) -> None:
     """Check that a safety checker has a feature extractor."""
     if safety_checker is not None and feature_extractor is None:
-        raise invalid(
-            InputError,
-            "feature_extractor",
-            "a CLIPImageProcessor for the safety checker",
-            "None",
-            "pass one, or safety_checker=None",
-        )
+        hint = "pass one, or safety_checker=None"
+        raise invalid(InputError, "feature_extractor", "a CLIPImageProcessor for the safety checker", "None", hint)
 
 
 def check_compatible(components: Mapping[str, Any], output_type: str, unmodified_unet: bool) -> None:

@@ -23,7 +23,7 @@ from ..outputs import StableDiffusionPipelineOutput
 from ..runtime.denoiser import Denoiser, can_precompute, dtype_of, make_predictor
 from ..runtime.guidance import Predict
 from ..weights.published_config import has_legacy_sample_size
-from .arguments import Call, check_inputs, check_latents, image_count, rename_argument
+from .arguments import Call, check_image_and_size, check_latents, image_count, rename_argument
 from .base import PipelineBase
 from .components import (
     FeatureExtractorLike,
@@ -177,7 +177,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             dtype = denoiser.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
 
-            images, flags = self.finish(x, call.output_type, call.device, dtype, call.on_flagged, call.seeds)
+            images, flags = self.decode_and_judge(x, call.output_type, call.device, dtype, call.on_flagged, call.seeds)
         result = StableDiffusionPipelineOutput(images, flags, call.seeds, getattr(flags, "scores", None))
         return result if call.return_dict else (images, flags)
 
@@ -191,7 +191,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             check_devices(components)
         if isinstance(call.image, Tensor) and call.image.ndim == 3:
             call.image = call.image[None]
-        call.height, call.width = self.size(call.height, call.width)
+        call.height, call.width = self.default_size(call.height, call.width)
         self.check_inputs(call.image, call.height, call.width, call.callback_steps)
         call.check_numbers()
         batch = image_count(call.image) * call.num_images_per_prompt
@@ -208,7 +208,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         """Return whether a subclass overrides a method of this class."""
         return getattr(type(self), method) is not getattr(StableDiffusionImageVariationPipeline, method)
 
-    def size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def default_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in pixels, by default those that the UNet was trained at."""
         sample_size = self.unet.config.sample_size
         if sample_size is not None:
@@ -226,7 +226,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
 
     def check_inputs(self, image: Any, height: int, width: int, callback_steps: int) -> None:
         """Raise `InputError` for an image, a size or an interval that is not supported."""
-        check_inputs(image, height, width, callback_steps, factor=max(8, self.vae_scale_factor))
+        check_image_and_size(image, height, width, callback_steps, factor=max(8, self.vae_scale_factor))
 
     def prepare_scheduler(self, call: Call) -> tuple[SchedulerLike, Any, dict[str, Any]]:
         """Set the timesteps of this call, and return its scheduler, these, and the options of each step."""
@@ -294,7 +294,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         """
         return make_predictor(self.unet, timesteps, context, cache_interval, self.runner, packed)
 
-    def finish(
+    def decode_and_judge(
         self,
         latents: Tensor,
         output_type: str,

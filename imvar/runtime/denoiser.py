@@ -51,7 +51,7 @@ class Denoiser:
         self.unet, self.predictor, self.timesteps, self.context = unet, predictor, timesteps, context
         self.guidance_scale, self.guidance_interval = guidance_scale, guidance_interval
         self.cache_interval, self.refreshable = cache_interval, refreshable
-        self.build()
+        self.prepare()
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         """Predict the noise in scaled latents (b, c, h, w)."""
@@ -72,11 +72,11 @@ class Denoiser:
             return False
         del self.predict  # frees what it holds of the weights before the same is computed again
         self.context = self.context.to(dtype_of(unet, self.dtype))
-        self.build()
+        self.prepare()
         return True
 
-    def build(self) -> None:
-        """Set up the prediction for all steps."""
+    def prepare(self) -> None:
+        """Build the predictors from the UNet in use now."""
         steps = len(self.timesteps)
         packed = PackedWeights(steps)  # shared by both predictors of guidance
         make = partial(self.predictor, self.timesteps, cache_interval=self.cache_interval, packed=packed)
