@@ -1,4 +1,4 @@
-"""Several at once: saves of one folder, and loads from it meanwhile."""
+"""Concurrent saves of one folder, and loads during saves."""
 
 import itertools
 import os
@@ -11,43 +11,43 @@ import pytest
 import imvar
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
 from imvar.atomic.filesystem import locked
-from tests.support.crashes import end_with, equal, held, nano_encoder, nano_pipeline, saved, temporaries
+from tests.support.crashes import equal, leftovers, nano_encoder, nano_pipeline, read_files, run_and_exit, save_and_read
 
 # Loads
 
 
 @pytest.mark.usefixtures("no_fsync")
-def test_readers_see_one_save_or_say_so(tmp_path):
-    """While two checkpoints are saved by turns, each load is wholly the one or the other."""
+def test_readers_see_one_save_or_raise(tmp_path):
+    """While two checkpoints are saved alternately, each load returns one of them, or an error."""
     pipes = [nano_pipeline(0), nano_pipeline(1)]
     pipes[0].save_pretrained(tmp_path / "model")
 
     def write():
         for turn in itertools.count(1):
-            if (tmp_path / "enough").exists():
+            if (tmp_path / "stop").exists():
                 return
             pipes[turn % 2].save_pretrained(tmp_path / "model")
-            time.sleep(0.15 * (turn % 3))  # now in the midst of a load, now not
+            time.sleep(0.15 * (turn % 3))  # sometimes during a load
 
     def read():
-        found = []
-        while len(found) < 10 or set(found) != {0, 1}:
+        out = []
+        while len(out) < 10 or set(out) != {0, 1}:
             try:
                 pipe = StableDiffusionImageVariationPipeline.from_pretrained(tmp_path / "model")
             except CheckpointError as error:
                 if "files that stay the same while they are read" not in str(error):
                     raise
             else:
-                found.append(pipe.scheduler.config.steps_offset)
-                assert all(equal(getattr(pipe, part), getattr(pipes[found[-1]], part)) for part in pipe.modules)
+                out.append(pipe.scheduler.config.steps_offset)
+                assert all(equal(getattr(pipe, part), getattr(pipes[out[-1]], part)) for part in pipe.modules)
 
     writer = os.fork()
     if not writer:
-        end_with(write)
+        run_and_exit(write)
     try:
         read()
     finally:
-        (tmp_path / "enough").touch()
+        (tmp_path / "stop").touch()
         assert os.waitpid(writer, 0)[1] == 0
 
 
@@ -76,63 +76,63 @@ def test_a_folder_that_changes_while_it_is_read(tmp_path):
 def test_loading_in_threads(tmp_path):
     pipe = nano_pipeline(0)
     pipe.save_pretrained(tmp_path)
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(pipe.from_pretrained(tmp_path))) for _ in range(4)]
+    out = []
+    threads = [threading.Thread(target=lambda: out.append(pipe.from_pretrained(tmp_path))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [equal(each.unet, pipe.unet) for each in found] == [True] * 4
+    assert [equal(loaded.unet, pipe.unet) for loaded in out] == [True] * 4
 
 
 # Saves
 
 
-def test_a_lock_is_on_the_file_that_others_find(tmp_path):
-    """Whoever has waited for a lock finds that its file is gone; a third would lock another."""
+def test_a_lock_is_on_the_current_file(tmp_path):
+    """A process that waited for a lock finds its file removed, while a third one would lock a new file."""
 
     def wait():
         with locked(tmp_path / "lock") as sole:
-            found.append(sole and (tmp_path / "lock").exists())
+            out.append(sole and (tmp_path / "lock").exists())
 
-    found, second = [], threading.Thread(target=wait)
+    out, second = [], threading.Thread(target=wait)
     with locked(tmp_path / "lock"):
         second.start()
         time.sleep(0.2)
     second.join()
-    assert found == [True]
+    assert out == [True]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("no_fsync")
-@pytest.mark.parametrize("there", [True, False])
-def test_saves_of_one_folder_wait_for_each_other(tmp_path, there):
-    """Without that, shards of the one would lie beside the index of the other."""
+@pytest.mark.parametrize("exists", [True, False])
+def test_saves_of_one_folder_wait_for_each_other(tmp_path, exists):
+    """Otherwise shards of one would mix with the index of the other."""
     place = tmp_path / "model"
     options = [{"max_shard_size": "10KB"}, {}]
-    after = [saved(nano_pipeline(i), tmp_path / f"{i}", **options[i]) for i in range(2)]
+    after = [save_and_read(nano_pipeline(i), tmp_path / f"{i}", **options[i]) for i in range(2)]
     for _ in range(3):
-        if there:
+        if exists:
             nano_pipeline(2).save_pretrained(place)
         children = []
         for i in range(2):
             child = os.fork()
             if not child:
-                end_with(lambda i=i: nano_pipeline(i).save_pretrained(place, **options[i]))
+                run_and_exit(lambda i=i: nano_pipeline(i).save_pretrained(place, **options[i]))
             children.append(child)
         assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-        assert held(place) in after
-        assert not temporaries(tmp_path)
+        assert read_files(place) in after
+        assert not leftovers(tmp_path)
         shutil.rmtree(place)
 
 
 @pytest.mark.usefixtures("no_fsync")
 def test_threads_saving_one_folder(tmp_path):
-    after = [saved(nano_encoder(i), tmp_path / f"{i}") for i in range(3)]
+    after = [save_and_read(nano_encoder(i), tmp_path / f"{i}") for i in range(3)]
     threads = [threading.Thread(target=nano_encoder(i).save_pretrained, args=[tmp_path / "model"]) for i in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert held(tmp_path / "model") in after
-    assert not temporaries(tmp_path)
+    assert read_files(tmp_path / "model") in after
+    assert not leftovers(tmp_path)

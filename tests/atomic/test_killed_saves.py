@@ -1,4 +1,4 @@
-"""A save is whole or not at all: killed, out of disk, out of luck."""
+"""Saves are atomic if they are killed or the disk is full."""
 
 import errno
 import itertools
@@ -11,14 +11,14 @@ import pytest
 from imvar import CheckpointError
 from imvar.conversion import convert
 from tests.support.crashes import (
-    forked,
-    held,
     killed_at_each_step,
+    leftovers,
     mount,
     nano_encoder,
     nano_pipeline,
-    saved,
-    temporaries,
+    read_files,
+    run_in_child,
+    save_and_read,
 )
 
 # Killed
@@ -29,78 +29,78 @@ from tests.support.crashes import (
 def test_killed_anywhere(tmp_path, kind):
     make = nano_encoder if kind == "part" else nano_pipeline
     place, new = tmp_path / "place" / "model", make(1)
-    saved(make(0), tmp_path / "old", max_shard_size="1KB" if kind == "part" else "15KB")
+    save_and_read(make(0), tmp_path / "old", max_shard_size="1KB" if kind == "part" else "15KB")
     (tmp_path / "old" / "README.md").write_text("mine")
-    before = held(tmp_path / "old")
+    before = read_files(tmp_path / "old")
     shutil.copytree(tmp_path / "old", place)
-    after = saved(new, place)
+    after = save_and_read(new, place)
     assert after["README.md"] == b"mine"
     assert before.keys() - after.keys()
-    steps, seen = 0, set()
+    steps, outcomes = 0, set()
     for killed in killed_at_each_step(lambda: new.save_pretrained(place), every=1 if kind == "part" else 10):
-        found = held(place)
+        found = read_files(place)
         assert found in (before, after)
         steps += 1
-        seen.add(found == after)
+        outcomes.add(found == after)
         if killed:
-            assert saved(new, place) == after
-            assert not temporaries(place.parent)
+            assert save_and_read(new, place) == after
+            assert not leftovers(place.parent)
             shutil.rmtree(place)
             shutil.copytree(tmp_path / "old", place)
     assert steps > 30
-    assert seen == {True, False}
+    assert outcomes == {True, False}
 
 
 @pytest.mark.usefixtures("no_fsync")
 def test_killed_anywhere_before_there_is_a_folder(tmp_path):
     place, new = tmp_path / "place" / "model", nano_encoder(1)
-    after = saved(new, place)
+    after = save_and_read(new, place)
     shutil.rmtree(place.parent)
     for _ in killed_at_each_step(lambda: new.save_pretrained(place)):
-        assert not place.exists() or held(place) == after
+        assert not place.exists() or read_files(place) == after
         shutil.rmtree(place.parent, ignore_errors=True)
 
 
 @pytest.mark.usefixtures("no_fsync")
-def test_killed_anywhere_among_files_of_others(tmp_path):
-    """Nothing is replaced, so the folder stays, and has no checkpoint before it has a whole one."""
+def test_killed_anywhere_among_other_files(tmp_path):
+    """Nothing is replaced, so the folder itself stays, and has no checkpoint until all files are in place."""
     place, new = tmp_path / "home", nano_encoder(1)
     place.mkdir()
     (place / "diary").write_text("mine")
     inode = place.stat().st_ino
-    after = saved(new, tmp_path / "other") | {"diary": b"mine"}
-    whole = set()
+    after = save_and_read(new, tmp_path / "other") | {"diary": b"mine"}
+    complete = set()
     for _ in killed_at_each_step(lambda: new.save_pretrained(place)):
-        whole.add("config.json" in (found := held(place)))
+        complete.add("config.json" in (found := read_files(place)))
         assert found == (after if "config.json" in found else {k: after[k] for k in found.keys() | {"diary"}})
         for name in ("config.json", "model.safetensors"):
             (place / name).unlink(missing_ok=True)
-    assert whole == {True, False}
+    assert complete == {True, False}
     assert place.stat().st_ino == inode
-    assert saved(new, place) == after
-    assert not temporaries(tmp_path)
+    assert save_and_read(new, place) == after
+    assert not leftovers(tmp_path)
 
 
 @pytest.mark.usefixtures("no_fsync")
 def test_a_single_file_killed_anywhere(tmp_path):
-    """It is the old or the new one, and what is left goes with the next write of it."""
+    """The file is the old or the new one, and the next write removes leftovers."""
     place = tmp_path / "place"
     for seed in (0, 1):
         nano_pipeline(seed).save_pretrained(tmp_path / str(seed))
 
     def write(seed):
         convert(tmp_path / str(seed), place / "model.safetensors", to="original")
-        return held(place)
+        return read_files(place)
 
-    after, before, seen = write(1), write(0), set()
+    after, before, outcomes = write(1), write(0), set()
     for killed in killed_at_each_step(lambda: write(1), every=4):
         found = {"model.safetensors": (place / "model.safetensors").read_bytes()}
         assert found in (before, after)
-        seen.add(found == after)
+        outcomes.add(found == after)
         if killed:
             assert write(0) == before
             assert [path.name for path in place.iterdir()] == ["model.safetensors"]
-    assert seen == {True, False}
+    assert outcomes == {True, False}
 
 
 # Out of disk
@@ -108,7 +108,7 @@ def test_a_single_file_killed_anywhere(tmp_path):
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_disk_that_is_full(tmp_path, monkeypatch, safe):
-    before = saved(nano_pipeline(0), tmp_path / "model", safe_serialization=safe)
+    before = save_and_read(nano_pipeline(0), tmp_path / "model", safe_serialization=safe)
 
     def full(handle):
         if next(calls) >= allowed:
@@ -120,14 +120,14 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch, safe):
         with pytest.raises(CheckpointError, match=r"got a full disk; nothing was changed") as caught:
             nano_pipeline(1).save_pretrained(tmp_path / "model", safe_serialization=safe)
         assert caught.value.path.is_relative_to(tmp_path / "model")
-        assert held(tmp_path / "model") == before
-        assert not temporaries(tmp_path)
+        assert read_files(tmp_path / "model") == before
+        assert not leftovers(tmp_path)
 
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_a_file_that_cannot_grow(tmp_path, safe):
-    """The kernel ends a file in the middle of a tensor, in whichever of the formats."""
-    before = saved(nano_pipeline(0), tmp_path / "model", safe_serialization=safe)
+    """The kernel limits the file size, in the middle of a tensor."""
+    before = save_and_read(nano_pipeline(0), tmp_path / "model", safe_serialization=safe)
 
     def run():
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
@@ -135,22 +135,22 @@ def test_a_file_that_cannot_grow(tmp_path, safe):
             nano_pipeline(1).save_pretrained(tmp_path / "model", safe_serialization=safe)
         assert caught.value.path.parent.parent == tmp_path / "model"
 
-    assert forked(run) == 0
-    assert held(tmp_path / "model") == before
-    assert not temporaries(tmp_path)
+    assert run_in_child(run) == 0
+    assert read_files(tmp_path / "model") == before
+    assert not leftovers(tmp_path)
 
 
 def test_a_small_disk(tmp_path):
     """A file system with room for one checkpoint and a half."""
 
     def run():
-        one = sum(map(len, saved(nano_pipeline(0), tmp_path / "measure").values()))
-        if not mount(b"tmpfs", "none", tmp_path, f"size={2 * one}".encode()):
+        size = sum(map(len, save_and_read(nano_pipeline(0), tmp_path / "measure").values()))
+        if not mount(b"tmpfs", "none", tmp_path, f"size={2 * size}".encode()):
             resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-        before = saved(nano_pipeline(0), tmp_path / "model")
+        before = save_and_read(nano_pipeline(0), tmp_path / "model")
         with pytest.raises(CheckpointError, match=r"got a full disk|got a file above the size limit"):
             nano_pipeline(1).save_pretrained(tmp_path / "model")
-        assert held(tmp_path / "model") == before
-        assert not temporaries(tmp_path)
+        assert read_files(tmp_path / "model") == before
+        assert not leftovers(tmp_path)
 
-    assert forked(run) == 0
+    assert run_in_child(run) == 0

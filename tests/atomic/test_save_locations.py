@@ -1,4 +1,4 @@
-"""Where a checkpoint can be saved, and how: links, mount points, folders of others, the current one."""
+"""Locations of saves: links, mount points, read-only folders, the working directory."""
 
 import errno
 import os
@@ -12,7 +12,17 @@ import imvar
 from imvar import CheckpointError
 from imvar.atomic import folder as folders
 from imvar.atomic.folder import atomic_folder
-from tests.support.crashes import ROOT, equal, forked, held, mount, nano_encoder, nano_pipeline, saved, temporaries
+from tests.support.crashes import (
+    ROOT,
+    equal,
+    leftovers,
+    mount,
+    nano_encoder,
+    nano_pipeline,
+    read_files,
+    run_in_child,
+    save_and_read,
+)
 
 
 def test_places_that_cannot_be_written(tmp_path):
@@ -26,15 +36,15 @@ def test_places_that_cannot_be_written(tmp_path):
             with pytest.raises(CheckpointError, match=words) as caught:
                 part.save_pretrained(place)
             assert caught.value.path.is_relative_to(tmp_path / "file")
-    assert held(tmp_path) == {"file": b"mine"}
+    assert read_files(tmp_path) == {"file": b"mine"}
 
 
 def test_permissions(tmp_path):
-    """Where only the folder itself may be written to, it is filled file by file; where not even that, it is refused."""
+    """If only the folder itself is writable, files are moved in; if it is not, the save is refused."""
     place, closed = tmp_path / "above" / "model", tmp_path / "open" / "closed"
     for folder in (place, closed):
-        saved(nano_encoder(0), folder, max_shard_size="1KB")
-    after, before = saved(nano_encoder(1), tmp_path / "new"), held(closed)
+        save_and_read(nano_encoder(0), folder, max_shard_size="1KB")
+    after, before = save_and_read(nano_encoder(1), tmp_path / "new"), read_files(closed)
     for path in (*tmp_path.parents, tmp_path):
         if ROOT and path.is_relative_to("/tmp") and path != Path("/tmp"):
             path.chmod(0o755)
@@ -56,45 +66,45 @@ def test_permissions(tmp_path):
                 nano_encoder(1).save_pretrained(folder)
 
     try:
-        assert forked(run) == 0
-        assert held(place) == after
-        assert held(closed) == before
-        assert not temporaries(tmp_path)
+        assert run_in_child(run) == 0
+        assert read_files(place) == after
+        assert read_files(closed) == before
+        assert not leftovers(tmp_path)
     finally:
         place.parent.chmod(0o755)
         closed.chmod(0o755)
 
 
 def test_links_to_folders_are_followed(tmp_path):
-    before = saved(nano_encoder(0), tmp_path / "real")
+    before = save_and_read(nano_encoder(0), tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
-    (tmp_path / "fresh").symlink_to("made")
+    (tmp_path / "fresh").symlink_to("created")
     for link in ("link", "fresh"):
         nano_encoder(1).save_pretrained(tmp_path / link)
         assert (tmp_path / link).is_symlink()
         assert equal(nano_encoder(1).from_pretrained(tmp_path / link), nano_encoder(1))
-    assert held(tmp_path / "real") != before
+    assert read_files(tmp_path / "real") != before
 
 
 def test_links_to_files_are_replaced_not_followed(tmp_path):
-    """The hub's cache is made of such links; what they lead to may be part of other checkpoints."""
-    before = saved(nano_encoder(0), tmp_path / "blobs")
+    """The hub's cache consists of such links, whose targets may belong to other checkpoints."""
+    before = save_and_read(nano_encoder(0), tmp_path / "blobs")
     (tmp_path / "snapshot").mkdir()
     for name in before:
         (tmp_path / "snapshot" / name).symlink_to(f"../blobs/{name}")
     nano_encoder(1).save_pretrained(tmp_path / "snapshot")
-    assert held(tmp_path / "blobs") == before
+    assert read_files(tmp_path / "blobs") == before
     assert equal(nano_encoder(1).from_pretrained(tmp_path / "snapshot"), nano_encoder(1))
 
 
 def in_place(folder, save):
-    """Whether a save, given what stands against replacing the folder, is right, leaves it its inode, and no more."""
-    saved(nano_pipeline(0), folder, max_shard_size="1KB")
+    """Assert that a save is complete and leaves nothing else; return whether the folder kept its inode."""
+    save_and_read(nano_pipeline(0), folder, max_shard_size="1KB")
     (folder / "README.md").write_text("mine")
     inode = folder.stat().st_ino
     save(nano_pipeline(1))
-    assert held(folder) == saved(nano_pipeline(1), folder.parent / "other") | {"README.md": b"mine"}
-    assert not temporaries(folder.parent)
+    assert read_files(folder) == save_and_read(nano_pipeline(1), folder.parent / "other") | {"README.md": b"mine"}
+    assert not leftovers(folder.parent)
     return folder.stat().st_ino == inode
 
 
@@ -119,31 +129,31 @@ def test_where_the_folder_stays(tmp_path, monkeypatch):
         assert in_place(tmp_path / "f", lambda pipe: pipe.save_pretrained(tmp_path / "f"))
 
 
-IN_THE_WAY = {
+OBSTACLES = {
     "a folder in place of a file": lambda vae: [(vae / "config.json").unlink(), (vae / "config.json").mkdir()],
     "a file in place of a folder": lambda vae: [shutil.rmtree(vae), vae.write_text("mine")],
     "no permission to write": lambda vae: None,
 }
 
 
-@pytest.mark.parametrize("words", IN_THE_WAY)
-def test_where_files_move_in_one_by_one_all_is_looked_at_first(tmp_path, monkeypatch, words):
-    """What somebody else put in the way of the last one meanwhile is seen before the first has taken its place."""
+@pytest.mark.parametrize("words", OBSTACLES)
+def test_obstacles_are_detected_before_files_are_moved(tmp_path, monkeypatch, words):
+    """Obstacles to the last file, created meanwhile, are detected before the first is moved."""
 
     def save(folder):
         with atomic_folder(folder) as new:
             nano_pipeline(1).save_pretrained(new)
-            IN_THE_WAY[words](folder / "vae")
-            before.append(held(folder))
+            OBSTACLES[words](folder / "vae")
+            before.append(read_files(folder))
 
     before = []
-    saved(nano_pipeline(0), tmp_path / "a")
-    monkeypatch.setattr(folders, "MAX_LINKED_FILES", 1)  # more than this many are not taken over, but moved in
+    save_and_read(nano_pipeline(0), tmp_path / "a")
+    monkeypatch.setattr(folders, "MAX_LINKED_FILES", 1)  # so that the folder is not exchanged
     if words.startswith("no"):
         monkeypatch.setattr(folders, "is_writable", lambda path: path.name != "vae")
     with pytest.raises(CheckpointError, match=f"got {words}; nothing was changed"):
         save(tmp_path / "a")
-    assert held(tmp_path / "a") == before[0]
+    assert read_files(tmp_path / "a") == before[0]
 
 
 @pytest.mark.parametrize("kind", [b"tmpfs", None], ids=["another", "bind"])
@@ -162,12 +172,12 @@ def test_mount_points(tmp_path, kind, where):
         sys.addaudithook(lambda event, args: created.append(Path(args[0])) if event == "os.mkdir" else None)
         nano_pipeline(0).save_pretrained(tmp_path / "model", max_shard_size="1KB")
         inode = (tmp_path / where).stat().st_ino
-        after = saved(nano_pipeline(1), tmp_path / "model")
+        after = save_and_read(nano_pipeline(1), tmp_path / "model")
         assert (tmp_path / where).stat().st_ino == inode or not mounted
         if kind:  # whether it was written next to the folder, rather than inside, on the same file system
             next_to = any(path.parent == tmp_path and ".tmp-" in path.name for path in created)
             assert next_to == (where != "model")
-        assert after == saved(nano_pipeline(1), tmp_path / "other") | mine
-        assert not temporaries(tmp_path)
+        assert after == save_and_read(nano_pipeline(1), tmp_path / "other") | mine
+        assert not leftovers(tmp_path)
 
-    assert forked(run) == 0
+    assert run_in_child(run) == 0

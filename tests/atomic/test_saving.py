@@ -1,4 +1,4 @@
-"""What a save replaces, what it leaves alone, in which order, and when it is on disk."""
+"""Files that a save replaces and keeps, their order, and when they are on the disk."""
 
 import json
 import os
@@ -10,10 +10,10 @@ import torch
 
 from imvar.atomic.file import write_text
 from imvar.atomic.folder import atomic_folder
-from tests.support.crashes import equal, forked, held, nano_encoder, nano_pipeline, saved, temporaries
+from tests.support.crashes import equal, leftovers, nano_encoder, nano_pipeline, read_files, run_in_child, save_and_read
 
 
-def test_what_a_save_does_not_replace_stays(tmp_path):
+def test_other_files_stay(tmp_path):
     place = tmp_path / "model"
     nano_pipeline(0).save_pretrained(place)
     nano_pipeline(2).save_pretrained(place, variant="fp16")
@@ -26,11 +26,11 @@ def test_what_a_save_does_not_replace_stays(tmp_path):
     (place / "README.md").chmod(0o640)
     place.chmod(0o750)
     (place / "logs").chmod(0o700)
-    before = held(place)
+    before = read_files(place)
     with (place / "logs" / "log").open("a") as log:
         nano_pipeline(1).save_pretrained(place)
         log.write("two")
-    after = held(place)
+    after = read_files(place)
     assert after.pop("logs/log") == b"one two"
     kept = {name for name in after if before[name] == after[name]}
     assert kept >= {
@@ -45,7 +45,7 @@ def test_what_a_save_does_not_replace_stays(tmp_path):
     assert {"scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"} <= after.keys() - kept
     assert [(place / name).stat().st_mode & 0o777 for name in ("", "logs", "README.md")] == [0o750, 0o700, 0o640]
     assert {path.stat().st_nlink for path in place.rglob("*") if path.is_file()} == {1}
-    assert not temporaries(tmp_path)
+    assert not leftovers(tmp_path)
 
 
 def test_the_folder_that_the_weights_are_mapped_from(tmp_path):
@@ -82,11 +82,11 @@ def test_a_block_that_fails_changes_nothing(tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
-# While something else is going on
+# Concurrent changes
 
 
-class Foreign:
-    """A part of another library, which writes to its files in place."""
+class InPlaceComponent:
+    """A third-party component that writes to its files in place."""
 
     def __init__(self, meanwhile=lambda: None):
         self.config, self.meanwhile = {}, meanwhile
@@ -100,42 +100,42 @@ class Foreign:
         self.meanwhile()
 
 
-def test_parts_that_write_in_place(tmp_path):
+def test_components_that_write_in_place(tmp_path):
     place = tmp_path / "model"
-    before = saved(nano_pipeline(0), place)
+    before = save_and_read(nano_pipeline(0), place)
 
     def fail():
         raise RuntimeError("too bad")
 
     with pytest.raises(RuntimeError, match="too bad"):
-        nano_pipeline(1, feature_extractor=Foreign(fail)).save_pretrained(place)
-    assert held(place) == before
-    nano_pipeline(1, feature_extractor=Foreign()).save_pretrained(place)
+        nano_pipeline(1, feature_extractor=InPlaceComponent(fail)).save_pretrained(place)
+    assert read_files(place) == before
+    nano_pipeline(1, feature_extractor=InPlaceComponent()).save_pretrained(place)
     assert (place / "feature_extractor" / "preprocessor_config.json").read_text().startswith("{}")
 
 
-def test_what_comes_while_saving_stays(tmp_path):
+def test_files_added_during_a_save_stay(tmp_path):
     place = tmp_path / "model"
     nano_pipeline(0).save_pretrained(place)
     (place / "progress").write_text("1 of 2")
 
-    def others():
+    def add_files():
         (place / "logs" / "deep").mkdir(parents=True)
         (place / "logs" / "deep" / "log").write_text("new")
         (place / "unet" / "notes").write_text("new")
         write_text(place / "progress", "2 of 2")
         write_text(place / "model_index.json", "of a save that did not wait")
 
-    after = saved(nano_pipeline(1, feature_extractor=Foreign(others)), place)
+    after = save_and_read(nano_pipeline(1, feature_extractor=InPlaceComponent(add_files)), place)
     assert (after["logs/deep/log"], after["unet/notes"], after["progress"]) == (b"new", b"new", b"2 of 2")
     assert json.loads(after["model_index.json"])
-    assert not temporaries(tmp_path)
+    assert not leftovers(tmp_path)
 
 
-# In which order
+# Order
 
 
-def test_the_files_that_name_others_come_last(tmp_path):
+def test_indexes_are_moved_last(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "diary").write_text("mine")
 
@@ -152,27 +152,27 @@ def test_the_files_that_name_others_come_last(tmp_path):
         assert [path.suffix == ".json" for path in places] == sorted(path.suffix == ".json" for path in places)
         assert len(places) > 10
 
-    assert forked(run) == 0
+    assert run_in_child(run) == 0
 
 
-def test_nothing_gets_its_name_before_it_is_on_disk(tmp_path):
-    """After a power failure a file that was renamed but not synchronised may be empty."""
+def test_files_are_flushed_before_they_are_renamed(tmp_path):
+    """After a power failure, a file that was renamed but not flushed may be empty."""
     nano_encoder(0).save_pretrained(tmp_path / "model")
 
     def run():
-        fsync, synced, wanting = os.fsync, set(), []
+        fsync, synced, unsynced = os.fsync, set(), []
         os.fsync = lambda handle: (fsync(handle), synced.add(os.fstat(handle).st_ino))
 
         def hook(event, args):
             if event == "os.rename" and os.stat(args[0]).st_ino not in synced:
-                wanting.append(args)
+                unsynced.append(args)
             if event == "ctypes.dlopen":  # on the way to the exchange
                 (new,) = tmp_path.glob(".model.tmp-*[0-9a-f]")
-                wanting.extend(path for path in [new, *new.rglob("*")] if path.stat().st_ino not in synced)
+                unsynced.extend(path for path in [new, *new.rglob("*")] if path.stat().st_ino not in synced)
 
         sys.addaudithook(hook)
         nano_encoder(1).save_pretrained(tmp_path / "model")
         assert len(synced) == 4  # two files, the new folder, the one above
-        assert not wanting
+        assert not unsynced
 
-    assert forked(run) == 0
+    assert run_in_child(run) == 0

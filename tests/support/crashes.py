@@ -1,4 +1,4 @@
-"""Nano models, what a folder holds, and child processes that save and are killed."""
+"""Nano models, contents of folders, and child processes that are killed while saving."""
 
 import ctypes
 import itertools
@@ -41,7 +41,7 @@ ROOT = os.geteuid() == 0
 
 @cache
 def nano_encoder(seed):
-    """Two of them differ in settings, too: one file of each would not load, or load as neither."""
+    """Return an encoder whose config depends on the seed, so that a mix of two saves does not load."""
     return randomize(imvar.CLIPVisionModelWithProjection(**NANO_ENCODER | {"intermediate_size": 8 + seed}), seed)
 
 
@@ -64,8 +64,8 @@ def equal(a, b):
     )
 
 
-def held(folder):
-    """What lies in a folder: the bytes of each file, where each link leads."""
+def read_files(folder):
+    """Return the bytes of each file and the target of each symbolic link in a folder."""
     return {
         str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -73,17 +73,17 @@ def held(folder):
     }
 
 
-def saved(part, folder, **options):
+def save_and_read(part, folder, **options):
     part.save_pretrained(folder, **options)
-    return held(folder)
+    return read_files(folder)
 
 
-def temporaries(folder):
+def leftovers(folder):
     return [path for path in folder.rglob(".*") if ".tmp" in path.name]
 
 
-def end_with(run):
-    """Run, and end this process: with 0, or 1 after an error."""
+def run_and_exit(run):
+    """Call `run` and exit with 0, or with 1 after an error."""
     code = 1
     try:
         run()
@@ -94,11 +94,11 @@ def end_with(run):
         os._exit(code)
 
 
-def forked(run):
-    """Run in a child process. Its exit code: 0, the number of the signal that ended it below 0, or 1 for an error."""
+def run_in_child(run):
+    """Call `run` in a child process; return its exit code: 0, 1 after an error, -n after signal n."""
     child = os.fork()
     if not child:
-        end_with(run)
+        run_and_exit(run)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -110,7 +110,7 @@ def changes_files(event, args):
 
 
 def stopped_at_each_step(save, first):
-    """A child process that stops itself before each file operation of `save`, from that number on."""
+    """Start a child process that stops before each file operation of `save` from number `first` on; return its id."""
     child = os.fork()
     if not child:
         operations = itertools.count()
@@ -120,15 +120,15 @@ def stopped_at_each_step(save, first):
                 os.kill(os.getpid(), signal.SIGSTOP)
 
         sys.addaudithook(hook)
-        end_with(save)
+        run_and_exit(save)
     return child
 
 
 def killed_at_each_step(save, every=1):
-    """Have `save` stopped in a child process before its first file operation, its second, and on to its end.
+    """Run `save` in a child process that stops before each of its file operations, and yield at each.
 
-    At `every` so many it is killed, and begins anew: nothing that lies there changes by that, only locks are free.
-    Yields whether it was.
+    At every `every`-th the child is killed and started again, which changes no file and releases its locks. Yields
+    whether it was killed.
     """
     child = None
     try:
@@ -141,22 +141,22 @@ def killed_at_each_step(save, every=1):
                 yield False
                 return
             if killed := step % every == 0:
-                child = ended(child)
+                child = kill(child)
             yield killed
             if child:
                 os.kill(child, signal.SIGCONT)
     finally:
         if child:
-            ended(child)
+            kill(child)
 
 
-def ended(child):
+def kill(child):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
 
 def mount(kind, source, target, options=None):
-    """Mount in a name space of this process alone; False where that is not allowed."""
+    """Mount in a namespace of this process; return False where that is not permitted."""
     libc = ctypes.CDLL(None, use_errno=True)
     new_mounts, new_user, bind, recursive, private = 1 << 17, 1 << 28, 1 << 12, 1 << 14, 1 << 18
     return not (

@@ -1,4 +1,4 @@
-"""The checkpoint that comes with imvar: whole, small, found by its name, and used by the command line."""
+"""The bundled checkpoint is complete and small, and found by its name in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ SETTINGS = {"scheduler": imvar.DDIMScheduler, "feature_extractor": imvar.CLIPIma
 
 
 @pytest.fixture(autouse=True)
-def nowhere(tmp_path, monkeypatch):
-    """A working directory with nothing in it, and a hub that must not be asked."""
+def _empty_folder_without_hub(tmp_path, monkeypatch):
+    """Work in an empty folder, and fail if the hub is accessed."""
 
-    def asked(*args, **options):
-        raise AssertionError("the hub was asked")
+    def refuse(*args, **options):
+        raise AssertionError("the hub was accessed")
 
     for name in ("model_info", "snapshot_download", "hf_hub_download"):
-        monkeypatch.setattr(huggingface_hub, name, asked)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+        monkeypatch.setattr(huggingface_hub, name, refuse)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import imvar
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
 from imvar.weights.json_files import MAX_JSON_BYTES
-from tests.support.refusals import CLASSES, LFS, every_part, refuses, refuses_part, weights
+from tests.support.refusals import CLASSES, LFS, assert_part_refused, assert_refused, every_part, weights
 
 # Configs
 
@@ -40,9 +40,9 @@ def test_json(folder, part, file, content, words):
     path = folder / part / file if file == "config.json" else folder / file
     path.write_bytes(content)
     if file == "config.json":
-        refuses_part(folder, part, path, words)
+        assert_part_refused(folder, part, path, words)
     elif b"_use_default" not in content:
-        refuses(lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder), path, words)
+        assert_refused(lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder), path, words)
 
 
 ANY_SIZE = [10**7, 2**31, 2**62, 10**400, -1, 0, 1.5, "64", True, [], {}, None]
@@ -127,7 +127,7 @@ def test_configs(folder, part, setting, value):
     file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
     key = None if value == 10**7 or isinstance(value, dict) else setting
     words = setting if key else "expected|asks for|cannot be|shape"
-    refuses_part(folder, part, file, words)
+    assert_part_refused(folder, part, file, words)
 
 
 def test_more_layers_than_the_file_has_tensors(folder):
@@ -141,7 +141,7 @@ def test_more_layers_than_the_file_has_tensors(folder):
         config = json.loads(file.read_text())
         for value in (300, 999_999):
             file.write_text(json.dumps(config | {setting: value}))
-            refuses_part(folder, part, file, r"layers, as .* tensors, got \d+ or more")
+            assert_part_refused(folder, part, file, r"layers, as .* tensors, got \d+ or more")
         file.write_text(json.dumps(config))
 
 
@@ -183,7 +183,7 @@ def test_scheduler_configs(folder, setting, value):
         StableDiffusionImageVariationPipeline.from_pretrained,
         lambda folder: imvar.PNDMScheduler.from_pretrained(folder, subfolder="scheduler"),
     ):
-        refuses(lambda load=load: load(folder), file, setting, key=setting)
+        assert_refused(lambda load=load: load(folder), file, setting, key=setting)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_scheduler_configs(folder, setting, value):
 def test_configs_without_a_scheduler(tmp_path, settings):
     file = tmp_path / "scheduler_config.json"
     file.write_text(json.dumps(settings))
-    refuses(lambda: imvar.LMSDiscreteScheduler.from_pretrained(tmp_path), file, "noise levels|sigma_")
+    assert_refused(lambda: imvar.LMSDiscreteScheduler.from_pretrained(tmp_path), file, "noise levels|sigma_")
 
 
 # Indexes
@@ -238,7 +238,7 @@ def test_indexes(folder, part, index, words):
     path.write_text(json.dumps(index).replace("{self}", path.name))
     with pytest.raises(CheckpointError, match=words) as caught:
         CLASSES[part].from_pretrained(folder, subfolder=part)
-    refuses_part(folder, part, caught.value.path, words)
+    assert_part_refused(folder, part, caught.value.path, words)
     assert caught.value.path.parent == folder / part or "x" * 1000 in str(caught.value.path)
     tensors = load_file(folder / part / "part.safetensors")
     path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")}))  # metadata may be missing
@@ -267,7 +267,7 @@ def test_model_index(folder, key, value):
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps(index | {key: value}))
-    refuses(
+    assert_refused(
         lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder),
         path,
         "expected .*, got|handed over",
@@ -279,8 +279,10 @@ def test_an_unlisted_part(folder):
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in index.items() if name != "unet"}))
-    refuses(lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder), path, "got no entry", key="unet")
+    assert_refused(
+        lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder), path, "got no entry", key="unet"
+    )
     path.write_text(json.dumps(index | {"feature_extractor": [None, None]}))
-    refuses(
+    assert_refused(
         lambda: StableDiffusionImageVariationPipeline.from_pretrained(folder), path, "for the safety checker, got None"
     )

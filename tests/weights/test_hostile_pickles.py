@@ -1,4 +1,4 @@
-"""A pickle is data, never a program: what is no tensor in it is refused, or left aside unmade."""
+"""Pickles are never executed as programs: anything but tensors is refused or replaced by a placeholder."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from safetensors.torch import save, save_file
 
 import imvar
 from imvar.weights.reading import read_checkpoint, read_tensors
-from tests.support.refusals import LFS, every_part, refuses, refuses_part, weights
+from tests.support.refusals import LFS, assert_part_refused, assert_refused, every_part, weights
 
 PICKLE = {
     "vae": "diffusion_pytorch_model.bin",
@@ -27,7 +27,7 @@ PICKLE = {
 # Pickles
 
 
-class Foreign:
+class Harmful:
     def __reduce__(self):
         return os.system, ("touch must-not-be",)
 
@@ -37,7 +37,7 @@ class Subclass(torch.Tensor):
 
 
 def rezipped(file, change):
-    """Write a torch.save file again, its records changed."""
+    """Write a torch.save file again with changed records."""
     with zipfile.ZipFile(file) as archive:
         records = {record.filename: archive.read(record) for record in archive.infolist()}
     packing = change(records) or zipfile.ZIP_STORED
@@ -63,7 +63,7 @@ def one():
 
 
 BINS = {
-    "foreign": (lambda: {"a": Foreign()}, None, r"references (posix|nt)\.system"),
+    "foreign": (lambda: {"a": Harmful()}, None, r"references (posix|nt)\.system"),
     "sparse": (lambda: {"a": torch.eye(3).to_sparse()}, None, "_rebuild_sparse_tensor; nothing but dense tensors"),
     "quantised": (lambda: {"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, None, "_qtensor"),
     "nested": (lambda: {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, None, "nested_tensor"),
@@ -115,13 +115,13 @@ BINS = {
 @every_part
 def test_pickles(folder, part, kind, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    held, spoil, words = BINS[kind]
+    content, corrupt, words = BINS[kind]
     weights(folder, part).unlink()
     file = folder / part / PICKLE[part]
-    torch.save(held(), file)
-    if spoil:
-        spoil(file)
-    refuses_part(folder, part, file, words)
+    torch.save(content(), file)
+    if corrupt:
+        corrupt(file)
+    assert_part_refused(folder, part, file, words)
     assert not (tmp_path / "must-not-be").exists()
 
 
@@ -133,7 +133,7 @@ def test_parameters_in_a_pickle_are_tensors(tmp_path, old):
     assert not tensor.requires_grad
 
 
-def test_a_file_without_a_telling_name_is_what_it_begins_with(tmp_path):
+def test_the_first_bytes_decide_for_unknown_endings(tmp_path):
     tensors = {"a": torch.arange(3.0)}
     save_file(tensors, tmp_path / "one")
     torch.save(tensors, tmp_path / "two")
@@ -141,7 +141,9 @@ def test_a_file_without_a_telling_name_is_what_it_begins_with(tmp_path):
     for name in ("one", "two", "three"):
         assert torch.equal(read_tensors(tmp_path / name)["a"], tensors["a"])
     (tmp_path / "four").write_bytes(b"GIF89a")
-    refuses(lambda: read_tensors(tmp_path / "four"), tmp_path / "four", "neither safetensors nor a file of torch.save")
+    assert_refused(
+        lambda: read_tensors(tmp_path / "four"), tmp_path / "four", "neither safetensors nor a file of torch.save"
+    )
 
 
 # Original checkpoints
@@ -149,7 +151,7 @@ def test_a_file_without_a_telling_name_is_what_it_begins_with(tmp_path):
 
 @pytest.fixture
 def original(tmp_path, monkeypatch):
-    """What a training run of 2022 left, with the classes that it names; these are gone when it is read."""
+    """Return the checkpoint of a training run of 2022; the classes that it references no longer exist when it is read."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     module = ModuleType(name)
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name, "__qualname__": "ModelCheckpoint"})
@@ -157,7 +159,7 @@ def original(tmp_path, monkeypatch):
         for place in ("pytorch_lightning", "pytorch_lightning.callbacks"):
             patch.setitem(sys.modules, place, ModuleType(place))
         patch.setitem(sys.modules, name, module)
-        held = {
+        content = {
             "epoch": 3,
             "global_step": 9,
             "pytorch-lightning_version": "1.4.2",
@@ -166,15 +168,15 @@ def original(tmp_path, monkeypatch):
             "optimizer_states": [{"state": {0: {"step": 3, "exp_avg": torch.ones(3)}}}],
             "lr_schedulers": [],
         }
-        torch.save(held, tmp_path / "full.ckpt")
+        torch.save(content, tmp_path / "full.ckpt")
     return tmp_path / "full.ckpt"
 
 
 def test_an_original_checkpoint(original):
-    tensors, aside = read_checkpoint(original)
+    tensors, ignored = read_checkpoint(original)
     assert tensors["a"].tolist() == [0, 1, 2]
     assert tensors["b"].dtype == torch.float16
-    assert aside == [
+    assert ignored == [
         "epoch",
         "global_step",
         "pytorch-lightning_version",
@@ -182,46 +184,46 @@ def test_an_original_checkpoint(original):
         "optimizer_states",
         "lr_schedulers",
     ]
-    assert not [name for _, name in filter(lambda known: type(known) is tuple, torch.serialization.get_safe_globals())]
-    refuses(lambda: read_tensors(original), original, "references pytorch_lightning.*ModelCheckpoint")
+    assert not [name for _, name in filter(lambda entry: type(entry) is tuple, torch.serialization.get_safe_globals())]
+    assert_refused(lambda: read_tensors(original), original, "references pytorch_lightning.*ModelCheckpoint")
 
 
 def test_an_original_checkpoint_without_nesting(tmp_path):
     torch.save({"a": torch.ones(3), "epoch": 3, "hparams": {"x": [1]}}, tmp_path / "x.ckpt")
-    tensors, aside = read_checkpoint(tmp_path / "x.ckpt")
+    tensors, ignored = read_checkpoint(tmp_path / "x.ckpt")
     assert list(tensors) == ["a"]
-    assert aside == ["epoch", "hparams"]
+    assert ignored == ["epoch", "hparams"]
     (tmp_path / "x.safetensors").write_bytes(save({"a": torch.ones(3)}))
     assert read_checkpoint(tmp_path / "x.safetensors")[1] == []
 
 
 @pytest.mark.parametrize(
-    ("held", "words"),
+    ("content", "words"),
     [
         ({"state_dict": {"a": 3}}, "a: expected a dense tensor, got a int"),
         ({"state_dict": 3}, "state_dict: expected tensors by name, got none"),
         ({"epoch": 3}, "state_dict: expected tensors by name, got none"),
-        ({"state_dict": {"a": torch.ones(3)}, "x": Foreign()}, r"references posix\.system"),
+        ({"state_dict": {"a": torch.ones(3)}, "x": Harmful()}, r"references posix\.system"),
         ([], "expected tensors by name, got a list"),
         ({"state_dict": {"a": torch.ones(3)}, "x": np.ones(3)}, r"references numpy.*_reconstruct"),
     ],
 )
-def test_original_checkpoints_that_are_none(tmp_path, held, words):
-    torch.save(held, tmp_path / "x.ckpt")
-    refuses(lambda: read_checkpoint(tmp_path / "x.ckpt"), tmp_path / "x.ckpt", words)
+def test_files_that_are_not_original_checkpoints(tmp_path, content, words):
+    torch.save(content, tmp_path / "x.ckpt")
+    assert_refused(lambda: read_checkpoint(tmp_path / "x.ckpt"), tmp_path / "x.ckpt", words)
 
 
-def test_nothing_that_a_pickle_names_is_imported_or_made(original, tmp_path):
-    """In a process of its own, where a package of that name lies in wait, and numpy's constructor."""
+def test_nothing_that_a_pickle_references_is_imported_or_constructed(original, tmp_path):
+    """In a separate process with an importable package of that name, and with a watch on numpy's constructor."""
     package = tmp_path / "pytorch_lightning"
     (package / "callbacks").mkdir(parents=True)
     for file in (package / "__init__.py", package / "callbacks" / "__init__.py"):
         file.write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
     program = (
         "import sys, pathlib, numpy, imvar.weights.reading as r\n"
-        "made = numpy._core.multiarray.scalar\n"
-        "sys.setprofile(lambda frame, event, it: event == 'c_call' and it is made and print('made'))\n"
-        f"tensors, aside = r.read_checkpoint(pathlib.Path({str(original)!r}))\n"
+        "scalar = numpy._core.multiarray.scalar\n"
+        "sys.setprofile(lambda frame, event, it: event == 'c_call' and it is scalar and print('constructed'))\n"
+        f"tensors, ignored = r.read_checkpoint(pathlib.Path({str(original)!r}))\n"
         "print(list(tensors), 'pytorch_lightning' in sys.modules)"
     )
     paths = os.pathsep.join([str(tmp_path), str(Path(imvar.__file__).parents[1])])

@@ -1,4 +1,4 @@
-"""Files of tensors: the bytes that the libraries write, in the memory of one tensor."""
+"""Weights are written with the libraries' bytes and the memory of one tensor."""
 
 import hashlib
 import json
@@ -34,25 +34,25 @@ def every_kind():
 
 def test_the_bytes_that_safetensors_writes(tmp_path):
     for tensors in (every_kind(), {}, {"one": torch.ones(1)}):
-        seen = []
-        written = write_tensors(tmp_path / "ours.safetensors", tensors, on_bytes=seen.append, digest=True)
-        alone = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-        save_file(alone, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-        ours, theirs = ((tmp_path / f"{whose}.safetensors").read_bytes() for whose in ("ours", "theirs"))
-        assert ours == theirs
-        assert written.path == tmp_path / "ours.safetensors"
-        assert (written.tensors, written.bytes, sum(seen)) == (len(tensors), len(ours), len(ours))
-        assert written.sha256 == hashlib.sha256(ours).hexdigest()
+        counts = []
+        written = write_tensors(tmp_path / "imvar.safetensors", tensors, on_bytes=counts.append, digest=True)
+        separate = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(separate, tmp_path / "library.safetensors", metadata={"format": "pt"})
+        actual, expected = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("imvar", "library"))
+        assert actual == expected
+        assert written.path == tmp_path / "imvar.safetensors"
+        assert (written.tensors, written.bytes, sum(counts)) == (len(tensors), len(actual), len(actual))
+        assert written.sha256 == hashlib.sha256(actual).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_pickles_hold_no_more_than_their_tensors(tmp_path, dtype):
-    written = write_tensors(tmp_path / "ours.bin", every_kind(), dtype=dtype, digest=True)
-    content = (tmp_path / "ours.bin").read_bytes()
+def test_pickles_contain_only_their_tensors(tmp_path, dtype):
+    written = write_tensors(tmp_path / "weights.bin", every_kind(), dtype=dtype, digest=True)
+    content = (tmp_path / "weights.bin").read_bytes()
     assert (written.bytes, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-    for name, tensor in torch.load(tmp_path / "ours.bin", weights_only=True).items():
-        wanted = every_kind()[name]
-        assert tensor.dtype == ((dtype or wanted.dtype) if wanted.is_floating_point() else wanted.dtype)
+    for name, tensor in torch.load(tmp_path / "weights.bin", weights_only=True).items():
+        original = every_kind()[name]
+        assert tensor.dtype == ((dtype or original.dtype) if original.is_floating_point() else original.dtype)
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
@@ -85,22 +85,22 @@ def test_shards_are_measured_as_they_are_written(tmp_path):
     for dtype, shards in ((None, 4), (torch.float16, 2), (torch.float64, 8)):
         written = write_weights(tmp_path, DIFFUSERS, tensors, max_shard_size="8KB", dtype=dtype)
         assert len(written) == shards == len(list(tmp_path.glob("*.safetensors")))
-        assert sum(each.tensors for each in written) == 8
+        assert sum(file.tensors for file in written) == 8
         index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == 8000 * (dtype or torch.float32).itemsize
-    (whole,) = write_weights(tmp_path, DIFFUSERS, tensors, max_shard_size="1.5 MB")
-    assert [whole.path] == list(tmp_path.iterdir())
+    (single,) = write_weights(tmp_path, DIFFUSERS, tensors, max_shard_size="1.5 MB")
+    assert [single.path] == list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("bad", ["10", "10 XB", "much", "-1GB", "0GB", 0, -5, True, float("nan"), 1e999, [1]])
-def test_shard_sizes_that_are_none(tmp_path, bad):
+def test_invalid_shard_sizes(tmp_path, bad):
     with pytest.raises(InputError, match="max_shard_size"):
         nano_encoder(0).save_pretrained(tmp_path / "model", max_shard_size=bad)
     assert not list(tmp_path.iterdir())
 
 
 def test_memory_is_that_of_one_tensor(tmp_path):
-    """64 MB as float32, of which 32 MB would be a copy in half precision."""
+    """The tensors have 64 MB; a copy in half precision would have 32 MB."""
     tensors = {f"w{i}": torch.randn(2**19) for i in range(32)}
 
     def private():
