@@ -272,7 +272,7 @@ def load(
         pipe = pipeline_cls.from_pretrained(checkpoint, revision=revision, dtype=dtype)
     if scheduler:
         scheduler_cls, changes = SCHEDULERS[scheduler]
-        pipe.scheduler = scheduler_cls.from_config(pipe.scheduler.config, **changes)
+        pipe.scheduler = scheduler_cls.from_config(pipe.components["scheduler"].config, **changes)
     pipe.enable_vae_slicing()
     return pipe
 

@@ -330,7 +330,7 @@ def test_every_number_of_steps(name, spacing):
 
 
 def test_pndm_refuses_prediction_type_sample():
-    with pytest.raises(ValueError, match="prediction_type='sample'"):
+    with pytest.raises(ValueError, match=r"prediction_type: expected .*, got 'sample'"):
         imvar.schedulers.PNDMScheduler(prediction_type="sample")
 
 
