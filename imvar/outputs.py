@@ -90,6 +90,30 @@ class CLIPVisionModelOutput(Output):
 
 
 @dataclass(eq=False)
+class BaseModelOutput(Output):
+    """`last_hidden_state`: (b, n, c). `hidden_states`: the input of every layer and the last output, on request."""
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class BaseModelOutputWithPooling(Output):
+    """`last_hidden_state`: (b, n, c); `pooler_output`: (b, c). `hidden_states` as in `BaseModelOutput`."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass(eq=False)
+class Transformer2DModelOutput(Output):
+    """`sample`: (b, c, h, w)."""
+
+    sample: Tensor
+
+
+@dataclass(eq=False)
 class SchedulerOutput(Output):
     """`prev_sample`: (b, c, h, w), the latents of the next, less noisy timestep."""
 

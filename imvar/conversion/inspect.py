@@ -44,7 +44,9 @@ class InspectedPart:
         if self.source is None:
             return {}
         naming = self.source.naming
-        return Counter(pattern for name in self.source.tensors if (pattern := self.keymap.drops(name, naming)))
+        return Counter(
+            pattern for name in self.source.tensors if (pattern := self.keymap.droppable_pattern(name, naming))
+        )
 
     def source_name(self, ours: str) -> str:
         """Return the name in the file of the model's tensor `ours`."""
@@ -181,7 +183,7 @@ def inspect_model(tensors: PartTensors, folder: Path, config: Path | None) -> In
     model = model_cls.from_tensors(
         tensors.tensors, settings, path, dtype=None, naming=tensors.naming, path=tensors.path
     )
-    current_names = {model.keymap.spelled(name) for name in model.state_dict()}
+    current_names = model.state_dict().keys()
     is_older = tensors.naming == PUBLISHED and not current_names <= tensors.tensors.keys()
     description = f"{tensors.naming.dialect.value}{' of 2022' if is_older else ''}, from {tensors.path.name}"
     if warning:

@@ -76,7 +76,7 @@ class Layout(ABC):
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By part, the tensors to write under their new names, before the cast."""
         return {
-            name: part.keymap.to_theirs(part.component.state_dict(), self.naming(name))
+            name: part.keymap.to_file(part.component.state_dict(), self.naming(name))
             for name, part in self.parts.items()
             if part.source
         }

@@ -1,55 +1,31 @@
-"""What layers make of their weights, kept for the time of a run."""
+"""Weight prepacking, as in oneDNN and IPEX: weights in the layout that a kernel prefers, kept while a model runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from ..context import holding
-from ..models.stock import is_unmodified, write_count
+from torch import Tensor
 
 
 class PackedWeights:
-    """Weights in another form, that a kernel is quicker with: made when they are first asked for, gone with the run.
+    """A cache of packed weights for a run of `calls` forward passes by one thread.
 
-    A run is many `calls` of one model by one thread. Weights that are replaced meanwhile, or changed in place where
-    autograd sees it, are made anew.
+    A weight that was replaced, or written to in place where autograd counts it, is packed again.
     """
 
     def __init__(self, calls: int = 1) -> None:
         self.calls = calls
-        self.made: dict[Any, tuple[Any, Tensor]] = {}
+        self.cache: dict[Any, tuple[Any, Tensor]] = {}
 
-    def at_hand(self) -> AbstractContextManager[None]:
-        """For what is called in here."""
-        return holding(_here, self)
-
-    def get(self, make: Callable[..., Any], weight: Tensor, *how: Any) -> Any:
-        """`make(weight, *how)`, at the first call."""
-        key = make, how, id(weight), write_count(weight)
-        if key not in self.made:
-            self.made[key] = make(weight, *how), weight  # which has to live for as long as its id is used
-        return self.made[key][0]
+    def get(self, pack: Callable[..., Any], weight: Tensor, *args: Any) -> Any:
+        """Return `pack(weight, *args)`, computed at the first call."""
+        key = pack, args, id(weight), write_count(weight)
+        if key not in self.cache:
+            self.cache[key] = pack(weight, *args), weight  # keeps the weight alive, and with it its id
+        return self.cache[key][0]
 
 
-_here: ContextVar[PackedWeights | None] = ContextVar("imvar_kept", default=None)
-
-
-def active() -> PackedWeights | None:
-    """The run that is going on here, if any."""
-    return _here.get()
-
-
-@contextmanager
-def packing(model: nn.Module, calls: int = 1) -> Iterator[None]:
-    """A run of `model`, unless this is part of one, somebody watches its layers, or gradients are wanted."""
-    if torch.compiler.is_compiling() or active() or torch.is_grad_enabled() or not is_unmodified(model):
-        yield
-    else:
-        with PackedWeights(calls).at_hand():
-            yield
+def write_count(tensor: Tensor) -> int:
+    """Return how often a tensor was written to in place; autograd does not count this for inference tensors: 0."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,6 +1,7 @@
-"""Every pixel repeated to 2x2, then convolved by 3x3, as four convolutions of the small picture by 2x2.
+"""Nearest-neighbour upsampling by 2 fused with a 3x3 convolution, by polyphase decomposition.
 
-Each makes every other pixel of every other row. 16 multiplications in place of 36, exact but for rounding.
+Each of the four output phases (even and odd rows and columns) is a 2x2 convolution of the input: 16 multiplications
+in place of 36, equal up to rounding.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Conv = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""x: b c h w, a kernel d c 2 2 or what was made of it, a bias (d,): to b d h+1 w+1, padded by 1 all around."""
+PaddedConv = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""x (b, c, h, w), a (packed) kernel (d, c, 2, 2) and a bias (d,) to (b, d, h + 1, w + 1), zero-padded by 1."""
 
 
 def is_zero_padded(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is no more than its kernel and its bias, with zeros around."""
+    """Return whether a convolution is fully described by its kernel, bias and zero padding."""
     return conv.padding_mode == "zeros" and "_conv_forward" not in vars(conv) and isinstance(conv.padding, tuple)
 
 
 def is_same_3x3(conv: nn.Conv2d) -> bool:
-    """Whether it is, by 3x3, and leaves the size as it is."""
+    """Return whether a convolution is zero-padded, 3x3, ungrouped, and keeps the image size."""
     form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
     return is_zero_padded(conv) and form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
@@ -31,24 +32,24 @@ def padded_conv(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def phase_kernels(weight: Tensor) -> list[list[Tensor]]:
-    """Those that make even and odd rows, of even and odd columns each.
+    """Fold a kernel (d, c, 3, 3) into 2x2 kernels for [even, odd] rows of [even, odd] columns.
 
-    Of a kernel d c 3 3 those weights are summed, in single precision, that would meet the same pixel.
+    Taps that read the same input pixel are summed, in float32.
     """
     return [[kernel.to(weight.dtype) for kernel in fold_taps(rows, dim=3)] for rows in fold_taps(weight.float(), dim=2)]
 
 
 def fold_taps(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    before, here, after = kernel.unbind(dim)
-    return torch.stack([before, here + after], dim), torch.stack([before + here, after], dim)
+    before, center, after = kernel.unbind(dim)
+    return torch.stack([before, center + after], dim), torch.stack([before + center, after], dim)
 
 
 def upsample_conv_by_phases(
-    x: Tensor, kernels: Sequence[Sequence[Tensor]], bias: Tensor | None, made: Tensor, convolve: Conv = padded_conv
+    x: Tensor, kernels: Sequence[Sequence[Tensor]], bias: Tensor | None, out: Tensor, conv: PaddedConv = padded_conv
 ) -> Tensor:
-    """b c h w to b d 2h 2w, which `made` has room for."""
-    for row, line in enumerate(kernels):
-        for column, kernel in enumerate(line):
-            phase = convolve(x, kernel, bias)[:, :, row:, column:]  # one more than wanted
-            made[:, :, row::2, column::2] = phase[:, :, : x.shape[2], : x.shape[3]]
-    return made
+    """Upsample x (b, c, h, w) by 2 and convolve, into `out` (b, d, 2h, 2w)."""
+    for row, kernels_of_row in enumerate(kernels):
+        for column, kernel in enumerate(kernels_of_row):
+            phase = conv(x, kernel, bias)[:, :, row:, column:]  # padding gives one row and one column too many
+            out[:, :, row::2, column::2] = phase[:, :, : x.shape[2], : x.shape[3]]
+    return out

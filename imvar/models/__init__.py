@@ -1,9 +1,10 @@
-"""The networks, and the layers that a fork may swap."""
+"""The networks, and the layers that a fork may replace."""
 
-from .attention import Attention, CrossAttention, PixelAttention, SelfAttention, sdpa, set_attend, sliced
+from .attention import Attention, CrossAttention, PixelAttention, SelfAttention, set_attend, sliced
 from .clip import CLIPVisionConfig, CLIPVisionModelWithProjection
 from .freeu import FreeU
 from .layers import ResnetBlock, replace_layers
+from .ops import sdpa
 from .safety import CLIPConfig, StableDiffusionSafetyChecker
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL

@@ -1,44 +1,33 @@
-"""Attention: kernels, which are functions of q, k, v, and the layers that ask them.
+"""Attention layers, and the kernels that they call.
 
-A layer's `attend` is its kernel, and any callable will do; one that is a module has its weights
-saved with the model. Attention slicing and a memory-efficient backend are laid over it per model.
+A layer's `attend` is its kernel: any callable of q, k and v; a module's weights are saved with the model. Attention
+slicing and a memory-efficient backend are set per model, on top of it.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from ..checks import check_int
-from ..errors import InputError, InputTypeError, short_repr
-from ..kernels.autotune import autotuned
-from ..kernels.cpu_kernels import linear
-from .layers import CallableSlots, GroupNorm, Linear
-from .stock import Precomputed, repeat_to_batch
+from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
+from .conditioning import Precomputed
+from .layers import CallableSlots, refuse_unsupported
+from .ops import Attend, GroupNorm, Linear, SDPAKernel, attention, linear, sdpa
+from .stock import are_stock
 from .validation import check_attention_output
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q: b h n d; k, v: b h m d; answer: b h n d, softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, equation 1)."""
-
-sdpa: Attend = F.scaled_dot_product_attention
-"""PyTorch's, by the backend that it picks; where it is compiled for CUDA, by the one that was found the quickest."""
-
-aten = torch.ops.aten
 
 
 def sliced(size: int, attend: Attend = sdpa) -> Attend:
-    """The same answer, `size` heads of one picture at a time: less memory at once, more time."""
+    """Return a kernel with the same output that computes `size` heads of one sample at a time, to save memory."""
     if not callable(attend):
-        raise InputTypeError(f"attend={short_repr(attend)}: a function of q, k and v would do", key="attend")
+        raise invalid(InputTypeError, "attend", "a function of q, k and v", short_repr(attend))
     return partial(sliced_attention, check_int("size", size), attend)
 
 
@@ -47,185 +36,136 @@ def sliced_attention(size: int, attend: Attend, q: Tensor, k: Tensor, v: Tensor)
     return torch.cat([attend(*group) for group in groups]).view_as(q)
 
 
-Operator = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Any, ...]]
-
-# Private operators, but the only way to choose a backend for one call and not for the process
-_OPERATORS: dict[SDPBackend, Operator] = {
-    SDPBackend.EFFICIENT_ATTENTION: lambda q, k, v, training, scale: aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, training, scale=scale
-    ),
-    SDPBackend.CUDNN_ATTENTION: lambda q, k, v, training, scale: aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, training, scale=scale
-    ),
-    SDPBackend.FLASH_ATTENTION: lambda q, k, v, training, scale: aten._scaled_dot_product_flash_attention(
-        q, k, v, scale=scale
-    ),
-    SDPBackend.MATH: lambda q, k, v, training, scale: aten._scaled_dot_product_attention_math(q, k, v, scale=scale),
-}
-_HALF = torch.float16, torch.bfloat16
-# What they are made for: some answer others with noise
-_DTYPES = {
-    SDPBackend.EFFICIENT_ATTENTION: (*_HALF, torch.float32),
-    SDPBackend.CUDNN_ATTENTION: _HALF,
-    SDPBackend.FLASH_ATTENTION: _HALF,
-    SDPBackend.MATH: (*_HALF, torch.float32, torch.float64),
-}
-ALIGNED = 8  # what the width of a head has to be a multiple of, for each of them
-
-
-@dataclass(frozen=True)
-class SDPAKernel:
-    """A kernel: one of PyTorch's SDPA backends, for these calls alone, as no process-wide flag is touched.
-
-    On CUDA the backend's own operator is called, with heads of another width than a multiple of 8 padded with zeros;
-    elsewhere the default SDPA answers.
-    """
-
-    name: SDPBackend = SDPBackend.EFFICIENT_ATTENTION
-    operator: Operator = field(init=False, repr=False, compare=False)
-    dtypes: tuple[torch.dtype, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, SDPBackend) or self.name not in _OPERATORS:
-            names = ", ".join(backend.name for backend in _OPERATORS)
-            raise InputError(
-                f"attention_op={short_repr(self.name)}: an SDPBackend out of {names} would do, or a callable"
-            )
-        vars(self).update(operator=_OPERATORS[self.name], dtypes=_DTYPES[self.name])  # as compilers cannot look it up
-
-    def __reduce__(self) -> tuple[Any, ...]:  # as the backends themselves cannot be pickled
-        return sdpa_kernel, (self.name.name,)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not q.is_cuda:
-            return sdpa(q, k, v)
-        if q.dtype not in self.dtypes:
-            raise InputTypeError(
-                f"attention_op={self.name.name}: queries of {q.dtype} came; "
-                f"{' or '.join(map(str, self.dtypes))} would do",
-                key="attention_op",
-            )
-        training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-        width, lacking = q.shape[-1], -q.shape[-1] % ALIGNED
-        if lacking:
-            q, k, v = (F.pad(t, (0, lacking)) for t in (q, k, v))
-        answer = self.operator(q, k, v, training, width**-0.5)[0]
-        return answer[..., :width] if lacking else answer
-
-
-def sdpa_kernel(name: str) -> SDPAKernel:
-    return SDPAKernel(getattr(SDPBackend, name))
-
-
-BACKENDS = sdpa, *(SDPAKernel(name) for name in _OPERATORS if name != SDPBackend.MATH)
-
-
 def memory_efficient(attention_op: SDPBackend | Attend | None = None) -> Attend:
-    """The kernel that such an option stands for; off CUDA a backend comes with a warning."""
+    """Return the kernel that `attention_op` names; warn that a backend has no effect without CUDA."""
     if callable(attention_op):
         return attention_op
     kernel = SDPAKernel() if attention_op is None else SDPAKernel(attention_op)
     if not torch.cuda.is_available():
-        warnings.warn("memory-efficient attention: no CUDA here, so the default SDPA answers", stacklevel=3)
+        warn_user("memory-efficient attention: CUDA is not available, so the default SDPA is used")
     return kernel
 
 
 class Attention(CallableSlots, nn.Module):
-    """Four projections around a kernel. `x` asks, `context` answers."""
+    """Multi-head attention, without the projections, which subclasses name as their checkpoints do."""
 
     attend: Attend
-    seams = ("attend", "override")
+    slots_ = ("attend", "backend")
+    optional_slots = ("backend",)
 
-    def __init__(self, dim: int, context_dim: int, heads: int, *, bias: bool = False, attend: Attend = sdpa):
+    def __init__(self, heads: int, attend: Attend = sdpa):
         super().__init__()
         self.heads = heads
-        if attend is not sdpa or not hasattr(type(self), "attend"):  # which a subclass may have of its own
+        if attend is not sdpa or not hasattr(type(self), "attend"):  # a subclass may define its own
             self.attend = attend
         self.slice_size: int | None = None  # heads at a time
-        self.override: Attend | None = None  # a backend that takes precedence over slicing
-        self.to_q = Linear(dim, dim, bias=bias)
-        self.to_k = Linear(context_dim, dim, bias=bias)
-        self.to_v = Linear(context_dim, dim, bias=bias)
-        self.to_out = Linear(dim, dim)
+        self.backend: Attend | None = None  # takes precedence over slicing
 
     @property
     def is_softmax(self) -> bool:
-        """Whether the kernel is one that is known to weigh the keys by a softmax."""
-        return self.attend is sdpa and (self.override is None or isinstance(self.override, SDPAKernel))
+        """Whether the kernel is known to weigh the values by a softmax over the keys."""
+        return self.attend is sdpa and (self.backend is None or isinstance(self.backend, SDPAKernel))
 
-    def answer(self, x: Tensor, context: Tensor, *qkv: Tensor) -> Tensor:
-        kernel = self.override or (sliced(self.slice_size, self.attend) if self.slice_size else self.attend)
-        projected = linear(x, *qkv).chunk(3, dim=-1) if qkv else (self.to_q(x), self.to_k(context), self.to_v(context))
-        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in projected)
-        attended = (
-            autotuned("attend", BACKENDS, q, k, v)
-            if kernel is sdpa
-            else check_attention_output(kernel, kernel(q, k, v), q)
-        )
-        return self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Split q (b, n, c), k and v (b, m, c) into heads, attend, and join the heads: (b, n, c)."""
+        kernel = self.backend or (sliced(self.slice_size, self.attend) if self.slice_size else self.attend)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
+        out = attention(q, k, v) if kernel is sdpa else check_attention_output(kernel, kernel(q, k, v), q)
+        return rearrange(out, "b h n d -> b n (h d)")
 
 
-class SelfAttention(Attention):
-    """Every token of the normalised x asks every other."""
+class QKVAttention(Attention):
+    """Attention with the projections `to_q`, `to_k`, `to_v` and `to_out`: the UNet's and the autoencoder's."""
 
-    def __init__(self, dim: int, heads: int, *, eps: float = 1e-5, bias: bool = False, attend: Attend = sdpa):
-        super().__init__(dim, dim, heads, bias=bias, attend=attend)
-        self.norm = nn.LayerNorm(dim, eps)
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        heads: int,
+        *,
+        bias: bool = False,
+        attend: Attend = sdpa,
+        group_norm: nn.Module | None = None,
+    ):
+        super().__init__(heads, attend)
+        if group_norm is not None:
+            self.group_norm = group_norm
+        self.to_q = Linear(dim, dim, bias=bias)
+        self.to_k = Linear(context_dim, dim, bias=bias)
+        self.to_v = Linear(context_dim, dim, bias=bias)
+        self.to_out = nn.Sequential(Linear(dim, dim), nn.Dropout(0.0))
 
-    def qkv(self) -> tuple[Tensor, ...]:
-        """The weights of the three projections of x as one, and the biases if any; nothing, where one is not plain."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        **more: Any,
+    ) -> Tensor:
+        """Queries (b, n, dim) over a context (b, m, context_dim), by default over themselves, to (b, n, dim)."""
+        refuse_unsupported("attention", attention_mask=attention_mask, **more)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        return self.to_out(self.attend_heads(self.to_q(hidden_states), self.to_k(context), self.to_v(context)))
+
+
+class SelfAttention(QKVAttention):
+    """Attention of a sequence over itself."""
+
+    def __init__(self, dim: int, heads: int, *, attend: Attend = sdpa):
+        super().__init__(dim, dim, heads, attend=attend)
+
+    def fused_qkv(self) -> tuple[Tensor, ...]:
+        """Return the weights of the three projections as one, and their biases; () where one is not a plain layer."""
         layers = self.to_q, self.to_k, self.to_v
         if any(type(layer) is not Linear or type(layer.weight) is not nn.Parameter for layer in layers):
             return ()
         weight, biases = torch.cat(tuple(layer.weight for layer in layers)), tuple(layer.bias for layer in layers)
         return (weight,) if self.to_q.bias is None else (weight, torch.cat(biases))
 
-    def forward(self, x: Tensor, *qkv: Tensor) -> Tensor:
-        """x: b n c; `qkv`, if they are at hand, what the method of this name makes."""
-        x = self.norm(x)
-        return self.answer(x, x, *qkv)
+    def forward_fused(self, hidden_states: Tensor, qkv: tuple[Tensor, ...]) -> Tensor:
+        """Compute `forward(hidden_states)` with what `fused_qkv` returned."""
+        return self.to_out(self.attend_heads(*linear(hidden_states, *qkv).chunk(3, dim=-1)))
 
 
-class CrossAttention(Attention):
-    """The image asks, the context answers.
+class CrossAttention(QKVAttention):
+    """Queries come from the latents, keys and values from the context.
 
-    A softmax over one key is 1 whatever the query, so a context of one token is answered by
-    `to_out(to_v(context))` at every position, in every step. That is exact, and the usual case here. The query,
-    the key and the norm then change nothing; in training their gradients are zero. A kernel of one's own
-    is asked all the same.
+    A softmax over one key is 1 for every query, so over a context of one token the output is `to_out(to_v(context))`
+    at every position. That is exact, and the usual case here: `single_token_output` computes it without the query.
     """
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, attend: Attend = sdpa):
         super().__init__(dim, context_dim, heads, attend=attend)
-        self.norm = nn.LayerNorm(dim)
 
-    def prepare(self, context: Tensor) -> Precomputed | Tensor:
-        """The answer (b 1 c), the same at every position, where it needs no question; else the context as it is."""
-        if context.shape[1] > 1 or not self.is_softmax:
-            return context
-        answer = self.to_out(self.to_v(context))
-        return Precomputed(answer + self.nothing() if torch.is_grad_enabled() else answer)
+    def ignores_query(self, context: Tensor) -> bool:
+        """Return whether the output does not depend on the query, and no hook or custom layer needs the query."""
+        return (
+            context.shape[1] == 1
+            and self.is_softmax
+            and are_stock(self, self.to_q, self.to_k, self.to_out, self.to_out[0])
+        )
 
-    def forward(self, x: Tensor, context: Tensor | Precomputed) -> Tensor:
-        told = context if isinstance(context, Precomputed) else self.prepare(context)
-        return told.value if isinstance(told, Precomputed) else self.answer(self.norm(repeat_to_batch(x, told)), told)
+    def single_token_output(self, context: Tensor) -> Tensor:
+        """Return the output (b, 1, dim), the same at every position, for a context (b, 1, context_dim)."""
+        return self.to_out(self.to_v(context))
 
-    def nothing(self) -> Tensor:
-        """Zero, from the parameters that one token leaves out: so trainers find a gradient, and it is zero."""
-        left_out = (*self.norm.parameters(), *self.to_q.parameters(), *self.to_k.parameters())
-        return 0 * sum((parameter.sum() for parameter in left_out), start=torch.zeros(()))
+    def precompute(self, context: Tensor) -> Precomputed | Tensor:
+        """Return the output where it does not depend on the query, else the context."""
+        return Precomputed(self.single_token_output(context)) if self.ignores_query(context) else context
 
 
-class PixelAttention(Attention):
-    """Every pixel of the normalised x asks every other, with one head: the autoencoder's kind."""
+class PixelAttention(QKVAttention):
+    """Single-head self-attention over all pixels, with group norm and a residual: the autoencoder's kind."""
 
     def __init__(self, dim: int, *, groups: int, eps: float, attend: Attend = sdpa):
-        super().__init__(dim, dim, 1, bias=True, attend=attend)
-        self.norm = GroupNorm(groups, dim, eps)
+        super().__init__(dim, dim, 1, bias=True, attend=attend, group_norm=GroupNorm(groups, dim, eps))
 
-    def forward(self, x: Tensor) -> Tensor:
-        pixels = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        return x + rearrange(self.answer(pixels, pixels), "b (h w) c -> b c h w", h=x.shape[2])
+    def forward(self, hidden_states: Tensor, temb: None = None, **more: Any) -> Tensor:  # type: ignore[override]
+        """(b, dim, h, w) to the same shape."""
+        refuse_unsupported("attention", temb=temb, **more)
+        pixels = rearrange(self.group_norm(hidden_states), "b c h w -> b (h w) c")
+        out = super().forward(pixels)
+        return hidden_states + rearrange(out, "b (h w) c -> b c h w", h=hidden_states.shape[2])
 
 
 def attention_layers(model: nn.Module) -> list[Attention]:
@@ -233,22 +173,22 @@ def attention_layers(model: nn.Module) -> list[Attention]:
 
 
 def set_attend(model: nn.Module, attend: Attend) -> None:
-    """Give every attention layer of `model` this kernel: a function, or a module with weights."""
-    if not callable(attend) or not isinstance(model, nn.Module):
-        raise InputTypeError(
-            f"set_attend({type(model).__name__}, {short_repr(attend)}): a model, and a function of q, k and v, would do"
-        )
+    """Set the kernel of every attention layer of `model`: a function of q, k and v, or a module with weights."""
+    if not isinstance(model, nn.Module):
+        raise invalid(InputTypeError, "model", "a module", describe(model))
+    if not callable(attend):
+        raise invalid(InputTypeError, "attend", "a function of q, k and v", short_repr(attend))
     if not (layers := attention_layers(model)):
-        raise InputError(f"set_attend: {type(model).__name__} has no attention layers of imvar", key="model")
+        raise invalid(InputError, "model", "a model with imvar's attention layers", type(model).__name__)
     for layer in layers:
         layer.attend = attend
 
 
 class AttentionMixin:
-    """What a model with attention layers lets its user choose about them."""
+    """The attention settings of a model."""
 
     def set_attention_slice(self, slice_size: str | int | Sequence[int] | None = "auto") -> None:
-        """Attend a few heads at a time: "auto" half of them, "max" one, or a number; None for all.
+        """Compute a few heads at a time: "auto" half of them, "max" one, or a number; None for all at once.
 
         A sequence has one number per attention layer. Raises `InputError` for more heads than a layer has.
         """
@@ -257,27 +197,29 @@ class AttentionMixin:
             layer.slice_size = size
 
     def enable_xformers_memory_efficient_attention(self, attention_op: SDPBackend | Attend | None = None) -> None:
-        """Attend with PyTorch's memory-efficient backend on CUDA, another `SDPBackend`, or any callable.
+        """Use PyTorch's memory-efficient backend on CUDA, another `SDPBackend`, or any callable. Needs no xformers.
 
-        Takes precedence over slicing. Off CUDA a backend is the default SDPA, with a warning. No xformers needed.
+        It takes precedence over slicing. Without CUDA a backend is the default SDPA, with a warning.
         """
-        override = memory_efficient(attention_op)
+        backend = memory_efficient(attention_op)
         for layer in attention_layers(self):  # type: ignore[arg-type]
-            layer.override = override
+            layer.backend = backend
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """Back to each layer's own kernel, sliced if slicing is on."""
+        """Return to each layer's own kernel, sliced if slicing is on."""
         for layer in attention_layers(self):  # type: ignore[arg-type]
-            layer.override = None
+            layer.backend = None
 
 
 def slice_sizes(slice_size: str | int | Sequence[int] | None, heads: list[int]) -> Sequence[Any]:
-    """One slice size per layer of `heads`, checked."""
+    """Return a checked slice size for each layer, whose numbers of heads are given."""
     if slice_size is None:
         return [None] * len(heads)
     if isinstance(slice_size, str) and slice_size in ("auto", "max"):
         return [1 if slice_size == "max" else max(n // 2, 1) for n in heads]
     sizes = list(slice_size) if isinstance(slice_size, (list, tuple)) else [slice_size] * len(heads)
     if len(sizes) != len(heads):
-        raise InputError(f"slice_size: {len(sizes)} numbers for {len(heads)} attention layers")
-    return [check_int("slice_size", size, high=most) for size, most in zip(sizes, heads, strict=True)]
+        raise invalid(
+            InputError, "slice_size", f"one number for each of {len(heads)} attention layers", f"{len(sizes)}"
+        )
+    return [check_int("slice_size", size, high=high) for size, high in zip(sizes, heads, strict=True)]

@@ -1,9 +1,9 @@
-"""The convolutional and pointwise layers that the UNet and the autoencoder are built of."""
+"""The convolutional and pointwise layers of the UNet and the autoencoder, and what models share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,196 +11,194 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import InputTypeError, short_repr
-from ..kernels import cpu_kernels as cpu
-from ..kernels import polyphase as phases
-from ..kernels.autotune import autotuned
-from .stock import Precomputed, is_stock, repeat_to_batch
+from ..errors import InputError, InputTypeError, invalid, short_repr
+from .conditioning import Precomputed, repeat_to_batch
+from .ops import Conv2d, GroupNorm, Linear, gelu_gate, norm_act, upsample_conv
 
 Old = TypeVar("Old", bound=nn.Module)
 
 
-class Linear(nn.Linear):
-    """PyTorch's, by the quickest kernel that is here."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return cpu.linear(input, self.weight, self.bias)
-
-
-class Conv2d(nn.Conv2d):
-    """PyTorch's, by the quickest kernel that is here."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return cpu.conv2d(self, input)
-
-
-class GroupNorm(nn.GroupNorm):
-    """PyTorch's; more precise than that where a picture lies pixel by pixel."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return cpu.group_norm(self, input)
-
-
-def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of the normalised x; over it in memory, where neither a gradient nor a hook has a use for it."""
-    h = norm(x)
-    return F.silu(h, inplace=type(norm) is GroupNorm and not norm._forward_hooks and not torch.is_grad_enabled())
-
-
 class ResnetBlock(nn.Module):
-    """Norm, SiLU, convolve, twice, around an identity. The autoencoder's blocks have no clock."""
+    """Norm, SiLU, convolution, twice, around a residual. The autoencoder's blocks take no timestep embedding."""
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_dim: int = 0):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, out_channels) if time_dim else None
+        self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None
         self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(0.0)
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.nonlinearity = nn.SiLU()
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def prepare(self, time: Tensor) -> Precomputed:
-        return Precomputed(self.time(F.silu(time))[:, :, None, None] if self.time else None)  # b c -> b c 1 1
+    def precompute(self, temb: Tensor) -> Precomputed:
+        """Project timestep embeddings (n, time_dim) to shifts (n, out_channels, 1, 1)."""
+        return Precomputed(self.project(temb) if self.time_emb_proj is not None else None)
 
-    def forward(self, x: Tensor, time: Tensor | Precomputed | None = None) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x))
-        if self.time is not None and time is not None:
-            shift = (time if isinstance(time, Precomputed) else self.prepare(time)).value
+    def project(self, temb: Tensor) -> Tensor:
+        return self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]  # type: ignore[misc]
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | Precomputed | None = None) -> Tensor:
+        """(b, in_channels, h, w) and an embedding (b, time_dim) to (b, out_channels, h, w)."""
+        h = self.conv1(norm_act(self.norm1, self.nonlinearity, input_tensor))
+        if self.time_emb_proj is not None and temb is not None:
+            shift = temb.value if isinstance(temb, Precomputed) else self.project(temb)
             h = h + (shift if len(shift) == 1 else repeat_to_batch(shift, h))
-        h = self.conv2(norm_silu(self.norm2, h))
-        return self.skip(x) + h
+        h = self.conv2(self.dropout(norm_act(self.norm2, self.nonlinearity, h)))
+        return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + h
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another (arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.proj = Linear(dim, 2 * out_dim)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return gelu_gate(*self.proj(hidden_states).chunk(2, dim=-1))
 
 
 class FeedForward(nn.Module):
-    """Widen fourfold, gate with a GELU (GEGLU, arXiv:2002.05202), narrow again."""
+    """Widen fourfold with GEGLU, then project back."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.widen = Linear(dim, 8 * dim)
-        self.narrow = Linear(4 * dim, dim)
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(0.0), Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.widen(self.norm(x)).chunk(2, dim=-1)
-        gate = F.gelu(gate)
-        return self.narrow(x * gate if torch.is_grad_enabled() else gate.mul_(x))  # in its place: they are large
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.net(hidden_states)
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided convolution. The autoencoder's pads right and below only."""
+    """Halve the size with a strided convolution. The autoencoder's pads right and bottom only."""
 
     def __init__(self, channels: int, *, one_sided: bool = False):
         super().__init__()
         self.one_sided = one_sided
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if one_sided else 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.one_sided else x)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)) if self.one_sided else hidden_states)
 
 
 class Upsample(nn.Module):
-    """Twice the size, or a given size, by repeating pixels, then convolve."""
+    """Double the size, or resize to `output_size`, by nearest neighbour, then convolve."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        twice = 2 * x.shape[2], 2 * x.shape[3]
-        if size not in (None, twice):
-            return self.conv(F.interpolate(x, size, mode="nearest"))
-        if cpu.fused_upsample_pays(self.conv, x):
-            return cpu.upsample_conv(self.conv, x)
-        conv = self.conv
-        known = type(conv) is Conv2d and is_stock(conv) and phases.is_same_3x3(conv)
-        ways = (self.plain, self.in_phases) if known else (self.plain,)
-        return autotuned("enlarge", ways, x)
+    def forward(self, hidden_states: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        if output_size not in (None, (2 * hidden_states.shape[2], 2 * hidden_states.shape[3])):
+            return self.conv(F.interpolate(hidden_states, output_size, mode="nearest"))
+        return upsample_conv(self.conv, hidden_states)
 
-    def plain(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-    def in_phases(self, x: Tensor) -> Tensor:
-        made = x.new_empty(len(x), len(self.conv.weight), 2 * x.shape[2], 2 * x.shape[3])
-        return phases.upsample_conv_by_phases(x, phases.phase_kernels(self.conv.weight), self.conv.bias, made)
+class Timesteps(nn.Module):
+    """Sinusoidal embedding of the timestep (arXiv:2006.11239, appendix B)."""
+
+    def __init__(self, num_channels: int, flip_sin_to_cos: bool, downscale_freq_shift: float):
+        super().__init__()
+        self.num_channels, self.flip_sin_to_cos = num_channels, flip_sin_to_cos
+        self.downscale_freq_shift = downscale_freq_shift
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """(n,) to (n, num_channels) in float32."""
+        half = self.num_channels // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (
+            half - self.downscale_freq_shift
+        )
+        angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)
+        waves = [angles.cos(), angles.sin()] if self.flip_sin_to_cos else [angles.sin(), angles.cos()]
+        return F.pad(torch.cat(waves, dim=-1), (0, self.num_channels % 2))  # an odd width ends in a zero
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoids of the timestep (arXiv:2006.11239, appendix B) through a two-layer network."""
+    """Two linear layers over the sinusoidal embedding."""
 
-    def __init__(self, dim: int, time_dim: int, *, cos_first: bool, shift: float):
+    def __init__(self, in_channels: int, time_embed_dim: int):
         super().__init__()
-        self.dim, self.cos_first, self.shift = dim, cos_first, shift
-        self.linear1 = nn.Linear(dim, time_dim)
-        self.linear2 = nn.Linear(time_dim, time_dim)
+        self.linear_1 = nn.Linear(in_channels, time_embed_dim)
+        self.act = nn.SiLU()
+        self.linear_2 = nn.Linear(time_embed_dim, time_embed_dim)
 
-    def forward(self, t: Tensor) -> Tensor:
-        return self.linear2(F.silu(self.linear1(self.sinusoids(t).to(self.linear1.weight.dtype))))  # b -> b c
-
-    def sinusoids(self, t: Tensor) -> Tensor:
-        half = self.dim // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (half - self.shift))
-        waves = [angles.cos(), angles.sin()] if self.cos_first else [angles.sin(), angles.cos()]
-        return F.pad(torch.cat(waves, dim=-1), (0, self.dim % 2))  # an odd width ends in a zero
+    def forward(self, sample: Tensor, condition: None = None) -> Tensor:
+        """(n, in_channels) to (n, time_embed_dim)."""
+        refuse_unsupported("TimestepEmbedding", condition=condition)
+        return self.linear_2(self.act(self.linear_1(sample)))
 
 
 class GradientCheckpointingMixin:
-    """Trade time for memory in training: recompute a part's activations in the backward pass."""
+    """Trade compute for memory in training: recompute the activations of large modules in the backward pass."""
 
     gradient_checkpointing = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return any(getattr(part, "gradient_checkpointing", False) for part in self.modules())  # type: ignore
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())  # type: ignore
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep only the inputs of the large parts; their insides are computed again for the gradients."""
+        """Keep only the inputs of the large modules; recompute their activations for the gradients."""
         self.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = False
 
-    def run(self, part: nn.Module, *inputs: Any) -> Any:
+    def maybe_checkpoint(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False)
-        return part(*inputs)
+            return checkpoint(module, *args, use_reentrant=False, **kwargs)
+        return module(*args, **kwargs)
 
 
 class CallableSlots:
-    """Attributes, named in `seams`, that may be a function now and a module with weights then, or the reverse."""
+    """Attributes, named in `slots_`, that hold a function or a module with weights, and may change from one to other.
 
-    seams: ClassVar[tuple[str, ...]] = ()
+    `optional_slots` of them may also be None.
+    """
+
+    slots_: ClassVar[tuple[str, ...]] = ()
+    optional_slots: ClassVar[tuple[str, ...]] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.seams:
-            if not callable(value) and not (value is None and name == "override"):
-                raise InputTypeError(f"{type(self).__name__}.{name}={short_repr(value)}: a function would do", key=name)
-            # nn.Module lets no function take a module's place
-            vars(self).get("_modules", {}).pop(name, None)
+        if name in self.slots_:
+            if not callable(value) and not (value is None and name in self.optional_slots):
+                raise invalid(
+                    InputTypeError, f"{type(self).__name__}.{name}", "a function", short_repr(value), key=name
+                )
+            vars(self).get("_modules", {}).pop(name, None)  # nn.Module lets no function replace a module
         super().__setattr__(name, value)
 
 
-def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> int:
-    """Replace every `old` layer in `model` by `make(layer)`; returns how many there were.
+def refuse_unsupported(owner: str, **arguments: Any) -> None:
+    """Raise `InputError` for arguments of the reference that this model has no use for, unless they are None."""
+    for name, value in arguments.items():
+        if value is not None and not (isinstance(value, Mapping) and not value):
+            raise invalid(InputError, name, "None", short_repr(value), f"{owner} does not support it")
 
-    Works on loaded weights: `make` takes what it needs from the layer that it is given.
+
+def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> int:
+    """Replace every layer of class `old` in `model` by `make(layer)`; return how many there were.
+
+    It works on loaded weights: `make` takes what it needs from the layer. Raises `InputTypeError` for other types.
     """
-    if not isinstance(model, nn.Module) or not isinstance(old, type) or not callable(make):
-        raise InputTypeError(
-            f"swap({type(model).__name__}, {short_repr(old)}, {short_repr(make)}): a model, a class of layers, "
-            "and a function of one that returns another would do"
-        )
-    found = [
+    if not isinstance(model, nn.Module):
+        raise invalid(InputTypeError, "model", "a module", short_repr(model))
+    if not isinstance(old, type):
+        raise invalid(InputTypeError, "old", "a class of layers", short_repr(old))
+    if not callable(make):
+        raise invalid(InputTypeError, "make", "a function from a layer to its replacement", short_repr(make))
+    layers = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, old)
     ]
-    for parent, name, child in found:
-        made: Any = make(child)  # type: ignore[arg-type]
-        if not isinstance(made, nn.Module):
-            raise InputTypeError(
-                f"swap: {short_repr(make)} made {short_repr(made)} of {type(child).__name__}; a layer would do"
-            )
-        setattr(parent, name, made)
-    return len(found)
+    for parent, name, child in layers:
+        new: Any = make(child)  # type: ignore[arg-type]
+        if not isinstance(new, nn.Module):
+            got = f"{short_repr(new)} for a {type(child).__name__}"
+            raise invalid(InputTypeError, "make", "a function that returns a module", got)
+        setattr(parent, name, new)
+    return len(layers)

@@ -1,9 +1,10 @@
-"""The UNet that predicts the noise in latents, told the time and the picture's embedding."""
+"""The UNet: predicts the noise in latents, given a timestep and an image embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,33 +12,32 @@ from torch import Tensor, nn
 
 from ..checks import check_block_channels, check_float, check_image_size, check_int, check_ints, validated
 from ..config import Config, fixed, one_of
-from ..errors import InputError, short_repr
+from ..errors import InputError, invalid, short_repr
 from ..outputs import UNet2DConditionOutput
-from ..weights import key_tables as tables
+from ..weights import key_tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
-from . import validation as inputs
 from .attention import AttentionMixin
+from .conditioning import Precomputed, entry, repeat_to_batch
 from .freeu import FreeU
 from .layers import (
     CallableSlots,
-    Conv2d,
     Downsample,
     GradientCheckpointingMixin,
-    GroupNorm,
     ResnetBlock,
     TimestepEmbedding,
+    Timesteps,
     Upsample,
-    norm_silu,
+    refuse_unsupported,
 )
-from .stock import Precomputed, precompute, repeat_to_batch
-from .transformer import Transformer
-from .unet_blocks import DownBlock, MidBlock, UpBlock
+from .ops import Conv2d, GroupNorm, norm_act
+from .unet_blocks import DownBlock, MidBlock, Transformer, UpBlock, concat_skip
+from .validation import check_unet_inputs
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
-"""h: b c h w, skip: b d h w, the level counted from the coarsest; answer: b c+d h w."""
+"""Joins a feature map (b, c, h, w) and a skip connection (b, d, h, w) in up block i: (b, c + d, h, w)."""
 
-WITH_ATTENTION, WITHOUT = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+WITH_ATTENTION, WITHOUT_ATTENTION = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,64 +104,50 @@ class UNetConfig(Config):
             "cross_attention_dim",
             "norm_num_groups",
             "time_embedding_dim",
-        )  # one for all levels
+        )
         check_block_channels(self)
         check_float("norm_eps", self.norm_eps)
         check_image_size("sample_size", self.sample_size)
         if self.freq_shift == self.block_out_channels[0] // 2:
-            raise InputError(
-                f"freq_shift={self.freq_shift}: another number than half of block_out_channels[0], which "
-                "it is subtracted from to divide by, would do",
-                key="freq_shift",
-            )
-        number = len(self.block_out_channels)
+            expected = "a number other than half of block_out_channels[0], from which it is subtracted to divide by"
+            raise invalid(InputError, "freq_shift", expected, short_repr(self.freq_shift))
+        n_blocks = len(self.block_out_channels)
         for name, i in ("down_block_types", 0), ("up_block_types", 1):
-            types, kinds = getattr(self, name), (WITH_ATTENTION[i], WITHOUT[i])
-            if len(types) != number or any(kind not in kinds for kind in types):
-                raise InputError(
-                    f"{name}={short_repr(list(types))}: {number} of {' or '.join(kinds)} would do, one per "
-                    f"entry of block_out_channels={list(self.block_out_channels)}",
-                    key=name,
-                )
-        if len(self.heads) != number:
-            raise InputError(
-                f"attention_head_dim={short_repr(self.attention_head_dim)}: one number, or one per level, would do",
-                key="attention_head_dim",
-            )
+            types, choices = getattr(self, name), (WITH_ATTENTION[i], WITHOUT_ATTENTION[i])
+            if len(types) != n_blocks or any(kind not in choices for kind in types):
+                expected = f"{n_blocks} of {' or '.join(choices)}, one per entry of block_out_channels"
+                raise invalid(InputError, name, expected, short_repr(list(types)))
+        if len(self.heads) != n_blocks:
+            expected = f"one number, or {n_blocks}, one per entry of block_out_channels"
+            raise invalid(InputError, "attention_head_dim", expected, short_repr(self.attention_head_dim))
         for heads in self.heads:
             check_int("attention_head_dim", heads)
         kinds = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
-        attends = [any(kind in WITH_ATTENTION for kind in both) for both in kinds]
-        attends[-1] = True  # in the middle, at the least
-        for channels, heads, attend in zip(self.block_out_channels, self.heads, attends, strict=True):
-            if channels % self.norm_num_groups or (attend and channels % heads):
-                raise InputError(
-                    f"block_out_channels: {channels} cannot be split into {heads} heads "
-                    f"(attention_head_dim) and {self.norm_num_groups} groups (norm_num_groups)",
-                    key="block_out_channels",
-                )
+        has_attention = [any(kind in WITH_ATTENTION for kind in both) for both in kinds]
+        has_attention[-1] = True  # the mid block has, at the least
+        for channels, heads, attends in zip(self.block_out_channels, self.heads, has_attention, strict=True):
+            if channels % self.norm_num_groups or (attends and channels % heads):
+                expected = f"multiples of norm_num_groups={self.norm_num_groups} and of attention_head_dim={heads}"
+                raise invalid(InputError, "block_out_channels", expected, str(channels))
 
     @property
     def heads(self) -> Sequence[int]:
-        per_level = self.attention_head_dim
-        return [per_level] * len(self.block_out_channels) if isinstance(per_level, int) else per_level
-
-
-def concat_skip(h: Tensor, skip: Tensor, level: int) -> Tensor:
-    """The usual merge of a skip."""
-    return torch.cat([h, skip], dim=1)
+        """The number of attention heads per block."""
+        per_block = self.attention_head_dim
+        return [per_block] * len(self.block_out_channels) if isinstance(per_block, int) else per_block
 
 
 class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingMixin, PretrainedModel, part="unet"):
-    """Down, middle, up, with skips across: eps(x_t, t, context) of arXiv:2112.10752, equation 3.
+    """Down, middle and up blocks with skip connections: eps(x_t, t, context) of arXiv:2112.10752, equation 3.
 
-    Seams for forks: `block` and `transformer` are the classes it is built of, `merge` joins a skip.
+    Extension points for forks: `block` and `transformer` are the classes it is built of, `merge` joins a skip
+    connection.
     """
 
     config_class = UNetConfig
     config: UNetConfig
     merge: Merge
-    seams = ("merge",)
+    slots_ = ("merge",)
     block: ClassVar[Callable[..., nn.Module]] = ResnetBlock
     transformer: ClassVar[Callable[..., nn.Module]] = Transformer
 
@@ -172,55 +158,54 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         last, layers = len(widths) - 1, config.layers_per_block
 
         def resnet(in_channels: int, out_channels: int) -> nn.Module:
-            return self.block(
-                in_channels, out_channels, groups=config.norm_num_groups, eps=config.norm_eps, time_dim=time_dim
-            )
+            groups, eps = config.norm_num_groups, config.norm_eps
+            return self.block(in_channels, out_channels, groups=groups, eps=eps, time_dim=time_dim)
 
-        def transformers(number: int, level: int, kind: str | None = None) -> list[nn.Module]:
+        def transformers(number: int, i: int, kind: str | None = None) -> list[nn.Module]:
             return [
                 self.transformer(
-                    widths[level],
+                    widths[i],
                     config.cross_attention_dim,
-                    config.heads[level],
+                    config.heads[i],
                     depth=config.transformer_layers_per_block,
                     groups=config.norm_num_groups,
                 )
                 for _ in range(number)
-                if kind not in WITHOUT
+                if kind not in WITHOUT_ATTENTION
             ]
 
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time = TimestepEmbedding(widths[0], time_dim, cos_first=config.flip_sin_to_cos, shift=config.freq_shift)
+        self.time_proj = Timesteps(widths[0], config.flip_sin_to_cos, config.freq_shift)
+        self.time_embedding = TimestepEmbedding(widths[0], time_dim)
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()  # in the published order, before mid_block
 
-        self.down, skips = nn.ModuleList(), [widths[0]]  # the channels of every skip, to be used last first
-        for level, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
-            resnets = [resnet(width if i else skips[-1], width) for i in range(layers)]
-            shrink = Downsample(width) if level < last else None
-            self.down.append(DownBlock(resnets, transformers(layers, level, kind), shrink))
-            skips += [width] * (layers + (level < last))
+        skips = [widths[0]]  # the channels of every skip connection, to be used last first
+        for i, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
+            resnets = [resnet(width if j else skips[-1], width) for j in range(layers)]
+            downsample = Downsample(width) if i < last else None
+            self.down_blocks.append(DownBlock(resnets, transformers(layers, i, kind), downsample))
+            skips += [width] * (layers + (i < last))
 
-        self.mid = MidBlock([resnet(widths[-1], widths[-1]) for _ in range(2)], transformers(1, last))
+        self.mid_block = MidBlock([resnet(widths[-1], widths[-1]) for _ in range(2)], transformers(1, last))
 
-        self.up, above = nn.ModuleList(), widths[-1]  # the channels that come from below
-        for kind, level in zip(config.up_block_types, reversed(range(len(widths))), strict=True):
-            width = widths[level]
-            resnets = [resnet((width if i else above) + skips.pop(), width) for i in range(layers + 1)]
-            grow = Upsample(width) if level else None
-            self.up.append(UpBlock(resnets, transformers(layers + 1, level, kind), grow))
-            above = width
+        below = widths[-1]  # the channels from the block below
+        for kind, i in zip(config.up_block_types, reversed(range(len(widths))), strict=True):
+            width = widths[i]
+            resnets = [resnet((width if j else below) + skips.pop(), width) for j in range(layers + 1)]
+            upsample = Upsample(width) if i else None
+            self.up_blocks.append(UpBlock(resnets, transformers(layers + 1, i, kind), upsample))
+            below = width
 
-        self.norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_act = nn.SiLU()
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
         self.disable_freeu()
 
     @classmethod
     def min_tensor_count(cls, config: UNetConfig) -> int:
         layers, depth = config.layers_per_block, config.transformer_layers_per_block
-        transformers = (
-            1
-            + layers * list(config.down_block_types).count(WITH_ATTENTION[0])
-            + ((layers + 1) * list(config.up_block_types).count(WITH_ATTENTION[1]))
-        )
+        down, up = list(config.down_block_types), list(config.up_block_types)
+        transformers = 1 + layers * down.count(WITH_ATTENTION[0]) + (layers + 1) * up.count(WITH_ATTENTION[1])
         return (2 * layers + 1) * len(config.block_out_channels) + depth * transformers
 
     @property
@@ -229,22 +214,27 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         down, up = (
             [kind in WITH_ATTENTION for kind in kinds] for kinds in (config.down_block_types, config.up_block_types)
         )
-        return tables.unet(down, up, config.layers_per_block, config.transformer_layers_per_block)
+        return key_tables.unet(down, up, config.layers_per_block, config.transformer_layers_per_block)
 
     @property
-    def levels(self) -> list[Any]:
-        return [*self.down, self.mid, *self.up]
+    def blocks(self) -> list[Any]:
+        """All blocks, in the order in which they run."""
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
-    def prepare_time(self, timesteps: Tensor) -> Precomputed:
-        """What each resnet block makes of these timesteps, (n,): a row for each, and a list of blocks per level."""
-        time = self.time(timesteps)
-        return Precomputed([[precompute(block, time) for block in level.resnets] for level in self.levels])
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Timesteps (n,) to embeddings (n, time_dim)."""
+        return self.time_embedding(self.time_proj(timesteps).to(self.time_embedding.linear_1.weight.dtype))
 
-    def prepare_context(self, context: Tensor) -> Precomputed:
-        """What each transformer makes of the context, (b, m, c), on its own: a list of them per level."""
-        return Precomputed([[precompute(layer, context) for layer in level.transformers] for level in self.levels])
+    def precompute_time(self, timesteps: Tensor) -> Precomputed:
+        """Embed and project timesteps (n,) for each resnet block: a tensor with n rows each."""
+        temb = self.embed_time(timesteps)
+        return Precomputed([Precomputed([block.precompute(temb) for block in b.resnets]) for b in self.blocks])
 
-    @validated(inputs.check_unet_inputs)
+    def precompute_context(self, context: Tensor) -> Precomputed:
+        """Attend to a context (b, m, c) in each transformer, as far as that does not depend on the latents."""
+        return Precomputed([Precomputed([t.precompute(context) for t in b.transformers]) for b in self.blocks])
+
+    @validated(check_unet_inputs)
     def forward(
         self,
         sample: Tensor,
@@ -255,49 +245,53 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         return_dict: bool = True,
         **more: None,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Predict what `sample` (b, c, h, w) hides at `timestep` (one, or one per sample).
+        """Predict the noise in `sample` (b, c, h, w) at `timestep` (one, or one per sample).
 
-        `encoder_hidden_states`: (b, m, cross_attention_dim), m tokens that describe the picture; here m is 1. Of k b
-        contexts, k for each sample in the samples' order k times over, the answer has as many samples. Either may
-        come `Ready`, as a loop has them; `merge` joins the skips of this call. Of diffusers' further arguments
-        `return_dict` alone can be other than None: `InputError`.
+        `encoder_hidden_states`: (b, m, cross_attention_dim), m tokens that describe the image; this model has 1. With
+        (k b, m, cross_attention_dim), k contexts per sample, the output is (k b, c, h, w): all samples with their
+        first context, then all with their second. Either may be `Precomputed`. `merge` joins the skip connections of
+        this call. Raises `InputError` for further arguments of diffusers', unless they are None.
         """
-        refuse_unsupported(unsupported, more)
-        x, time, context = self.conv_in(sample), timestep, encoder_hidden_states
+        more.update({f"positional argument {i + 4}": value for i, value in enumerate(unsupported)})
+        refuse_unsupported("UNet2DConditionModel", **more)
         merge = self.merge if merge is None else merge
-        if not isinstance(time, Precomputed):
-            time = self.prepare_time(torch.as_tensor(time, device=x.device).expand(len(x)))
-        if not isinstance(context, Precomputed):
-            context = self.prepare_context(context)
-        told = list(zip(time.value, context.value, strict=True))  # level by level
+        x, temb, context = self.conv_in(sample), timestep, encoder_hidden_states
+        if not isinstance(temb, Precomputed):
+            temb = self.embed_time(torch.as_tensor(temb, device=x.device).expand(len(x)))
 
-        skips = [x]
-        for level in self.down:
-            x, more_skips = self.run(level, x, *told.pop(0))
-            skips += more_skips
-        x = self.run(self.mid, x, *told.pop(0))
-        for i, level in enumerate(self.up):
-            here = [repeat_to_batch(skips.pop(), x) for _ in range(self.config.layers_per_block + 1)]
-            size = skips[-1].shape[2:] if skips else None  # odd sizes: the next skip tells what to grow to
-            x = self.run(level, x, here, *told.pop(0), lambda h, skip, i=i: merge(h, skip, i), size)
+        skips, i = (x,), 0  # i counts the blocks
+        for block in self.down_blocks:
+            x, block_skips = self.maybe_checkpoint(
+                block, hidden_states=x, temb=entry(temb, i), encoder_hidden_states=entry(context, i)
+            )
+            skips, i = skips + block_skips, i + 1
+        x = self.maybe_checkpoint(self.mid_block, x, entry(temb, i), encoder_hidden_states=entry(context, i))
+        for j, block in enumerate(self.up_blocks):
+            i, n = i + 1, len(block.resnets)  # type: ignore[arg-type]
+            skips, block_skips = skips[:-n], tuple(repeat_to_batch(skip, x) for skip in skips[-n:])
+            x = self.maybe_checkpoint(
+                block,
+                hidden_states=x,
+                temb=entry(temb, i),
+                res_hidden_states_tuple=block_skips,
+                encoder_hidden_states=entry(context, i),
+                upsample_size=skips[-1].shape[2:] if skips else None,  # of the next skip connection: sizes may be odd
+                merge=partial(merge_in_block, merge, j),
+            )
 
-        sample = self.conv_out(norm_silu(self.norm_out, x))
+        sample = self.conv_out(norm_act(self.conv_norm_out, self.conv_act, x))
         return UNet2DConditionOutput(sample) if return_dict else (sample,)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Merge skips as FreeU does (arXiv:2309.11497); for this model s1 0.9, s2 0.2, b1 1.2, b2 1.4 are usual."""
+        """Merge skip connections with FreeU (arXiv:2309.11497); usual here: s1 0.9, s2 0.2, b1 1.2, b2 1.4."""
         self.merge = FreeU(s1, s2, b1, b2)
 
     def disable_freeu(self) -> None:
-        """The usual merge, or a subclass's own."""
+        """Return to the default merge, or a subclass's own."""
         vars(self).pop("merge", None)
         if not hasattr(type(self), "merge"):
             self.merge = concat_skip
 
 
-def refuse_unsupported(unsupported: Sequence[Any], more: dict[str, Any]) -> None:
-    """Arguments of the reference's UNet that no part of this pipeline has a use for."""
-    given = {f"positional argument {i + 4}": value for i, value in enumerate(unsupported)} | more
-    names = [name for name, value in given.items() if value is not None and value != {}]
-    if names:
-        raise InputError(f"UNet2DConditionModel: {', '.join(names)}: not supported; leave it out, or None")
+def merge_in_block(merge: Merge, block: int, h: Tensor, skip: Tensor) -> Tensor:
+    return merge(h, skip, block)

@@ -1,4 +1,4 @@
-"""The autoencoder: pictures to a Gaussian over latents an eighth the size, and latents to pictures."""
+"""The variational autoencoder: images to a Gaussian over latents of an eighth of their size, and latents to images."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from ..checks import check_block_channels, check_float, check_image_size, check_ints, check_type, validated
 from ..config import Config, fixed, one_of
-from ..errors import InputError, short_repr
-from ..kernels.packed_weights import packing
+from ..errors import InputError, invalid, short_repr
 from ..noise import Generators, randn
 from ..outputs import AutoencoderKLOutput, DecoderOutput
-from ..weights import key_tables as tables
+from ..weights import key_tables
 from ..weights.keymap import Keymap
 from ..weights.pretrained import PretrainedModel
-from . import validation as inputs
 from .attention import AttentionMixin, PixelAttention
-from .layers import Conv2d, Downsample, GradientCheckpointingMixin, GroupNorm, ResnetBlock, Upsample, norm_silu
+from .layers import Downsample, GradientCheckpointingMixin, ResnetBlock, Upsample, refuse_unsupported
+from .ops import Conv2d, GroupNorm, norm_act, packing
+from .validation import check_decode_inputs, check_encode_inputs
 
-EPS = 1e-6  # of every norm in here
+NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,101 +55,119 @@ class VAEConfig(Config):
         check_block_channels(self)
         check_image_size("sample_size", self.sample_size)
         check_float("scaling_factor", self.scaling_factor, low=1e-6, high=1e6)
-        number = len(self.block_out_channels)
+        n_blocks = len(self.block_out_channels)
         for name, kind in ("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D"):
-            if list(getattr(self, name)) != [kind] * number:
-                raise InputError(
-                    f"{name}={short_repr(list(getattr(self, name)))}: {number} times {kind} would do, once per "
-                    f"entry of block_out_channels={list(self.block_out_channels)}",
-                    key=name,
-                )
+            if list(getattr(self, name)) != [kind] * n_blocks:
+                expected = f"{n_blocks} times {kind}, once per entry of block_out_channels"
+                raise invalid(InputError, name, expected, short_repr(list(getattr(self, name))))
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise InputError(
-                    f"block_out_channels: {channels} cannot be split into {self.norm_num_groups} groups",
-                    key="block_out_channels",
-                )
+                expected = f"multiples of norm_num_groups={self.norm_num_groups}"
+                raise invalid(InputError, "block_out_channels", expected, str(channels))
 
 
 def resnet(in_channels: int, out_channels: int, config: VAEConfig) -> ResnetBlock:
-    return ResnetBlock(in_channels, out_channels, groups=config.norm_num_groups, eps=EPS)
+    return ResnetBlock(in_channels, out_channels, groups=config.norm_num_groups, eps=NORM_EPS)
 
 
-class VAEBlock(nn.Module):
-    """Resnet blocks, then a change of size at all levels but the last."""
+class EncoderBlock(nn.Module):
+    """Resnet blocks, then downsampling, except in the last block."""
 
-    def __init__(self, resnets: list[ResnetBlock], resample: nn.Module | None):
+    def __init__(self, resnets: list[ResnetBlock], downsample: nn.Module | None):
         super().__init__()
-        self.resnets, self.resample = nn.ModuleList(resnets), resample
+        self.resnets = nn.ModuleList(resnets)
+        self.downsamplers = None if downsample is None else nn.ModuleList([downsample])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         for block in self.resnets:
-            x = block(x)
-        return x if self.resample is None else self.resample(x)
+            hidden_states = block(hidden_states)
+        return hidden_states if self.downsamplers is None else self.downsamplers[0](hidden_states)
+
+
+class DecoderBlock(nn.Module):
+    """Resnet blocks, then upsampling, except in the last block."""
+
+    def __init__(self, resnets: list[ResnetBlock], upsample: nn.Module | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
+
+    def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
+        refuse_unsupported("DecoderBlock", temb=temb)
+        for block in self.resnets:
+            hidden_states = block(hidden_states)
+        return hidden_states if self.upsamplers is None else self.upsamplers[0](hidden_states)
 
 
 class VAEMidBlock(nn.Module):
-    """A resnet block on either side of attention over all pixels."""
+    """Attention over all pixels between two resnet blocks."""
 
     def __init__(self, channels: int, config: VAEConfig):
         super().__init__()
-        self.resnet1 = resnet(channels, channels, config)
-        self.attention = PixelAttention(channels, groups=config.norm_num_groups, eps=EPS)
-        self.resnet2 = resnet(channels, channels, config)
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups=config.norm_num_groups, eps=NORM_EPS)])
+        self.resnets = nn.ModuleList(resnet(channels, channels, config) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnet2(self.attention(self.resnet1(x)))
+    def forward(self, hidden_states: Tensor, temb: None = None) -> Tensor:
+        refuse_unsupported("VAEMidBlock", temb=temb)
+        return self.resnets[1](self.attentions[0](self.resnets[0](hidden_states)))
 
 
 class Encoder(GradientCheckpointingMixin, nn.Module):
+    """Images (b, 3, h, w) to the moments of the latents (b, 2 c, h/8, w/8)."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = config.block_out_channels
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down, before = nn.ModuleList(), widths[0]
+        self.down_blocks, before = nn.ModuleList(), widths[0]
         for width in widths:
-            resnets = [resnet(width if i else before, width, config) for i in range(config.layers_per_block)]
-            last = len(self.down) == len(widths) - 1
-            self.down.append(VAEBlock(resnets, None if last else Downsample(width, one_sided=True)))
+            resnets = [resnet(width if j else before, width, config) for j in range(config.layers_per_block)]
+            last = len(self.down_blocks) == len(widths) - 1
+            self.down_blocks.append(EncoderBlock(resnets, None if last else Downsample(width, one_sided=True)))
             before = width
-        self.mid = VAEMidBlock(widths[-1], config)
-        self.norm_out = GroupNorm(config.norm_num_groups, widths[-1], EPS)
+        self.mid_block = VAEMidBlock(widths[-1], config)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], NORM_EPS)
+        self.conv_act = nn.SiLU()
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = self.run(level, x)
-        x = self.run(self.mid, x)
-        return self.conv_out(norm_silu(self.norm_out, x))
+    def forward(self, sample: Tensor) -> Tensor:
+        x = self.conv_in(sample)
+        for block in self.down_blocks:
+            x = self.maybe_checkpoint(block, x)
+        x = self.maybe_checkpoint(self.mid_block, x)
+        return self.conv_out(norm_act(self.conv_norm_out, self.conv_act, x))
 
 
 class Decoder(GradientCheckpointingMixin, nn.Module):
+    """Latents (b, c, h, w) to images (b, 3, 8h, 8w)."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = list(reversed(config.block_out_channels))
         self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid = VAEMidBlock(widths[0], config)
-        self.up, before = nn.ModuleList(), widths[0]
+        self.up_blocks, before = nn.ModuleList(), widths[0]  # in the published order, before mid_block
         for width in widths:
-            resnets = [resnet(width if i else before, width, config) for i in range(config.layers_per_block + 1)]
-            last = len(self.up) == len(widths) - 1
-            self.up.append(VAEBlock(resnets, None if last else Upsample(width)))
+            resnets = [resnet(width if j else before, width, config) for j in range(config.layers_per_block + 1)]
+            last = len(self.up_blocks) == len(widths) - 1
+            self.up_blocks.append(DecoderBlock(resnets, None if last else Upsample(width)))
             before = width
-        self.norm_out = GroupNorm(config.norm_num_groups, widths[-1], EPS)
+        self.mid_block = VAEMidBlock(widths[0], config)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], NORM_EPS)
+        self.conv_act = nn.SiLU()
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.run(self.mid, self.conv_in(z))
-        for level in self.up:
-            x = self.run(level, x)
-        return self.conv_out(norm_silu(self.norm_out, x))
+    def forward(self, sample: Tensor, latent_embeds: None = None) -> Tensor:
+        refuse_unsupported("Decoder", latent_embeds=latent_embeds)
+        x = self.maybe_checkpoint(self.mid_block, self.conv_in(sample))
+        for block in self.up_blocks:
+            x = self.maybe_checkpoint(block, x)
+        return self.conv_out(norm_act(self.conv_norm_out, self.conv_act, x))
 
 
 class DiagonalGaussianDistribution:
-    """What the encoder knows of the latents: a mean and a log variance each (arXiv:1312.6114).
+    """Diagonal Gaussian posterior over the latents: mean and log-variance per element (arXiv:1312.6114).
 
-    `parameters`: (b, 2c, h, w), means first; log variances are kept within [-30, 20].
+    `parameters`: (b, 2c, h, w), means first; log-variances are clamped to [-30, 20].
     """
 
     def __init__(self, parameters: Tensor):
@@ -159,19 +177,20 @@ class DiagonalGaussianDistribution:
         self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
 
     def sample(self, generator: Generators | None = None) -> Tensor:
-        """A draw, (b, c, h, w); the noise is drawn on the generator's device."""
+        """Draw a sample (b, c, h, w); the noise is drawn on the generator's device."""
         return self.mean + self.std * randn(self.mean.shape, generator, dtype=self.mean.dtype, device=self.mean.device)
 
     def mode(self) -> Tensor:
+        """Return the mean."""
         return self.mean
 
     def nll(self, sample: Tensor) -> Tensor:
-        """Negative log likelihood of a sample (b, c, h, w), in nats: (b,)."""
+        """Return the negative log-likelihood of a sample (b, c, h, w), in nats: (b,)."""
         terms = math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL divergence from `other`, by default a standard normal, in nats: (b,)."""
+        """Return the KL divergence from `other`, by default a standard normal, in nats: (b,)."""
         if other is None:
             terms = self.mean**2 + self.var - 1.0 - self.logvar
         else:
@@ -180,7 +199,7 @@ class DiagonalGaussianDistribution:
 
 
 class AutoencoderKL(AttentionMixin, GradientCheckpointingMixin, PretrainedModel, part="vae"):
-    """Compress pictures to latents and back (arXiv:2112.10752, section 3.1)."""
+    """Compresses images to latents, and decodes latents to images (arXiv:2112.10752, section 3.1)."""
 
     config_class = VAEConfig
     config: VAEConfig
@@ -204,20 +223,20 @@ class AutoencoderKL(AttentionMixin, GradientCheckpointingMixin, PretrainedModel,
 
     @property
     def keymap(self) -> Keymap:
-        return tables.vae(len(self.config.block_out_channels), self.config.layers_per_block)
+        return key_tables.vae(len(self.config.block_out_channels), self.config.layers_per_block)
 
-    @validated(inputs.check_encode_inputs)
+    @validated(check_encode_inputs)
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Pictures (b, 3, h, w) with values in [-1, 1] to a Gaussian over (b, 4, h/8, w/8), unscaled."""
+        """Images (b, 3, h, w) in [-1, 1] to a Gaussian over unscaled latents (b, 4, h/8, w/8)."""
         moments = self._sliced(self._encode, x)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
-    @validated(inputs.check_decode_inputs)
+    @validated(check_decode_inputs)
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> DecoderOutput | tuple[Tensor]:
-        """Latents (b, 4, h, w), already divided by `scaling_factor`, to pictures (b, 3, 8h, 8w) around [-1, 1].
+        """Latents (b, 4, h, w), already divided by `scaling_factor`, to images (b, 3, 8h, 8w) around [-1, 1].
 
-        `generator` is there for code written against diffusers; decoding draws nothing.
+        `generator` is accepted for code written against diffusers; decoding draws nothing.
         """
         sample = self._sliced(self._decode, z)
         return DecoderOutput(sample) if return_dict else (sample,)
@@ -229,7 +248,7 @@ class AutoencoderKL(AttentionMixin, GradientCheckpointingMixin, PretrainedModel,
         return_dict: bool = True,
         generator: Generators | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """There and back: the mode of the latents, or a draw from them, decoded."""
+        """Encode images and decode the mode of their latents, or a sample of them."""
         posterior = self.encode(sample, return_dict=False)[0]
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
 
@@ -249,38 +268,38 @@ class AutoencoderKL(AttentionMixin, GradientCheckpointingMixin, PretrainedModel,
             return tiled(decode, z, self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor)
         return decode(z)
 
-    def _sliced(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        parts = x.split(1) if self.use_slicing else [x]
-        with packing(self, calls=len(parts)):
-            made = [run(part).contiguous() for part in parts]
-        return made[0] if len(made) == 1 else torch.cat(made)
+    def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        slices = x.split(1) if self.use_slicing else [x]
+        with packing(self, calls=len(slices)):
+            outputs = [function(part).contiguous() for part in slices]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def enable_slicing(self) -> None:
-        """Encode and decode a batch one picture at a time: exact, and less memory at once."""
+        """Encode and decode a batch one image at a time: exact, with a lower memory peak."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
         self.use_slicing = False
 
     def enable_tiling(self, use_tiling: bool = True) -> None:
-        """Encode and decode large pictures in overlapping tiles, blended: approximate, memory of one tile."""
+        """Encode and decode large images in overlapping tiles, blended: approximate, with the memory of one tile."""
         self.use_tiling = bool(check_type("use_tiling", use_tiling, bool))
 
     def disable_tiling(self) -> None:
         self.use_tiling = False
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep only the inputs of each level; their insides are computed again for the gradients."""
+        """Keep only the inputs of each block; recompute its activations for the gradients."""
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
 
 
-def tiled(run: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int, overlap: float) -> Tensor:
-    """`run` over tiles of `size` that overlap by a share of `overlap`, faded into each other.
+def tiled(function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int, overlap: float) -> Tensor:
+    """Apply `function` to tiles of x (b, c, h, w) and blend their overlaps linearly.
 
-    x: b c h w; a tile of `size` becomes one of `out_size`.
+    Tiles are `size` wide and become `out_size` wide; neighbours share a fraction `overlap` of their width.
     """
     stride, fade = int(size * (1 - overlap)), int(out_size * overlap)
     keep = out_size - fade
@@ -288,7 +307,7 @@ def tiled(run: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int, 
     for top in range(0, x.shape[2], stride):
         row: list[Tensor] = []
         for left in range(0, x.shape[3], stride):
-            tile = run(x[:, :, top : top + size, left : left + size])
+            tile = function(x[:, :, top : top + size, left : left + size])
             if rows:
                 tile = blend_edge(rows[-1][len(row)], tile, fade, dim=2)
             if row:
@@ -299,11 +318,11 @@ def tiled(run: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int, 
 
 
 def blend_edge(before: Tensor, tile: Tensor, fade: int, dim: int) -> Tensor:
-    """`tile` with its first `fade` rows (dim 2) or columns (dim 3) turning gradually from `before`'s last."""
+    """Return `tile` with its first `fade` rows (dim 2) or columns (dim 3) blended with the last ones of `before`."""
     fade = min(fade, before.shape[dim], tile.shape[dim])
     if fade == 0:
         return tile
     weight = (torch.arange(fade, device=tile.device) / fade).to(tile.dtype)
     weight = weight[:, None] if dim == 2 else weight
-    start, rest = tile.tensor_split([fade], dim)
-    return torch.cat([before.narrow(dim, before.shape[dim] - fade, fade) * (1 - weight) + start * weight, rest], dim)
+    edge, rest = tile.tensor_split([fade], dim)
+    return torch.cat([before.narrow(dim, before.shape[dim] - fade, fade) * (1 - weight) + edge * weight, rest], dim)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checks import check_float
 from ..errors import ImvarError, InputError, InputTypeError, describe, invalid, warn_user
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_uint8
-from ..kernels.packed_weights import PackedWeights
+from ..models.ops import PackedWeights
 from ..models.stock import is_unmodified
 from ..noise import randn
 from ..oom import explain_out_of_memory

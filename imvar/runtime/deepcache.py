@@ -1,4 +1,7 @@
-"""Approximate: the UNet's deep features, which change slowly from step to step, kept for a few (arXiv:2312.00858)."""
+"""DeepCache (arXiv:2312.00858): run the full UNet every few steps, and only its last layer on cached features between.
+
+Approximate: it relies on deep features changing slowly from step to step.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.packed_weights import PackedWeights
-from ..models.layers import norm_silu
-from ..models.stock import Precomputed, repeat_to_batch
+from ..models.conditioning import Precomputed, repeat_to_batch
+from ..models.ops import PackedWeights, executing, norm_act
 from .precompute import PrecomputedUNet, Runner, at_step
 
 
 class DeepCacheUNet(PrecomputedUNet):
-    """A prepared UNet that runs whole when that was `interval` steps ago, and in the others its last layer alone.
+    """A precomputed UNet that runs fully every `interval` steps.
 
-    The last layer meets what the whole UNet told it from below in an earlier step, and the skip of this one.
+    In between, its last layer merges the cached deep features of the last full step with the skip connection of the
+    current latents.
     """
 
     def __init__(
@@ -26,39 +29,40 @@ class DeepCacheUNet(PrecomputedUNet):
         context: Tensor,
         interval: int,
         runner: Runner = partial,
-        kept: PackedWeights | None = None,
+        packed: PackedWeights | None = None,
     ):
-        super().__init__(unet, timesteps, context, kept=kept)
-        self.remembering, self.last_layer = runner(predict_and_cache, unet), runner(predict_from_cache, unet)
-        self.interval, self.whole_at = interval, -interval
-        self.deep: Any = None
+        super().__init__(unet, timesteps, context, packed=packed)
+        self.predict_and_cache = runner(predict_and_cache, unet)
+        self.predict_from_cache = runner(predict_from_cache, unet)
+        self.interval, self.last_full_step = interval, -interval
+        self.deep_features: Any = None
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         time = at_step(self.times, step)
-        with self.kept.at_hand():
-            if step - self.whole_at < self.interval:
-                return self.last_layer(x, time, self.context, self.deep)
-            sample, self.deep = self.remembering(x, time, self.context)
-        self.whole_at = step
+        with executing(packed=self.packed):
+            if step - self.last_full_step < self.interval:
+                return self.predict_from_cache(x, time, self.context, self.deep_features)
+            sample, self.deep_features = self.predict_and_cache(x, time, self.context)
+        self.last_full_step = step
         return sample
 
 
 def predict_and_cache(unet: Any, x: Tensor, time: Precomputed, context: Precomputed) -> tuple[Tensor, Tensor]:
-    """The prediction, and what the last layer was told from below."""
-    deep = x
+    """Return the prediction, and the features that enter the last layer."""
+    deep_features = x
 
-    def merge(h: Tensor, skip: Tensor, level: int) -> Tensor:
-        nonlocal deep
-        deep = h.clone()  # as whoever merges may write over what it is given
-        return unet.merge(h, skip, level)
+    def merge(h: Tensor, skip: Tensor, block: int) -> Tensor:
+        nonlocal deep_features
+        deep_features = h.clone()  # a merge may write over what it is given
+        return unet.merge(h, skip, block)
 
     sample = unet(x, time, context, merge=merge).sample
-    return sample.contiguous(), deep
+    return sample.contiguous(), deep_features
 
 
-def predict_from_cache(unet: Any, x: Tensor, time: Precomputed, context: Precomputed, deep: Tensor) -> Tensor:
-    """The prediction by the first convolution, whose result is the last skip, and the last layer."""
-    skip, level = repeat_to_batch(unet.conv_in(x), deep), unet.up[-1]
-    h = unet.merge(deep.clone(), skip, len(unet.up) - 1)
-    h = level.layer(len(level.resnets) - 1, h, time.value[-1], context.value[-1])
-    return unet.conv_out(norm_silu(unet.norm_out, h)).contiguous()
+def predict_from_cache(unet: Any, x: Tensor, time: Precomputed, context: Precomputed, deep_features: Tensor) -> Tensor:
+    """Return the prediction by the first convolution, whose output is the last skip connection, and the last layer."""
+    skip, block = repeat_to_batch(unet.conv_in(x), deep_features), unet.up_blocks[-1]
+    h = unet.merge(deep_features.clone(), skip, len(unet.up_blocks) - 1)
+    h = block.layer(len(block.resnets) - 1, h, time.value[-1], context.value[-1])
+    return unet.conv_out(norm_act(unet.conv_norm_out, unet.conv_act, h)).contiguous()

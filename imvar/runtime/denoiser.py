@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.packed_weights import PackedWeights
 from ..models import UNet2DConditionModel
-from ..models.stock import is_unmodified, repeat_to_batch
+from ..models.conditioning import repeat_to_batch
+from ..models.ops import PackedWeights
+from ..models.stock import is_unmodified
 from .deepcache import DeepCacheUNet
 from .guidance import ClassifierFreeGuidance, Predict
 from .precompute import Fingerprint, PrecomputedUNet, Runner
@@ -68,7 +69,7 @@ class Denoiser:
         Returns whether it did; the latents have to be cast to `dtype` then.
         """
         unet = self.unet()
-        if unet is self.built_from and not (self.fingerprint and self.fingerprint.changed(unet)):
+        if unet is self.built_from and not (self.fingerprint and self.fingerprint.differs_from(unet)):
             return False
         del self.predict  # frees what it holds of the weights before the same is computed again
         self.context = self.context.to(dtype_of(unet, self.dtype))

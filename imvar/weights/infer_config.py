@@ -28,11 +28,6 @@ NOT_INFERABLE: dict[
 CLIP_HEAD, CLIP_WIDEST = 64, 1024  # channels of a head in every CLIP of OpenAI's, and of the largest; others differ
 
 UNET = {  # the tensors that tell levels, layers and depth
-    Dialect.OURS: (
-        "down.{}.resnets.0.norm1.weight",
-        "down.0.resnets.{}.norm1.weight",
-        "mid.transformers.0.blocks.{}.self_attn.norm.weight",
-    ),
     Dialect.PUBLISHED: (
         "down_blocks.{}.resnets.0.norm1.weight",
         "down_blocks.0.resnets.{}.norm1.weight",
@@ -40,7 +35,6 @@ UNET = {  # the tensors that tell levels, layers and depth
     ),
 }
 VAE = {  # levels and layers
-    Dialect.OURS: ("encoder.down.{}.resnets.0.norm1.weight", "encoder.down.0.resnets.{}.norm1.weight"),
     Dialect.PUBLISHED: (
         "encoder.down_blocks.{}.resnets.0.norm1.weight",
         "encoder.down_blocks.0.resnets.{}.norm1.weight",
@@ -48,7 +42,6 @@ VAE = {  # levels and layers
     Dialect.ORIGINAL: ("encoder.down.{}.block.0.norm1.weight", "encoder.down.0.block.{}.norm1.weight"),
 }
 CLIP = {  # layers
-    Dialect.OURS: ("tower.layers.{}.attn.norm.weight",),
     Dialect.PUBLISHED: (
         "vision_model.encoder.layers.{}.layer_norm1.weight",
         "vision_model.vision_model.encoder.layers.{}.layer_norm1.weight",
@@ -101,19 +94,19 @@ def unet(held: PartTensors) -> dict[str, Any]:
 
     def attends(way: str) -> list[bool]:
         return [
-            held.holds(found, *(f"{way}.{i}.transformers.0.{rest}" for rest in ("norm.weight", "proj_in.weight")))
+            held.holds(found, *(f"{way}.{i}.attentions.0.{rest}" for rest in ("norm.weight", "proj_in.weight")))
             for i in range(levels)
         ]
 
     return PUBLISHED_CONFIGS["unet"] | {
         "in_channels": held.size(found, "conv_in.weight", 1),
         "out_channels": held.size(found, "conv_out.weight"),
-        "block_out_channels": [held.size(found, f"down.{i}.resnets.0.conv1.weight") for i in range(levels)],
+        "block_out_channels": [held.size(found, f"down_blocks.{i}.resnets.0.conv1.weight") for i in range(levels)],
         "layers_per_block": layers,
         "transformer_layers_per_block": depth,
-        "down_block_types": ["CrossAttnDownBlock2D" if there else "DownBlock2D" for there in attends("down")],
-        "up_block_types": ["CrossAttnUpBlock2D" if there else "UpBlock2D" for there in attends("up")],
-        "cross_attention_dim": held.size(found, "mid.transformers.0.blocks.0.cross_attn.to_k.weight", 1),
+        "down_block_types": ["CrossAttnDownBlock2D" if there else "DownBlock2D" for there in attends("down_blocks")],
+        "up_block_types": ["CrossAttnUpBlock2D" if there else "UpBlock2D" for there in attends("up_blocks")],
+        "cross_attention_dim": held.size(found, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1),
     }
 
 
@@ -125,7 +118,9 @@ def vae(held: PartTensors) -> dict[str, Any]:
         "in_channels": held.size(found, "encoder.conv_in.weight", 1),
         "out_channels": held.size(found, "decoder.conv_out.weight"),
         "latent_channels": held.size(found, "post_quant_conv.weight"),
-        "block_out_channels": [held.size(found, f"encoder.down.{i}.resnets.0.conv1.weight") for i in range(levels)],
+        "block_out_channels": [
+            held.size(found, f"encoder.down_blocks.{i}.resnets.0.conv1.weight") for i in range(levels)
+        ],
         "layers_per_block": layers,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
@@ -135,7 +130,10 @@ def vae(held: PartTensors) -> dict[str, Any]:
 def image_encoder(held: PartTensors) -> dict[str, Any]:
     layers = max(count_tensors(held, template.format) for template in CLIP[held.naming.dialect])
     found = tables.safety_checker(layers)
-    width, patch = held.size(found, "tower.class_token"), held.size(found, "tower.patch.weight", 2)
+    width, patch = (
+        held.size(found, "vision_model.embeddings.class_embedding"),
+        held.size(found, "vision_model.embeddings.patch_embedding.weight", 2),
+    )
     if width % CLIP_HEAD or width > CLIP_WIDEST:
         raise CheckpointError(
             f"no CLIP that is known here has {width} channels, so their heads cannot be told; "
@@ -144,13 +142,13 @@ def image_encoder(held: PartTensors) -> dict[str, Any]:
         )
     return PUBLISHED_CONFIGS["image_encoder"] | {
         "hidden_size": width,
-        "intermediate_size": held.size(found, "tower.layers.0.mlp.widen.weight"),
+        "intermediate_size": held.size(found, "vision_model.encoder.layers.0.mlp.fc1.weight"),
         "num_hidden_layers": layers,
         "num_attention_heads": width // CLIP_HEAD,
-        "num_channels": held.size(found, "tower.patch.weight", 1),
+        "num_channels": held.size(found, "vision_model.embeddings.patch_embedding.weight", 1),
         "patch_size": patch,
-        "image_size": isqrt(held.size(found, "tower.positions") - 1) * patch,
-        "projection_dim": held.size(found, "proj.weight"),
+        "image_size": isqrt(held.size(found, "vision_model.embeddings.position_embedding.weight") - 1) * patch,
+        "projection_dim": held.size(found, "visual_projection.weight"),
     }
 
 

@@ -1,9 +1,9 @@
-"""The engine that translates tensor names: rows in, both directions out.
+"""The engine that translates tensor names between the published layout, older spellings and the original files.
 
-A row says what one module or tensor of ours is called over there. We always start from our own
-names and ask for their spelling, so no name is ever parsed: the row whose name is the longest
-beginning of ours decides, and what follows it is the same on both sides. A fork's own parameters
-are therefore saved under the place they live in, and found there again.
+A model's own names are the published ones. A row of the table says what one module or tensor is called elsewhere. We
+always start from the model's names and look up their spelling, so no name is ever parsed: the row with the longest
+matching prefix decides, and the rest of the name is the same on both sides. A fork's additional parameters are
+therefore saved under the module that they belong to, and found there again.
 """
 
 from __future__ import annotations
@@ -17,62 +17,61 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, invalid
 
 
 class Dialect(Enum):
-    """The languages that files speak of the same tensors."""
+    """The sets of names in which files spell the same tensors."""
 
-    OURS = "imvar's names"
     PUBLISHED = "diffusers' names"
     ORIGINAL = "the original names"
-    DOTLESS = "the original names without dots"  # as the original code's moving average keeps them
+    DOTLESS = "the original names without dots"  # as the original code's moving average (EMA) keeps them
 
 
 class Transform:
-    """How a tensor of ours lies in one of theirs; this one, as it is."""
+    """How a tensor of the model is stored in a file; this one, unchanged."""
 
-    index = 0  # its place among those that share one of theirs
+    index = 0  # its position among the tensors that are stored in one
 
-    def take(self, theirs: Tensor) -> Tensor:
-        """Ours out of theirs."""
-        return theirs
+    def load(self, stored: Tensor) -> Tensor:
+        """Return the model's tensor from the stored one."""
+        return stored
 
-    def give(self, ours: Tensor) -> Tensor:
-        """Theirs of ours, or our share of it."""
-        return ours
+    def save(self, tensor: Tensor) -> Tensor:
+        """Return the stored tensor, or this tensor's part of it."""
+        return tensor
 
 
 class Transposed(Transform):
-    """A matrix that is applied from the right over there."""
+    """A matrix that the original code multiplies from the right."""
 
-    def take(self, theirs: Tensor) -> Tensor:
-        return theirs.mT.contiguous() if theirs.ndim == 2 else theirs
+    def load(self, stored: Tensor) -> Tensor:
+        return stored.mT.contiguous() if stored.ndim == 2 else stored
 
-    def give(self, ours: Tensor) -> Tensor:
-        return ours.mT
+    def save(self, tensor: Tensor) -> Tensor:
+        return tensor.mT
 
 
 class Pointwise(Transform):
-    """A linear layer that is a 1x1 convolution over there. Biases are the same."""
+    """A linear layer that the original code has as a 1x1 convolution. Biases are the same."""
 
-    def take(self, theirs: Tensor) -> Tensor:
-        return theirs[:, :, 0, 0] if theirs.ndim == 4 and theirs.shape[2:] == (1, 1) else theirs
+    def load(self, stored: Tensor) -> Tensor:
+        return stored[:, :, 0, 0] if stored.ndim == 4 and stored.shape[2:] == (1, 1) else stored
 
-    def give(self, ours: Tensor) -> Tensor:
-        return ours[:, :, None, None] if ours.ndim == 2 else ours
+    def save(self, tensor: Tensor) -> Tensor:
+        return tensor[:, :, None, None] if tensor.ndim == 2 else tensor
 
 
 @dataclass(frozen=True)
 class Chunk(Transform):
-    """One of `of` equal pieces, stacked along the first dimension over there."""
+    """One of `of` equal chunks, stored as one tensor along the first dimension."""
 
     index: int  # type: ignore[misc]
     of: int = 3
 
-    def take(self, theirs: Tensor) -> Tensor:
-        rows = len(theirs) // self.of if theirs.ndim and len(theirs) % self.of == 0 else 0
-        return theirs[self.index * rows : (self.index + 1) * rows] if rows else theirs
+    def load(self, stored: Tensor) -> Tensor:
+        rows = len(stored) // self.of if stored.ndim and len(stored) % self.of == 0 else 0
+        return stored[self.index * rows : (self.index + 1) * rows] if rows else stored
 
 
 AS_IS, TRANSPOSED, POINTWISE = Transform(), Transposed(), Pointwise()
@@ -80,31 +79,30 @@ AS_IS, TRANSPOSED, POINTWISE = Transform(), Transposed(), Pointwise()
 
 @dataclass(frozen=True)
 class KeyRow:
-    """One place: our name, the published name, its older spellings, and the original name and form if they differ."""
+    """A module or tensor: its published name, older spellings, and the original name and transform if they differ."""
 
-    ours: str
-    theirs: str
+    name: str
     older: tuple[str, ...] = ()
     original: str | None = None
-    form: Transform = AS_IS
+    transform: Transform = AS_IS
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        return (self.theirs, *self.older)
+        return (self.name, *self.older)
 
 
-def nest(place: KeyRow, rows: Iterable[KeyRow]) -> Iterator[KeyRow]:
-    """The place, and the rows that lie in it."""
-    yield place
+def nest(parent: KeyRow, rows: Iterable[KeyRow]) -> Iterator[KeyRow]:
+    """Yield the parent, and the rows with their names prefixed by the parent's."""
+    yield parent
     for row in rows:
-        theirs = [f"{outer}.{inner}" for outer in place.spellings for inner in row.spellings]
-        original = f"{place.original or place.theirs}.{row.original or row.theirs}"
-        yield KeyRow(f"{place.ours}.{row.ours}", theirs[0], tuple(theirs[1:]), original, row.form)
+        name, *older = [f"{outer}.{inner}" for outer in parent.spellings for inner in row.spellings]
+        original = f"{parent.original or parent.name}.{row.original or row.name}"
+        yield KeyRow(name, tuple(older), original, row.transform)
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How a file calls the tensors of a part: a dialect, behind a prefix."""
+    """How a file names the tensors of a part: a dialect, after a prefix."""
 
     dialect: Dialect = Dialect.PUBLISHED
     prefix: str = ""
@@ -115,104 +113,99 @@ PUBLISHED = Naming()
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of ours lies: in which tensor of the file, and how."""
+    """Where a tensor of the model is stored: under which name, and how."""
 
     name: str
-    form: Transform = AS_IS
+    transform: Transform = AS_IS
 
 
 class Keymap:
-    """The dictionary of one model.
+    """The table of one model.
 
-    `droppable` lists, by dialect, patterns of what a file may hold beside the weights.
+    `droppable` lists, by dialect, patterns of tensors that a file may hold in addition to the weights.
     """
 
     def __init__(self, rows: Iterable[KeyRow], droppable: Mapping[Dialect, Collection[str]] | None = None):
-        self.rows = {row.ours: row for row in rows}
+        self.rows = {row.name: row for row in rows}
         self.droppable = droppable or {}
 
-    def row(self, ours: str) -> KeyRow:
-        """The row of a tensor of ours: that of its place, with the rest of its name on either side."""
-        place, rest = ours, ""
-        while place not in self.rows:
-            if not place:
-                return KeyRow(ours, ours)
-            place, _, last = place.rpartition(".")
+    def row(self, name: str) -> KeyRow:
+        """Return the row of a tensor: that of the innermost module that has one, extended by the rest of its name."""
+        module, rest = name, ""
+        while module not in self.rows:
+            if not module:
+                return KeyRow(name)
+            module, _, last = module.rpartition(".")
             rest = f".{last}{rest}"
-        row = self.rows[place]
-        return KeyRow(
-            ours,
-            row.theirs + rest,
-            tuple(name + rest for name in row.older),
-            (row.original or row.theirs) + rest,
-            row.form,
-        )
+        row = self.rows[module]
+        older = tuple(spelling + rest for spelling in row.older)
+        return KeyRow(name, older, (row.original or row.name) + rest, row.transform)
 
-    def sources(self, ours: str, naming: Naming = PUBLISHED) -> list[Source]:
-        """Where a tensor of ours may be found in a file, the spelling that is written first."""
-        if naming.dialect is Dialect.OURS:
-            return [Source(naming.prefix + ours)]
-        row = self.row(ours)
+    def sources(self, name: str, naming: Naming = PUBLISHED) -> list[Source]:
+        """Return where a tensor may be stored in a file, the spelling that is written first."""
+        row = self.row(name)
         if naming.dialect is Dialect.PUBLISHED:
-            return [Source(naming.prefix + name) for name in row.spellings]
-        original = row.original or row.theirs
+            return [Source(naming.prefix + spelling) for spelling in row.spellings]
+        original = row.original or name
         dotted = naming.dialect is Dialect.ORIGINAL
-        return [Source(naming.prefix + (original if dotted else original.replace(".", "")), row.form)]
+        return [Source(naming.prefix + (original if dotted else original.replace(".", "")), row.transform)]
 
-    def spelled(self, ours: str) -> str:
-        """The published name of a tensor of ours."""
-        return self.row(ours).theirs
-
-    def drops(self, theirs: str, naming: Naming = PUBLISHED) -> str | None:
-        """The pattern by which a file may hold this tensor without the model having a use for it; None without one."""
-        name = theirs.removeprefix(naming.prefix)
+    def droppable_pattern(self, key: str, naming: Naming = PUBLISHED) -> str | None:
+        """Return the pattern by which a file may hold this tensor without the model needing it, if any."""
+        name = key.removeprefix(naming.prefix)
         patterns = self.droppable.get(naming.dialect, ())
         return next((naming.prefix + pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
-    def renamed(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-        """Whichever of `tensors` have a published name, under our `names`; the rest as they are."""
-        ours = {source.name: name for name in names for source in self.sources(name)}
-        return {ours.get(name, name): tensor for name, tensor in tensors.items() if not self.drops(name)}
+    def modernize(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Return `tensors` with older spellings of the model's `names` replaced, and droppable ones left out."""
+        current = {source.name: name for name in names for source in self.sources(name)}
+        return {current.get(key, key): value for key, value in tensors.items() if not self.droppable_pattern(key)}
 
-    def to_theirs(self, tensors: Mapping[str, Tensor], naming: Naming = PUBLISHED) -> dict[str, Tensor]:
-        """Our tensors as a file of that naming has them."""
-        shares: dict[str, dict[int, Tensor]] = {}
+    def to_file(self, tensors: Mapping[str, Tensor], naming: Naming = PUBLISHED) -> dict[str, Tensor]:
+        """Return the model's tensors as a file with that naming stores them."""
+        chunks: dict[str, dict[int, Tensor]] = {}
         for name, tensor in tensors.items():
             source = self.sources(name, naming)[0]
-            shares.setdefault(source.name, {})[source.form.index] = source.form.give(tensor)
+            chunks.setdefault(source.name, {})[source.transform.index] = source.transform.save(tensor)
         return {
-            name: parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in sorted(parts)])
-            for name, parts in shares.items()
+            key: parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in sorted(parts)])
+            for key, parts in chunks.items()
         }
 
-    def to_ours(
-        self, tensors: Mapping[str, Tensor], names: Iterable[str], naming: Naming = PUBLISHED, path: Path | None = None
+    def from_file(
+        self,
+        tensors: Mapping[str, Tensor],
+        names: Iterable[str],
+        naming: Naming = PUBLISHED,
+        path: Path | None = None,
     ) -> dict[str, Tensor]:
-        """Their tensors under our `names`. Raises `CheckpointError` for a missing, doubled or unknown one."""
-        found, used, missing = {}, set(), []
+        """Return a file's tensors under the model's `names`.
+
+        Raises `CheckpointError` for tensors that are missing, unknown, or there in two spellings.
+        """
+        result, used, missing = {}, set(), []
         for name in names:
             sources = self.sources(name, naming)
-            there = [source for source in sources if source.name in tensors]
-            if len(there) > 1:
-                raise CheckpointError(
-                    "the same tensor is there twice, in an old and a new spelling",
-                    path=path,
-                    key=" and ".join(source.name for source in there),
-                )
-            if there:
-                found[name] = there[0].form.take(tensors[there[0].name])
-                used.add(there[0].name)
+            present = [source for source in sources if source.name in tensors]
+            if len(present) > 1:
+                keys = " and ".join(source.name for source in present)
+                expected = "one spelling of each tensor"
+                raise invalid(CheckpointError, path, expected, "the same tensor in an old and a new one", key=keys)
+            if present:
+                result[name] = present[0].transform.load(tensors[present[0].name])
+                used.add(present[0].name)
             elif sources[0].name not in missing:
                 missing.append(sources[0].name)
-        unknown = [name for name in tensors if name not in used and not self.drops(name, naming)]
+        unknown = [key for key in tensors if key not in used and not self.droppable_pattern(key, naming)]
         if missing or unknown:
             faults = [
                 f"{len(keys)} {what.format('s' * (len(keys) > 1))}: {abbreviate(keys)}"
                 for keys, what in ((missing, "tensor{} missing"), (unknown, "unknown tensor{}"))
                 if keys
             ]
-            raise CheckpointError("; ".join(faults), path=path, key=(missing or unknown)[0])
-        return found
+            expected = "exactly the tensors of the model"
+            raise invalid(CheckpointError, path, expected, "; ".join(faults), key=(missing or unknown)[0])
+        return result
 
 
 def abbreviate(keys: list[str]) -> str:

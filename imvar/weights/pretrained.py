@@ -18,7 +18,7 @@ from .configured import ConfiguredComponent
 from .filenames import DIFFUSERS, TRANSFORMERS, WeightsName
 from .hub import Hub, locate, names_in
 from .json_files import safe_join
-from .keymap import PUBLISHED, Dialect, Keymap, Naming
+from .keymap import PUBLISHED, Keymap, Naming
 from .options import READ_OPTIONS, SAVE_OPTIONS, filter_kwargs, locate_config, resolve_dtype, resolve_ema, should_write
 from .reading import read_weights
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 TRANSFORMERS_VERSION = "5.23.0"  # whose config format is written
 MAX_LAYERS = 1000  # of any model
 MAX_LAYERS_TO_LIST = 100  # up to which a model is built even for fewer tensors, to name the ones that are missing
-OURS = Naming(Dialect.OURS)
 
 
 class PretrainedModel(ConfiguredComponent, nn.Module):
@@ -38,7 +37,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
-        self.register_load_state_dict_pre_hook(rename_published_keys)
+        self.register_load_state_dict_pre_hook(modernize_keys)
 
     @property
     def keymap(self) -> Keymap:
@@ -172,7 +171,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         config_path: Path,
         *,
         dtype: Dtype,
-        naming: Naming | None = None,
+        naming: Naming = PUBLISHED,
         path: Path,
     ) -> Self:
         """Build the model on the meta device, in eval mode, and assign `tensors`, without a copy unless cast.
@@ -215,7 +214,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             write_weights(
                 new,
                 self.weights_name,
-                self.keymap.to_theirs(self.state_dict()),
+                self.keymap.to_file(self.state_dict()),
                 variant=variant,
                 safe_serialization=safe_serialization,
                 max_shard_size=max_shard_size,
@@ -264,7 +263,7 @@ def load(
     model: PretrainedModel,
     tensors: Mapping[str, Tensor],
     *,
-    naming: Naming | None = None,
+    naming: Naming = PUBLISHED,
     path: Path | None = None,
     dtype: Dtype = None,
 ) -> None:
@@ -274,10 +273,8 @@ def load(
     other copies them. Raises `CheckpointError` for missing, unknown or misshapen tensors, before anything is loaded.
     """
     expected = model.state_dict()
-    if naming is None:
-        naming = OURS if tensors.keys() == expected.keys() else PUBLISHED
     try:
-        values = model.keymap.to_ours(tensors, expected, naming, path)
+        values = model.keymap.from_file(tensors, expected, naming, path)
     except CheckpointError as error:
         from .single_file import detect_part  # imported here to keep `import imvar` fast
 
@@ -318,16 +315,15 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def rename_published_keys(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`, of the model or of one that it is a part of: published names become ours."""
-    theirs = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    expected = model.state_dict()
-    if theirs.keys() == expected.keys():  # they are ours
+def modernize_keys(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before `load_state_dict` of the model, or of one that contains it: replace older names by the current ones."""
+    tensors = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    names = model.state_dict()
+    if tensors.keys() == names.keys():
         return
-    for name in theirs:
-        del state_dict[prefix + name]
-    ours = model.keymap.renamed(theirs, expected)
-    state_dict.update({f"{prefix}{name}": tensor for name, tensor in ours.items()})
+    for key in tensors:
+        del state_dict[prefix + key]
+    state_dict.update({prefix + name: value for name, value in model.keymap.modernize(tensors, names).items()})
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

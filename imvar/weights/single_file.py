@@ -59,10 +59,10 @@ DROPPABLE = (
 def signatures() -> dict[str, tuple[Keymap, tuple[str, ...]]]:
     """Return, by part, modules that only it has, and the keymap for their names; the first part that matches counts."""
     return {
-        "unet": (tables.unet([True], [True], 1, 1), ("time.linear1",)),
-        "vae": (tables.vae(1, 1), ("encoder.mid.resnet1", "decoder.mid.resnet1")),
-        "safety_checker": (tables.safety_checker(1), ("concept_embeds", "tower.class_token")),
-        "image_encoder": (tables.image_encoder(1), ("tower.class_token",)),
+        "unet": (tables.unet([True], [True], 1, 1), ("time_embedding.linear_1",)),
+        "vae": (tables.vae(1, 1), ("encoder.mid_block.resnets.0", "decoder.mid_block.resnets.0")),
+        "safety_checker": (tables.safety_checker(1), ("concept_embeds", "vision_model.embeddings.class_embedding")),
+        "image_encoder": (tables.image_encoder(1), ("vision_model.embeddings.class_embedding",)),
     }
 
 
@@ -83,7 +83,7 @@ class PartTensors:
     @property
     def looks(self) -> bool:
         """Whether there are tensors of a vision tower."""
-        (tower,) = tables.image_encoder(1).sources("tower", self.naming)
+        (tower,) = tables.image_encoder(1).sources("vision_model", self.naming)
         return any(name.startswith(f"{tower.name}.") for name in self.tensors)
 
     def holds(self, keymap: Keymap, *ours: str) -> bool:
@@ -95,7 +95,7 @@ class PartTensors:
         sources = keymap.sources(ours, self.naming)
         for source in sources:
             if source.name in self.tensors:
-                shape = source.form.take(self.tensors[source.name]).shape
+                shape = source.transform.load(self.tensors[source.name]).shape
                 if dim < len(shape):
                     return shape[dim]
         raise invalid(
@@ -238,7 +238,7 @@ def detect_part(names: Iterable[str]) -> tuple[str, Naming] | None:
     """Return the part that has tensors of these names, and their dialect; None if no part has."""
     modules = {name[:end] for name in names for end, letter in enumerate(f"{name}.") if letter == "."}
     for part, (keymap, signature) in signatures().items():
-        for dialect in (Dialect.PUBLISHED, Dialect.OURS, Dialect.ORIGINAL):
+        for dialect in (Dialect.PUBLISHED, Dialect.ORIGINAL):
             naming = Naming(dialect)
             if all(any(source.name in modules for source in keymap.sources(ours, naming)) for ours in signature):
                 return part, naming

@@ -104,7 +104,7 @@ def original_contents() -> dict[str, dict[str, Any]]:
     """Return the content of a file in each original layout."""
     models = {name: randomize(LOADERS[name](**settings), 0).half() for name, settings in INFERABLE.items()}
     named = {
-        naming: models[part].keymap.to_theirs(models[part].state_dict(), naming)
+        naming: models[part].keymap.to_file(models[part].state_dict(), naming)
         for part, namings in ORIGINAL_NAMINGS.items()
         for naming in namings
     }

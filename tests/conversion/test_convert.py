@@ -58,20 +58,20 @@ def test_every_listed_tensor_has_its_target(layout):
         model = full_size(part)
         keymap, ours = model.keymap, model.state_dict()
         for naming in namings:
-            theirs = keymap.to_theirs(ours, naming)
+            theirs = keymap.to_file(ours, naming)
             if not theirs.keys() & rows.keys():
                 continue
             assert {name: list(tensor.shape) for name, tensor in theirs.items()} == {
                 name: rows[name].shape for name in theirs
             }
             mine = {name: tensor for name, tensor in meta(layout).tensors.items() if name.startswith(naming.prefix)}
-            loaded = keymap.to_ours(mine, ours, naming)
+            loaded = keymap.from_file(mine, ours, naming)
             assert {name: tensor.shape for name, tensor in loaded.items()} == {
                 name: tensor.shape for name, tensor in ours.items()
             }
             for name in ours:
                 (source,) = keymap.sources(name, naming)
-                found.setdefault(source.name, {})[source.form.index] = f"{part}/{keymap.spelled(name)}"
+                found.setdefault(source.name, {})[source.transform.index] = f"{part}/{name}"
     assert {name: [targets[i] for i in sorted(targets)] for name, targets in found.items()} == {
         name: row.targets for name, row in rows.items() if row.targets
     }
@@ -91,7 +91,7 @@ def test_only_listed_tensors_are_dropped(layout):
         for versions in file.parts.values()
         for part_tensors in versions
         for name in part_tensors.tensors
-        if keymaps[part_tensors.naming].drops(name, part_tensors.naming)
+        if keymaps[part_tensors.naming].droppable_pattern(name, part_tensors.naming)
     }
     dropped |= {name for name in file.tensors if file.is_droppable(name)}
     assert dropped == {row.name for row in original_keys(layout) if row.op == "drop"}
@@ -101,10 +101,10 @@ def test_only_listed_tensors_are_dropped(layout):
 def in_dialect(part, dialect):
     """Return the tensors of a part at full size, on the meta device, under the names of a dialect."""
     model = full_size(part)
-    return PartTensors(part, Naming(dialect), model.keymap.to_theirs(model.state_dict(), Naming(dialect)), PUBLISHED)
+    return PartTensors(part, Naming(dialect), model.keymap.to_file(model.state_dict(), Naming(dialect)), PUBLISHED)
 
 
-@pytest.mark.parametrize("layout", [*COVERING, Dialect.OURS, Dialect.PUBLISHED, Dialect.ORIGINAL])
+@pytest.mark.parametrize("layout", [*COVERING, Dialect.PUBLISHED, Dialect.ORIGINAL])
 def test_inferred_configs_are_the_published_ones(layout):
     """A wrong one would load without an error and compute wrong outputs."""
     if isinstance(layout, Dialect):
@@ -350,7 +350,7 @@ def test_tensors_of_a_fork_are_converted_and_restored(naming):
     ours, keymap = fork.state_dict(), fork.keymap
     added = ours.keys() - tiny_pipeline().unet.state_dict().keys()
     assert len(added) == 8
-    theirs = keymap.to_theirs(ours, naming)
+    theirs = keymap.to_file(ours, naming)
     assert len(theirs) == len(ours)
     assert all(name.startswith(naming.prefix) for name in theirs)
-    assert same_tensors({"": keymap.to_ours(theirs, list(ours), naming)}, {"": ours})
+    assert same_tensors({"": keymap.from_file(theirs, list(ours), naming)}, {"": ours})

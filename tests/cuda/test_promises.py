@@ -29,7 +29,7 @@ def test_a_seed_has_the_noise_of_the_cpu(pipe, photo, eta):
 
 @pytest.mark.parametrize("way", ["plain", "offload"])
 def test_half_precision_that_overflows_is_decoded_again(pipe, photo, way):
-    layer = pipe.vae.decoder.up[1].resnets[0].conv1
+    layer = pipe.vae.decoder.up_blocks[1].resnets[0].conv1
     layer.weight.data *= 1e4
     layer.bias.data *= 1e4
     pipe.to("cuda", torch.float16)

@@ -9,8 +9,10 @@ from torch import nn
 
 from imvar.kernels import cpu_kernels as cpu
 from imvar.kernels import winograd
-from imvar.kernels.packed_weights import PackedWeights, active, packing
-from imvar.models.layers import Conv2d, GroupNorm, Linear, Upsample
+from imvar.kernels.packed_weights import PackedWeights
+from imvar.models.layers import Upsample
+from imvar.models.ops import Conv2d, GroupNorm, Linear, executing, packing
+from imvar.models.ops import packed_weights as active
 from imvar.runtime.precompute import PrecomputedUNet
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest answer
@@ -65,7 +67,7 @@ def test_upsample(asked, dtype, n, h, w):
     for size in None, (2 * h, 2 * w), torch.Size([2 * h, 2 * w]):
         assert near(layer(x, size), expected)
     assert near(layer(x.to(memory_format=torch.channels_last)), expected)
-    assert asked == 4 * ["enlarge"]
+    assert asked == 4 * ["upsample_conv"]
     assert layer(x, (2 * h - 1, 2 * w)).shape == (n, 8, 2 * h - 1, 2 * w)
     assert len(asked) == 4
 
@@ -117,7 +119,7 @@ def test_where_onednn_is_switched_off_or_gone(asked, monkeypatch):
 @pytest.fixture
 def all_pay(monkeypatch):
     """Even the tiniest layer takes the way that is for large ones."""
-    for limit in "WORTH_IT", "FEW", "SOME", "WIDE":
+    for limit in "MIN_MACS", "MIN_PIXELS_CHANNELS_LAST", "MIN_PIXELS_WINOGRAD", "MIN_CHANNELS_WINOGRAD":
         monkeypatch.setattr(cpu, limit, 0)
     monkeypatch.setattr(cpu, "MAX_PIXELS_PER_SUM", 12)
     monkeypatch.setattr(winograd, "MAX_PIXELS_PER_MATMUL", 8)
@@ -130,7 +132,7 @@ def ways(monkeypatch):
     names = []
     for dtype in TOLERANCE:
         cpu.has_onednn_ops(dtype)
-    for module, name in (winograd, "convolve"), (winograd, "enlarge"), (cpu, "onednn_convolution"):
+    for module, name in (winograd, "winograd_conv2d"), (winograd, "winograd_upsample_conv"), (cpu, "onednn_conv"):
         real = getattr(module, name)
 
         def watching(*args, name=name, real=real):
@@ -184,7 +186,7 @@ def test_group_norm_keeps_its_digits(all_pay, monkeypatch, n, c, h, w, offset):
     nn.init.normal_(norm.bias)
     exact = F.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double())
     usual = (norm(x.contiguous()) - exact).abs().max()
-    with PackedWeights().at_hand():
+    with executing(packed=PackedWeights()):
         assert (norm(x) - exact).abs().max() <= max(10 * usual, 1e-5)
 
 
@@ -208,11 +210,11 @@ def test_convolutions_in_a_run(all_pay, ways, dtype, options, size):
     x = torch.randn(2, 8, *size).to(dtype)
     expected = layer(x)
     assert not ways
-    with PackedWeights().at_hand():
+    with executing(packed=PackedWeights()):
         for given in x, x.to(memory_format=torch.channels_last):
             assert near(layer(given), expected)
     usual = not options.keys() - {"bias"} and size == (8, 6)
-    quick = "onednn_convolution" if dtype == torch.bfloat16 else "convolve"
+    quick = "onednn_conv" if dtype == torch.bfloat16 else "winograd_conv2d"
     assert ways == (2 * [quick] if usual or dtype == torch.bfloat16 else [])
 
 
@@ -221,9 +223,9 @@ def test_convolutions_in_a_run(all_pay, ways, dtype, options, size):
 def test_enlarging_in_a_run(all_pay, ways, dtype):
     grow, x = Upsample(8).to(dtype), torch.randn(2, 8, 5, 6).to(dtype)
     expected = grow.conv(F.interpolate(x, scale_factor=2.0))
-    with PackedWeights().at_hand():
+    with executing(packed=PackedWeights()):
         assert near(grow(x), expected)
-    assert ways == (["enlarge"] if dtype == torch.float32 else 4 * ["onednn_convolution"])
+    assert ways == (["winograd_upsample_conv"] if dtype == torch.float32 else 4 * ["onednn_conv"])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -277,9 +279,9 @@ def test_weights_are_kept_for_a_run_alone():
 
     weight, kept = nn.Parameter(torch.ones(2)), PackedWeights(3)
     assert active() is None
-    with kept.at_hand():
+    with executing(packed=kept):
         assert active() is kept
-        with PackedWeights().at_hand():
+        with executing(packed=PackedWeights()):
             assert active() is not kept
         assert active() is kept
     assert active() is None
@@ -313,7 +315,7 @@ def test_weights_changed_between_steps_count(pipe, all_pay):
     x, context, times = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 24), torch.tensor([500.0, 1.0])
     prepared = PrecomputedUNet(pipe.unet, times, context)
     prepared(x, 0)
-    for block in pipe.unet.mid.resnets:
+    for block in pipe.unet.mid_block.resnets:
         block.conv1.weight.mul_(1.5)
     pipe.unet.conv_in.weight = nn.Parameter(pipe.unet.conv_in.weight * 2)
     assert near(prepared(x, 0), pipe.unet(x.repeat(2, 1, 1, 1), times[0], context).sample)

@@ -154,7 +154,7 @@ def test_numbers_of_any_kind(pipe, photo, kind):
 
 def test_an_encoder_with_nan_is_named_before_the_first_step(pipe, photo):
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("a step was taken"))
-    pipe.image_encoder.proj.weight.data[0, 0] = NAN
+    pipe.image_encoder.visual_projection.weight.data[0, 0] = NAN
     with pytest.raises(imvar.ImvarError, match=r"embeddings: expected finite.*CLIPVisionModelWithProj.*proj.*\.weight"):
         run(pipe, photo)
 

@@ -413,7 +413,7 @@ def test_check_inputs(pipe, photo):
 def test_half_precision_that_overflows_in_the_autoencoder(pipe, photo):
     """Latents are decoded again in float32, with a warning; the images equal those of a float32 autoencoder."""
     expected = run(pipe, photo)
-    middle = pipe.vae.decoder.up[1].resnets[0]
+    middle = pipe.vae.decoder.up_blocks[1].resnets[0]
     scale = 1e5  # beyond float16, between two layers that cancel it
     middle.conv1.weight.data *= scale
     middle.conv1.bias.data *= scale
@@ -430,7 +430,7 @@ def test_half_precision_that_overflows_in_the_autoencoder(pipe, photo):
 def test_latents_that_are_not_finite_name_the_cause(pipe, photo):
     with pytest.raises(imvar.ImvarError, match=r"latents.*: expected finite.*guidance_scale or latents too large"):
         run(pipe, photo, guidance_scale=1e38)
-    pipe.unet.mid.resnets[0].conv1.bias.data[3] = NAN
+    pipe.unet.mid_block.resnets[0].conv1.bias.data[3] = NAN
     with pytest.raises(imvar.ImvarError, match=r"UNet2DConditionModel has some in .*resnets\.0\.conv1\.bias"):
         run(pipe, photo)
 

@@ -56,7 +56,7 @@ def test_gates_of_one_are_neutral_and_gates_of_zero_are_not(pipe):
     before = predict(pipe.unet)
     gated_blocks(pipe)
     assert torch.equal(predict(pipe.unet), before)
-    pipe.unet.mid.resnets[0].gate.zero_()
+    pipe.unet.mid_block.resnets[0].gate.zero_()
     assert not torch.equal(predict(pipe.unet), before)
 
 
@@ -64,7 +64,7 @@ def test_added_parameters_are_trained_saved_and_loaded(pipe, tmp_path):
     gated_blocks(pipe)
     tempered_attention(pipe)
     predict(pipe.unet, tokens=2).square().mean().backward()
-    gate, temperature = pipe.unet.mid.resnets[0].gate, attention_layers(pipe.unet)[0].attend.temperature
+    gate, temperature = pipe.unet.mid_block.resnets[0].gate, attention_layers(pipe.unet)[0].attend.temperature
     assert gate.grad.abs().max() > 0
     assert temperature.grad.abs() > 0
     torch.optim.SGD(pipe.unet.parameters(), lr=1e-2).step()
@@ -81,7 +81,7 @@ def test_added_parameters_are_trained_saved_and_loaded(pipe, tmp_path):
 def test_the_added_parameters_lie_where_their_layers_lie(pipe, tmp_path):
     gated_blocks(pipe)
     tempered_attention(pipe)
-    theirs = pipe.unet.keymap.to_theirs(pipe.unet.state_dict())
+    theirs = pipe.unet.keymap.to_file(pipe.unet.state_dict())
     assert "down_blocks.0.resnets.0.gate" in theirs
     assert "up_blocks.1.attentions.0.transformer_blocks.0.attn2.attend.temperature" in theirs
     assert len(theirs) == len(pipe.unet.state_dict())
@@ -276,7 +276,7 @@ def test_memory_efficient_attention_takes_precedence_over_slicing(pipe, photo):
     assert all(layer.slice_size == 1 for layer in attention_layers(pipe.unet))
     with pytest.warns(UserWarning, match="no CUDA"):
         pipe.unet.enable_xformers_memory_efficient_attention(SDPBackend.FLASH_ATTENTION)
-    assert attention_layers(pipe.unet)[0].override == SDPAKernel(SDPBackend.FLASH_ATTENTION)
+    assert attention_layers(pipe.unet)[0].backend == SDPAKernel(SDPBackend.FLASH_ATTENTION)
     for bad in (SDPBackend.OVERRIDEABLE, "flash"):
         with pytest.raises(imvar.InputError, match="attention_op"):
             pipe.unet.enable_xformers_memory_efficient_attention(bad)

@@ -56,7 +56,7 @@ def test_originals(converted, originals, layout):
     expected = {part: getattr(pipe, part).float() for part in IMVAR}
     actual = {part: kind.from_single_file(originals[layout]) for part, kind in IMVAR.items()}
     for part, model in actual.items():
-        assert same_tensors({"": model.keymap.to_theirs(model.state_dict())}, {"": expected[part].state_dict()})
+        assert same_tensors({"": model.keymap.to_file(model.state_dict())}, {"": expected[part].state_dict()})
     assert_close(outputs(actual), outputs(expected))
 
 
@@ -113,4 +113,4 @@ def test_diffusers_reads_the_same_from_single_files(originals, converted, tmp_pa
         convert(converted["v2"], file := tmp_path / "v2.safetensors", to="original")
     expected = REFERENCE[part].from_single_file(str(file), config=str(converted["v2"]), subfolder=part)
     actual = IMVAR[part].from_single_file(file)
-    assert same_tensors({"": actual.keymap.to_theirs(actual.state_dict())}, {"": expected.state_dict()})
+    assert same_tensors({"": actual.keymap.to_file(actual.state_dict())}, {"": expected.state_dict()})

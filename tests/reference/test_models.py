@@ -152,7 +152,7 @@ def gradients(model, inputs, weight):
 
 def same_gradients(ours, theirs):
     """In double precision, so that a difference of formulas cannot hide behind one of rounding."""
-    mapped = ours.keymap.to_theirs({name: p.grad for name, p in ours.named_parameters()})
+    mapped = ours.keymap.to_file({name: p.grad for name, p in ours.named_parameters()})
     for name, parameter in theirs.named_parameters():
         assert (mapped[name] - parameter.grad).abs().max() <= 1e-10 * max(parameter.grad.abs().max(), 1e-3)
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import prune
 
 from imvar import DDIMScheduler, InputError
-from imvar.models.layers import Linear
+from imvar.models.ops import Linear
 from imvar.runtime import fp8
 from imvar.runtime.deepcache import DeepCacheUNet
 from imvar.runtime.fp8 import Fp8Linear
@@ -29,7 +29,7 @@ def run(pipe, photo, **options):
 def seen(pipe, monkeypatch):
     """How many samples the whole UNet and its last layer were given, call by call."""
     found = []
-    levels = pipe.unet.mid, pipe.unet.up[-1].resnets[-1]
+    levels = pipe.unet.mid_block, pipe.unet.up_blocks[-1].resnets[-1]
     for level in levels:
         forward = type(level).forward
 
@@ -167,9 +167,9 @@ def test_weights_that_are_moved_or_loaded_are_rounded_anew():
         assert torch.equal(eight(x), other(x))
         for layer in (eight, other):
             layer.weight.mul_(3)  # as an optimizer does, or what fuses LoRA
-        assert torch.equal(eight(x), Fp8Linear.from_layer(eight.exact())(x))
-    assert eight.to(torch.bfloat16).weight8.dtype == torch.float8_e4m3fn
-    assert eight.exact().weight is eight.weight
+        assert torch.equal(eight(x), Fp8Linear.from_layer(eight.to_linear())(x))
+    assert eight.to(torch.bfloat16).weight_fp8.dtype == torch.float8_e4m3fn
+    assert eight.to_linear().weight is eight.weight
     assert eight(torch.randn(3, 32, dtype=torch.bfloat16, requires_grad=True)).requires_grad
 
 
@@ -193,20 +193,20 @@ def test_eight_bits_leave_the_layers_of_others(pipe, photo):
         def forward(self, input):
             return 2 * super().forward(input)
 
-    block = pipe.unet.down[0].transformers[0].blocks[0]
-    old = block.feed_forward.narrow
-    block.feed_forward.narrow = louder = Louder(old.in_features, old.out_features)
+    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    old = block.ff.net[2]
+    block.ff.net[2] = louder = Louder(old.in_features, old.out_features)
     seen = []
-    block.feed_forward.widen.register_forward_hook(lambda *_: seen.append(1))
-    prune.identity(block.self_attn.to_q, "weight")
+    block.ff.net[0].proj.register_forward_hook(lambda *_: seen.append(1))
+    prune.identity(block.attn1.to_q, "weight")
     pipe.enable_fp8()
-    assert block.feed_forward.narrow is louder
-    assert type(block.self_attn.to_k) is Fp8Linear
-    assert type(block.self_attn.to_q) is Linear
+    assert block.ff.net[2] is louder
+    assert type(block.attn1.to_k) is Fp8Linear
+    assert type(block.attn1.to_q) is Linear
     run(pipe, photo)
     assert seen
     pipe.disable_fp8()
-    assert block.feed_forward.narrow is louder
+    assert block.ff.net[2] is louder
     plain = tiny_pipeline()
     plain.set_progress_bar_config(disable=True)
     plain.enable_fp8()

@@ -15,10 +15,12 @@ from torch.nn.attention import SDPBackend
 
 import imvar
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
-from imvar.kernels import autotune as trial
+from imvar.kernels import autotune
 from imvar.kernels import cpu_kernels as cpu
-from imvar.models.attention import BACKENDS, SDPAKernel, SelfAttention, sdpa
+from imvar.kernels.sdpa_backends import CANDIDATES, SDPAKernel, sdpa
+from imvar.models.attention import SelfAttention
 from imvar.models.layers import Upsample
+from imvar.models.ops import executing, fastest
 from imvar.runtime import compiled
 from imvar.runtime.compiled import Compiler, CUDAGraphCall, graph_key, is_unchanged
 
@@ -265,17 +267,17 @@ def test_calls_are_recorded_once_for_each_size_and_state(pipe, recorder):
         x = torch.randn(1, 4, size, size)
         made = recorder.replay(conv_in, unet, graph_key(unet), x, told)
         assert torch.allclose(made, conv_in(unet, x, told))
-        assert len(recorder.recordings) == number
+        assert len(recorder.graphs) == number
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     recorder.replay(conv_in, unet, graph_key(unet), x, told)
-    assert len(recorder.recordings) == 3
-    assert len({one.shared for one in recorder.recordings.values()}) == 1
+    assert len(recorder.graphs) == 3
+    assert len({one.shared for one in recorder.graphs.values()}) == 1
     other = copy.deepcopy(unet)
     recorder.replay(conv_in, other, graph_key(other), x, told)
-    assert len(recorder.recordings) == 1  # those of the model that it replaces are gone
+    assert len(recorder.graphs) == 1  # those of the model that it replaces are gone
     for size in range(8, 8 * (compiled.MAX_GRAPHS + 2), 8):
         recorder.replay(conv_in, other, graph_key(other), torch.randn(1, 4, size, 8), told)
-    assert len(recorder.recordings) == compiled.MAX_GRAPHS
+    assert len(recorder.graphs) == compiled.MAX_GRAPHS
 
 
 @torch.no_grad()
@@ -285,7 +287,7 @@ def test_what_cannot_be_recorded_is_called(pipe, recorder, monkeypatch):
 
     monkeypatch.setattr(compiled, "CUDAGraphCall", broken)
     x, told = torch.randn(1, 4, 8, 8), [torch.ones(())]
-    with pytest.warns(UserWarning, match="cannot record this model here.*out of graphs"):
+    with pytest.warns(UserWarning, match="cannot record this model on this machine.*out of graphs"):
         made = recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, told)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -300,7 +302,7 @@ def test_too_little_memory_for_a_recording_is_raised(pipe, recorder, monkeypatch
     monkeypatch.setattr(compiled, "CUDAGraphCall", full)
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), torch.randn(1, 4, 8, 8), [torch.ones(())])
-    assert not recorder.recordings
+    assert not recorder.graphs
 
 
 def test_threads_take_turns(pipe, recorder, monkeypatch):
@@ -332,13 +334,13 @@ def test_only_what_is_new_is_copied_in():
     recording = CUDAGraphCall.__new__(CUDAGraphCall)
     kept, x = torch.ones(3), torch.zeros(3)
     recording.inputs, recording.given = [torch.empty(3), torch.empty(3)], [(lambda: None, None)] * 2
-    recording.take((kept, x))
+    recording.copy_inputs((kept, x))
     assert [t.tolist() for t in recording.inputs] == [[1, 1, 1], [0, 0, 0]]
     recording.inputs[0].fill_(7)  # to see whether it is written again
-    recording.take((kept, x + 2))
+    recording.copy_inputs((kept, x + 2))
     assert [t.tolist() for t in recording.inputs] == [[7, 7, 7], [2, 2, 2]]
     kept.mul_(5)
-    recording.take((kept, x))
+    recording.copy_inputs((kept, x))
     assert recording.inputs[0].tolist() == [5, 5, 5]
     assert recording.given[0][0]() is kept
     del kept
@@ -354,7 +356,7 @@ def test_only_what_is_new_is_copied_in():
 @pytest.fixture
 def table(monkeypatch):
     found = {}
-    monkeypatch.setattr(trial, "_winners", found)
+    monkeypatch.setattr(autotune, "_winners", found)
     return found
 
 
@@ -377,19 +379,19 @@ def test_the_quickest_way_is_found_and_compiled_in(table, monkeypatch):
     x, ways = torch.ones(1000), (slow, gone, wrong, noise, quick)
 
     def answer(x):
-        return trial.autotuned("test", ways, x)
+        return fastest("test", ways, x)
 
     assert torch.equal(answer(x), x.sin())
     assert not table
-    with trial.autotuning():
+    with executing(autotune=True):
         assert torch.equal(answer(x), x.sin())  # what was there is the answer until it is compiled
     assert list(table.values()) == [4]
     assert torch.equal(answer(x), x.sin())
     compile = Compiler(backend="eager")(lambda model, x: answer(x), torch.nn.Identity())
     assert torch.equal(compile(x), 1.001 * x.sin())
     assert torch.equal(compile(x[:500]), x[:500].sin())  # a size that was not tried
-    monkeypatch.setattr(trial, "time_candidate", lambda way, *_: {slow: 1.0, quick: 0.99}.get(way, float("inf")))
-    assert trial.pick_fastest(ways, [x]) == 0  # too little to gain
+    monkeypatch.setattr(autotune, "time_candidate", lambda way, *_: {slow: 1.0, quick: 0.99}.get(way, float("inf")))
+    assert autotune.pick_fastest(ways, [x]) == 0  # too little to gain
 
 
 def test_what_others_compile_may_change_its_size(pipe, table):
@@ -402,10 +404,10 @@ def test_what_others_compile_may_change_its_size(pipe, table):
     assert not table
 
 
-@pytest.mark.parametrize("way", range(len(BACKENDS)))
+@pytest.mark.parametrize("way", range(len(CANDIDATES)))
 def test_every_backend_is_compiled_in_one_piece(monkeypatch, way):
     """As it would be for CUDA: with tensors that claim to be there."""
-    monkeypatch.setattr(trial, "winner", torch.compiler.assume_constant_result(lambda key: way))
+    monkeypatch.setattr(autotune, "winner", torch.compiler.assume_constant_result(lambda key: way))
     there: dict = {"device": "cuda", "dtype": torch.float16}
     with FakeTensorMode():
         layer = SelfAttention(64, 4)
@@ -435,7 +437,9 @@ def test_a_backend_pads_heads_of_an_odd_width(width):
 @pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "CUDNN_ATTENTION"])
 def test_a_backend_takes_the_dtypes_that_it_is_made_for(backend):
     q = torch.randn(1, 2, 16, 8).as_subclass(SaysItIsThere)
-    with pytest.raises(imvar.InputTypeError, match=rf"attention_op={backend}.*float32 came.*float16.*would do"):
+    with pytest.raises(
+        imvar.InputTypeError, match=rf"attention_op: expected queries of .*float16.* for {backend}, got torch.float32"
+    ):
         SDPAKernel(getattr(SDPBackend, backend))(q, q, q)
 
 
@@ -443,9 +447,9 @@ def test_a_backend_takes_the_dtypes_that_it_is_made_for(backend):
 def test_every_way_gives_the_same_answer_when_compiled(pipe, table, photo, monkeypatch):
     plain = run(pipe, photo)
     monkeypatch.setattr(cpu, "MIN_PIXELS_CHANNELS_LAST", 10**9)  # or the CPU would have ways of its own
-    with trial.autotuning():
+    with executing(autotune=True):
         run(pipe, photo)
-    assert {key[0] for key in table} == {"attend", "enlarge"}
+    assert {key[0] for key in table} == {"attention", "upsample_conv"}
     table.update(dict.fromkeys(table, 1))
     pipe.compile(backend="aot_eager")
     assert near(run(pipe, photo), plain)

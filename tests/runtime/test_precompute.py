@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, set_attend
 from imvar.models import ResnetBlock, SelfAttention
-from imvar.models.layers import Conv2d, Linear
+from imvar.models.ops import Conv2d, Linear
 from imvar.models.stock import is_unmodified
 from imvar.runtime.denoiser import Denoiser, make_predictor
 from imvar.runtime.precompute import PrecomputedUNet
@@ -63,41 +63,45 @@ def test_a_step_works_out_nothing_that_the_run_knows(pipe, monkeypatch):
         monkeypatch.setattr(kind, "forward", watching)
     prepared(torch.randn(3, 4, 8, 8), 0)
     batches = dict(seen)
-    assert not [name for name in batches if "time" in name or "cross_attn" in name]
-    assert batches["conv_in"] == batches["down.0.transformers.0.blocks.0.self_attn.to_out"] == 3  # for both halves
-    assert batches["down.0.transformers.0.blocks.0.feed_forward.widen"] == batches["conv_out"] == 6
+    assert not [name for name in batches if "time" in name or "attn2" in name]
+    assert (
+        batches["conv_in"] == batches["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"] == 3
+    )  # for both halves
+    assert batches["down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj"] == batches["conv_out"] == 6
 
 
 def test_who_watches_layers_sees_every_call_as_it_was(photo):
     """A hook, an override, a kernel or a layer of one's own: each sees both halves and what it was always told."""
 
     def hooked(unet, see):
-        unet.down[0].resnets[0].register_forward_hook(lambda layer, inputs, out: see(inputs[0]) or see(inputs[1]))
+        unet.down_blocks[0].resnets[0].register_forward_hook(
+            lambda layer, inputs, out: see(inputs[0]) or see(inputs[1])
+        )
 
     def overridden(unet, see):
         forward = unet.conv_in.forward
         unet.conv_in.forward = lambda x: (see(x), forward(x))[1]
 
     def kernel(unet, see):
-        unet.down[0].transformers[0].blocks[0].self_attn.attend = lambda q, k, v: (see(q), v)[1]
+        unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.attend = lambda q, k, v: (see(q), v)[1]
 
     def layer(unet, see):
         class Mine(ResnetBlock):
-            def forward(self, x, time=None):
+            def forward(self, x, temb=None):
                 see(x)
-                see(time)
-                return super().forward(x, time)
+                see(temb)
+                return super().forward(x, temb)
 
-        block = unet.down[0].resnets[0]
+        block = unet.down_blocks[0].resnets[0]
         block.__class__ = Mine
 
     def attention(unet, see):
         class Mine(SelfAttention):
-            def answer(self, x, context):
-                see(x)
-                return super().answer(x, context)
+            def attend_heads(self, q, k, v):
+                see(q)
+                return super().attend_heads(q, k, v)
 
-        unet.down[0].transformers[0].blocks[0].self_attn.__class__ = Mine
+        unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.__class__ = Mine
 
     for change in hooked, overridden, kernel, layer, attention:
         pipe, seen = tiny_pipeline(), []
@@ -156,7 +160,7 @@ def made(pipe, photo, **options):
 
 @pytest.mark.parametrize("kind", ["pruned", "weight_norm", "parametrized", "no name", "every layer"])
 def test_weights_and_hooks_of_others_are_what_they_are_at_every_call(pipe, photo, kind):
-    attn, handles = pipe.unet.down[0].transformers[0].blocks[0].self_attn, []
+    attn, handles = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1, []
     if kind == "pruned":
         prune.identity(attn.to_q, "weight")
         weight = attn.to_q.weight_orig
@@ -185,13 +189,13 @@ def test_weights_and_hooks_of_others_are_what_they_are_at_every_call(pipe, photo
 CHANGES = {
     "all weights": lambda p: [weight.mul_(1.3) for weight in p.unet.parameters()],
     "loaded": lambda p: p.unet.load_state_dict(tiny_pipeline(seed=7).unet.state_dict()),
-    "queries": lambda p: p.unet.mid.transformers[0].blocks[0].self_attn.to_q.weight.mul_(-3),
-    "answers": lambda p: p.unet.mid.transformers[0].blocks[0].cross_attn.to_v.weight.mul_(-3),
-    "time": lambda p: p.unet.time.linear1.weight.mul_(-3),
+    "queries": lambda p: p.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.mul_(-3),
+    "answers": lambda p: p.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v.weight.mul_(-3),
+    "time": lambda p: p.unet.time_embedding.linear_1.weight.mul_(-3),
     "kernel": lambda p: set_attend(p.unet, lambda q, k, v: v.mean(dim=2, keepdim=True).expand_as(q)),
     "another": lambda p: setattr(p, "unet", tiny_pipeline(seed=7).unet),
     "freeu": lambda p: p.enable_freeu(0.9, 0.2, 1.2, 1.4),
-    "a layer": lambda p: setattr(p.unet.mid.resnets[0], "conv1", nn.Conv2d(32, 32, 3, padding=1)),
+    "a layer": lambda p: setattr(p.unet.mid_block.resnets[0], "conv1", nn.Conv2d(32, 32, 3, padding=1)),
 }
 
 

@@ -93,7 +93,7 @@ def test_options_of_a_single_file(checkpoint, options, words):
 )
 def test_tensors_in_memory_without_values(checkpoint, tensor):
     unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
-    tensors = unet.keymap.to_theirs(unet.state_dict())
+    tensors = unet.keymap.to_file(unet.state_dict())
     with pytest.raises(InputError, match=r"conv_in\.bias: expected a .*tensor"):
         UNet2DConditionModel.from_single_file(tensors | {"conv_in.bias": tensor}, config=checkpoint)
 
@@ -283,7 +283,7 @@ def test_options_of_convert(checkpoint, tmp_path):
 
 def test_two_encoders_in_one_file(checkpoint):
     encoder = imvar.CLIPVisionModelWithProjection.from_pretrained(checkpoint, subfolder="image_encoder")
-    tensors = encoder.keymap.to_theirs(encoder.state_dict())
+    tensors = encoder.keymap.to_file(encoder.state_dict())
     both = {f"cond_stage_model.{name}.{key}": t for name in ("transformer", "model") for key, t in tensors.items()}
     with pytest.raises(CheckpointError, match="expected one image_encoder, got 2"):
         imvar.CLIPVisionModelWithProjection.from_single_file(both, config=checkpoint)

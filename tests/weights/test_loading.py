@@ -159,11 +159,11 @@ def test_state_dicts_in_either_naming(pipe):
     for part in PARTS:
         model, other = getattr(pipe, part), getattr(tiny_pipeline(seed=9), part)
         assert not equal(model, other)
-        model.load_state_dict(other.keymap.to_theirs(other.state_dict()))
+        model.load_state_dict(other.keymap.to_file(other.state_dict()))
         assert equal(model, other)
         model.load_state_dict(tiny := getattr(tiny_pipeline(seed=3), part).state_dict())
         assert torch.equal(next(iter(model.state_dict().values())), next(iter(tiny.values())))
-        imvar.weights.load(model, other.keymap.to_theirs(other.state_dict()))
+        imvar.weights.load(model, other.keymap.to_file(other.state_dict()))
         assert equal(model, other)
         with pytest.raises(RuntimeError, match="Missing key"):
             model.load_state_dict({})
@@ -450,7 +450,7 @@ def test_published_names_in_a_wrapping_module(pipe):
     """As in the wrapper of a trainer."""
     wrapper = torch.nn.ModuleDict({"unet": pipe.unet, "extra": torch.nn.Linear(2, 2)})
     published_tensors = {
-        f"unet.{name}": tensor + 1 for name, tensor in pipe.unet.keymap.to_theirs(pipe.unet.state_dict()).items()
+        f"unet.{name}": tensor + 1 for name, tensor in pipe.unet.keymap.to_file(pipe.unet.state_dict()).items()
     }
     kept = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     wrapper.load_state_dict(published_tensors | {f"extra.{k}": v for k, v in wrapper["extra"].state_dict().items()})

@@ -90,7 +90,7 @@ def test_checker_loads_single_and_doubled_prefixes():
 def test_saved_names_are_the_current_names(part):
     model = meta_model(part)
     names = {with_single_prefix(key) for key in key_list(part)}
-    saved = model.keymap.to_theirs(model.state_dict())
+    saved = model.keymap.to_file(model.state_dict())
     assert saved.keys() == {name for name in names if not name.endswith("position_ids")}
 
 

@@ -1,0 +1,36 @@
+"""Conditioning: the timestep and context that layers receive, and the parts of their output that depend on only these.
+
+The timestep is embedded and projected once per resnet block, the context attended to once per transformer block; with
+a context of one token neither depends on the latents, so a denoising loop computes both before its first step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Precomputed(NamedTuple):
+    """What a module computed from the conditioning alone, in place of the timestep embedding or context.
+
+    `value`: for a module with children a list, one entry per child. `qkv`: the fused weight, and bias if any, of a
+    self-attention layer, of which the same holds.
+    """
+
+    value: Any
+    qkv: tuple[Tensor, ...] = ()
+
+
+def entry(conditioning: Any, i: int) -> Any:
+    """Return child i's entry of precomputed conditioning; a plain timestep embedding or context is every child's."""
+    return conditioning.value[i] if isinstance(conditioning, Precomputed) else conditioning
+
+
+def repeat_to_batch(x: Tensor, like: Tensor) -> Tensor:
+    """Repeat x (b, ...) to the batch of `like` (k b, ...): several contexts per sample share what precedes the first.
+
+    Under classifier-free guidance, everything before the first cross-attention is thus computed once for both halves.
+    """
+    return x if len(x) == len(like) else torch.cat([x] * (len(like) // len(x)))

@@ -1,0 +1,154 @@
+"""The operations that models are built of, each by the fastest kernel that applies.
+
+This is the one file of models/ that knows kernels/. Everything here equals PyTorch's own up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import autotune, cpu_kernels, polyphase
+from ..kernels.packed_weights import PackedWeights, write_count
+from ..kernels.sdpa_backends import CANDIDATES, Attend, SDPAKernel, sdpa
+from .stock import is_stock, is_unmodified
+
+__all__ = ["Attend", "PackedWeights", "SDPAKernel", "sdpa", "write_count"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How operations run in the current context.
+
+    `packed`: the packed weights of the run that is under way. `autotune`: time all candidates of an operation.
+    `static_shapes`: compile for these shapes alone, with the candidate that autotuning found for them.
+    """
+
+    packed: PackedWeights | None = None
+    autotune: bool = False
+    static_shapes: bool = False
+
+
+PLAIN = Execution()
+_execution: ContextVar[Execution] = ContextVar("imvar_execution", default=PLAIN)
+
+
+@contextmanager
+def executing(**changes: Any) -> Iterator[None]:
+    """Change fields of the current `Execution` inside the `with` block, in this thread or task."""
+    token = _execution.set(replace(_execution.get(), **changes))
+    try:
+        yield
+    finally:
+        _execution.reset(token)
+
+
+@contextmanager
+def packing(model: nn.Module, calls: int = 1) -> Iterator[None]:
+    """Keep packed weights for `calls` forward passes of `model` in the `with` block.
+
+    Nothing is packed inside another run, with gradients, or for a model with hooks or third-party layers.
+    """
+    nested = torch.compiler.is_compiling() or packed_weights() is not None
+    if nested or torch.is_grad_enabled() or not is_unmodified(model):
+        yield
+    else:
+        with executing(packed=PackedWeights(calls)):
+            yield
+
+
+def packed_weights() -> PackedWeights | None:
+    """Return the packed weights of the run that is under way, if any."""
+    return None if torch.compiler.is_compiling() else _execution.get().packed
+
+
+def static_shapes() -> bool:
+    """Return whether compilation is for static shapes (runtime/compiled.py makes this a constant of the graph)."""
+    return _execution.get().static_shapes
+
+
+def fastest(name: str, candidates: tuple[Callable[..., Tensor], ...], *inputs: Tensor) -> Tensor:
+    """Call the first candidate; when compiling for static shapes, the one that autotuning found the fastest."""
+    if torch.compiler.is_compiling():
+        index = autotune.winner(autotune.key_of(name, inputs)) if static_shapes() else 0
+        return candidates[index](*inputs)
+    if _execution.get().autotune:
+        autotune.tune(name, candidates, inputs)
+    return candidates[0](*inputs)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with faster CPU kernels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cpu_kernels.linear(input, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` with faster CPU kernels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cpu_kernels.conv2d(self, input, packed_weights())
+
+
+class GroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` that keeps its precision in the channels_last memory format."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cpu_kernels.group_norm(self, input, packed_weights())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `F.linear`."""
+    return cpu_kernels.linear(x, weight, bias)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot product attention: q (b, h, n, d), k and v (b, h, m, d) to (b, h, n, d)."""
+    return fastest("attention", CANDIDATES, q, k, v)
+
+
+def norm_act(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """Normalise, then activate; a plain SiLU in place where neither autograd nor a hook needs the normalised x."""
+    h = norm(x)
+    in_place = type(norm) is GroupNorm and not norm._forward_hooks and not torch.is_grad_enabled()
+    if in_place and type(act) is nn.SiLU and not act._forward_hooks and not act._forward_pre_hooks:
+        return F.silu(h, inplace=True)
+    return act(h)
+
+
+def gelu_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """Compute x * GELU(gate), in the memory of GELU(gate) where autograd does not need it."""
+    gate = F.gelu(gate)
+    return x * gate if torch.is_grad_enabled() else gate.mul_(x)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation x * sigmoid(1.702 x) of GELU (arXiv:1606.08415), which OpenAI's CLIP was trained with."""
+    if torch.is_grad_enabled():
+        return x * torch.sigmoid(1.702 * x)
+    return (1.702 * x).sigmoid_().mul_(x)  # one temporary tensor rather than three
+
+
+def upsample_conv(conv: nn.Module, x: Tensor) -> Tensor:
+    """Upsample x (b, c, h, w) by 2, nearest neighbour, then convolve."""
+
+    def plain(x: Tensor) -> Tensor:
+        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def by_phases(x: Tensor) -> Tensor:
+        out = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
+        return polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(conv.weight), conv.bias, out)
+
+    if not isinstance(conv, nn.Conv2d) or not is_stock(conv) or not polyphase.is_same_3x3(conv):
+        return plain(x)
+    if cpu_kernels.fused_upsample_pays(conv, x, packed := packed_weights()):
+        return cpu_kernels.upsample_conv(conv, x, packed)
+    return fastest("upsample_conv", (plain, by_phases), x) if type(conv) is Conv2d else plain(x)
