@@ -333,7 +333,7 @@ def test_threads_take_turns(pipe, recorder, monkeypatch):
 def test_only_what_is_new_is_copied_in():
     recording = CUDAGraphCall.__new__(CUDAGraphCall)
     kept, x = torch.ones(3), torch.zeros(3)
-    recording.inputs, recording.given = [torch.empty(3), torch.empty(3)], [(lambda: None, None)] * 2
+    recording.inputs, recording.copied = [torch.empty(3), torch.empty(3)], [(lambda: None, None)] * 2
     recording.copy_inputs((kept, x))
     assert [t.tolist() for t in recording.inputs] == [[1, 1, 1], [0, 0, 0]]
     recording.inputs[0].fill_(7)  # to see whether it is written again
@@ -342,10 +342,10 @@ def test_only_what_is_new_is_copied_in():
     kept.mul_(5)
     recording.copy_inputs((kept, x))
     assert recording.inputs[0].tolist() == [5, 5, 5]
-    assert recording.given[0][0]() is kept
+    assert recording.copied[0][0]() is kept
     del kept
     gc.collect()
-    assert recording.given[0][0]() is None  # nothing is held for its sake
+    assert recording.copied[0][0]() is None  # nothing is held for its sake
     with torch.inference_mode():
         assert not is_unchanged(t := torch.ones(1), lambda: t, None)
 
