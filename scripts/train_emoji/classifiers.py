@@ -43,7 +43,7 @@ class Pairs:
         self.preferred = torch.tensor([index[point] for point in preferred], device=device)
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Return concepts (n,) and the indices of two different drawings of each; a single drawing is returned twice."""
+        """Return concepts (n,) and the indices of two drawings of each, equal if there is only one."""
         preferred = self.preferred[torch.randint(len(self.preferred), (n,), generator=generator, device=self.device)]
         any_ = torch.randint(len(self.members), (n,), generator=generator, device=self.device)
         is_preferred = torch.rand(n, generator=generator, device=self.device) < self.share

@@ -59,7 +59,7 @@ def variations(
     guidance: float = GUIDANCE,
     first_seed: int = 0,
 ) -> tuple[Tensor, list[str], list[int]]:
-    """Generate n variations of the images in turn, each with its own seed; return them, their labels and inputs' indices."""
+    """Generate n variations, one seed each, of the images in turn; return them, their labels and input indices."""
     indices = [i % len(images) for i in range(n)]
     seeds = list(range(first_seed, first_seed + n))
     output = generate(pipe, images[indices], seeds, steps=steps, guidance=guidance)

@@ -24,7 +24,7 @@ def random_mask(n: int, share: float, generator: torch.Generator) -> Tensor:
 def random_affine(
     rgba: Tensor, generator: torch.Generator, *, turn: float = 10, scale: Range = (0.8, 1.1), shift: float = 0.1
 ) -> Tensor:
-    """Rotate each image of (b, c, h, w) by up to `turn` degrees, scale it, and shift it by up to `shift` of its side."""
+    """Rotate images (b, c, h, w) by up to `turn` degrees, scale them, and shift them by up to `shift` of a side."""
     n = len(rgba)
     angle = uniform(n, (-turn, turn), generator) * (math.pi / 180)
     size = uniform(n, scale, generator)
