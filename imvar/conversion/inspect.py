@@ -48,12 +48,12 @@ class InspectedPart:
             pattern for name in self.source.tensors if (pattern := self.keymap.droppable_pattern(name, naming))
         )
 
-    def source_name(self, ours: str) -> str:
-        """Return the name in the file of the model's tensor `ours`."""
+    def source_name(self, name: str) -> str:
+        """Return the name in the file of the model's tensor `name`."""
         if self.source is None:
-            return ours
-        sources = self.keymap.sources(ours, self.source.naming)
-        return next((source.name for source in sources if source.name in self.source.tensors), ours)
+            return name
+        sources = self.keymap.sources(name, self.source.naming)
+        return next((source.name for source in sources if source.name in self.source.tensors), name)
 
     @property
     def dtypes(self) -> Counter[str]:

@@ -81,18 +81,18 @@ class PartTensors:
         return self.naming.prefix + (name.replace(".", "") if dotless else name) in self.tensors
 
     @property
-    def looks(self) -> bool:
+    def has_vision_tower(self) -> bool:
         """Whether there are tensors of a vision tower."""
         (tower,) = tables.image_encoder(1).sources("vision_model", self.naming)
         return any(name.startswith(f"{tower.name}.") for name in self.tensors)
 
-    def holds(self, keymap: Keymap, *ours: str) -> bool:
-        """Whether any of these tensors of ours is there."""
-        return any(source.name in self.tensors for name in ours for source in keymap.sources(name, self.naming))
+    def has_any(self, keymap: Keymap, *names: str) -> bool:
+        """Return whether any of the model's tensors `names` is there."""
+        return any(source.name in self.tensors for name in names for source in keymap.sources(name, self.naming))
 
-    def size(self, keymap: Keymap, ours: str, dim: int = 0) -> int:
-        """The length of one dimension of a tensor of ours. Raises `CheckpointError` where it is missing."""
-        sources = keymap.sources(ours, self.naming)
+    def dim_size(self, keymap: Keymap, name: str, dim: int = 0) -> int:
+        """Return the size of a dimension of the model's tensor `name`. Raises `CheckpointError` if there is none."""
+        sources = keymap.sources(name, self.naming)
         for source in sources:
             if source.name in self.tensors:
                 shape = source.transform.load(self.tensors[source.name]).shape
@@ -222,7 +222,7 @@ class SingleFile:
         if len(versions) > 1:
             prefixes = " and ".join(version.naming.prefix for version in versions)
             raise invalid(CheckpointError, self.path, f"one {part}", f"{len(versions)}, with the prefixes {prefixes}")
-        if part == "image_encoder" and not versions[0].looks:
+        if part == "image_encoder" and not versions[0].has_vision_tower:
             raise invalid(
                 CheckpointError,
                 self.path,
@@ -240,6 +240,6 @@ def detect_part(names: Iterable[str]) -> tuple[str, Naming] | None:
     for part, (keymap, signature) in signatures().items():
         for dialect in (Dialect.PUBLISHED, Dialect.ORIGINAL):
             naming = Naming(dialect)
-            if all(any(source.name in modules for source in keymap.sources(ours, naming)) for ours in signature):
+            if all(any(source.name in modules for source in keymap.sources(module, naming)) for module in signature):
                 return part, naming
     return None

@@ -53,26 +53,26 @@ def meta(layout: str) -> SingleFile:
 @pytest.mark.parametrize("layout", COVERING)
 def test_every_listed_tensor_has_its_target(layout):
     rows = {row.name: row for row in original_keys(layout)}
-    found = {}
+    targets_of = {}
     for part, namings in ORIGINAL_NAMINGS.items():
         model = full_size(part)
-        keymap, ours = model.keymap, model.state_dict()
+        keymap, tensors = model.keymap, model.state_dict()
         for naming in namings:
-            theirs = keymap.to_file(ours, naming)
-            if not theirs.keys() & rows.keys():
+            stored = keymap.to_file(tensors, naming)
+            if not stored.keys() & rows.keys():
                 continue
-            assert {name: list(tensor.shape) for name, tensor in theirs.items()} == {
-                name: rows[name].shape for name in theirs
+            assert {name: list(tensor.shape) for name, tensor in stored.items()} == {
+                name: rows[name].shape for name in stored
             }
-            mine = {name: tensor for name, tensor in meta(layout).tensors.items() if name.startswith(naming.prefix)}
-            loaded = keymap.from_file(mine, ours, naming)
+            in_part = {name: tensor for name, tensor in meta(layout).tensors.items() if name.startswith(naming.prefix)}
+            loaded = keymap.from_file(in_part, tensors, naming)
             assert {name: tensor.shape for name, tensor in loaded.items()} == {
-                name: tensor.shape for name, tensor in ours.items()
+                name: tensor.shape for name, tensor in tensors.items()
             }
-            for name in ours:
+            for name in tensors:
                 (source,) = keymap.sources(name, naming)
-                found.setdefault(source.name, {})[source.transform.index] = f"{part}/{name}"
-    assert {name: [targets[i] for i in sorted(targets)] for name, targets in found.items()} == {
+                targets_of.setdefault(source.name, {})[source.transform.index] = f"{part}/{name}"
+    assert {name: [targets[i] for i in sorted(targets)] for name, targets in targets_of.items()} == {
         name: row.targets for name, row in rows.items() if row.targets
     }
 
@@ -347,10 +347,10 @@ def test_tensors_of_a_fork_are_converted_and_restored(naming):
     for i, (name, gate) in enumerate(fork.named_parameters()):
         if name.endswith("gate"):
             gate.data.fill_(i)
-    ours, keymap = fork.state_dict(), fork.keymap
-    added = ours.keys() - tiny_pipeline().unet.state_dict().keys()
+    tensors, keymap = fork.state_dict(), fork.keymap
+    added = tensors.keys() - tiny_pipeline().unet.state_dict().keys()
     assert len(added) == 8
-    theirs = keymap.to_file(ours, naming)
-    assert len(theirs) == len(ours)
-    assert all(name.startswith(naming.prefix) for name in theirs)
-    assert same_tensors({"": keymap.from_file(theirs, list(ours), naming)}, {"": ours})
+    stored = keymap.to_file(tensors, naming)
+    assert len(stored) == len(tensors)
+    assert all(name.startswith(naming.prefix) for name in stored)
+    assert same_tensors({"": keymap.from_file(stored, list(tensors), naming)}, {"": tensors})
