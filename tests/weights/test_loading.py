@@ -320,7 +320,7 @@ def test_model_index(folder):
             }
         )
     )
-    with pytest.warns(UserWarning, match=r": controlnet, force_zeros_for_empty_prompt: no part"):
+    with pytest.warns(UserWarning, match=r": controlnet, force_zeros_for_empty_prompt: ignored"):
         StableDiffusionImageVariationPipeline.from_pretrained(folder)
     path.write_text(json.dumps(index | {"safety_checker": [None, None], "requires_safety_checker": False}))
     assert StableDiffusionImageVariationPipeline.from_pretrained(folder).safety_checker is None
