@@ -84,7 +84,7 @@ def test_a_call_is_refused_before_any_work(pipe, name, got):
 
 
 def test_an_image_of_another_size_is_named_as_the_argument(pipe):
-    with pytest.raises(InputError, match=r"^image: pictures of \(64, 64\) came; this encoder looks at \(32, 32\)"):
+    with pytest.raises(InputError, match=r"^image: expected images of size \(32, 32\), got \(64, 64\)"):
         pipe(torch.randn(1, 3, 64, 64))
 
 

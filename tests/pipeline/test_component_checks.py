@@ -36,7 +36,7 @@ def unfit_components():
         ("safety_checker", "one for 24 x 24 pixels"): {
             "safety_checker": another(checker, TINY_CHECKER, vision_config=TINY_VISION | {"image_size": 24})
         },
-        ("image", "pictures of (32, 32)"): {"image_encoder": another(encoder, TINY_ENCODER, image_size=24)},
+        ("image", "(32, 32)"): {"image_encoder": another(encoder, TINY_ENCODER, image_size=24)},
         ("scheduler", "the class PNDMScheduler"): {"scheduler": imvar.PNDMScheduler},
         ("unet", "the class UNet2D"): {"unet": unet},
         ("safety_checker", "the class Stable"): {"safety_checker": checker},
@@ -140,7 +140,7 @@ def test_flags_without_images(pipe):
     assert checker(pixels, None) == (None, [True])
     assert checker(pixels, [red])[0][0].getextrema() == ((0, 0),) * 3
     assert not checker(pixels, [np.full((2, 2, 3), np.inf)])[0][0].any()
-    with pytest.raises(InputTypeError, match="images: int came"):
+    with pytest.raises(InputTypeError, match=r"images: expected .*, got int"):
         checker(pixels, [1])
 
 
@@ -154,9 +154,15 @@ def test_an_autoencoder_of_another_scale(pipe, photo):
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ((5, 40), "tile_latent_min_size=5, tile_sample_min_size=40, tile_overlap_factor=0.25: tiles"),
-        ((4, 20), "do not fit together; the one 8 times the other"),
-        ((1, 8), "do not fit together"),
+        ((5, 40), "got 5, tile_sample_min_size=40, tile_overlap_factor=0.25"),
+        (
+            (4, 20),
+            "tile_latent_min_size: expected tile sizes with a ratio of 8 and an overlap of whole latents, got 4, tile_sample_min_size=20",
+        ),
+        (
+            (1, 8),
+            "tile_latent_min_size: expected tile sizes with a ratio of 8 and an overlap of whole latents, got 1, tile_sample_min_size=8",
+        ),
         ((0, 0), "tile_latent_min_size: expected an integer >= 1, got 0"),
         ((2.5, 20), "tile_latent_min_size: expected an integer >= 1, got 2.5"),
         ((4, "x"), "tile_sample_min_size: expected an integer >= 1, got 'x'"),
