@@ -52,8 +52,8 @@ class GatedBlock(ResnetBlock):
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.gate = nn.Parameter(torch.ones(self.conv1.out_channels, 1, 1))
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        return super().forward(x, time) * self.gate
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        return super().forward(x, temb) * self.gate
 
 
 class GatedUNet(UNet2DConditionModel):

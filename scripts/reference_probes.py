@@ -50,7 +50,7 @@ def run_unet(unet: Any, latents: Tensor, width: int) -> Outputs:
 
 def run_safety_checker(checker: Any, pixels: Tensor) -> Outputs:
     """Return cosines with the concepts, and flags by the file's thresholds and by two sets that separate the images."""
-    projection, embeddings = getattr(checker, "proj", None) or checker.visual_projection, []
+    projection, embeddings = checker.visual_projection, []
     hook = projection.register_forward_hook(lambda _, __, embeds: embeddings.append(embeds))
 
     def flags() -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Precomputed(NamedTuple):
-    """What a module computed from the conditioning alone, in place of the timestep embedding or context.
+    """The part of a module's output that depends on the conditioning alone; passed instead of the conditioning.
 
     `value`: for a module with children a list, one entry per child. `qkv`: the fused weight, and bias if any, of a
     self-attention layer, of which the same holds.

@@ -6,8 +6,8 @@ import copy
 import inspect
 import io
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from ..atomic.file import write_text
 from ..atomic.folder import atomic_folder, break_hard_links, read_consistently
 from ..checks import as_device, as_path, check_int, check_type, parse_to_args
 from ..config import Config
-from ..context import holding
 from ..errors import InputError, InputTypeError, describe, in_checkpoint, invalid, short_repr
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
@@ -237,7 +236,8 @@ class PipelineBase:
     def scheduler(self, scheduler: SchedulerLike) -> None:
         self._scheduler = scheduler
 
-    def per_call_scheduler(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def per_call_scheduler(self) -> Iterator[None]:
         """Within the context and in this thread alone, let `scheduler` be a shallow copy, for one call to step.
 
         A scheduler with a monkeypatched method is used without a copy: the patch may hold a reference to it.
@@ -248,7 +248,12 @@ class PipelineBase:
             own = scheduler if patched else copy.copy(scheduler)
         except Exception:  # not every third-party scheduler can be copied, such as a proxy of another one
             own = scheduler
-        return holding(_active_calls, (*_active_calls.get(), (self, own)))
+        before = _active_calls.get()
+        try:
+            _active_calls.set((*before, (self, own)))
+            yield
+        finally:
+            _active_calls.set(before)
 
     # Device and dtype
 

@@ -191,7 +191,7 @@ def safety(libraries: Libraries) -> Iterator[Case]:
     yield Case(
         f"safety, {libraries.args.batch} x {side} px",
         check(reference, reference.visual_projection),
-        check(checker, checker.proj),
+        check(checker, checker.visual_projection),
     )
 
 

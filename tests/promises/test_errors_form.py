@@ -33,12 +33,23 @@ def is_foreign(func: ast.expr) -> bool:
     return inspect.isclass(kind) and issubclass(kind, BaseException)
 
 
+def local_helpers(tree: ast.Module) -> set[str]:
+    """Return the functions of a module that return only errors built by a helper."""
+    helpers = set()
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        returns = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+        if returns and all(value is not None and called_name(value) in HELPERS for value in returns):
+            helpers.add(function.name)
+    return helpers
+
+
 def misformed(tree: ast.Module) -> list[int]:
     """Return the lines that construct an imvar error directly, or raise something that no helper built."""
+    helpers = HELPERS | local_helpers(tree)
     lines = [node.lineno for node in ast.walk(tree) if called_name(node) in CLASSES]
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-            if called_name(node.exc) not in HELPERS and not is_foreign(node.exc.func):
+            if called_name(node.exc) not in helpers and not is_foreign(node.exc.func):
                 lines.append(node.lineno)
         elif isinstance(node, ast.Raise) and getattr(node.exc, "id", "") in CLASSES:  # the class itself
             lines.append(node.lineno)
@@ -60,6 +71,8 @@ def test_errors_are_built_by_the_helper(file):
         ("kind = InputError\nraise kind('x')", [2]),
         ("error = CheckpointError('x')\nraise error", [1]),
         ("raise invalid(InputError, 'x', 'y', 'z')", []),
+        ("def f(): return invalid(InputError, 'x', 'y', 'z')\nraise f()", []),
+        ("def f(): return g()\nraise f()", [2]),
         ("try: pass\nexcept InputError as error: raise error.at(path) from error", []),
         ("try: pass\nexcept InputError as error: raise", []),
         ("raise ValueError('x')", []),

@@ -10,8 +10,41 @@ from collections import defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "imvar"
-SHARED: dict[str, str] = {
+SHARED = {
+    "add_noise": "a scheduler's forward process",
+    "check": "validate a config's own fields",
+    "config": "the configuration of a component or pipeline, as a property",
+    "decode": "latents to images",
+    "device": "the device of a model's or pipeline's weights",
+    "disable_freeu": "undo `enable_freeu`",
+    "disable_gradient_checkpointing": "undo `enable_gradient_checkpointing`",
+    "disable_xformers_memory_efficient_attention": "undo `enable_xformers_memory_efficient_attention`",
+    "dtype": "the dtype of weights, or of what is computed with them",
+    "enable_freeu": "use FreeU in the UNet",
+    "enable_gradient_checkpointing": "recompute activations in the backward pass",
+    "enable_xformers_memory_efficient_attention": "use a memory-efficient attention kernel",
     "forward": "the computation of a torch module",
+    "from_dict": "build a config from the fields of a file",
+    "from_pretrained": "load from a folder or the hub",
+    "from_single_file": "load from one file in the original layout",
+    "init_noise_sigma": "the scale of a scheduler's first latents",
+    "is_gradient_checkpointing": "whether `enable_gradient_checkpointing` is in effect",
+    "keymap": "the key table of a model",
+    "linear": "`F.linear`, and the kernel that computes it on a CPU",
+    "make_betas": "the noise schedule of a scheduler",
+    "min_tensor_count": "the fewest tensors that a model's config can have",
+    "numpy_to_pil": "arrays to PIL images",
+    "precompute": "compute the part of a module that depends on the conditioning alone",
+    "record_fields": "note which fields of a config were given",
+    "register_to_config": "change fields of a config",
+    "resnet": "build a resnet block of a model's kind",
+    "save_pretrained": "save to a folder",
+    "saved_config": "the config as it is written to a file",
+    "scale_model_input": "scale latents for the network",
+    "set_timesteps": "choose a scheduler's timesteps",
+    "step": "one denoising step of a scheduler",
+    "to": "move to a device or dtype",
+    "upsample_conv": "upsample by 2 and convolve, and the kernel that computes it on a CPU",
 }
 
 
