@@ -165,7 +165,7 @@ def vary(args: argparse.Namespace) -> None:
                 "larger ones take longer",
                 file=sys.stderr,
             )
-    pipe = load(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
+    pipe = load_pipeline(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
     args.out.mkdir(parents=True, exist_ok=True)
 
     rows = [SheetRow(path.name, photo) for path, photo in zip(args.photos, photos, strict=True)]
@@ -173,13 +173,13 @@ def vary(args: argparse.Namespace) -> None:
         pipe.set_progress_bar_config(desc=name)
         for seed, image, flagged in variations(pipe, row.photo, seeds, args):
             path, note = args.out / f"{name}-{seed}.png", ", flagged" if flagged else ""
-            save(image, path)
+            save_png(image, path)
             row.variations.append((f"seed {seed}{note}", image))
             print(f"{path}{note} by the safety checker{FLAG_NOTES[args.on_flagged]}" if flagged else path)
 
     scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     footer = f"{args.steps} step{'s' * (args.steps > 1)} of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
-    save(contact_sheet(rows, footer), sheet)
+    save_png(contact_sheet(rows, footer), sheet)
     print(sheet, "(the photos with their variations)")
     if pipe.safety_checker is None:
         print("imvar: this checkpoint has no safety checker; the images were not checked", file=sys.stderr)
@@ -217,7 +217,7 @@ def check_folder(folder: Path) -> None:
         raise invalid(InputError, "-o", "a folder with write permission", got)
 
 
-def save(image: Image, path: Path) -> None:
+def save_png(image: Image, path: Path) -> None:
     """Save as PNG, atomically: on failure an existing file stays as it was."""
     atomic_write(path, lambda temporary: image.save(temporary, "PNG"))
 
@@ -258,7 +258,7 @@ def variations(
         yield from zip(batch, output.images, output.nsfw_content_detected or [False] * len(batch), strict=True)
 
 
-def load(
+def load_pipeline(
     checkpoint: str, revision: str | None, scheduler: str | None, dtype: torch.dtype
 ) -> StableDiffusionImageVariationPipeline:
     """Return the pipeline of a checkpoint, with its own scheduler or the named one."""

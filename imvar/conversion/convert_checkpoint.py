@@ -112,7 +112,7 @@ def convert(
         layout.check_values(bar.update)
     task, passes = ("writing and verifying", 2) if verify else ("writing", 1)
     with progress(task, passes * layout.total_bytes) as bar:
-        written = layout.write(bar.update, verify)
+        written = layout.write_parts(bar.update, verify)
     for file in written:
         log(f"wrote {file.path}: {file.tensors} tensors, {format_bytes(file.bytes)}, sha256 {file.sha256}")
     if verify:

@@ -99,7 +99,7 @@ def inspect_file(file: SingleFile, ema: str, config: Path | None, only: str | No
         file.check_no_unknown()
     parts, notes = {}, []
     for part in file.parts if only is None else [only]:
-        tensors = file.select(part, ema)
+        tensors = file.part_tensors(part, ema)
         model: Any = default_class(part).from_single(file, config, ema=ema, dtype=None, warn=notes.append)
         description = tensors.naming.dialect.value
         if part == "unet":

@@ -65,11 +65,11 @@ class Layout(ABC):
         """Return the naming of a part's tensors."""
 
     @abstractmethod
-    def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
+    def write_parts(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         """Write the checkpoint atomically; with `verify`, read it back before it replaces the target."""
 
     @abstractmethod
-    def read(self, part: str, path: Path) -> Mapping[str, Tensor]:
+    def read_back(self, part: str, path: Path) -> Mapping[str, Tensor]:
         """Return the tensors of a part that was written to the temporary `path`."""
 
     @cached_property
@@ -125,7 +125,7 @@ class Layout(ABC):
     def verify(self, path: Path, on_bytes: OnBytes) -> None:
         """Read back the temporary `path`. Raises `CheckpointError` naming a tensor that differs in a bit."""
         for part, tensors in self.tensors.items():
-            written = self.read(part, path)
+            written = self.read_back(part, path)
             for name, tensor in tensors.items():
                 if name not in written or not is_identical(written[name], tensor.to(self.dtype or tensor.dtype)):
                     expected, got = "the values that were written", "others when reading back"
@@ -176,7 +176,7 @@ class DiffusersLayout(Layout):
             if part.component.weights_name.is_preserved(path.name)
         ]
 
-    def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
+    def write_parts(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         written = []
         with atomic_folder(self.path) as new:
             for name, part in self.parts.items():
@@ -200,7 +200,7 @@ class DiffusersLayout(Layout):
                 self.verify(new, on_bytes)
         return written
 
-    def read(self, part: str, path: Path) -> Mapping[str, Tensor]:
+    def read_back(self, part: str, path: Path) -> Mapping[str, Tensor]:
         return read_weights(path / part, self.parts[part].component.weights_name, None, True)[1]
 
 
@@ -224,7 +224,7 @@ class OriginalLayout(Layout):
     def naming(self, part: str) -> Naming:
         return ORIGINAL_NAMINGS[part][0]
 
-    def write(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
+    def write_parts(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
         configs = {name: part.component.saved_config() for name, part in self.parts.items()}
         metadata = {CONFIGS_KEY: json.dumps(configs, sort_keys=True)}
@@ -234,7 +234,7 @@ class OriginalLayout(Layout):
                 self.verify(new, on_bytes)
         return [replace(written, path=self.path)]
 
-    def read(self, part: str, path: Path) -> Mapping[str, Tensor]:
+    def read_back(self, part: str, path: Path) -> Mapping[str, Tensor]:
         return read_checkpoint(path)[0]
 
 

@@ -161,7 +161,7 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
             groups, eps = config.norm_num_groups, config.norm_eps
             return self.block(in_channels, out_channels, groups=groups, eps=eps, time_dim=time_dim)
 
-        def transformers(number: int, i: int, kind: str | None = None) -> list[nn.Module]:
+        def make_transformers(number: int, i: int, kind: str | None = None) -> list[nn.Module]:
             return [
                 self.transformer(
                     widths[i],
@@ -183,17 +183,17 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         for i, (kind, width) in enumerate(zip(config.down_block_types, widths, strict=True)):
             resnets = [resnet(width if j else skips[-1], width) for j in range(layers)]
             downsample = Downsample(width) if i < last else None
-            self.down_blocks.append(DownBlock(resnets, transformers(layers, i, kind), downsample))
+            self.down_blocks.append(DownBlock(resnets, make_transformers(layers, i, kind), downsample))
             skips += [width] * (layers + (i < last))
 
-        self.mid_block = MidBlock([resnet(widths[-1], widths[-1]) for _ in range(2)], transformers(1, last))
+        self.mid_block = MidBlock([resnet(widths[-1], widths[-1]) for _ in range(2)], make_transformers(1, last))
 
         below = widths[-1]  # the channels from the block below
         for kind, i in zip(config.up_block_types, reversed(range(len(widths))), strict=True):
             width = widths[i]
             resnets = [resnet((width if j else below) + skips.pop(), width) for j in range(layers + 1)]
             upsample = Upsample(width) if i else None
-            self.up_blocks.append(UpBlock(resnets, transformers(layers + 1, i, kind), upsample))
+            self.up_blocks.append(UpBlock(resnets, make_transformers(layers + 1, i, kind), upsample))
             below = width
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)

@@ -151,14 +151,16 @@ class CUDAGraphCall:
 
     def copy_inputs(self, inputs: tuple[Tensor, ...]) -> None:
         """Copy the tensors in, except those of the last call: what is precomputed stays from step to step."""
-        changed = [i for i, (last, t) in enumerate(zip(self.copied, inputs, strict=True)) if not is_unchanged(t, *last)]
+        changed = [
+            i for i, (last, t) in enumerate(zip(self.copied, inputs, strict=True)) if not is_same_tensor(t, *last)
+        ]
         if changed:
             targets, sources = [self.inputs[i] for i in changed], [inputs[i] for i in changed]
             torch._foreach_copy_(targets, sources)  # type: ignore[attr-defined]
         self.copied = [(weakref.ref(t), None if t.is_inference() else write_count(t)) for t in inputs]
 
 
-def is_unchanged(tensor: Tensor, last: Callable[[], Tensor | None], count: int | None) -> bool:
+def is_same_tensor(tensor: Tensor, last: Callable[[], Tensor | None], count: int | None) -> bool:
     """Return whether this is the tensor of the last call, unwritten since; for inference tensors that is unknown."""
     return last() is tensor and count is not None and count == write_count(tensor)
 

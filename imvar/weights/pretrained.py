@@ -155,7 +155,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         """
         from .infer_config import infer_config, uninferable_warning  # imported here to keep `import imvar` fast
 
-        part = file.select(cls.part, ema)
+        part = file.part_tensors(cls.part, ema)
         settings, path = cls.config_for(file, folder) or (infer_config(part), file.path)
         is_inferred = path == file.path and cls.part not in file.configs
         if is_inferred and (message := uninferable_warning(part, {**settings, **changes})):

@@ -196,7 +196,7 @@ class SingleFile:
         """Return whether original files have a tensor of that name that belongs to no part."""
         return any(fnmatchcase(name, pattern) for pattern in DROPPABLE)
 
-    def select(self, part: str, ema: str = "auto") -> PartTensors:
+    def part_tensors(self, part: str, ema: str = "auto") -> PartTensors:
         """Return the tensors of a part.
 
         `ema` chooses the weights of a UNet: the moving average, which is meant for inference ("yes"), the raw ones

@@ -114,7 +114,7 @@ def write_tensors(
     memory are written separately.
     """
 
-    def write(temporary: Path) -> WrittenFile:
+    def write_file(temporary: Path) -> WrittenFile:
         with temporary.open("xb") as file:
             writer = HashingWriter(file, on_bytes, hashlib.sha256() if digest else None)
             if path.suffix == ".safetensors":
@@ -123,7 +123,7 @@ def write_tensors(
                 write_pickle(writer, tensors, dtype)
         return WrittenFile(path, len(tensors), writer.bytes, writer.hash.hexdigest() if writer.hash else None)
 
-    return atomic_write(path, write)
+    return atomic_write(path, write_file)
 
 
 class HashingWriter:

@@ -88,11 +88,11 @@ def test_an_original_file_is_a_checkpoint(run, checkpoint, photo, tmp_path, caps
 
 
 def test_ddim_does_not_clip(checkpoint):
-    pipe = cli.load(str(checkpoint), None, "ddim", torch.float32)
+    pipe = cli.load_pipeline(str(checkpoint), None, "ddim", torch.float32)
     assert type(pipe.scheduler) is imvar.DDIMScheduler
     assert pipe.scheduler.config.clip_sample is False
     assert pipe.scheduler.config.steps_offset == 1
-    assert type(cli.load(str(checkpoint), None, None, torch.float32).scheduler) is imvar.PNDMScheduler
+    assert type(cli.load_pipeline(str(checkpoint), None, None, torch.float32).scheduler) is imvar.PNDMScheduler
 
 
 def test_flagged_images_are_reported(run, photo, tmp_path, capsys, monkeypatch):
@@ -187,7 +187,7 @@ def test_nothing_is_computed_if_nothing_can_be_written(run, photo, tmp_path, cap
 
 def test_out_of_memory(run, photo, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "load", lambda *_: torch.empty(2**60))
+        patch.setattr(cli, "load_pipeline", lambda *_: torch.empty(2**60))
         assert run(photo) == 1
     assert capsys.readouterr().err.startswith("imvar: out of memory; use --batch 1")
 

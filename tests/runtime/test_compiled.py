@@ -22,7 +22,7 @@ from imvar.models.attention import SelfAttention
 from imvar.models.layers import Upsample
 from imvar.models.ops import executing, fastest
 from imvar.runtime import compiled
-from imvar.runtime.compiled import Compiler, CUDAGraphCall, graph_key, is_unchanged
+from imvar.runtime.compiled import Compiler, CUDAGraphCall, graph_key, is_same_tensor
 
 
 class Counting:
@@ -347,7 +347,7 @@ def test_only_what_is_new_is_copied_in():
     gc.collect()
     assert recording.copied[0][0]() is None  # nothing is held for its sake
     with torch.inference_mode():
-        assert not is_unchanged(t := torch.ones(1), lambda: t, None)
+        assert not is_same_tensor(t := torch.ones(1), lambda: t, None)
 
 
 # Trials
