@@ -92,7 +92,7 @@ def job(
         average=0.998,
         evaluate=evaluate,
         evaluate_every=120,
-        compiled=(model.tower,),
+        compiled=(model.vision_model,),
     )  # type: ignore[arg-type]
 
 
@@ -100,7 +100,7 @@ def job(
 def normalize(model: CLIPVisionModelWithProjection, rgb: Tensor) -> None:
     """Scale the projection, in place, so that embeddings have a mean norm of sqrt(128)."""
     length = torch.cat([model(pixels(chunk)).image_embeds.norm(dim=-1) for chunk in rgb.split(256)]).mean()
-    model.proj.weight *= LENGTH / length
+    model.visual_projection.weight *= LENGTH / length
 
 
 def image_embeds(model: nn.Module, pixels: Tensor) -> Tensor:

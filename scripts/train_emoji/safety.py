@@ -31,7 +31,7 @@ FALSE_POSITIVES = 0.01  # at most, of drawings of other concepts, over all thres
 
 
 def embed(model: nn.Module, pixels: Tensor) -> Tensor:
-    return model.proj(model.tower(pixels)[0])
+    return model.visual_projection(model.vision_model(pixels).pooler_output)
 
 
 @torch.no_grad()

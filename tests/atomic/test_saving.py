@@ -54,7 +54,7 @@ def test_the_folder_that_the_weights_are_mapped_from(tmp_path):
     model = before.from_pretrained(tmp_path)
     other = before.from_pretrained(tmp_path)
     with torch.no_grad():
-        model.proj.weight += 1
+        model.visual_projection.weight += 1
     for _ in range(2):
         model.save_pretrained(tmp_path)
     assert equal(other, before)
