@@ -10,17 +10,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 import imvar
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
-from imvar.kernels import autotune
+from imvar.kernels import autotune, polyphase
 from imvar.kernels import cpu_kernels as cpu
 from imvar.kernels.sdpa_backends import CANDIDATES, SDPAKernel, sdpa
 from imvar.models.attention import SelfAttention
 from imvar.models.layers import Upsample
-from imvar.models.ops import executing, fastest
+from imvar.models.ops import Conv2d, executing, fastest
 from imvar.runtime import compiled
 from imvar.runtime.compiled import Compiler, CUDAGraphCall, graph_key, is_same_tensor
 
@@ -456,6 +457,7 @@ def test_every_way_gives_the_same_answer_when_compiled(pipe, table, photo, monke
 
 
 @torch.no_grad()
-def test_enlarging_in_phases(pipe):
-    layer, x = Upsample(8), torch.randn(2, 8, 5, 7)
-    assert torch.allclose(layer.in_phases(x), layer.plain(x), atol=1e-5)
+def test_upsampling_by_phases():
+    conv, x = Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 5, 7)
+    out = polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(conv.weight), conv.bias, torch.empty(2, 8, 10, 14))
+    assert torch.allclose(out, conv(F.interpolate(x, scale_factor=2.0, mode="nearest")), atol=1e-5)
