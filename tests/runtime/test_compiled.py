@@ -20,7 +20,6 @@ from imvar.kernels import autotune, polyphase
 from imvar.kernels import cpu_kernels as cpu
 from imvar.kernels.sdpa_backends import CANDIDATES, SDPAKernel, sdpa
 from imvar.models.attention import SelfAttention
-from imvar.models.layers import Upsample
 from imvar.models.ops import Conv2d, executing, fastest
 from imvar.runtime import compiled
 from imvar.runtime.compiled import Compiler, CUDAGraphCall, graph_key, is_same_tensor
@@ -459,5 +458,6 @@ def test_every_way_gives_the_same_answer_when_compiled(pipe, table, photo, monke
 @torch.no_grad()
 def test_upsampling_by_phases():
     conv, x = Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 5, 7)
-    out = polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(conv.weight), conv.bias, torch.empty(2, 8, 10, 14))
+    kernels, out = polyphase.phase_kernels(conv.weight), torch.empty(2, 8, 10, 14)
+    out = polyphase.upsample_conv_by_phases(x, kernels, conv.bias, out)
     assert torch.allclose(out, conv(F.interpolate(x, scale_factor=2.0, mode="nearest")), atol=1e-5)
