@@ -176,18 +176,22 @@ SETTINGS = {
     "device: expected 'cpu', 'cuda' or another device that this PyTorch supports, got 'cuda:99'": lambda p: p.to(
         device="cuda:99"
     ),
-    "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its name, or 'auto', got torch.int32": lambda p: (  # noqa: E501
-        p.to(torch.int32)
-    ),
-    "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its name, or 'auto', got torch.int8": lambda p: (  # noqa: E501
-        p.to("cpu", torch_dtype=torch.int8)
-    ),
-    "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its name, or 'auto', got torch.complex64": lambda p: (  # noqa: E501
-        p.to(torch.zeros(1, dtype=torch.complex64))
-    ),
-    "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its name, or 'auto', got torch.float8_e4m3fn": lambda p: (  # noqa: E501
-        p.to(torch.float8_e4m3fn)
-    ),
+    (
+        "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its "
+        "name, or 'auto', got torch.int32"
+    ): lambda p: p.to(torch.int32),
+    (
+        "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its "
+        "name, or 'auto', got torch.int8"
+    ): lambda p: p.to("cpu", torch_dtype=torch.int8),
+    (
+        "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its "
+        "name, or 'auto', got torch.complex64"
+    ): lambda p: p.to(torch.zeros(1, dtype=torch.complex64)),
+    (
+        "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its "
+        "name, or 'auto', got torch.float8_e4m3fn"
+    ): lambda p: p.to(torch.float8_e4m3fn),
     "dtype: expected a dtype, got 'auto'": lambda p: p.to(dtype="auto"),
     "device: expected 'cpu', 'cuda' or another device that this PyTorch supports, got 2.5": lambda p: p.to(2.5),
     "device: expected one value, got meta and cpu": lambda p: p.to("cpu", device="meta"),
@@ -242,9 +246,10 @@ SETTINGS = {
         "imvar-emoji", "unet", use_safetensors="x"
     ),
     "compile: expected True or False, got 'yes'": lambda p: type(p).from_pretrained("imvar-emoji", compile="yes"),
-    "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its name, or 'auto', got 'foo'": lambda p: (  # noqa: E501
-        type(p).from_pretrained("imvar-emoji", dtype="foo")
-    ),
+    (
+        "dtype: expected one of torch.float16, torch.bfloat16, torch.float32, torch.float64, its "
+        "name, or 'auto', got 'foo'"
+    ): lambda p: type(p).from_pretrained("imvar-emoji", dtype="foo"),
 }
 
 
@@ -391,9 +396,10 @@ PICTURES = {
         p.numpy_to_pil(np.zeros((0, 2, 2, 3)))
     ),
     "images: expected a PIL image or a list of them, got str": lambda p: p.image_processor.pil_to_numpy("x"),
-    "generator: expected a torch.Generator or a list of them, got 42; use torch.Generator().manual_seed(42), or seed=42": lambda p: (  # noqa: E501
-        randn((1, 4), 42)
-    ),
+    (
+        "generator: expected a torch.Generator or a list of them, got 42; use "
+        "torch.Generator().manual_seed(42), or seed=42"
+    ): lambda p: randn((1, 4), 42),
     "image: expected a path, got None": lambda p: imvar.load_image(None),
     "image: expected a path, got 3": lambda p: imvar.load_image(3),
     "image: expected a file or its bytes, got 'https://example.org/cat.png'; URLs are not fetched": lambda p: (

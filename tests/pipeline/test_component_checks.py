@@ -157,11 +157,17 @@ def test_an_autoencoder_of_another_scale(pipe, photo):
         ((5, 40), "got 5, tile_sample_min_size=40, tile_overlap_factor=0.25"),
         (
             (4, 20),
-            "tile_latent_min_size: expected tile sizes with a ratio of 8 and an overlap of whole latents, got 4, tile_sample_min_size=20",  # noqa: E501
+            (
+                "tile_latent_min_size: expected tile sizes with a ratio of 8 and an overlap of whole "
+                "latents, got 4, tile_sample_min_size=20"
+            ),
         ),
         (
             (1, 8),
-            "tile_latent_min_size: expected tile sizes with a ratio of 8 and an overlap of whole latents, got 1, tile_sample_min_size=8",  # noqa: E501
+            (
+                "tile_latent_min_size: expected tile sizes with a ratio of 8 and an overlap of whole "
+                "latents, got 1, tile_sample_min_size=8"
+            ),
         ),
         ((0, 0), "tile_latent_min_size: expected an integer >= 1, got 0"),
         ((2.5, 20), "tile_latent_min_size: expected an integer >= 1, got 2.5"),

@@ -151,7 +151,7 @@ def test_the_first_bytes_decide_for_unknown_endings(tmp_path):
 
 @pytest.fixture
 def original(tmp_path, monkeypatch):
-    """Return the checkpoint of a training run of 2022; the classes that it references no longer exist when it is read."""  # noqa: E501
+    """Return the checkpoint of a training run of 2022; the classes that it references are gone."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     module = ModuleType(name)
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name, "__qualname__": "ModelCheckpoint"})
