@@ -50,18 +50,32 @@ MODELS = {
     "encoder_hidden_states: expected a tensor (b, m, 24), got a tensor of shape (1, 24)": lambda p: p.unet(
         x, 1, torch.zeros(1, 24)
     ),
-    "encoder_hidden_states: 3 came for 2 samples": lambda p: p.unet(x.repeat(2, 1, 1, 1), 1, torch.zeros(3, 1, 24)),
-    "timestep=nan: a finite number": lambda p: p.unet(x, NAN, context),
-    "timestep=-5": lambda p: p.unet(x, -5, context),
-    "timestep='3'": lambda p: p.unet(x, "3", context),
-    "timestep: shape (2,) came for 1 samples": lambda p: p.unet(x, torch.tensor([1, 2]), context),
-    "timestep=nan: a finite number from 0": lambda p: p.unet(two, torch.tensor([1.0, NAN]), context.repeat(2, 1, 1)),
-    "timestep=-1: a finite": lambda p: p.unet(two, torch.tensor([1, -1]), context.repeat(2, 1, 1)),
-    "timestep=True: a number": lambda p: p.unet(two, torch.tensor([True, False]), context.repeat(2, 1, 1)),
-    "timestep: values of torch.complex64": lambda p: p.unet(x, torch.tensor(1j), context),
-    "timestep=92233720368547": lambda p: p.unet(x, 2**63, context),
-    "timestep=<an integer of": lambda p: p.unet(x, 10**5000, context),
-    "timestep=array([7, 7])": lambda p: p.unet(x, np.array([7, 7]), context),
+    "encoder_hidden_states: expected a multiple of the 2 samples, got 3": lambda p: p.unet(
+        x.repeat(2, 1, 1, 1), 1, torch.zeros(3, 1, 24)
+    ),
+    "timestep: expected a finite number ... got nan": lambda p: p.unet(x, NAN, context),
+    "timestep: expected a finite number from 0, got -5": lambda p: p.unet(x, -5, context),
+    "timestep: expected a number, or a tensor of one per sample, got '3'": lambda p: p.unet(x, "3", context),
+    "timestep: expected a tensor () or (1,), one per sample, got a tensor of shape (2,)": lambda p: p.unet(
+        x, torch.tensor([1, 2]), context
+    ),
+    "timestep: expected a finite number from 0, got nan": lambda p: p.unet(
+        two, torch.tensor([1.0, NAN]), context.repeat(2, 1, 1)
+    ),
+    "timestep: expected a finite number from 0, got -1": lambda p: p.unet(
+        two, torch.tensor([1, -1]), context.repeat(2, 1, 1)
+    ),
+    "timestep: expected a number, or a tensor of one per sample, got True": lambda p: p.unet(
+        two, torch.tensor([True, False]), context.repeat(2, 1, 1)
+    ),
+    "timestep: expected real numbers, got torch.complex64": lambda p: p.unet(x, torch.tensor(1j), context),
+    "timestep: expected a finite number from 0, got 9223372036854775808": lambda p: p.unet(x, 2**63, context),
+    "timestep: expected a number, or a tensor of one per sample, got <an integer of 16610 bits>": lambda p: p.unet(
+        x, 10**5000, context
+    ),
+    "timestep: expected a number, or a tensor of one per sample, got array([7, 7])": lambda p: p.unet(
+        x, np.array([7, 7]), context
+    ),
     "sample: expected a tensor (b, 4, h, w), got a tensor of shape (1, 4, 0, 16)": lambda p: p.unet(
         x[:, :, :0], 1, context
     ),
@@ -69,12 +83,12 @@ MODELS = {
         x, 1, context[:, :0]
     ),
     "z: expected a tensor (b, 4, h, w), got a tensor of shape (1, 4, 0, 16)": lambda p: p.vae.decode(x[:, :, :0]),
-    "merge=1": lambda p: p.unet(x, 1, context, merge=1),
+    "merge: expected a function of h, skip and the up block's index, got 1": lambda p: p.unet(x, 1, context, merge=1),
     "x: expected a tensor (b, 3, h, w), got a tensor of shape (1, 4, 64, 64)": lambda p: p.vae.encode(
         torch.zeros(1, 4, 64, 64)
     ),
     "x: expected a tensor (b, 3, h, w), got Image": lambda p: p.vae.encode(Image.new("RGB", (64, 64))),
-    "x: pictures of (4, 4) came; from 8 pixels": lambda p: p.vae.encode(torch.zeros(1, 3, 4, 4)),
+    "x: expected images of at least 8 pixels a side, got (4, 4)": lambda p: p.vae.encode(torch.zeros(1, 3, 4, 4)),
     "z: expected a tensor (b, 4, h, w), got a tensor of shape (1, 3, 8, 8)": lambda p: p.vae.decode(
         torch.zeros(1, 3, 8, 8)
     ),
@@ -84,15 +98,15 @@ MODELS = {
         picture
     ).latent_dist.sample(42),
     "pixel_values: expected a tensor (b, 3, h, w), got NoneType": lambda p: p.image_encoder(None),
-    "pixel_values: pictures of (31, 32) came": lambda p: p.image_encoder(small[:, :, :31]),
+    "pixel_values: expected images of size (32, 32), got (31, 32)": lambda p: p.image_encoder(small[:, :, :31]),
     "pixel_values: expected floating-point values of 16 bits or more, got values of torch.uint8": lambda p: (
         p.image_encoder(small.byte())
     ),
     "clip_input: expected a tensor (b, 3, h, w), got NoneType": lambda p: p.safety_checker(None, None),
-    "images: 2 came for 1 of clip_input": lambda p: p.safety_checker(small, torch.zeros(2, 3, 8, 8)),
-    "clip_input: pictures of (32, 31)": lambda p: p.safety_checker(small[..., :31], picture),
-    "images: int came": lambda p: p.safety_checker(small, 3),
-    "images: str came": lambda p: p.safety_checker(small, "x"),
+    "images: expected 1, as many as in clip_input, got 2": lambda p: p.safety_checker(small, torch.zeros(2, 3, 8, 8)),
+    "clip_input: expected images of size (32, 32), got (32, 31)": lambda p: p.safety_checker(small[..., :31], picture),
+    "images: expected a tensor, an array or a list of images, got int": lambda p: p.safety_checker(small, 3),
+    "images: expected a tensor, an array or a list of images, got str": lambda p: p.safety_checker(small, "x"),
 }
 META = {
     "sample: expected a tensor on cpu, the device of the weights, got a tensor on meta": lambda p: p.unet(
@@ -148,18 +162,24 @@ ARGUMENTS = {
     "begin_index: expected an integer from 0 to 999, got 'x'": lambda _: LMSDiscreteScheduler().set_begin_index("x"),
     "order: expected an integer >= 1, got 0": lambda _: step(LMSDiscreteScheduler, order=0),
     "order: expected an integer >= 1, got 1.5": lambda _: step(LMSDiscreteScheduler, order=1.5),
-    "hidden_size=30 cannot be split": lambda _: imvar.CLIPVisionModelWithProjection(
+    "hidden_size: expected a multiple of num_attention_heads=4, got 30": lambda _: imvar.CLIPVisionModelWithProjection(
         hidden_size=30, num_attention_heads=4
     ),
-    "class_labels: not supported": lambda p: p.unet(x, 1, context, class_labels=torch.zeros(1)),
-    "positional argument 4: not supported": lambda p: p.unet(x, 1, context, torch.zeros(1)),
+    "class_labels: expected None, got tensor([0.]); UNet2DConditionModel does not support it": lambda p: p.unet(
+        x, 1, context, class_labels=torch.zeros(1)
+    ),
+    "positional argument 4: expected None, got tensor([0.]); UNet2DConditionModel does not support it": lambda p: (
+        p.unet(x, 1, context, torch.zeros(1))
+    ),
     "block_out_channels: expected 1 to 16 widths, got 0": lambda _: imvar.AutoencoderKL(
         block_out_channels=(), down_block_types=(), up_block_types=()
     ),
-    "up_block_types=['UpBlock2D']: 1 times UpDecoderBlock2D": lambda _: imvar.AutoencoderKL(
-        up_block_types=["UpBlock2D"]
+    "up_block_types: expected 1 times UpDecoderBlock2D, once per entry of block_out_channels, got ['UpBlock2D']": lambda _: (
+        imvar.AutoencoderKL(up_block_types=["UpBlock2D"])
     ),
-    "block_out_channels: 30 cannot be split into 32 groups": lambda _: imvar.AutoencoderKL(block_out_channels=(30,)),
+    "block_out_channels: expected multiples of norm_num_groups=32, got 30": lambda _: imvar.AutoencoderKL(
+        block_out_channels=(30,)
+    ),
     "image_mean: expected a finite number or 3, got array([0., 0.])": lambda _: imvar.CLIPImageProcessor(
         image_mean=np.zeros(2)
     ),
@@ -171,7 +191,9 @@ SETTINGS = {
     "slice_size: expected an integer from 1 to 4, got 1000": lambda p: p.enable_attention_slicing(1000),
     "s1: expected a finite number, got nan": lambda p: p.enable_freeu(NAN, 0.2, 1.2, 1.4),
     "b1: expected a finite number, got inf": lambda p: p.enable_freeu(0.9, 0.2, INF, 1.4),
-    "attention_op='flash'": lambda p: p.enable_xformers_memory_efficient_attention("flash"),
+    "attention_op: expected an SDPBackend out of ... or a callable, got 'flash'": lambda p: (
+        p.enable_xformers_memory_efficient_attention("flash")
+    ),
     "device: expected 'cpu', 'cuda' or another device that this PyTorch supports, got 'foo'": lambda p: p.to("foo"),
     "device: expected 'cpu', 'cuda' or another device that this PyTorch supports, got 'cuda:99'": lambda p: p.to(
         device="cuda:99"
@@ -214,27 +236,37 @@ SETTINGS = {
     "slice_size: expected an integer from 1 to 4, got array([1, 1])": lambda p: p.enable_attention_slicing(
         np.array([1, 1])
     ),
-    "attention_op=[": lambda p: p.enable_xformers_memory_efficient_attention([3]),
+    "attention_op: expected an SDPBackend out of ... or a callable, got [3]": lambda p: (
+        p.enable_xformers_memory_efficient_attention([3])
+    ),
     "s1: expected a finite number, got <an integer of 20001 bits>": lambda p: p.enable_freeu(2**20000, 1, 1, 1),
-    "s2=0: a number above 0": lambda p: p.enable_freeu(1, 0, 1, 1),
-    "attend=3": lambda p: imvar.sliced(1, 3),
+    "s2: expected a number above 0, got 0": lambda p: p.enable_freeu(1, 0, 1, 1),
+    "attend: expected a function of q, k and v, got 3": lambda p: imvar.sliced(1, 3),
     "use_tiling: expected True or False, got 'no'": lambda p: p.vae.enable_tiling("no"),
     "device: expected 'cpu', 'cuda' or another device that this PyTorch supports, got 'bar'": lambda p: (
         p.enable_model_cpu_offload(device="bar")
     ),
     "gpu_id: expected an integer >= 0, got -1": lambda p: p.enable_model_cpu_offload(gpu_id=-1, device="cpu"),
-    "compile({'mode': 'foo'})": lambda p: p.compile(mode="foo"),
-    "compile({'foo': 3})": lambda p: p.compile(foo=3),
+    "compile: expected options of torch.compile, got {'mode': 'foo'}: Unrecognized mode=foo": lambda p: p.compile(
+        mode="foo"
+    ),
+    "compile: expected options of torch.compile, got {'foo': 3}: compile() got an unexpected keyword argument 'foo'": lambda p: (
+        p.compile(foo=3)
+    ),
     "size: expected an integer >= 1, got 0": lambda p: imvar.sliced(0),
     "size: expected an integer >= 1, got 'x'": lambda p: imvar.sliced("x"),
-    "set_attend: Linear has no attention": lambda _: imvar.set_attend(torch.nn.Linear(1, 1), imvar.sdpa),
+    "model: expected a model with imvar's attention layers, got Linear": lambda _: imvar.set_attend(
+        torch.nn.Linear(1, 1), imvar.sdpa
+    ),
     "config: expected at least one config field of UNet2DConditionModel": lambda _: (
         imvar.UNet2DConditionModel.from_config(DDIMScheduler().config)
     ),
-    "set_attend(UNet2DConditionModel, None)": lambda p: imvar.set_attend(p.unet, None),
-    "set_attend(str": lambda p: imvar.set_attend("unet", imvar.sdpa),
-    "swap(UNet2DConditionModel, 'x'": lambda p: imvar.replace_layers(p.unet, "x", lambda layer: layer),
-    "made None of Linear": lambda p: imvar.replace_layers(p.unet.time, torch.nn.Linear, lambda layer: None),
+    "attend: expected a function of q, k and v, got None": lambda p: imvar.set_attend(p.unet, None),
+    "model: expected a module, got str": lambda p: imvar.set_attend("unet", imvar.sdpa),
+    "old: expected a class of layers, got 'x'": lambda p: imvar.replace_layers(p.unet, "x", lambda layer: layer),
+    "make: expected a function that returns a module, got None for a Linear": lambda p: imvar.replace_layers(
+        p.unet.time_embedding, torch.nn.Linear, lambda layer: None
+    ),
     "vae: expected an AutoencoderKL, got UNet2DConditionModel, which has no decode": lambda p: type(p)(
         **(p.components | {"vae": p.unet})
     ),
