@@ -1,1 +1,1 @@
-"""Fast implementations of single operations: functions of tensors that know no model."""
+"""Fast implementations of single operations: functions of tensors, independent of any model."""

@@ -1,7 +1,7 @@
 """Faster CPU kernels, equal to PyTorch's up to rounding.
 
-Inference only: PyTorch's own are used when gradients are enabled and under torch.compile or tracing. Linear layers and
-upsampling convolutions call oneDNN at any time. Kernels that need packed weights, or leave their output in PyTorch's
+Inference only: PyTorch's own are used when gradients are enabled and under torch.compile or tracing. `linear` and
+`upsample_conv` are also faster for a single call; kernels that need packed weights, or leave their output in PyTorch's
 channels_last memory format, run only where a `PackedWeights` is passed: inside a run of a whole model.
 """
 

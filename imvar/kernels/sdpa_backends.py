@@ -85,4 +85,4 @@ def sdpa_kernel(name: str) -> SDPAKernel:
 
 
 CANDIDATES = sdpa, *(SDPAKernel(name) for name in _OPERATORS if name != SDPBackend.MATH)
-"""What autotuning chooses from."""
+"""The kernels that autotuning chooses from; the first is the default."""

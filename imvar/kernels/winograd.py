@@ -97,7 +97,7 @@ def winograd_upsample_conv(x: Tensor, filters: Filters, bias: Tensor | None, mat
             [
                 matmul(differences[i != 1][j != 1], weight, bias if i == j == 1 else None)[:, i // 2 :, j // 2 :][
                     :, :rows, :w
-                ]  # a step lies between two pixels, so there is one more of them
+                ]  # there is one more difference than there are pixels
                 for j, weight in enumerate(line)
             ]
             for i, line in enumerate(filters)

@@ -142,7 +142,7 @@ class CrossAttention(QKVAttention):
         return (
             context.shape[1] == 1
             and self.is_softmax
-            and are_stock(self, self.to_q, self.to_k, self.to_out, self.to_out[0])
+            and are_stock(self, self.to_q, self.to_k, self.to_out, *self.to_out)
         )
 
     def single_token_output(self, context: Tensor) -> Tensor:

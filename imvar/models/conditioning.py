@@ -15,8 +15,8 @@ from torch import Tensor
 class Precomputed(NamedTuple):
     """The part of a module's output that depends on the conditioning alone; passed instead of the conditioning.
 
-    `value`: for a module with children a list, one entry per child. `qkv`: the fused weight, and bias if any, of a
-    self-attention layer, of which the same holds.
+    `value`: for a module with children a list, one entry per child. `qkv`: the fused weight, and bias if any, of the
+    block's self-attention layer, which does not depend on the latents either.
     """
 
     value: Any

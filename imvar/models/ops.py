@@ -1,6 +1,6 @@
 """The operations that models are built of, each by the fastest kernel that applies.
 
-This is the one file of models/ that knows kernels/. Everything here equals PyTorch's own up to rounding.
+This is the one file of models/ that imports kernels/. Everything here equals PyTorch's own up to rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..kernels import autotune, cpu_kernels, polyphase
 from ..kernels.packed_weights import PackedWeights, write_count
 from ..kernels.sdpa_backends import CANDIDATES, Attend, SDPAKernel, sdpa
-from .stock import is_stock, is_unmodified
+from .stock import GLOBAL_HOOKS, is_stock, is_unmodified
 
 __all__ = ["Attend", "PackedWeights", "SDPAKernel", "sdpa", "write_count"]
 
@@ -118,10 +118,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def norm_act(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     """Normalise, then activate; a plain SiLU in place where neither autograd nor a hook needs the normalised x."""
     h = norm(x)
-    in_place = type(norm) is GroupNorm and not norm._forward_hooks and not torch.is_grad_enabled()
-    if in_place and type(act) is nn.SiLU and not act._forward_hooks and not act._forward_pre_hooks:
-        return F.silu(h, inplace=True)
-    return act(h)
+    in_place = type(norm) is GroupNorm and type(act) is nn.SiLU and not torch.is_grad_enabled()
+    hooks = *GLOBAL_HOOKS, norm._forward_hooks, act._forward_pre_hooks, act._forward_hooks
+    return act(h) if not in_place or any(hooks) else F.silu(h, inplace=True)
 
 
 def gelu_gate(x: Tensor, gate: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which layers are stock: PyTorch's or imvar's own, without hooks, overrides or parametrizations.
 
-Fast paths that skip or share work apply to stock layers alone, so that every third-party hook, layer and kernel sees
-what it would see in a plain forward pass.
+Fast paths that skip or share work apply to stock layers alone, so that every third-party hook, layer and kernel gets
+the tensors of a plain forward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def is_stock(layer: nn.Module) -> bool:
 
     A layer whose weight is recomputed in every call (`torch.nn.utils.parametrizations`, pruning) is not stock.
     """
-    hooks = *layer._forward_pre_hooks.values(), *layer._forward_hooks.values()
+    backward = *layer._backward_pre_hooks.values(), *layer._backward_hooks.values()
+    hooks = *layer._forward_pre_hooks.values(), *layer._forward_hooks.values(), *backward
     return (
         "forward" not in vars(layer)
         and all(map(is_first_party, (type(layer), type(layer).forward)))

@@ -16,7 +16,7 @@ from .layers import FeedForward, refuse_unsupported
 from .ops import Conv2d, GroupNorm
 from .stock import are_stock
 
-Merge = Callable[[Tensor, Tensor], Tensor]
+BlockMerge = Callable[[Tensor, Tensor], Tensor]
 """Joins a feature map (b, c, h, w) and a skip connection (b, d, h, w): (b, c + d, h, w)."""
 
 
@@ -174,7 +174,7 @@ class UpBlock(UNetBlock):
         encoder_hidden_states: Any = None,
         *,
         upsample_size: tuple[int, int] | None = None,
-        merge: Merge | None = None,
+        merge: BlockMerge | None = None,
         **more: Any,
     ) -> Tensor:
         """Merge the skip connections, last first, and upsample, to `upsample_size` where the size was odd."""

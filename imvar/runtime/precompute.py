@@ -73,7 +73,7 @@ TRACKED = [attrgetter(name) for name in ("_modules", "_parameters", "_forward_pr
 
 
 class Fingerprint:
-    """Tells whether anything that a precomputed UNet depends on has changed: weights, layers, hooks or kernels."""
+    """Detects changes of anything that a precomputed UNet depends on: weights, layers, hooks or kernels."""
 
     def __init__(self, model: Any):
         self.model, self.layers = model, list(model.modules())

@@ -297,3 +297,31 @@ def test_published_arguments_come_first():
         positional = [p.name for p in a.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         published = [p.name for p in b.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         assert positional == published[: len(positional)], name
+
+
+def test_hooks_of_every_module_see_every_module(pairs):
+    """As under `register_module_forward_hook`, in inference as in training."""
+    counts = []
+    for unet in pairs["unet"]:
+        seen = []
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda m, *_, seen=seen: seen.append(type(m).__name__)
+        )
+        try:
+            with torch.no_grad():
+                call_unet(unet)
+        finally:
+            handle.remove()
+        counts.append({name: seen.count(name) for name in ("SiLU", "GroupNorm", "Dropout", "LayerNorm")})
+    assert counts[0] == {name: counts[1][name] for name in counts[0]}
+
+
+def test_backward_hooks_of_what_a_single_token_leaves_out(pairs):
+    for unet in pairs["unet"]:
+        seen = []
+        layer = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
+        layer.register_full_backward_hook(lambda layer, inputs, outputs, seen=seen: seen.append(outputs[0].shape))
+        call_unet(unet)
+        torch.manual_seed(0)
+        unet(torch.randn(2, 4, 8, 8), 5, torch.randn(2, 1, 24)).sample.sum().backward()
+        assert len(seen) == 1
