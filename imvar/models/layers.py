@@ -107,10 +107,8 @@ class Timesteps(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         """(n,) to (n, num_channels) in float32."""
         half = self.num_channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (
-            half - self.downscale_freq_shift
-        )
-        angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponents)
+        exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        angles = timesteps[:, None].float() * torch.exp(exponents / (half - self.downscale_freq_shift))
         waves = [angles.cos(), angles.sin()] if self.flip_sin_to_cos else [angles.sin(), angles.cos()]
         return F.pad(torch.cat(waves, dim=-1), (0, self.num_channels % 2))  # an odd width ends in a zero
 
