@@ -9,6 +9,7 @@ import functools
 import math
 import operator
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
@@ -22,6 +23,7 @@ from .errors import InputError, InputTypeError, describe, first_line, invalid, s
 MAX_WIDTH = 2**20  # channels and other widths: above any published model, and a product of three cannot overflow
 MAX_BLOCKS = 16  # each halves height and width
 MAX_SIDE = 2**15  # pixels
+MAX_FLOAT = sys.float_info.max
 FLOAT_DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TYPE_NAMES: dict[Any, str] = {bool: "True or False", str: "a string", os.PathLike: "a path", NoneType: "None"}
 
@@ -30,40 +32,32 @@ TYPE_NAMES: dict[Any, str] = {bool: "True or False", str: "a string", os.PathLik
 
 def check_int(name: str, value: Any, low: int = 1, high: float = math.inf) -> int:
     """Return an integer from `low` to `high` as an int."""
-    expected = f"an integer from {low} to {high}" if high < math.inf else f"an integer >= {low}"
-    try:
-        number = operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor on the meta device
-        number = None
-    if number is None or is_bool(value):
-        raise invalid(InputTypeError, name, expected, short_repr(value))
-    if not low <= number <= high:
-        raise invalid(InputError, name, expected, short_repr(value))
+    number = as_number(value, operator.index)
+    if number is None or not low <= number <= high:
+        expected = f"an integer from {low} to {high}" if high < math.inf else f"an integer >= {low}"
+        raise invalid(InputTypeError if number is None else InputError, name, expected, short_repr(value))
     return number
 
 
 def check_float(name: str, value: Any, low: float = 0.0, high: float = 1.0) -> float:
     """Return a number from `low` to `high` as a float; NaN is rejected."""
-    number = as_float(value)
+    number = as_number(value)
     if number is None or not low <= number <= high:
-        kind = InputTypeError if number is None else InputError
-        raise invalid(kind, name, f"a number from {low:g} to {high:g}", short_repr(value))
+        expected = "a finite number" if low == -MAX_FLOAT else f"a number from {low:g} to {high:g}"
+        raise invalid(InputTypeError if number is None else InputError, name, expected, short_repr(value))
     return number
 
 
 def check_finite(name: str, value: Any) -> float:
     """Return a finite number as a float."""
-    number = as_float(value)
-    if number is None or not math.isfinite(number):
-        raise invalid(InputTypeError if number is None else InputError, name, "a finite number", short_repr(value))
-    return number
+    return check_float(name, value, -MAX_FLOAT, MAX_FLOAT)
 
 
-def as_float(value: Any) -> float | None:
-    """Return a number of any type as a float, or None if `value` is not a number."""
+def as_number(value: Any, convert: Callable[[Any], Any] = float) -> Any:
+    """Return a number of any type as `convert` returns it, float or an int; None if `value` is not such a number."""
     try:
-        return None if is_bool(value) or isinstance(value, (str, bytes, bytearray)) else float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None if is_bool(value) or isinstance(value, (str, bytes, bytearray)) else convert(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor on the meta device
         return None
 
 
@@ -138,8 +132,8 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | Literal["auto"]:
         return torch.float32
     value = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(value, torch.dtype) or value not in FLOAT_DTYPES:
-        names = ", ".join(map(str, FLOAT_DTYPES))
-        raise invalid(InputTypeError, "dtype", f"one of {names}, its name, or 'auto'", short_repr(dtype))
+        expected = f"one of {', '.join(map(str, FLOAT_DTYPES))}, its name, or 'auto'"
+        raise invalid(InputTypeError, "dtype", expected, short_repr(dtype))
     return value
 
 
@@ -161,26 +155,10 @@ def as_device(name: str, value: Any) -> torch.device | None:
 
 
 def parse_to_args(
-    *args: Any,
-    device: Any = None,
-    dtype: Any = None,
-    torch_dtype: Any = None,
-    non_blocking: Any = None,
-    memory_format: Any = None,
-    silence_dtype_warnings: Any = None,
-    **unknown: Any,
+    *args: Any, torch_dtype: Any = None, silence_dtype_warnings: Any = None, **options: Any
 ) -> dict[str, Any]:
     """Return the arguments of a `to(...)` call by the names that `nn.Module.to` has for them."""
-    for name in unknown:
-        expected = f"arguments among {', '.join(TO_ARGUMENTS)}"
-        raise invalid(InputTypeError, "to", expected, f"an unexpected argument {name!r}", key=name)
-    pairs = [
-        ("device", device),
-        ("dtype", dtype),
-        ("dtype", torch_dtype),
-        ("non_blocking", non_blocking),
-        ("memory_format", memory_format),
-    ]
+    pairs = [*options.items(), ("dtype", torch_dtype)]
     for arg in args:
         if isinstance(arg, Tensor):
             pairs += [("device", arg.device), ("dtype", arg.dtype)]
@@ -188,6 +166,9 @@ def parse_to_args(
             pairs.append((TO_ARGUMENT_BY_TYPE.get(type(arg), "device"), arg))
     parsed: dict[str, Any] = {}
     for name, arg in pairs:
+        if name not in TO_ARGUMENTS:
+            expected = f"arguments among {', '.join(TO_ARGUMENTS)}"
+            raise invalid(InputTypeError, "to", expected, f"an unexpected argument {name!r}", key=name)
         if arg is None:
             continue
         value = as_device(name, arg) if name == "device" else as_dtype(arg) if name == "dtype" else arg
@@ -204,7 +185,7 @@ TO_ARGUMENTS = {
     "non_blocking": bool,
     "memory_format": torch.memory_format,
 }
-TO_ARGUMENT_BY_TYPE = {torch.dtype: "dtype", bool: "non_blocking", torch.memory_format: "memory_format"}
+TO_ARGUMENT_BY_TYPE = {kind: name for name, kind in TO_ARGUMENTS.items()}
 
 
 # Tensors, and methods that take them
@@ -217,17 +198,13 @@ def check_tensor(name: str, value: Any, *shape: str | int, like: Tensor | None =
     is enabled.
     """
     expected = f"a tensor ({', '.join(map(str, shape))})"
-    if not isinstance(value, Tensor):
-        raise invalid(InputTypeError, name, expected, describe(value))
-    check_floating(name, value)
+    check_floating(name, value, expected)
     pairs = zip(value.shape, shape, strict=False)
     if value.ndim != len(shape) or not value.numel() or any(isinstance(n, int) and m != n for m, n in pairs):
         raise invalid(InputError, name, expected, describe(value))
     if like is None:
         return
-    if value.device != like.device:
-        expected = f"a tensor on {like.device}, the device of the weights"
-        raise invalid(InputError, name, expected, f"a tensor on {value.device}")
+    check_device(name, value, "the weights", like)
     if not cast and value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
         raise invalid(InputTypeError, name, f"{like.dtype}, the dtype of the weights", str(value.dtype))
 
@@ -239,8 +216,10 @@ def check_strided(name: str, value: Tensor) -> None:
         raise invalid(InputTypeError, name, "a dense tensor", f"a {kind} tensor")
 
 
-def check_floating(name: str, value: Tensor) -> None:
-    """Check that a tensor is dense and of one of `FLOAT_DTYPES`."""
+def check_floating(name: str, value: Any, expected: str) -> None:
+    """Check a dense tensor of one of `FLOAT_DTYPES`; `expected` describes it in the error for another type."""
+    if not isinstance(value, Tensor):
+        raise invalid(InputTypeError, name, expected, describe(value))
     check_strided(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise invalid(InputTypeError, name, "floating-point values of 16 bits or more", f"values of {value.dtype}")
@@ -253,15 +232,18 @@ def check_has_data(name: str, value: Tensor) -> None:
         raise invalid(InputError, name, "a tensor with values", "a tensor on the meta device", "move it to the CPU")
 
 
-def check_same_shape(name: str, value: Any, other: str, like: Tensor) -> None:
-    """Check a floating-point tensor of the shape and on the device of the tensor `like`, whose name is `other`."""
-    expected = f"a tensor of shape {tuple(like.shape)}, the shape of {other}"
-    if not isinstance(value, Tensor):
-        raise invalid(InputTypeError, name, expected, describe(value))
-    check_floating(name, value)
+def check_device(name: str, value: Tensor, other: str, like: Tensor) -> None:
+    """Check that a tensor is on the device of the tensor `like`, whose name is `other`."""
     if value.device != like.device:
         expected = f"a tensor on {like.device}, the device of {other}"
         raise invalid(InputError, name, expected, f"a tensor on {value.device}")
+
+
+def check_same_shape(name: str, value: Any, other: str, like: Tensor) -> None:
+    """Check a floating-point tensor of the shape and on the device of the tensor `like`, whose name is `other`."""
+    expected = f"a tensor of shape {tuple(like.shape)}, the shape of {other}"
+    check_floating(name, value, expected)
+    check_device(name, value, other, like)
     if value.shape != like.shape:
         raise invalid(InputError, name, expected, describe(value))
 

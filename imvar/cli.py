@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="output folder, created if it does not exist (default: variations)",
     )
-    add("--seed", type=seed_arg, default=0, metavar="S", help="seed of the first variation (default: 0)")
+    add(
+        "--seed",
+        type=seed_arg,
+        default=0,
+        metavar="S",
+        help="seed of the first variation (default: 0)",
+    )
     add("--steps", type=int_arg, metavar="N", help=f"denoising steps (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
     add("--guidance", type=float_arg, default=3.0, metavar="W", help="guidance scale (default: 3)")
     add(
@@ -130,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
         "--on-flagged",
         choices=FLAG_NOTES,
         default="black",
-        help="how to treat an image that the safety checker flags (default: black)",
+        help="what becomes of an image that the safety checker flags (default: black)",
     )
     add(
         "--batch",
@@ -152,8 +159,7 @@ def vary(args: argparse.Namespace) -> None:
     names = unique_names([path.stem for path in args.photos])
     seeds = range(args.seed, args.seed + args.n)
     if seeds[-1] > MAX_SEED:
-        expected = f"at most {MAX_SEED - args.n + 1} for {args.n} variations"
-        raise invalid(InputError, "--seed", expected, str(args.seed))
+        raise invalid(InputError, "--seed", f"at most {MAX_SEED - args.n + 1} for {args.n} variations", str(args.seed))
     sheet = args.out / "contact-sheet.png"
     check_folder(args.out)
     check_overwrites(args.photos, [sheet, *(args.out / f"{name}-{seed}.png" for name in names for seed in seeds)])
@@ -200,18 +206,16 @@ def check_overwrites(photos: Sequence[Path], outputs: Sequence[Path]) -> None:
     """Raise `InputError` if an output would overwrite a photo, or has the name of a folder."""
     sources = {os.path.realpath(path) for path in photos}
     for path in outputs:
-        if os.path.realpath(path) in sources:
-            raise invalid(InputError, path, "an output file", "one of the photos", "use another -o FOLDER")
-        if path.is_dir():
-            raise invalid(InputError, path, "an output file", "a folder", "use another -o FOLDER")
+        if (is_photo := os.path.realpath(path) in sources) or path.is_dir():
+            got = "one of the photos" if is_photo else "a folder"
+            raise invalid(InputError, path, "an output file", got, "use another -o FOLDER")
 
 
 def check_folder(folder: Path) -> None:
     """Raise `InputError` if the output folder cannot be created or written to."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        got = f"{folder} (it, or one of its parents, is a file)"
-        raise invalid(InputError, "-o", "a folder", got)
+        raise invalid(InputError, "-o", "a folder", f"{folder} (it, or one of its parents, is a file)")
     if not os.access(existing, os.W_OK):
         got = f"{folder} (no permission to write in {existing})"
         raise invalid(InputError, "-o", "a folder with write permission", got)
@@ -318,9 +322,7 @@ def int_arg(text: str, low: int = 1, high: int = 10**6) -> int:
     return int(text)
 
 
-def seed_arg(text: str) -> int:
-    """Parse a seed."""
-    return int_arg(text, low=0, high=MAX_SEED)
+seed_arg = partial(int_arg, low=0, high=MAX_SEED)
 
 
 def float_arg(text: str) -> float:

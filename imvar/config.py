@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,7 +17,7 @@ from numbers import Number
 from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
-from .checks import TYPE_NAMES, is_bool
+from .checks import MAX_FLOAT, TYPE_NAMES, as_number
 from .errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 
 
@@ -62,13 +61,9 @@ def coerce(value: Any, kind: Any) -> Any:
 
 def coerce_number(value: Any, kind: type) -> Any:
     """Return an integer below 2^31 or, if `kind` is float, any finite number; else INVALID."""
-    if is_bool(value) or isinstance(value, (str, bytes, bytearray)):
-        return INVALID
-    try:
-        number = operator.index(value) if kind is int or type(value) is int else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return INVALID
-    return number if (math.isfinite(number) if type(number) is float else abs(number) < 2**31) else INVALID
+    number = as_number(value, operator.index if kind is int or type(value) is int else float)
+    limit = MAX_FLOAT if type(number) is float else 2**31 - 1
+    return number if number is not None and abs(number) <= limit else INVALID
 
 
 def coerce_list(value: Any, kind: Any) -> Any:
@@ -118,17 +113,14 @@ class Config(dict[str, Any]):
     @classmethod
     def from_args(cls, *args: Any, **settings: Any) -> Self:
         """Return a config from constructor arguments; an unknown keyword is a `TypeError`."""
-        names = [f.name for f in fields(cls)]
-        if unknown := sorted(settings.keys() - set(names)):
-            got = f"an unexpected argument {unknown[0]!r}"
-            raise invalid(InputTypeError, cls.__name__, ", ".join(names), got, key=unknown[0])
-        if len(args) > len(names):
-            expected = f"at most {len(names)} arguments ({', '.join(names)})"
-            raise invalid(InputTypeError, cls.__name__, expected, str(len(args)))
-        if repeated := sorted(settings.keys() & set(names[: len(args)])):
-            got = f"{repeated[0]!r} both by position and by name"
-            raise invalid(InputTypeError, cls.__name__, "each argument once", got, key=repeated[0])
-        return cls.from_dict({**dict(zip(names, args, strict=False)), **settings})
+        signature = inspect.signature(cls)
+        try:
+            arguments = signature.bind(*args, **settings).arguments
+        except TypeError as error:  # an unknown name, a repeated one, or too many arguments
+            expected, got = f"arguments among {', '.join(signature.parameters)}", str(error).removeprefix("got ")
+            key = next((name for name in settings if repr(name) in got), cls.__name__)
+            raise invalid(InputTypeError, cls.__name__, expected, got, key=key) from error
+        return cls.from_dict(arguments)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], **changes: Any) -> Self:
@@ -151,13 +143,9 @@ class Config(dict[str, Any]):
     def record_fields(self, fields_set: Iterable[str], extra_fields: Mapping[str, Any]) -> Self:
         """Store which fields were set, and keys without a field; return this config."""
         vars(self).update(fields_set=frozenset(fields_set), extra_fields=MappingProxyType(dict(extra_fields)))
-        names = [f.name for f in fields(self)]
-        dict.update(
-            self,
-            extra_fields,
-            **{name: getattr(self, name) for name in names},
-            **{DEFAULTS: [name for name in names if name not in self.fields_set]},
-        )
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        unset = [name for name in values if name not in self.fields_set]
+        dict.update(self, {**extra_fields, **values, DEFAULTS: unset})
         return self
 
     def __post_init__(self) -> None:
@@ -194,8 +182,7 @@ class Config(dict[str, Any]):
     __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _frozen  # type: ignore
 
     def __reduce__(self):
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return _restore, (type(self), values, self.fields_set, dict(self.extra_fields))
+        return type(self).from_dict, (dict(self),)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dictionary that JSON can represent, nested configs included."""
@@ -234,10 +221,6 @@ def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
     return (value is None or isinstance(value, (str, Number))) and any(
         value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed
     )
-
-
-def _restore(cls: type[Config], values: dict[str, Any], fields_set: frozenset[str], extra: dict[str, Any]) -> Config:
-    return cls(**values).record_fields(fields_set, extra)
 
 
 def to_jsonable(value: Any) -> Any:

@@ -3,6 +3,7 @@
 `InputError` is also a `ValueError` and `CheckpointError` also an `OSError`, so existing `except` clauses keep working.
 """
 
+import functools
 import re
 import reprlib
 import sys
@@ -57,10 +58,7 @@ class CheckpointError(ImvarError, OSError):
         return type(self)(self.reason, path=path, key=self.key)
 
     def __reduce__(self):
-        return _checkpoint_error, (self.reason, self.path, self.key)
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+        return functools.partial(type(self), path=self.path, key=self.key), (self.reason,)
 
 
 class OutOfMemoryError(ImvarError, torch.OutOfMemoryError):
@@ -74,11 +72,8 @@ class FlaggedError(ImvarError):
     """
 
     def __init__(self, message: str, flags: Sequence[bool] = (), scores: Any = None, seeds: Any = None):
-        super().__init__(message, flags, scores, seeds)
+        super().__init__(message)
         self.flags, self.scores, self.seeds = list(flags), scores, seeds
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def invalid(kind: type[E], name: Any, expected: str, got: str, hint: str = "", **details: Any) -> E:
@@ -144,7 +139,3 @@ class ShortRepr(reprlib.Repr):
 _repr = ShortRepr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 200
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = 10
-
-
-def _checkpoint_error(reason: str, path: Path | None, key: str | None) -> CheckpointError:
-    return CheckpointError(reason, path=path, key=key)

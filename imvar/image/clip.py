@@ -56,11 +56,14 @@ class CLIPImageProcessorConfig(Config):
         self.__dict__.update(
             size=self._size("size", [{"shortest_edge"}, {"height", "width"}]),
             crop_size=self._size("crop_size", [{"height", "width"}]),
-            resample=self._resample(),
+            resample=int(self.resample),
             rescale_factor=self._numbers("rescale_factor", 1)[0],
             image_mean=self._numbers("image_mean", 3),
             image_std=self._numbers("image_std", 3),
         )
+        if self.resample not in list(Image.Resampling):
+            choices = ", ".join(f"{r.value} ({r.name.lower()})" for r in sorted(Image.Resampling))
+            raise invalid(InputError, "resample", f"one of {choices}", short_repr(self.resample))
         if not all(map(np.float32, self.image_std)):
             raise invalid(InputError, "image_std", "numbers other than 0", short_repr(self.image_std))
 
@@ -79,12 +82,6 @@ class CLIPImageProcessorConfig(Config):
         if not all(type(n) is int and 1 <= n <= MAX_SIDE for n in value.values()):
             raise invalid(InputError, name, f"integers from 1 to {MAX_SIDE}", short_repr(got))
         return dict(value)
-
-    def _resample(self) -> int:
-        if self.resample not in list(Image.Resampling):
-            choices = ", ".join(f"{r.value} ({r.name.lower()})" for r in sorted(Image.Resampling))
-            raise invalid(InputError, "resample", f"one of {choices}", short_repr(self.resample))
-        return int(self.resample)
 
     def _numbers(self, name: str, count: int) -> tuple[float, ...]:
         """Return `count` finite numbers, or one number `count` times."""

@@ -50,16 +50,20 @@ def resize_batch(images: Tensor, height: int, width: int, resample: int) -> Tens
     Double precision represents the sums of integers exactly, in any order of addition.
     """
     h, w = images.shape[2:]
-    across = resampling_matrix(w, width, resample).to(images.device)
-    down = resampling_matrix(h, height, resample).to(images.device)
-    if rows_first(h, w, height, width, resample):
-        return round_fixed_point(round_fixed_point(down @ images.double()) @ across.T).to(torch.uint8)
-    return round_fixed_point(down @ round_fixed_point(images.double() @ across.T)).to(torch.uint8)
+    return resample_axes(images, height, width, resample, bool(rows_first(h, w, height, width, resample)))
 
 
-def round_fixed_point(sums: Tensor) -> Tensor:
-    """Return fixed-point sums rounded to integers from 0 to 255."""
-    return ((sums + UNIT // 2) / UNIT).floor_().clamp_(0, 255)
+def resample_axes(images: Tensor, height: int, width: int, resample: int, vertical_first: bool) -> Tensor:
+    """Resize (..., h, w) uint8 to (..., height, width) uint8 along one axis, then the other."""
+    down, across = (
+        resampling_matrix(length, resized, resample).to(images.device)
+        for length, resized in zip(images.shape[-2:], (height, width), strict=True)
+    )
+    x = images.double()
+    for vertical in (vertical_first, not vertical_first):
+        sums = down @ x if vertical else x @ across.T
+        x = ((sums + UNIT // 2) / UNIT).floor_().clamp_(0, 255)
+    return x.to(torch.uint8)
 
 
 @lru_cache
@@ -81,9 +85,8 @@ def rows_first(height: int, width: int, new_height: int, new_width: int, resampl
         return None
     noise = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
     resized = Image.fromarray(noise).resize((new_width, new_height), Image.Resampling(resample))
-    expected = torch.from_numpy(np.array(resized)).double()
-    across, down = resampling_matrix(width, new_width, resample), resampling_matrix(height, new_height, resample)
-    pixels = torch.from_numpy(noise).double()
-    if torch.equal(round_fixed_point(down @ round_fixed_point(pixels @ across.T)), expected):
-        return False
-    return True if torch.equal(round_fixed_point(round_fixed_point(down @ pixels) @ across.T), expected) else None
+    expected, pixels = torch.from_numpy(np.array(resized)), torch.from_numpy(noise)
+    for first in (False, True):
+        if torch.equal(resample_axes(pixels, new_height, new_width, resample, first), expected):
+            return first
+    return None

@@ -35,12 +35,10 @@ def load_image(image: str | Path | bytes | BinaryIO, formats: Sequence[str] = FO
             return to_rgb(ImageOps.exif_transpose(file), name)
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise invalid(InputError, name, expected, "no such file", key="image") from error
-    except UnidentifiedImageError as error:
-        raise invalid(InputError, name, expected, "an unknown or another format", key="image") from error
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files
-        raise invalid(InputError, name, expected, f"one that cannot be decoded ({error})", key="image") from error
+        reasons = {FileNotFoundError: "no such file", UnidentifiedImageError: "an unknown or another format"}
+        got = reasons.get(type(error), f"one that cannot be decoded ({error})")
+        raise invalid(InputError, name, expected, got, key="image") from error
 
 
 def to_openable(image: Any) -> Any:
@@ -66,6 +64,5 @@ def check_formats(formats: Any) -> list[str]:
     Image.init()
     is_list = isinstance(formats, Sequence) and not isinstance(formats, str) and len(formats)
     if not is_list or not all(isinstance(name, str) and name in Image.OPEN for name in formats):
-        expected = f"a list of Pillow formats such as {list(FORMATS)}"
-        raise invalid(InputError, "formats", expected, short_repr(formats))
+        raise invalid(InputError, "formats", f"a list of Pillow formats such as {list(FORMATS)}", short_repr(formats))
     return list(formats)

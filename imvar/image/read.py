@@ -32,8 +32,7 @@ def iter_images(images: Any) -> Iterator[tuple[str, Any]]:
         elif isinstance(image, (Image.Image, np.ndarray, torch.Tensor)):
             yield name, image
         else:
-            hint = "open files with PIL.Image.open"
-            raise invalid(InputTypeError, name, ACCEPTED, type(image).__name__, hint)
+            raise invalid(InputTypeError, name, ACCEPTED, type(image).__name__, "open files with PIL.Image.open")
 
 
 _decode_lock = threading.Lock()
@@ -113,7 +112,10 @@ def to_pixels(image: np.ndarray | torch.Tensor, name: str, layout: str | None) -
         raise invalid(InputError, name, "shape (h, w, 3) or (3, h, w)", f"shape {image.shape}")
     x = np.moveaxis(image, 0, -1) if is_channels_first(image.shape, name, layout) else image
     if x.dtype.kind == "f":
-        return check_finite_pixels(x.astype(np.float32, copy=False), name)
+        x = x.astype(np.float32, copy=False)
+        if not np.isfinite(x).all():
+            raise invalid(InputError, name, "finite values", "NaN or infinite values")
+        return x
     if x.dtype.kind not in "iu":
         raise invalid(InputTypeError, name, "uint8 or float32 values", f"values of {x.dtype}")
     if x.dtype != np.uint8 and (x.min() < 0 or x.max() > 255):
@@ -130,12 +132,5 @@ def is_channels_first(shape: tuple[int, ...], name: str, layout: str | None) -> 
     is_first = first if layout is None else layout == "channels_first"
     if not (first if is_first else last):
         where = f"with input_data_format={layout!r}" if layout else "in the first or last axis"
-        expected = f"1, 3 or 4 channels {where}"
-        raise invalid(InputError, name, expected, f"shape {shape}")
+        raise invalid(InputError, name, f"1, 3 or 4 channels {where}", f"shape {shape}")
     return is_first
-
-
-def check_finite_pixels(x: np.ndarray, name: str) -> np.ndarray:
-    if not np.isfinite(x).all():
-        raise invalid(InputError, name, "finite values", "NaN or infinite values")
-    return x

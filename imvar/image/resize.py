@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -49,13 +50,8 @@ def resize(
     Done by Pillow, unless it would enlarge far more than is kept. (When it reduces there is little to save, and the
     order of the two axes depends on its version.)
     """
-    enlarged = height >= image.height and width >= image.width
-    if (
-        crop is None
-        or height * width <= MAX_ENLARGED_TO_KEPT * crop[0] * crop[1]
-        or not enlarged
-        or resample not in FILTERS
-    ):
+    reduces = height < image.height or width < image.width
+    if crop is None or reduces or resample not in FILTERS or height * width <= MAX_ENLARGED_TO_KEPT * math.prod(crop):
         if height * width > MAX_RESIZED_PIXELS:
             got = f"{width}x{height} (w x h) from an image of {image.width}x{image.height}"
             raise invalid(InputError, "images", f"at most {MAX_RESIZED_PIXELS} pixels after resizing", got)

@@ -17,12 +17,7 @@ from ..config import Config, Configured, fixed, one_of
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from .read import ACCEPTED, decode_pil
 
-RESAMPLING = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-}
+RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear", "nearest")}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,7 +63,9 @@ class VaeImageProcessor(Configured):
             x = torch.cat(batches)
             if x.shape[1] == self.config.vae_latent_channels and isinstance(images[0], Tensor):
                 return x
-            _check_range(x)
+            check_floating("image", x, ACCEPTED)
+            if not x.isfinite().all() or x.max() > 1:
+                raise invalid(InputError, "image", "values in [0, 1]", f"{x.min():.4g} to {x.max():.4g}")
             if self.config.do_resize:
                 x = F.interpolate(x, size=self.get_default_height_width(x, height, width))
         else:
@@ -84,12 +81,11 @@ class VaeImageProcessor(Configured):
     def _preprocess_pil(self, images: list[Image.Image], height: int | None, width: int | None) -> Tensor:
         for i, item in enumerate(images):
             decode_pil(item, f"image[{i}]")
-        if self.config.do_convert_rgb:
-            images = [item.convert("RGB") for item in images]
-        for i, item in enumerate(images):
-            if item.mode not in ("RGB", "L"):
+            if item.mode not in ("RGB", "L") and not self.config.do_convert_rgb:
                 hint = "pass do_convert_rgb=True"
                 raise invalid(InputError, f"image[{i}]", "mode RGB or L", f"mode {item.mode}", hint)
+        if self.config.do_convert_rgb:
+            images = [item.convert("RGB") for item in images]
         if self.config.do_resize:
             height, width = self.get_default_height_width(images[0], height, width)
             images = [item.resize((width, height), RESAMPLING[self.config.resample]) for item in images]
@@ -125,7 +121,7 @@ class VaeImageProcessor(Configured):
             return image
         if image.ndim != 4:
             raise invalid(InputError, "image", "a tensor (b, c, h, w)", describe(image))
-        check_floating("image", image)
+        check_floating("image", image, "a tensor (b, c, h, w)")
         if not image.isfinite().all():
             raise invalid(InputError, "image", "finite values", "NaN or infinite values")
         flags = [self.config.do_normalize] * len(image) if do_denormalize is None else do_denormalize
@@ -139,7 +135,9 @@ class VaeImageProcessor(Configured):
             image = torch.stack([self.denormalize(x) if flag else x for x, flag in zip(image, flags, strict=True)])
         if output_type == "pt":
             return image
-        return self.pt_to_numpy(image) if output_type == "np" else uint8_to_pil(to_uint8(image))
+        if output_type == "np":
+            return self.pt_to_numpy(image)
+        return uint8_to_pil(to_uint8(image).permute(0, 2, 3, 1).cpu().contiguous().numpy())
 
     @staticmethod
     def normalize(images: Any) -> Any:
@@ -153,8 +151,20 @@ class VaeImageProcessor(Configured):
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
-        """Same as the function `numpy_to_pil`."""
-        return numpy_to_pil(images)
+        """Convert (b, h, w, c) or (h, w, c) in [0, 1] to PIL images, RGB for 3 channels, L for 1.
+
+        Raises `InputError` for values outside [0, 1] and NaN.
+        """
+        if not isinstance(images, np.ndarray):
+            raise invalid(InputTypeError, "images", "an array (b, h, w, 3)", describe(images))
+        images = images[None] if images.ndim == 3 else images
+        if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+            raise invalid(InputError, "images", "an array (b, h, w, 3) or (b, h, w, 1)", describe(images))
+        if images.dtype.kind != "f":
+            raise invalid(InputTypeError, "images", "floats in [0, 1]", f"values of {images.dtype}")
+        x = (images * 255).round()
+        check_uint8_range(float(x.min()), float(x.max()), images)
+        return uint8_to_pil(x.astype(np.uint8))
 
     @staticmethod
     def pil_to_numpy(images: Image.Image | Sequence[Image.Image]) -> np.ndarray:
@@ -182,21 +192,7 @@ class VaeImageProcessor(Configured):
         return images.detach().cpu().permute(0, 2, 3, 1).float().numpy()
 
 
-def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
-    """Convert (b, h, w, c) or (h, w, c) in [0, 1] to PIL images, RGB for 3 channels, L for 1.
-
-    Raises `InputError` for values outside [0, 1] and NaN.
-    """
-    if not isinstance(images, np.ndarray):
-        raise invalid(InputTypeError, "images", "an array (b, h, w, 3)", describe(images))
-    images = images[None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
-        raise invalid(InputError, "images", "an array (b, h, w, 3) or (b, h, w, 1)", describe(images))
-    if images.dtype.kind != "f":
-        raise invalid(InputTypeError, "images", "floats in [0, 1]", f"values of {images.dtype}")
-    x = (images * 255).round()
-    check_uint8_range(float(x.min()), float(x.max()), images)
-    return [array_to_pil(pixels) for pixels in x.astype(np.uint8)]
+numpy_to_pil = VaeImageProcessor.numpy_to_pil
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -209,20 +205,15 @@ def to_uint8(image: Tensor) -> Tensor:
     return x.to(torch.uint8)
 
 
-def uint8_to_pil(images: Tensor) -> list[Image.Image]:
-    """Convert (b, c, h, w) uint8 to PIL images."""
-    return [array_to_pil(pixels) for pixels in images.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
+def uint8_to_pil(images: np.ndarray) -> list[Image.Image]:
+    """Convert (b, h, w, 3) or (b, h, w, 1) uint8 to PIL images."""
+    return [Image.fromarray(pixels) for pixels in (images.squeeze(-1) if images.shape[-1] == 1 else images)]
 
 
 def check_uint8_range(low: float, high: float, images: np.ndarray | Tensor) -> None:
     """Check that the extremes of `images`, times 255 and rounded, are in 0..255; NaN is not."""
     if not (low >= 0 and high <= 255):
         raise invalid(InputError, "images", "values in [0, 1]", f"{images.min()} to {images.max()}")
-
-
-def array_to_pil(pixels: np.ndarray) -> Image.Image:
-    """Convert (h, w, 3) or (h, w, 1) uint8 to a PIL image."""
-    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def _as_batch(image: np.ndarray | Tensor) -> Tensor:
@@ -235,9 +226,3 @@ def _as_batch(image: np.ndarray | Tensor) -> Tensor:
         raise invalid(InputTypeError, "image", "floats in [0, 1]", f"values of {image.dtype}")
     image = image[None] if image.ndim == 3 else image
     return VaeImageProcessor.numpy_to_pt(image) if isinstance(image, np.ndarray) else image
-
-
-def _check_range(x: Tensor) -> None:
-    check_floating("image", x)
-    if not x.isfinite().all() or x.max() > 1:
-        raise invalid(InputError, "image", "values in [0, 1]", f"{x.min():.4g} to {x.max():.4g}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Conv2d
 
-from ..checks import as_float, check_float, check_has_data, check_int, check_tensor
+from ..checks import as_number, check_float, check_has_data, check_int, check_tensor
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from .conditioning import Precomputed
 from .stock import IMVAR, is_stock, top_package
@@ -70,7 +70,7 @@ def check_timestep(timestep: Any, samples: int) -> None:
     for value in values:
         if isinstance(value, (torch.SymInt, torch.SymFloat)):  # it has none while it is traced
             continue
-        number = as_float(value)
+        number = as_number(value)
         if number is None:
             expected = "a number, or a tensor of one per sample"
             raise invalid(InputTypeError, "timestep", expected, short_repr(value))

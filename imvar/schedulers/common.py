@@ -76,33 +76,9 @@ class SchedulerConfig(Config):
             raise invalid(InputError, "trained_betas", "numbers from 0 to 1", f"{betas.min():g} to {betas.max():g}")
 
 
-def check_signal_range(scheduler: Any, alphas: Tensor) -> None:
-    """Check that every sampled timestep has both signal and noise, so that no step divides by 0."""
-    low, high = (float(share) for share in alphas.aminmax())
-    if low <= 0 or high >= 1:
-        raise invalid(
-            InputError,
-            "beta_start, beta_end, trained_betas",
-            "betas that leave both signal and noise at every sampled timestep",
-            f"a share of signal from {low:g} to {high:g}, where {type(scheduler).__name__} divides by 0",
-            "use numbers between 0 and 1",
-            key="beta_start",
-        )
-
-
-def check_steps_left(scheduler: Any, steps_done: int) -> None:
-    """Check that a run has steps left after `steps_done`."""
-    if steps_done >= (n := len(scheduler.timesteps)):
-        raise invalid(
-            InputError, "timestep", f"at most {n} steps a run", "one more", "call set_timesteps to start another run"
-        )
-
-
 def check_step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *_: Any, **options: Any) -> None:
     """Check that the tensors of a step are floating-point and of one shape, and its generators one or b."""
-    if not isinstance(sample, Tensor):
-        raise invalid(InputTypeError, "sample", "a tensor (b, c, h, w)", describe(sample))
-    check_floating("sample", sample)
+    check_floating("sample", sample, "a tensor (b, c, h, w)")
     check_same_shape("model_output", model_output, "sample", sample)
     generators = options.get("generator")
     is_single = not sample.ndim or (isinstance(generators, (list, tuple)) and len(generators) == 1)
@@ -113,26 +89,17 @@ def check_step_inputs(scheduler: Any, model_output: Any, timestep: Any, sample: 
 
 def check_noise_inputs(scheduler: Any, original_samples: Any, noise: Any, timesteps: Any) -> None:
     """Check that samples and noise have one shape, and that there is one timestep, or one per sample."""
-    if not isinstance(original_samples, Tensor) or not original_samples.ndim:
+    check_floating("original_samples", original_samples, "a tensor (b, ...)")
+    if not original_samples.ndim:
         raise invalid(InputTypeError, "original_samples", "a tensor (b, ...)", describe(original_samples))
-    check_floating("original_samples", original_samples)
     check_same_shape("noise", noise, "the samples", original_samples)
     if isinstance(timesteps, Tensor) and not original_samples.is_meta:
         check_has_data("timesteps", timesteps)
-    t, batch = as_timestep_tensor(timesteps), len(original_samples)
-    if t is None or t.ndim > 1 or (t.ndim and len(t) not in (1, batch)):
+    batch, is_number = len(original_samples), isinstance(timesteps, (int, float)) and not isinstance(timesteps, bool)
+    shape = timesteps.shape if isinstance(timesteps, Tensor) else () if is_number and abs(timesteps) < 2**63 else None
+    if shape not in ((), (1,), (batch,)):
         expected = f"a tensor of one timestep for all {batch} samples, or of one each"
-        raise invalid(InputError, "timesteps", expected, describe(timesteps if t is None else t))
-
-
-def as_timestep_tensor(timesteps: Any) -> Tensor | None:
-    """Return a number or tensor as a tensor, anything else as None."""
-    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, float, Tensor)):
-        return None
-    try:
-        return torch.as_tensor(timesteps)
-    except (RuntimeError, ValueError, OverflowError):  # a number too large
-        return None
+        raise invalid(InputError, "timesteps", expected, describe(timesteps))
 
 
 class Scheduler(ConfiguredComponent):
@@ -147,6 +114,7 @@ class Scheduler(ConfiguredComponent):
     config_class = SchedulerConfig
     order = 1
     num_inference_steps: int | None = None
+    timesteps: Any = None
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -156,6 +124,18 @@ class Scheduler(ConfiguredComponent):
 
     def make_betas(self) -> Tensor:
         return make_betas(self.config)
+
+    def check_betas(self, usable: Any, expected: str, got: str) -> None:
+        """Raise `InputError` about the betas unless they are usable."""
+        if not usable:
+            names, hint = "beta_start, beta_end, trained_betas", "use numbers between 0 and 1"
+            raise invalid(InputError, names, expected, got, hint, key="beta_start")
+
+    def check_steps_left(self, steps_done: int) -> None:
+        """Check that a run has steps left after `steps_done`."""
+        if steps_done >= (n := len(self.timesteps)):
+            hint = "call set_timesteps to start another run"
+            raise invalid(InputError, "timestep", f"at most {n} steps a run", "one more", hint)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

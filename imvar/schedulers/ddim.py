@@ -73,14 +73,8 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
         self.timesteps = torch.arange(len(self)).flip(0)
-        if self.alphas_cumprod[-1] == 1 or self.alphas_cumprod[0] == 0:
-            raise invalid(
-                InputError,
-                "beta_start, beta_end, trained_betas",
-                "numbers between 0 and 1",
-                "betas that leave no noise, or no signal, at every timestep",
-                key="beta_start",
-            )
+        usable = self.alphas_cumprod[-1] != 1 and self.alphas_cumprod[0] != 0
+        self.check_betas(usable, "betas that leave noise and signal", "no noise, or no signal, at every timestep")
 
     def make_betas(self) -> Tensor:
         betas = make_betas(self.config)
@@ -118,13 +112,9 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         sigma = ddim_sigma(alpha, alpha_prev, eta) if check_float("eta", eta) else 0.0
         is_clipped = config.thresholding or config.clip_sample
         if alpha == 0 and config.prediction_type == "epsilon" and not is_clipped:
-            raise invalid(
-                InputError,
-                "timestep",
-                "a timestep with some signal, by which prediction_type='epsilon' divides",
-                f"{t}, which has none",
-                "use 'v_prediction' or timestep_spacing='leading'",
-            )
+            expected = "a timestep with some signal, by which prediction_type='epsilon' divides"
+            hint = "use 'v_prediction' or timestep_spacing='leading'"
+            raise invalid(InputError, "timestep", expected, f"{t}, which has none", hint)
 
         x0 = to_x0(config.prediction_type, model_output, sample, alpha)
         eps = to_eps(config.prediction_type, model_output, sample, alpha)
@@ -137,17 +127,13 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
 
         prev = ddim_step(x0, eps, alpha_prev, sigma)
         if eta > 0:
-            prev = prev + sigma * self.draw_noise(model_output, generator, variance_noise)
+            if variance_noise is None:
+                like = {"dtype": model_output.dtype, "device": model_output.device}
+                variance_noise = randn(model_output.shape, generator, **like)
+            elif generator is not None:
+                raise invalid(InputError, "variance_noise, generator", "one of them", "both", key="variance_noise")
+            prev = prev + sigma * variance_noise
         return DenoisedOutput(prev, x0) if return_dict else (prev, x0)
-
-    @staticmethod
-    def draw_noise(like: Tensor, generator: Generators | None, variance_noise: Tensor | None) -> Tensor:
-        """Return `variance_noise` if given, else noise drawn from `generator` like a tensor."""
-        if variance_noise is None:
-            return randn(like.shape, generator, dtype=like.dtype, device=like.device)
-        if generator is not None:
-            raise invalid(InputError, "variance_noise, generator", "one of them", "both", key="variance_noise")
-        return variance_noise
 
     @validated(check_noise_inputs)
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

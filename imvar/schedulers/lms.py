@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..checks import as_device, check_float, check_int, validated
 from ..config import one_of
 from ..errors import InputError, invalid, short_repr, warn_user
 from ..outputs import DenoisedOutput
-from .common import Scheduler, SchedulerConfig, check_noise_inputs, check_step_inputs, check_steps_left
+from .common import Scheduler, SchedulerConfig, check_noise_inputs, check_step_inputs
 from .timesteps import beta_sigmas, exponential_sigmas, karras_sigmas, space_timesteps, to_timesteps
 
 
@@ -28,32 +28,22 @@ def to_denoised(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     return output
 
 
-# 21-point Gauss-Kronrod quadrature on [-1, 1]: the nodes above 0, their weights, and the weight of the node 0
-KRONROD_NODES = (
-    0.995657163025808081,
-    0.973906528517171720,
-    0.930157491355708226,
-    0.865063366688984511,
-    0.780817726586416897,
-    0.679409568299024406,
-    0.562757134668604683,
-    0.433395394129247191,
-    0.294392862701460198,
-    0.148874338981631211,
+# 21-point Gauss-Kronrod quadrature on [-1, 1]: the nodes from 0 up, largest first, with their weights
+KRONROD = np.array(
+    [
+        [0.995657163025808081, 0.011694638867371874],
+        [0.973906528517171720, 0.032558162307964727],
+        [0.930157491355708226, 0.054755896574351996],
+        [0.865063366688984511, 0.075039674810919953],
+        [0.780817726586416897, 0.093125454583697606],
+        [0.679409568299024406, 0.109387158802297642],
+        [0.562757134668604683, 0.123491976262065851],
+        [0.433395394129247191, 0.134709217311473326],
+        [0.294392862701460198, 0.142775938577060081],
+        [0.148874338981631211, 0.147739104901338491],
+        [0, 0.149445554002916906],
+    ]
 )
-KRONROD_WEIGHTS = (
-    0.011694638867371874,
-    0.032558162307964727,
-    0.054755896574351996,
-    0.075039674810919953,
-    0.093125454583697606,
-    0.109387158802297642,
-    0.123491976262065851,
-    0.134709217311473326,
-    0.142775938577060081,
-    0.147739104901338491,
-)
-KRONROD_CENTER_WEIGHT = 0.149445554002916906
 
 
 def lms_weights(past: np.ndarray, to: float) -> list[float]:
@@ -63,8 +53,7 @@ def lms_weights(past: np.ndarray, to: float) -> list[float]:
     spans most of the noise, the rounding of the coefficients determines the digits that remain. So quadrature and
     precision are those of diffusers: 21 nodes, polynomials in float32.
     """
-    nodes = np.array([*KRONROD_NODES, 0, *(-x for x in KRONROD_NODES)])
-    weights = np.array([*KRONROD_WEIGHTS, KRONROD_CENTER_WEIGHT, *KRONROD_WEIGHTS])
+    nodes, weights = np.concatenate([KRONROD, KRONROD[:-1] * (-1, 1)]).T.copy()
     middle, half = (past[0].item() + to) / 2, (to - past[0].item()) / 2
     tau = (middle + half * nodes).astype(np.float32)
     return [half * float(weights @ lagrange(tau, past, j)) for j in range(len(past))]
@@ -74,6 +63,13 @@ def lagrange(tau: np.ndarray, past: np.ndarray, j: int) -> np.ndarray:
     """Evaluate at each tau the Lagrange basis polynomial that is 1 at past[j] and 0 at the other levels."""
     others = np.delete(past, j)
     return np.prod((tau[:, None] - others) / (past[j] - others), axis=1)
+
+
+SIGMA_SPACINGS = {
+    "use_karras_sigmas": karras_sigmas,
+    "use_exponential_sigmas": exponential_sigmas,
+    "use_beta_sigmas": beta_sigmas,
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,8 +85,8 @@ class LMSDiscreteConfig(SchedulerConfig):
 
     def check(self) -> None:
         super().check()
-        if (n := self.use_karras_sigmas + self.use_exponential_sigmas + self.use_beta_sigmas) > 1:
-            names = "use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas"
+        if (n := sum(getattr(self, name) for name in SIGMA_SPACINGS)) > 1:
+            names = ", ".join(SIGMA_SPACINGS)
             raise invalid(InputError, names, "at most one to be True", str(n), key="use_karras_sigmas")
 
 
@@ -123,15 +119,10 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         config, n = self.config, len(timesteps)
         timesteps = timesteps.astype(np.float32)
         sigmas = np.interp(timesteps, np.arange(len(self)), self.train_sigmas)
-        if not (np.isfinite(sigmas) & (sigmas > 0)).all():
-            raise invalid(
-                InputError,
-                "beta_start, beta_end, trained_betas",
-                f"betas that give {type(self).__name__} finite noise levels above 0",
-                f"noise levels from {sigmas.min():g} to {sigmas.max():g}",
-                key="beta_start",
-            )
-        if respace := self.sigma_spacing():
+        usable = bool((np.isfinite(sigmas) & (sigmas > 0)).all())
+        expected = f"betas that give {type(self).__name__} finite noise levels above 0"
+        self.check_betas(usable, expected, f"noise levels from {sigmas.min():g} to {sigmas.max():g}")
+        if respace := next((space for name, space in SIGMA_SPACINGS.items() if config[name]), None):
             high, low = sigmas[0], sigmas[-1]
             if respace is not karras_sigmas:  # from an Euler scheduler's config, used where diffusers uses them
                 high, low = (
@@ -146,15 +137,6 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         self.step_index: int | None = None
         self.begin_index: int | None = None
         self.derivatives: Sequence[Tensor] = []
-
-    def sigma_spacing(self) -> Callable[[float, float, int], np.ndarray] | None:
-        """Return the function that respaces the noise levels, or None."""
-        choices = {
-            "use_karras_sigmas": karras_sigmas,
-            "use_exponential_sigmas": exponential_sigmas,
-            "use_beta_sigmas": beta_sigmas,
-        }
-        return next((space for name, space in choices.items() if self.config[name]), None)
 
     @property
     def init_noise_sigma(self) -> Tensor:
@@ -182,14 +164,11 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         """Return the index of the current step: the first is found by its timestep, the others are counted."""
         if self.step_index is None:
             self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
-        check_steps_left(self, self.step_index)
+        self.check_steps_left(self.step_index)
         due = self.timesteps[self.step_index]
         on_cpu = all(not isinstance(t, Tensor) or t.device.type == "cpu" for t in (due, timestep))  # else it would sync
-        if (
-            self.begin_index is None
-            and on_cpu
-            and abs(check_float("timestep", timestep, high=math.inf) - float(due)) >= 1
-        ):
+        is_found = self.begin_index is None and on_cpu
+        if is_found and abs(check_float("timestep", timestep, high=math.inf) - float(due)) >= 1:
             hint = "pass scheduler.timesteps in order"
             raise invalid(InputError, "timestep", f"the next timestep, {due:g}", short_repr(timestep), hint)
         return self.step_index

@@ -15,14 +15,7 @@ from ..checks import as_device, validated
 from ..config import one_of
 from ..errors import InputError, invalid
 from ..outputs import SchedulerOutput
-from .common import (
-    SchedulerConfig,
-    VariancePreserving,
-    check_signal_range,
-    check_step_inputs,
-    check_steps_left,
-    to_eps,
-)
+from .common import SchedulerConfig, VariancePreserving, check_step_inputs, to_eps
 from .timesteps import integer_timesteps
 
 RUNGE_KUTTA_WEIGHTS = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -71,7 +64,6 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
     """
 
     config_class = PNDMConfig
-    timesteps: Any = None
     prk_timesteps: Any = ()
     plms_timesteps: Any = ()
     counter = 0
@@ -96,7 +88,9 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
             self.prk_timesteps, self.plms_timesteps = np.concatenate(evaluations), t[3:]
         self.num_inference_steps = len(t)
         timesteps = torch.from_numpy(np.concatenate([self.prk_timesteps, self.plms_timesteps]))
-        check_signal_range(self, self.alphas_cumprod[timesteps])
+        low, high = map(float, self.alphas_cumprod[timesteps].aminmax())
+        got = f"a share of signal from {low:g} to {high:g}, where {type(self).__name__} divides by 0"
+        self.check_betas(low > 0 and high < 1, "betas that leave both signal and noise at every sampled timestep", got)
         self.timesteps = timesteps.to(as_device("device", device))
         self.counter, self.ets, self.cur_sample, self.cur_model_output = 0, [], None, 0.0
 
@@ -109,7 +103,7 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         Raises `InputError` before `set_timesteps` and for a timestep out of range.
         """
         if self.num_inference_steps is not None:
-            check_steps_left(self, self.counter)
+            self.check_steps_left(self.counter)
         step = self.step_prk if self.counter < len(self.prk_timesteps) else self.step_plms
         return step(model_output, timestep, sample, return_dict)
 
@@ -120,8 +114,8 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
         t, half = self.timestep_index(timestep), self.stride // 2
         quarter = self.counter % 4
         if self.counter >= len(self.prk_timesteps):
-            expected = f"at most {len(self.prk_timesteps)} calls a run"
-            raise invalid(InputError, "step_prk", expected, "one more", "call step_plms", key=None)
+            calls = f"at most {len(self.prk_timesteps)} calls a run"
+            raise invalid(InputError, "step_prk", calls, "one more", "call step_plms", key=None)
         if quarter == 0:
             self.cur_sample, self.ets = sample, [*self.ets, model_output]
         self.cur_model_output = self.cur_model_output + RUNGE_KUTTA_WEIGHTS[quarter] * model_output
@@ -141,9 +135,8 @@ class PNDMScheduler(VariancePreserving, part="scheduler"):
             raise invalid(InputError, "step_plms", "12 calls of step_prk first", str(self.counter), hint, key=None)
         if self.counter == 1:  # second evaluation: from the first sample, along the mean of both predictions
             start = sample if self.cur_sample is None else self.cur_sample
-            return self.advance(
-                start, (model_output + self.ets[-1]) / 2, self.timestep_index(t + stride), t, return_dict
-            )
+            mean = (model_output + self.ets[-1]) / 2
+            return self.advance(start, mean, self.timestep_index(t + stride), t, return_dict)
         if self.counter == 0:
             self.cur_sample = sample
         self.ets = [*self.ets[-3:], model_output]

@@ -150,8 +150,10 @@ META = {
     "sample: expected a dense tensor, got a torch.sparse_coo tensor": lambda p: p.unet(x.to_sparse(), 1, context),
 }
 ARGUMENTS = {
-    "DDIMConfig: expected at most 15 arguments (num_train_timeste": lambda _: DDIMScheduler(*range(30)),
-    "DDIMConfig: expected each argument once, got 'num_train_timesteps' both by position and by name": lambda _: (
+    "DDIMConfig: expected arguments among num_train_timesteps, beta_ ... got too many positional arguments": lambda _: (
+        DDIMScheduler(*range(30))
+    ),
+    "DDIMConfig: expected arguments among ... got multiple values for argument 'num_train_timesteps'": lambda _: (
         DDIMScheduler(9, num_train_timesteps=5)
     ),
     "config: expected a config or a dictionary, got NoneType": lambda _: DDIMScheduler.from_config(None),
