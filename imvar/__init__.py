@@ -1,13 +1,6 @@
 """Image variations with Stable Diffusion, in pure PyTorch."""
 
-from .errors import (
-    CheckpointError,
-    FlaggedError,
-    ImvarError,
-    InputError,
-    InputTypeError,
-    OutOfMemoryError,
-)
+from .errors import CheckpointError, FlaggedError, ImvarError, InputError, InputTypeError, OutOfMemoryError
 from .image import CLIPImageProcessor, VaeImageProcessor
 from .image.load_image import load_image
 from .malloc import keep_freed_memory

@@ -93,13 +93,6 @@ def check_image_size(name: str, value: Any) -> None:
         check_int(name, side, high=MAX_SIDE)
 
 
-def item(value: Any) -> Any:
-    """Return the value of a one-element tensor, an integral float as an int; anything else unchanged."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
-        value = value.item()
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 # Options, paths, dtypes and devices
 
 
@@ -163,29 +156,24 @@ def parse_to_args(
         if isinstance(arg, Tensor):
             pairs += [("device", arg.device), ("dtype", arg.dtype)]
         else:
-            pairs.append((TO_ARGUMENT_BY_TYPE.get(type(arg), "device"), arg))
+            pairs.append((TO_OPTION_BY_TYPE.get(type(arg), "device"), arg))
     parsed: dict[str, Any] = {}
     for name, arg in pairs:
-        if name not in TO_ARGUMENTS:
-            expected = f"arguments among {', '.join(TO_ARGUMENTS)}"
+        if name not in TO_OPTIONS:
+            expected = f"arguments among {', '.join(TO_OPTIONS)}"
             raise invalid(InputTypeError, "to", expected, f"an unexpected argument {name!r}", key=name)
         if arg is None:
             continue
         value = as_device(name, arg) if name == "device" else as_dtype(arg) if name == "dtype" else arg
-        if value == "auto" or not isinstance(value, TO_ARGUMENTS[name]):
-            raise invalid(InputTypeError, name, f"a {TO_ARGUMENTS[name].__name__}", short_repr(arg))
+        if value == "auto" or not isinstance(value, TO_OPTIONS[name]):
+            raise invalid(InputTypeError, name, f"a {TO_OPTIONS[name].__name__}", short_repr(arg))
         if parsed.setdefault(name, value) != value:
             raise invalid(InputError, name, "one value", f"{parsed[name]} and {value}")
     return parsed
 
 
-TO_ARGUMENTS = {
-    "device": torch.device,
-    "dtype": torch.dtype,
-    "non_blocking": bool,
-    "memory_format": torch.memory_format,
-}
-TO_ARGUMENT_BY_TYPE = {kind: name for name, kind in TO_ARGUMENTS.items()}
+TO_OPTIONS = {"device": torch.device, "dtype": torch.dtype, "non_blocking": bool, "memory_format": torch.memory_format}
+TO_OPTION_BY_TYPE = {kind: name for name, kind in TO_OPTIONS.items()}
 
 
 # Tensors, and methods that take them

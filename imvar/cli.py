@@ -81,43 +81,18 @@ def parser() -> argparse.ArgumentParser:
         "images in seconds. It was trained on drawings in the style of emoji, not on photographs. Without a PHOTO it "
         "varies its example drawings. "
         "Variation k of a photo has seed S + k and is saved as PHOTO-SEED.png, the contact sheet as "
-        "contact-sheet.png; existing files of these names in FOLDER are replaced. "
+        "contact-sheet.png, in FOLDER, which is created if necessary; existing files of these names are replaced. "
         "Exit status: 0 success, 1 failure, 2 usage error, 130 interrupted.",
     )
     add = command.add_argument
     command.set_defaults(usage_error=command.error)
-    add(
-        "photos",
-        nargs="*",
-        type=Path,
-        metavar="PHOTO",
-        help=f"a JPEG, PNG or WebP file (default with --checkpoint {EMOJI}: its example drawings)",
-    )
+    add("photos", nargs="*", type=Path, metavar="PHOTO", help=f"JPEG, PNG or WebP (default with {EMOJI}: its drawings)")
     add("-n", type=int_arg, default=4, metavar="N", help="variations of each photo (default: 4)")
-    add(
-        "-o",
-        dest="out",
-        type=Path,
-        default=Path("variations"),
-        metavar="FOLDER",
-        help="output folder, created if it does not exist (default: variations)",
-    )
-    add(
-        "--seed",
-        type=seed_arg,
-        default=0,
-        metavar="S",
-        help="seed of the first variation (default: 0)",
-    )
+    add("-o", dest="out", type=Path, default="variations", metavar="FOLDER", help="output folder (default: variations)")
+    add("--seed", type=seed_arg, default=0, metavar="S", help="seed of the first variation (default: 0)")
     add("--steps", type=int_arg, metavar="N", help=f"denoising steps (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
     add("--guidance", type=float_arg, default=3.0, metavar="W", help="guidance scale (default: 3)")
-    add(
-        "--size",
-        type=size_arg,
-        default=(None, None),
-        metavar="N|HxW",
-        help="pixels of a variation, multiples of 8 (default: the size that the checkpoint was trained at)",
-    )
+    add("--size", type=size_arg, default=(None, None), metavar="N|HxW", help="multiples of 8 (default: as trained)")
     add("--scheduler", choices=SCHEDULERS, help="default: the scheduler of the checkpoint")
     add(
         "--checkpoint",
@@ -133,19 +108,8 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help=f"default: auto, half precision where the device is fast at it, else float32; float32 with {EMOJI}",
     )
-    add(
-        "--on-flagged",
-        choices=FLAG_NOTES,
-        default="black",
-        help="what becomes of an image that the safety checker flags (default: black)",
-    )
-    add(
-        "--batch",
-        type=int_arg,
-        default=4,
-        metavar="N",
-        help="variations computed at a time; fewer need less memory (default: 4)",
-    )
+    add("--on-flagged", choices=FLAG_NOTES, default="black", help="what flagged images become (default: black)")
+    add("--batch", type=int_arg, default=4, metavar="N", help="images at a time; fewer need less memory (default: 4)")
     return top
 
 
@@ -179,13 +143,13 @@ def vary(args: argparse.Namespace) -> None:
         pipe.set_progress_bar_config(desc=name)
         for seed, image, flagged in variations(pipe, row.photo, seeds, args):
             path, note = args.out / f"{name}-{seed}.png", ", flagged" if flagged else ""
-            save_png(image, path)
+            atomic_write(path, partial(image.save, format="PNG"))
             row.variations.append((f"seed {seed}{note}", image))
             print(f"{path}{note} by the safety checker{FLAG_NOTES[args.on_flagged]}" if flagged else path)
 
     scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
     footer = f"{args.steps} step{'s' * (args.steps > 1)} of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
-    save_png(contact_sheet(rows, footer), sheet)
+    atomic_write(sheet, partial(contact_sheet(rows, footer).save, format="PNG"))
     print(sheet, "(the photos with their variations)")
     if pipe.safety_checker is None:
         print("imvar: this checkpoint has no safety checker; the images were not checked", file=sys.stderr)
@@ -217,13 +181,7 @@ def check_folder(folder: Path) -> None:
     if not existing.is_dir():
         raise invalid(InputError, "-o", "a folder", f"{folder} (it, or one of its parents, is a file)")
     if not os.access(existing, os.W_OK):
-        got = f"{folder} (no permission to write in {existing})"
-        raise invalid(InputError, "-o", "a folder with write permission", got)
-
-
-def save_png(image: Image, path: Path) -> None:
-    """Save as PNG, atomically: on failure an existing file stays as it was."""
-    atomic_write(path, lambda temporary: image.save(temporary, "PNG"))
+        raise invalid(InputError, "-o", "a folder with write permission", f"{folder} (none in {existing})")
 
 
 def apply_defaults(args: argparse.Namespace, emoji: bool) -> None:

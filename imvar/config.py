@@ -45,8 +45,6 @@ FIELD_TYPE_NAMES = TYPE_NAMES | {int: "an integer below 2^31", float: "a finite 
 
 def coerce(value: Any, kind: Any) -> Any:
     """Return `value` as a field of type `kind` stores it, or INVALID; numbers of NumPy and PyTorch become Python's."""
-    if kind in (bool, str, type(None)):
-        return value if isinstance(value, kind) else INVALID
     if kind in (int, float):
         return coerce_number(value, kind)
     origin, args = get_origin(kind), get_args(kind)

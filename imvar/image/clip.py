@@ -138,7 +138,9 @@ class CLIPImageProcessor(
         if input_data_format not in ("channels_first", "channels_last", None):
             expected = "'channels_first', 'channels_last' or None"
             raise invalid(InputError, "input_data_format", expected, short_repr(input_data_format))
-        config = self.config_with(changes)
+        config = self.config
+        if changes:
+            config = config.from_dict(config, **self.config_class.from_args(**changes).explicit())
         pixels = [preprocess_image(image, name, config, input_data_format) for name, image in iter_images(images)]
         if return_tensors is None:
             return BatchFeature(pixels)
@@ -156,12 +158,6 @@ class CLIPImageProcessor(
             return preprocess_batch(images, self.config)
         batch = self(list(images), return_tensors="pt", input_data_format="channels_first")
         return batch.pixel_values.to(images.device)
-
-    def config_with(self, changes: Mapping[str, Any]) -> Config:
-        """Return the config with these fields changed."""
-        if not changes:
-            return self.config
-        return self.config.from_dict(self.config, **self.config_class.from_args(**changes).explicit())
 
     def __getattr__(self, name: str) -> Any:
         config = self.__dict__.get("config", {})

@@ -30,7 +30,8 @@ def preprocess_batch(images: Tensor, config: Config) -> Tensor:
     """
     x = images
     if config.do_resize:
-        x = resize_batch(x, *target_size(config.size, *x.shape[2:]), config.resample)
+        size = target_size(config.size, *x.shape[2:])
+        x = resize_batch(x, *size, config.resample, bool(rows_first(*x.shape[2:], *size, config.resample)))
     if config.do_center_crop:
         top, bottom = center_span(x.shape[2], config.crop_size["height"])
         left, right = center_span(x.shape[3], config.crop_size["width"])
@@ -44,17 +45,11 @@ def preprocess_batch(images: Tensor, config: Config) -> Tensor:
     return x
 
 
-def resize_batch(images: Tensor, height: int, width: int, resample: int) -> Tensor:
-    """Resize (b, 3, h, w) uint8 to (b, 3, height, width) uint8 as Pillow does: one axis at a time, in fixed point.
+def resize_batch(images: Tensor, height: int, width: int, resample: int, vertical_first: bool) -> Tensor:
+    """Resize (..., h, w) uint8 to (..., height, width) uint8 as Pillow does: one axis at a time, in fixed point.
 
     Double precision represents the sums of integers exactly, in any order of addition.
     """
-    h, w = images.shape[2:]
-    return resample_axes(images, height, width, resample, bool(rows_first(h, w, height, width, resample)))
-
-
-def resample_axes(images: Tensor, height: int, width: int, resample: int, vertical_first: bool) -> Tensor:
-    """Resize (..., h, w) uint8 to (..., height, width) uint8 along one axis, then the other."""
     down, across = (
         resampling_matrix(length, resized, resample).to(images.device)
         for length, resized in zip(images.shape[-2:], (height, width), strict=True)
@@ -87,6 +82,6 @@ def rows_first(height: int, width: int, new_height: int, new_width: int, resampl
     resized = Image.fromarray(noise).resize((new_width, new_height), Image.Resampling(resample))
     expected, pixels = torch.from_numpy(np.array(resized)), torch.from_numpy(noise)
     for first in (False, True):
-        if torch.equal(resample_axes(pixels, new_height, new_width, resample, first), expected):
+        if torch.equal(resize_batch(pixels, new_height, new_width, resample, first), expected):
             return first
     return None

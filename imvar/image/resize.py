@@ -31,15 +31,10 @@ def center_span(length: int, crop: int) -> tuple[int, int]:
 
 def center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Crop (h w c) to (height width c), padded with black if the image is smaller."""
-    top, bottom = center_span(pixels.shape[0], height)
-    left, right = center_span(pixels.shape[1], width)
-    kept = pixels[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
-    if kept.shape[:2] == (height, width):
-        return kept
-    top, left = max(-top, 0), max(-left, 0)
-    canvas = np.zeros((height, width, pixels.shape[2]), pixels.dtype)
-    canvas[top : top + kept.shape[0], left : left + kept.shape[1]] = kept
-    return canvas
+    h, w, _ = pixels.shape
+    (top, bottom), (left, right) = center_span(h, height), center_span(w, width)
+    padding = ((max(-top, 0), max(bottom - h, 0)), (max(-left, 0), max(right - w, 0)), (0, 0))
+    return np.pad(pixels[max(top, 0) : bottom, max(left, 0) : right], padding)
 
 
 def resize(
@@ -93,11 +88,6 @@ class Taps:
         return out
 
 
-def hamming(x: np.ndarray) -> np.ndarray:
-    """Hamming-windowed sinc."""
-    return np.where(np.abs(x) < 1, np.sinc(x) * (0.54 + 0.46 * np.cos(np.pi * x)), 0.0)
-
-
 def keys_cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
     """Keys' cubic convolution kernel: 1 at 0, 0 at every other integer."""
     x = np.abs(x)
@@ -108,7 +98,7 @@ def keys_cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
 FILTERS: dict[int, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {  # radius and kernel
     Image.Resampling.BOX: (0.5, lambda x: np.where((x > -0.5) & (x <= 0.5), 1.0, 0.0)),
     Image.Resampling.BILINEAR: (1.0, lambda x: np.maximum(1 - np.abs(x), 0.0)),
-    Image.Resampling.HAMMING: (1.0, hamming),
+    Image.Resampling.HAMMING: (1.0, lambda x: np.where(abs(x) < 1, np.sinc(x) * (0.54 + 0.46 * np.cos(np.pi * x)), 0)),
     Image.Resampling.BICUBIC: (2.0, keys_cubic),
     Image.Resampling.LANCZOS: (3.0, lambda x: np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)),
 }

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_float, check_floating, check_has_data, check_int, check_same_shape, item, validated
+from ..checks import check_float, check_floating, check_has_data, check_int, check_same_shape, validated
 from ..config import Config, one_of
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from ..noise import check_generator
@@ -162,7 +162,10 @@ class VariancePreserving(Scheduler):
 
     def timestep_index(self, timestep: Any) -> int:
         """Return a timestep, a number or one-element tensor, as an int. Raises `InputError` if it is out of range."""
-        return check_int("timestep", item(timestep), low=0, high=len(self) - 1)
+        if isinstance(timestep, Tensor) and timestep.numel() == 1 and not timestep.is_meta:
+            timestep = timestep.item()
+        is_integral = isinstance(timestep, float) and timestep.is_integer()
+        return check_int("timestep", int(timestep) if is_integral else timestep, low=0, high=len(self) - 1)
 
     def alpha(self, timestep: int) -> Tensor:
         """Return the alpha of a timestep, 0-d; below 0 that after the last step."""

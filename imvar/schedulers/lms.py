@@ -104,20 +104,15 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         super().__init__(*args, **settings)
         self.train_sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy()
         self.is_scale_input_called = False
-        self.set_schedule(space_timesteps(self.config, len(self)))
+        self.set_timesteps(len(self))
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Set `timesteps` to 1 to `num_train_timesteps` sampling timesteps, and reset the run.
+        """Set `timesteps` to 1 to `num_train_timesteps` sampling timesteps and `sigmas` to theirs, and reset the run.
 
         `timesteps`: (n,) float32 on `device`, fractional if the spacing is. `sigmas` stays on the CPU. Raises
         `InputTypeError` or `InputError` for any other number.
         """
-        self.set_schedule(space_timesteps(self.config, num_inference_steps), device)
-
-    def set_schedule(self, timesteps: np.ndarray, device: torch.device | str | None = None) -> None:
-        """Set `timesteps` and `sigmas`, interpolated or, if the config says so, respaced, and reset the run."""
-        config, n = self.config, len(timesteps)
-        timesteps = timesteps.astype(np.float32)
+        config, timesteps = self.config, space_timesteps(self.config, num_inference_steps).astype(np.float32)
         sigmas = np.interp(timesteps, np.arange(len(self)), self.train_sigmas)
         usable = bool((np.isfinite(sigmas) & (sigmas > 0)).all())
         expected = f"betas that give {type(self).__name__} finite noise levels above 0"
@@ -129,9 +124,9 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
                     check_float(name, config.get(name) or level, low=1e-9, high=1e9)
                     for name, level in (("sigma_max", high), ("sigma_min", low))
                 )
-            sigmas = respace(high, low, n)
+            sigmas = respace(high, low, len(timesteps))
             timesteps = to_timesteps(sigmas, self.train_sigmas)
-        self.num_inference_steps = n
+        self.num_inference_steps = len(timesteps)
         self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
         self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(as_device("device", device))
         self.step_index: int | None = None
