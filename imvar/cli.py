@@ -181,7 +181,7 @@ def check_folder(folder: Path) -> None:
     if not existing.is_dir():
         raise invalid(InputError, "-o", "a folder", f"{folder} (it, or one of its parents, is a file)")
     if not os.access(existing, os.W_OK):
-        raise invalid(InputError, "-o", "a folder with write permission", f"{folder} (none in {existing})")
+        raise invalid(InputError, "-o", "a writable folder", f"{folder} (no permission to write in {existing})")
 
 
 def apply_defaults(args: argparse.Namespace, emoji: bool) -> None:
@@ -204,13 +204,11 @@ def variations(
     pipe: StableDiffusionImageVariationPipeline, photo: Image, seeds: Sequence[int], args: argparse.Namespace
 ) -> Iterator[tuple[int, Image, bool]]:
     """Yield each seed, its variation and the safety checker's flag, computed `args.batch` at a time."""
-    height, width = args.size
     for first in range(0, len(seeds), args.batch):
         batch = seeds[first : first + args.batch]
         output: Any = pipe(
             photo,
-            height,
-            width,
+            *args.size,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             num_images_per_prompt=len(batch),

@@ -118,10 +118,8 @@ def short_repr(value: Any) -> str:
 
 def describe(value: Any) -> str:
     """Return the shape of a tensor or array, or the class name of anything else."""
-    for kind, noun in ((torch.Tensor, "a tensor"), (np.ndarray, "an array")):
-        if isinstance(value, kind):
-            return f"{noun} of shape {tuple(value.shape)}"
-    return type(value).__name__
+    noun = "a tensor" if isinstance(value, torch.Tensor) else "an array" if isinstance(value, np.ndarray) else None
+    return f"{noun} of shape {tuple(value.shape)}" if noun else type(value).__name__
 
 
 def first_line(error: BaseException) -> str:

@@ -71,12 +71,10 @@ class VaeImageProcessor(Configured):
         else:
             kinds = sorted({type(item).__name__ for item in images}) or [f"an empty {type(image).__name__}"]
             raise invalid(InputTypeError, "image", ACCEPTED, ", ".join(kinds))
-        if not self.config.do_normalize:
-            return x
-        if x.min() < 0:
-            warn_user("image: expected values in [0, 1], got values below 0, which are taken as normalised to [-1, 1]")
-            return x
-        return self.normalize(x)
+        if not self.config.do_normalize or x.min() >= 0:
+            return self.normalize(x) if self.config.do_normalize else x
+        warn_user("image: expected values in [0, 1], got values below 0, which are taken as normalised to [-1, 1]")
+        return x
 
     def _preprocess_pil(self, images: list[Image.Image], height: int | None, width: int | None) -> Tensor:
         for i, item in enumerate(images):
@@ -222,7 +220,7 @@ def _as_batch(image: np.ndarray | Tensor) -> Tensor:
         raise invalid(InputError, "image", "3 axes for one image or 4 for a batch", describe(image))
     if isinstance(image, Tensor):
         check_has_data("image", image)
-    if isinstance(image, np.ndarray) and image.dtype.kind not in "fiu":
+    elif image.dtype.kind not in "fiu":
         raise invalid(InputTypeError, "image", "floats in [0, 1]", f"values of {image.dtype}")
     image = image[None] if image.ndim == 3 else image
     return VaeImageProcessor.numpy_to_pt(image) if isinstance(image, np.ndarray) else image

@@ -110,8 +110,7 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         config, t = self.config, self.timestep_index(timestep)
         alpha, alpha_prev = self.alpha(t), self.alpha(t - self.stride)
         sigma = ddim_sigma(alpha, alpha_prev, eta) if check_float("eta", eta) else 0.0
-        is_clipped = config.thresholding or config.clip_sample
-        if alpha == 0 and config.prediction_type == "epsilon" and not is_clipped:
+        if alpha == 0 and config.prediction_type == "epsilon" and not (config.thresholding or config.clip_sample):
             expected = "a timestep with some signal, by which prediction_type='epsilon' divides"
             hint = "use 'v_prediction' or timestep_spacing='leading'"
             raise invalid(InputError, "timestep", expected, f"{t}, which has none", hint)
