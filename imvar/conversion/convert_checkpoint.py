@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from huggingface_hub.utils import tqdm
 
 from ..checks import as_path
@@ -15,9 +15,8 @@ from ..errors import CheckpointError, InputError, invalid, short_repr
 from ..weights.model_index import INDEX, PARTS
 from ..weights.writing import WrittenFile, size_in_bytes
 from .inspect import InspectedPart, Inspection, inspect_checkpoint
-from .layouts import DiffusersLayout, Layout, OriginalLayout
+from .layouts import DTYPES, DiffusersLayout, Layout, OriginalLayout
 
-DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS: dict[str, type[Layout]] = {"diffusers": DiffusersLayout, "original": OriginalLayout}
 MODEL_PARTS = ("unet", "vae", "image_encoder", "safety_checker")
 
@@ -64,36 +63,26 @@ def convert(
     """
     source, target = as_path("source", source), as_path("target", target)
     config_folder = None if config is None else as_path("config", config)
-    filler = None if fill is None else as_path("fill", fill)
+    fill = None if fill is None else as_path("fill", fill)
     check_choices(to, dtype, part)
     LAYOUTS[to].check_path(target)
     shard_size = size_in_bytes(max_shard_size)
     if target.absolute().parent == source.absolute() and target.name in PARTS:
         hint = "pass the source itself, or another folder"
         raise invalid(InputError, "target", "a folder outside the source", f"a part of it, {str(target)!r}", hint)
-    if filler is not None and not filler.exists():
-        raise invalid(CheckpointError, filler, "a file or folder to fill from", "nothing at this path")
     inspection = inspect_checkpoint(source, ema=ema, config=config_folder, only=part)
     log_inspection(inspection, log)
-    parts = dict(inspection.parts)
-    if filler is not None:
-        added = {
-            name: found
-            for name, found in inspect_checkpoint(filler).parts.items()
-            if name not in parts and part in (None, name)
-        }
+    parts = inspection.parts
+    if fill is not None:
+        filler = inspect_checkpoint(fill).parts
+        added = {name: filler[name] for name in filler if name not in parts and part in (None, name)}
         log(f"filled from {fill}: {', '.join(added) or 'nothing, as it has no missing part'}")
-        parts |= added
+        parts = parts | added
         check_widths(parts)
     if part is None and (missing := [name for name in inspection.missing if name not in parts]):
-        raise invalid(
-            CheckpointError,
-            source / INDEX,
-            "all parts that it lists",
-            f"no {' and no '.join(missing)}",
-            "pass fill= (--fill) to take it from another checkpoint, or part= (--part) to convert one part",
-            key=missing[0],
-        )
+        got = f"no {' and no '.join(missing)}"
+        hint = "pass fill= (--fill) to take it from another checkpoint, or part= (--part) to convert one part"
+        raise invalid(CheckpointError, source / INDEX, "all parts that it lists", got, hint, key=missing[0])
     layout = LAYOUTS[to](target, {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype], shard_size)
     if part is None:
         layout.check_target()
@@ -108,21 +97,17 @@ def convert(
         log("dry run: nothing was written")
         return Report(inspection, layout.parts, left_out)
     layout.check_space()
-    with progress("checking", layout.total_bytes) as bar:
+    progress = partial(tqdm, unit="B", unit_scale=True, disable=None)  # shown on a terminal only
+    with progress(desc="checking", total=layout.total_bytes) as bar:
         layout.check_values(bar.update)
     task, passes = ("writing and verifying", 2) if verify else ("writing", 1)
-    with progress(task, passes * layout.total_bytes) as bar:
+    with progress(desc=task, total=passes * layout.total_bytes) as bar:
         written = layout.write_parts(bar.update, verify)
     for file in written:
         log(f"wrote {file.path}: {file.tensors} tensors, {format_bytes(file.bytes)}, sha256 {file.sha256}")
     if verify:
         log("verified: the new files were read back and are identical, bit for bit")
     return Report(inspection, layout.parts, left_out, written)
-
-
-def progress(task: str, total: int) -> tqdm:
-    """Return a progress bar over bytes, which is shown on a terminal only."""
-    return tqdm(total=total, unit="B", unit_scale=True, desc=task, disable=None)
 
 
 def check_choices(to: str, dtype: str, part: str | None) -> None:
@@ -136,10 +121,10 @@ def check_widths(parts: dict[str, InspectedPart]) -> None:
     """Raise `CheckpointError` unless the encoder's projection_dim equals the UNet's cross_attention_dim."""
     unet, encoder = parts.get("unet"), parts.get("image_encoder")
     if unet and unet.source and encoder and encoder.source:
-        expected, got = unet.component.config.cross_attention_dim, encoder.component.config.projection_dim
-        if expected != got:
-            text = f"projection_dim {expected}, the cross_attention_dim of the UNet of {unet.source.path}"
-            raise invalid(CheckpointError, encoder.source.path, text, str(got))
+        width, got = unet.component.config.cross_attention_dim, encoder.component.config.projection_dim
+        if width != got:
+            expected = f"projection_dim {width}, the cross_attention_dim of the UNet of {unet.source.path}"
+            raise invalid(CheckpointError, encoder.source.path, expected, str(got))
 
 
 def log_inspection(inspection: Inspection, log: Log) -> None:

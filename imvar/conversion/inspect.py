@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from ..weights.configured import configured_from_single
 from ..weights.filenames import DIFFUSERS, TRANSFORMERS
 from ..weights.infer_config import infer_config, uninferable_warning
 from ..weights.json_files import read_json, safe_join
-from ..weights.keymap import PUBLISHED, Keymap, Naming
+from ..weights.keymap import PUBLISHED
 from ..weights.model_index import INDEX, PARTS, class_named, default_class
 from ..weights.pretrained import PretrainedModel
 from ..weights.published_config import has_legacy_sample_size
@@ -33,27 +31,14 @@ class InspectedPart:
     description: str
     source: PartTensors | None = None
 
-    @cached_property
-    def keymap(self) -> Keymap:
-        """The keymap of a model."""
-        return self.component.keymap
-
     @property
-    def dropped(self) -> Mapping[str, int]:
+    def dropped(self) -> Counter[str]:
         """The tensors in the file that no model uses: by pattern of their names, how many."""
         if self.source is None:
-            return {}
-        naming = self.source.naming
-        return Counter(
-            pattern for name in self.source.tensors if (pattern := self.keymap.droppable_pattern(name, naming))
-        )
-
-    def source_name(self, name: str) -> str:
-        """Return the name in the file of the model's tensor `name`."""
-        if self.source is None:
-            return name
-        sources = self.keymap.sources(name, self.source.naming)
-        return next((source.name for source in sources if source.name in self.source.tensors), name)
+            return Counter()
+        keymap, naming = self.component.keymap, self.source.naming
+        patterns = (keymap.droppable_pattern(name, naming) for name in self.source.tensors)
+        return Counter(pattern for pattern in patterns if pattern)
 
     @property
     def dtypes(self) -> Counter[str]:
@@ -102,8 +87,10 @@ def inspect_file(file: SingleFile, ema: str, config: Path | None, only: str | No
         tensors = file.part_tensors(part, ema)
         model: Any = default_class(part).from_single(file, config, ema=ema, dtype=None, warn=notes.append)
         description = tensors.naming.dialect.value
-        if part == "unet":
-            description += describe_ema_choice(tensors.naming, file)
+        if part == "unet" and tensors.naming in (RAW, EMA):
+            used, other = ("moving average (EMA)", "raw weights")[:: 1 if tensors.naming == EMA else -1]
+            rest = f"{other} ignored" if len(file.parts[part]) > 1 else f"no {other.removesuffix(' (EMA)')}"
+            description += f", {used} used, {rest}"
         parts[part] = InspectedPart(with_modern_sample_size(model), description, tensors)
     if "unet" in parts and not file.is_single_part and only is None:
         encoder = parts["image_encoder"].component if "image_encoder" in parts else None
@@ -117,16 +104,6 @@ def inspect_file(file: SingleFile, ema: str, config: Path | None, only: str | No
         notes.append(f"ignored: {', '.join(file.ignored_entries)}")
     layout = "a single file with one part" if file.is_single_part else "a single file in the original layout"
     return Inspection(file.path, layout, parts, notes)
-
-
-def describe_ema_choice(naming: Naming, file: SingleFile) -> str:
-    """Return which of the UNet's weights are used, and whether the file has the others."""
-    namings = {version.naming for version in file.parts["unet"]}
-    if naming == EMA:
-        return ", moving average (EMA) used, " + ("raw weights ignored" if RAW in namings else "no raw weights")
-    if naming == RAW:
-        return ", raw weights used, " + ("moving average (EMA) ignored" if EMA in namings else "no moving average")
-    return ""
 
 
 def inspect_folder(folder: Path, ema: str, config: Path | None, only: str | None) -> Inspection:
@@ -166,13 +143,12 @@ def inspect_part(part: str, folder: Path, config: Path | None, index_value: Any)
     if part == "scheduler":
         is_listed = config is None and index_value and isinstance(index_value, list)
         component_cls = class_named(part, index_value[-1] if is_listed else settings.get("_class_name"), path)
-    component = component_cls.build(component_cls.validate_config(settings, path), path)
-    return InspectedPart(component, "config only")
+    return InspectedPart(component_cls.build(component_cls.validate_config(settings, path), path), "config only")
 
 
 def inspect_model(tensors: PartTensors, folder: Path, config: Path | None) -> InspectedPart:
     """Inspect a model in `folder`; its config is inferred from `tensors` where there is no file with it."""
-    model_cls, warning = default_class(tensors.part), None
+    model_cls, naming, warning = default_class(tensors.part), tensors.naming, None
     path = config_path(model_cls, folder, config)
     if path.is_file():
         settings = model_cls.read_config(path)
@@ -180,14 +156,10 @@ def inspect_model(tensors: PartTensors, folder: Path, config: Path | None) -> In
         path = tensors.path
         settings = model_cls.validate_config(infer_config(tensors), path)
         warning = uninferable_warning(tensors, settings)
-    model = model_cls.from_tensors(
-        tensors.tensors, settings, path, dtype=None, naming=tensors.naming, path=tensors.path
-    )
-    current_names = model.state_dict().keys()
-    is_older = tensors.naming == PUBLISHED and not current_names <= tensors.tensors.keys()
-    description = f"{tensors.naming.dialect.value}{' of 2022' if is_older else ''}, from {tensors.path.name}"
-    if warning:
-        description += f"; {warning}"
+    model = model_cls.from_tensors(tensors.tensors, settings, path, dtype=None, naming=naming, path=tensors.path)
+    is_older = naming == PUBLISHED and not model.state_dict().keys() <= tensors.tensors.keys()
+    description = f"{naming.dialect.value}{' of 2022' if is_older else ''}, from {tensors.path.name}"
+    description += f"; {warning}" if warning else ""
     return InspectedPart(with_modern_sample_size(model), description, tensors)
 
 

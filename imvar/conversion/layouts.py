@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +22,12 @@ from ..weights.keymap import PUBLISHED, Naming
 from ..weights.model_index import INDEX, PARTS, index_text
 from ..weights.reading import read_checkpoint, read_weights
 from ..weights.single_file import CONFIGS_KEY, ORIGINAL_NAMINGS
-from ..weights.writing import WrittenFile, value_range, write_tensors, write_weights
+from ..weights.writing import OnBytes, WrittenFile, value_range, write_tensors, write_weights
 from .inspect import InspectedPart
 
+DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINE_CLASS = "StableDiffusionImageVariationPipeline"
 REQUIRED_PARTS = {"unet", "vae", "image_encoder"}  # of a pipeline; a folder without them has no index
-
-WIDE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-OnBytes = Callable[[int], Any]
 
 
 class Layout(ABC):
@@ -51,18 +47,18 @@ class Layout(ABC):
     def check_path(path: Path) -> None:
         """Raise `InputError` for a path that is not possible in this layout."""
 
-    @abstractmethod
     def accepts(self, part: InspectedPart) -> bool:
         """Return whether the layout has a place for this part."""
+        return True
 
     @property
     @abstractmethod
     def left_out(self) -> dict[str, str]:
         """The parts that are not written, and the reason."""
 
-    @abstractmethod
     def naming(self, part: str) -> Naming:
         """Return the naming of a part's tensors."""
+        return PUBLISHED
 
     @abstractmethod
     def write_parts(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
@@ -76,7 +72,7 @@ class Layout(ABC):
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By part, the tensors to write under their new names, before the cast."""
         return {
-            name: part.keymap.to_file(part.component.state_dict(), self.naming(name))
+            name: part.component.keymap.to_file(part.component.state_dict(), self.naming(name))
             for name, part in self.parts.items()
             if part.source
         }
@@ -90,13 +86,24 @@ class Layout(ABC):
         """Return the size of a tensor after the cast."""
         return tensor.numel() * (self.dtype or tensor.dtype).itemsize
 
-    def check_target(self) -> None:  # noqa: B027
+    def check_target(self) -> None:
         """Raise `CheckpointError` if the target has a part of another checkpoint that would stay among the new ones."""
+        old = [self.path / name for name in PARTS if name not in self.parts and (self.path / name).is_dir()]
+        if old and len(self.parts) > 1:
+            expected, got = "no part of another checkpoint among the new ones", "one that would not be replaced"
+            hint = "choose another target, or pass fill= (--fill)"
+            raise invalid(CheckpointError, old[0], expected, got, hint)
 
     @property
     def kept_weights(self) -> list[Path]:
-        """Weights in the target folder that are neither replaced nor part of the new checkpoint, such as variants."""
-        return []
+        """Weights in a target folder that are neither replaced nor part of the new checkpoint, such as variants."""
+        return [
+            path
+            for name, part in self.parts.items()
+            if part.source
+            for path in sorted((self.path / name).glob("*"))
+            if part.component.weights_name.is_preserved(path.name)
+        ]
 
     def check_space(self) -> None:
         """Raise `CheckpointError` if the disk is too full."""
@@ -108,17 +115,17 @@ class Layout(ABC):
 
     def check_values(self, on_bytes: OnBytes) -> None:
         """Raise for a tensor with NaN or infinite values, or with values beyond the new dtype."""
-        for part in self.parts.values():
-            if part.source is None:
-                continue
-            for name, tensor in part.component.state_dict().items():
+        for component, source in ((part.component, part.source) for part in self.parts.values() if part.source):
+            for name, tensor in component.state_dict().items():
                 low, high = value_range(tensor)
-                key, path, largest = part.source_name(name), part.source.path, max(-low, high)
+                largest = max(-low, high)
+                names = (stored.name for stored in component.keymap.sources(name, source.naming))
+                key = next((name for name in names if name in source.tensors), name)
                 if not isfinite(low) or not isfinite(high):
-                    raise invalid(CheckpointError, path, "finite values", "NaN or infinity", key=key)
+                    raise invalid(CheckpointError, source.path, "finite values", "NaN or infinity", key=key)
                 if self.dtype and largest > torch.finfo(self.dtype).max:
-                    fitting = [name for name, dtype in WIDE_DTYPES.items() if largest <= torch.finfo(dtype).max]
-                    got = f"{self.dtype}, which cannot hold {largest:g} of {key} in {path}"
+                    fitting = [name for name in ("bf16", "fp32") if largest <= torch.finfo(DTYPES[name]).max]
+                    got = f"{self.dtype}, which cannot hold {largest:g} of {key} in {source.path}"
                     raise invalid(InputError, "dtype", " or ".join(fitting or ["keep"]), got)
                 on_bytes(self.written_bytes(tensor))
 
@@ -144,37 +151,10 @@ class DiffusersLayout(Layout):
             hint = "to='original' (--to original) writes one file"
             raise invalid(InputError, "target", "a folder", f"a file, {str(path)!r}", hint)
 
-    def accepts(self, part: InspectedPart) -> bool:
-        return True
-
     @property
     def left_out(self) -> dict[str, str]:
         reason = "not in the source; fill= (--fill) takes it from another checkpoint"
         return {name: reason for name in PARTS if name not in self.parts and len(self.parts) > 1}
-
-    def naming(self, part: str) -> Naming:
-        return PUBLISHED
-
-    def check_target(self) -> None:
-        old = [self.path / name for name in PARTS if name not in self.parts and (self.path / name).is_dir()]
-        if old and len(self.parts) > 1:
-            raise invalid(
-                CheckpointError,
-                old[0],
-                "no part of another checkpoint among the new ones",
-                "one that would not be replaced",
-                "choose another target, or pass fill= (--fill)",
-            )
-
-    @property
-    def kept_weights(self) -> list[Path]:
-        return [
-            path
-            for name, part in self.parts.items()
-            if part.source
-            for path in sorted((self.path / name).glob("*"))
-            if part.component.weights_name.is_preserved(path.name)
-        ]
 
     def write_parts(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
         written = []
@@ -240,9 +220,5 @@ class OriginalLayout(Layout):
 
 def is_identical(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are equal in shape, dtype and every bit."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor, as uint8."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    bits = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)

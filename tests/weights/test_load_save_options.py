@@ -276,7 +276,7 @@ def test_options_of_convert(checkpoint, tmp_path):
         for wrong in ("foo", 3, []):
             with pytest.raises(InputError, match=f"{option}: expected"):
                 convert(checkpoint, tmp_path / "new", **{option: wrong})
-    with pytest.raises(CheckpointError, match="expected a file or folder to fill from"):
+    with pytest.raises(CheckpointError, match="nothing: expected a file or folder, got nothing at this path"):
         convert(checkpoint, tmp_path / "new", fill=tmp_path / "nothing")
     assert not os.listdir(tmp_path)
 
