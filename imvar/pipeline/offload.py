@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class Offload:
         for component in components.values():
             component.to("cpu")
             for module in (component, *component.children()):
-                self.hooks.append(module.register_forward_pre_hook(OnloadHook(self, component)))
+                # a partial of a function, so that it can be copied and pickled with the module
+                self.hooks.append(module.register_forward_pre_hook(partial(Offload.onload, self, component)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "lock"}
@@ -44,7 +46,7 @@ class Offload:
             finally:
                 self.lock.release()
 
-    def onload(self, component: nn.Module) -> None:
+    def onload(self, component: nn.Module, *_: Any) -> None:
         """Move this component to the device, after the previous one left it."""
         if component is not self.onloaded:
             self.offload_all()
@@ -65,13 +67,3 @@ class Offload:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
-
-
-class OnloadHook:
-    """Forward pre-hook of the modules of a component; a class, so that it can be copied and pickled with them."""
-
-    def __init__(self, offload: Offload, component: nn.Module):
-        self.offload, self.component = offload, component
-
-    def __call__(self, *_: Any) -> None:
-        self.offload.onload(self.component)

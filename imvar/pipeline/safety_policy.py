@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,44 +20,28 @@ SAME_IMAGE_ATOL = 0.05  # difference, of values in [-1, 1], up to which two imag
 def judge(
     pixels: Tensor, checker_output: Any, on_flagged: str, seeds: list[int] | None
 ) -> tuple[Tensor, list[bool] | None, list[bool]]:
-    """Apply the decision of a safety checker to images (b, 3, h, w).
+    """Apply the decision of a safety checker to images (b, 3, h, w), by the policy `on_flagged`.
 
+    "black": black, or the checker's replacement; "blur"; "keep"; or "raise" a `FlaggedError`.
     Returns the images, the flags, and for each image whether its values are around [-1, 1]: those of an image that a
     checker made black or replaced are in [0, 1].
     """
     checked, flags = parse_checker_output(checker_output, pixels)
-    images = apply_flag_policy(pixels, checked, flags or [], on_flagged, seeds)
-    replaced = flags if flags and on_flagged == "black" else [False] * len(pixels)
-    return images, flags, [not flag for flag in replaced]
-
-
-def apply_flag_policy(
-    pixels: Tensor, checked: Tensor, flags: Sequence[bool], on_flagged: str, seeds: list[int] | None
-) -> Tensor:
-    """Return `checked`, with the flagged images treated as `on_flagged` says.
-
-    "black": black, or the checker's replacement; "blur"; "keep"; or a `FlaggedError`.
-    """
-    flagged = [i for i, flag in enumerate(flags) if flag]
-    if not flagged:
-        return checked
-    if on_flagged == "raise":
+    flagged = [i for i, flag in enumerate(flags or []) if flag]
+    if flagged and on_flagged == "raise":
         by_seed = f" (seed{'s' * (len(flagged) > 1)} {', '.join(str(seeds[i]) for i in flagged)})" if seeds else ""
-        raise invalid(
-            FlaggedError,
-            "safety_checker",
-            "no flagged image",
-            f"{len(flagged)} of {len(flags)} images flagged{by_seed}",
-            "use another seed, or on_flagged='black', 'blur' or 'keep'",
-            flags=flags,
-            scores=getattr(flags, "scores", None),
-            seeds=seeds,
-        )
-    treat = {"black": keep_replacement_or_black, "blur": pixelate, "keep": lambda image, _: image}[on_flagged]
-    out = checked.clone()
+        got = f"{len(flagged)} of {len(pixels)} images flagged{by_seed}"
+        hint = "use another seed, or on_flagged='black', 'blur' or 'keep'"
+        details = {"flags": flags, "scores": getattr(flags, "scores", None), "seeds": seeds}
+        raise invalid(FlaggedError, "safety_checker", "no flagged image", got, hint, **details)
+    is_centred = [True] * len(pixels)
+    images = checked.clone() if flagged else checked
     for i in flagged:
-        out[i] = treat(pixels[i], checked[i])
-    return out
+        if on_flagged == "black":
+            images[i], is_centred[i] = keep_replacement_or_black(pixels[i], checked[i]), False
+        else:
+            images[i] = pixelate(pixels[i]) if on_flagged == "blur" else pixels[i]
+    return images, flags, is_centred
 
 
 def keep_replacement_or_black(image: Tensor, checked: Tensor) -> Tensor:
@@ -89,7 +73,7 @@ def parse_checker_output(output: Any, pixels: Tensor) -> tuple[Tensor, list[bool
     return checked, [bool(flag) for flag in flags]
 
 
-def pixelate(image: Tensor, _: Tensor) -> Tensor:
+def pixelate(image: Tensor) -> Tensor:
     """Blur an image (3, h, w) to the mean colours of 8 x 8 cells, interpolated bilinearly."""
     cells = F.adaptive_avg_pool2d(image.float(), PIXELATE_GRID)
     return F.interpolate(cells[None], image.shape[1:], mode="bilinear")[0].to(image.dtype)
