@@ -116,10 +116,6 @@ class Call:
             raise invalid(InputError, "seed", "seed or latents", "both", hint)
 
 
-def image_count(image: Any) -> int:
-    return len(image) if isinstance(image, (list, tuple, Tensor)) else 1
-
-
 def check_image_and_size(image: Any, height: int, width: int, callback_steps: int, factor: int) -> None:
     """Check the type of the images, the size in pixels, a multiple of `factor`, and the callback's interval."""
     images = image if isinstance(image, (list, tuple)) else [image]
@@ -131,7 +127,9 @@ def check_image_and_size(image: Any, height: int, width: int, callback_steps: in
             expected = "a PIL image, a list of them or a tensor (b, 3, h, w) of normalized pixels"
             raise invalid(InputTypeError, name, expected, describe(element), key="image")
         if isinstance(element, Image):
-            warn_exif_rotation(element, name)
+            if exif_orientation(element) in range(2, 9):  # as in diffusers
+                hint = "apply it with imvar.load_image or PIL.ImageOps.exif_transpose"
+                warn_user(f"{name}: its EXIF orientation is ignored; {hint}")
         elif element is not image and getattr(element, "ndim", 3) > 3:
             raise invalid(InputError, name, "one image", f"a batch of shape {tuple(element.shape)}", key="image")
     if isinstance(image, Tensor):
@@ -140,14 +138,6 @@ def check_image_and_size(image: Any, height: int, width: int, callback_steps: in
         if check_int(name, size, low=factor, high=MAX_SIDE) % factor:
             raise invalid(InputError, name, f"a multiple of {factor} from {factor} to {MAX_SIDE}", short_repr(size))
     check_int("callback_steps", callback_steps)
-
-
-def warn_exif_rotation(image: Image, name: str) -> None:
-    """Warn that, as in diffusers, the rotation in an image's EXIF is not applied."""
-    if exif_orientation(image) in range(2, 9):
-        warn_user(
-            f"{name}: its EXIF orientation is ignored; apply it with imvar.load_image or PIL.ImageOps.exif_transpose"
-        )
 
 
 def check_normalized(image: Tensor) -> None:

@@ -23,7 +23,7 @@ from ..outputs import StableDiffusionPipelineOutput
 from ..runtime.denoiser import Denoiser, can_precompute, dtype_of, make_predictor
 from ..runtime.guidance import Predict
 from ..weights.published_config import has_legacy_sample_size
-from .arguments import Call, check_image_and_size, check_latents, image_count, rename_argument
+from .arguments import Call, check_image_and_size, check_latents, rename_argument
 from .base import PipelineBase
 from .components import (
     FeatureExtractorLike,
@@ -148,8 +148,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             InputError: an argument or component is not supported; raised before the first step.
             OutOfMemoryError: with the options that need less. ImvarError: a result is not finite, with a likely cause.
         """
-        arguments = dict(locals())
-        call = Call(**{name: value for name, value in arguments.items() if name != "self"})
+        call = Call(**{name: value for name, value in locals().items() if name != "self"})
         with self.per_call_scheduler(), self._offload or contextlib.nullcontext(), explain_out_of_memory():
             self.check_call(call)
             scheduler, timesteps, step_options = self.prepare_scheduler(call)
@@ -194,7 +193,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         call.height, call.width = self.default_size(call.height, call.width)
         self.check_inputs(call.image, call.height, call.width, call.callback_steps)
         call.check_numbers()
-        batch = image_count(call.image) * call.num_images_per_prompt
+        images = len(call.image) if isinstance(call.image, (list, tuple, Tensor)) else 1
+        batch = images * call.num_images_per_prompt
         call.shape = self.latents_shape(batch, self.unet.config.in_channels, call.height, call.width)
         precomputable = can_precompute(self.unet)
         call.unmodified_unet = precomputable and not self._overrides("predictor")
@@ -379,11 +379,10 @@ def check_all_finite(name: str, x: Tensor, model: Any, *causes: str) -> None:
     if x.isfinite().all():
         return
     weights = model.state_dict() if isinstance(model, torch.nn.Module) else {}
-    for key, weight in weights.items():
-        if not weight.isfinite().all():
-            hint = f"{type(model).__name__} has some in {key}: load its weights again"
-            raise invalid(ImvarError, name, "finite values", "NaN or infinite values", hint)
+    broken = next((key for key, weight in weights.items() if not weight.isfinite().all()), None)
     overflow = [] if x.dtype == torch.float32 else [f"{x.dtype} that overflowed"]
     hint = f"likely causes: {', '.join([*causes, *overflow])} or weights that are too large"
     hint += "; try torch.float32 and a guidance_scale near 3"
+    if broken is not None:
+        hint = f"{type(model).__name__} has some in {broken}: load its weights again"
     raise invalid(ImvarError, name, "finite values", "NaN or infinite values", hint)

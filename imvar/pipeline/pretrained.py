@@ -75,7 +75,9 @@ def read_component(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dty
     folder = safe_join(folder, name)
     if not issubclass(kind, PretrainedModel):
         return kind.from_pretrained(folder)
-    return kind.read(folder, dtype=dtypes[name], **available_variant(folder, kind, **reading))
+    if reading["variant"] and folder.is_dir():  # without it if the folder has no files of it
+        reading["variant"] = select_weights([path.name for path in folder.iterdir()], kind, **reading)[1]
+    return kind.read(folder, dtype=dtypes[name], **reading)
 
 
 def read_setting(folder: Path, name: str, value: Any, default: Any) -> Any:
@@ -93,16 +95,6 @@ def dtypes_by_component(dtype: Any) -> dict[str, Dtype]:
     if unknown := sorted(set(dtype) - PARTS.keys() - {"default"}, key=str):
         raise invalid(InputTypeError, "dtype", f"the keys {', '.join(PARTS)} or 'default'", short_repr(unknown[0]))
     return {name: as_dtype(dtype.get(name, dtype.get("default"))) for name in PARTS}
-
-
-def available_variant(
-    folder: Path, model: type[PretrainedModel], variant: str | None, use_safetensors: bool | None
-) -> dict[str, Any]:
-    """Return the reading options for a component: without `variant` if the folder has no files of it."""
-    if variant and folder.is_dir():
-        names = [path.name for path in folder.iterdir()]
-        variant = select_weights(names, model, variant, use_safetensors)[1]
-    return {"variant": variant, "use_safetensors": use_safetensors}
 
 
 def select_weights(

@@ -17,9 +17,7 @@ class ClassifierFreeGuidance:
     (arXiv:2404.07724), `conditional` predicts for the image's context alone in all but `guided_steps`.
     """
 
-    def __init__(
-        self, guided: Predict, conditional: Predict | None, scale: float, guided_steps: Container[int] = range(0)
-    ):
+    def __init__(self, guided: Predict, conditional: Predict | None, scale: float, guided_steps: Container[int]):
         self.guided, self.conditional, self.scale, self.guided_steps = guided, conditional, scale, guided_steps
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
