@@ -28,6 +28,7 @@ from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
 from ..models.stock import is_unmodified
 from ..oom import explain_out_of_memory
+from ..runtime import fp8
 from ..runtime.precompute import Runner
 from ..weights.configured import ConfiguredComponent, configured_from_single
 from ..weights.hub import Hub, locate
@@ -337,13 +338,9 @@ class PipelineBase:
 
         For NVIDIA Ada, Hopper and later; slower elsewhere. Raises `InputError` on a GPU without FP8.
         """
-        from ..runtime import fp8
-
         fp8.enable(self.components["unet"])
 
     def disable_fp8(self) -> None:
-        from ..runtime import fp8
-
         fp8.disable(self.components["unet"])
 
     @property

@@ -66,21 +66,13 @@ class FeatureExtractorLike(Protocol):
     def __call__(self, images: Any, *, return_tensors: Any) -> Any: ...
 
 
-PROTOCOLS = {
-    "vae": VAELike,
-    "image_encoder": ImageEncoderLike,
-    "unet": UNetLike,
-    "scheduler": SchedulerLike,
-    "safety_checker": SafetyCheckerLike,
-    "feature_extractor": FeatureExtractorLike,
-}
-EXPECTED_TYPE = {
-    "vae": "an AutoencoderKL",
-    "image_encoder": "a CLIPVisionModelWithProjection",
-    "unet": "a UNet2DConditionModel",
-    "scheduler": "a scheduler with return_dict=True",
-    "feature_extractor": "a CLIPImageProcessor",
-    "safety_checker": "a StableDiffusionSafetyChecker or None",
+PROTOCOLS = {  # and imvar's own class for it, for error messages
+    "vae": (VAELike, "an AutoencoderKL"),
+    "image_encoder": (ImageEncoderLike, "a CLIPVisionModelWithProjection"),
+    "unet": (UNetLike, "a UNet2DConditionModel"),
+    "scheduler": (SchedulerLike, "a scheduler with return_dict=True"),
+    "safety_checker": (SafetyCheckerLike, "a StableDiffusionSafetyChecker or None"),
+    "feature_extractor": (FeatureExtractorLike, "a CLIPImageProcessor"),
 }
 
 
@@ -108,10 +100,10 @@ def check_components(components: Mapping[str, Any]) -> None:
     for name, component in components.items():
         if component is None and name in OPTIONAL_COMPONENTS:
             continue
-        expected = EXPECTED_TYPE[name]
+        protocol, expected = PROTOCOLS[name]
         if isinstance(component, type):
             raise invalid(InputTypeError, name, expected, f"the class {component.__name__}", "pass an instance")
-        missing = [member for member in required_members(PROTOCOLS[name]) if not hasattr(component, member)]
+        missing = [member for member in required_members(protocol) if not hasattr(component, member)]
         part = getattr(type(component), "part", name)  # the role of one of imvar's classes
         if component is None:
             raise invalid(InputTypeError, name, expected, "None")
@@ -190,7 +182,7 @@ def require_tensor(component: Any, name: str, output: Any, field: str) -> Tensor
     value = getattr(output, field, None)
     if not isinstance(value, Tensor):
         got = f"{type(output).__name__} from {type(component).__name__}"
-        raise invalid(InputTypeError, name, f"an output with a tensor `{field}`", got, f"use {EXPECTED_TYPE[name]}")
+        raise invalid(InputTypeError, name, f"an output with a tensor `{field}`", got, f"use {PROTOCOLS[name][1]}")
     return value
 
 

@@ -172,8 +172,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                             call.callback(i // order, timesteps[i], x)
                             if denoiser.refresh():
                                 check_components(required_components(self.components, call.output_type))
-                                x = x.to(denoiser.dtype)
-            dtype = denoiser.dtype
+                                x = x.to(denoiser.context.dtype)
+            dtype = denoiser.context.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
 
             images, flags = self.decode_and_judge(x, call.output_type, call.device, dtype, call.on_flagged, call.seeds)

@@ -58,21 +58,16 @@ class Denoiser:
         """Predict the noise in scaled latents (b, c, h, w)."""
         return self.predict(x, step)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the context and of the latents."""
-        return self.context.dtype
-
     def refresh(self) -> bool:
         """Rebuild everything if the UNet's weights, dtype, layers, hooks or kernels changed, or if it is another one.
 
-        Returns whether it did; the latents have to be cast to `dtype` then.
+        Returns whether it did; the latents have to be cast to the dtype of `context` then.
         """
         unet = self.unet()
         if unet is self.built_from and not (self.fingerprint and self.fingerprint.differs_from(unet)):
             return False
         del self.predict  # frees what it holds of the weights before the same is computed again
-        self.context = self.context.to(dtype_of(unet, self.dtype))
+        self.context = self.context.to(dtype_of(unet, self.context.dtype))
         self.prepare()
         return True
 
