@@ -22,17 +22,13 @@ Operator = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Any, ...]]
 
 aten = torch.ops.aten
 # Private operators, but the only way to choose a backend for one call rather than for the process
+_EFFICIENT, _CUDNN = aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention
+_FLASH, _MATH = aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_attention_math
 _OPERATORS: dict[SDPBackend, Operator] = {
-    SDPBackend.EFFICIENT_ATTENTION: lambda q, k, v, training, scale: aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, training, scale=scale
-    ),
-    SDPBackend.CUDNN_ATTENTION: lambda q, k, v, training, scale: aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, training, scale=scale
-    ),
-    SDPBackend.FLASH_ATTENTION: lambda q, k, v, training, scale: aten._scaled_dot_product_flash_attention(
-        q, k, v, scale=scale
-    ),
-    SDPBackend.MATH: lambda q, k, v, training, scale: aten._scaled_dot_product_attention_math(q, k, v, scale=scale),
+    SDPBackend.EFFICIENT_ATTENTION: lambda q, k, v, train, scale: _EFFICIENT(q, k, v, None, train, scale=scale),
+    SDPBackend.CUDNN_ATTENTION: lambda q, k, v, train, scale: _CUDNN(q, k, v, None, train, scale=scale),
+    SDPBackend.FLASH_ATTENTION: lambda q, k, v, train, scale: _FLASH(q, k, v, scale=scale),
+    SDPBackend.MATH: lambda q, k, v, train, scale: _MATH(q, k, v, scale=scale),
 }
 _HALF = torch.float16, torch.bfloat16
 _DTYPES = {  # some backends return garbage for others

@@ -134,9 +134,6 @@ class CrossAttention(QKVAttention):
     at every position. That is exact, and the usual case here: `single_token_output` computes it without the query.
     """
 
-    def __init__(self, dim: int, context_dim: int, heads: int, *, attend: Attend = sdpa):
-        super().__init__(dim, context_dim, heads, attend=attend)
-
     def ignores_query(self, context: Tensor) -> bool:
         """Return whether the output does not depend on the query, and no hook or custom layer needs the query."""
         return (

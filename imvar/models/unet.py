@@ -95,16 +95,8 @@ class UNetConfig(Config):
 
     def check(self) -> None:
         super().check()
-        check_ints(
-            self,
-            "in_channels",
-            "out_channels",
-            "layers_per_block",
-            "transformer_layers_per_block",
-            "cross_attention_dim",
-            "norm_num_groups",
-            "time_embedding_dim",
-        )
+        check_ints(self, "in_channels", "out_channels", "layers_per_block", "transformer_layers_per_block")
+        check_ints(self, "cross_attention_dim", "norm_num_groups", "time_embedding_dim")
         check_block_channels(self)
         check_float("norm_eps", self.norm_eps)
         check_image_size("sample_size", self.sample_size)
@@ -162,17 +154,10 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
             return self.block(in_channels, out_channels, groups=groups, eps=eps, time_dim=time_dim)
 
         def make_transformers(number: int, i: int, kind: str | None = None) -> list[nn.Module]:
-            return [
-                self.transformer(
-                    widths[i],
-                    config.cross_attention_dim,
-                    config.heads[i],
-                    depth=config.transformer_layers_per_block,
-                    groups=config.norm_num_groups,
-                )
-                for _ in range(number)
-                if kind not in WITHOUT_ATTENTION
-            ]
+            sizes = widths[i], config.cross_attention_dim, config.heads[i]
+            depth, groups = config.transformer_layers_per_block, config.norm_num_groups
+            number = 0 if kind in WITHOUT_ATTENTION else number
+            return [self.transformer(*sizes, depth=depth, groups=groups) for _ in range(number)]
 
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj = Timesteps(widths[0], config.flip_sin_to_cos, config.freq_shift)

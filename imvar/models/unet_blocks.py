@@ -125,11 +125,11 @@ class UNetBlock(nn.Module):
         x = self.resnets[i](x, entry(temb, i))
         if i >= len(self.transformers):
             return x
-        transformer, options = self.transformers[i], {"encoder_hidden_states": entry(context, i)}
-        if not isinstance(transformer, Transformer):  # a fork's own: takes both positionally, may return a tensor
-            out = transformer(x, *options.values())
-            return out if isinstance(out, Tensor) else out[0]
-        return transformer(x, **options, return_dict=False)[0]
+        transformer, context = self.transformers[i], entry(context, i)
+        if isinstance(transformer, Transformer):
+            return transformer(x, encoder_hidden_states=context, return_dict=False)[0]
+        out = transformer(x, context)  # a fork's own, which may return a tensor
+        return out if isinstance(out, Tensor) else out[0]
 
 
 class DownBlock(UNetBlock):
