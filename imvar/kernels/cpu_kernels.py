@@ -174,7 +174,11 @@ def upsample_conv(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> T
         return polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(conv.weight), conv.bias, out)
     kernels = packed.get(pack_phase_kernels, conv.weight, conv)
     return polyphase.upsample_conv_by_phases(
-        channels_last(x), kernels, conv.bias, channels_last(out), lambda *args: onednn_conv(*args, conv)
+        channels_last(x),
+        kernels,
+        conv.bias,
+        channels_last(out),
+        lambda x, kernel, bias: onednn_conv(x, kernel, bias, conv),
     )
 
 

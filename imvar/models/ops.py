@@ -142,12 +142,14 @@ def upsample_conv(conv: nn.Module, x: Tensor) -> Tensor:
     def plain(x: Tensor) -> Tensor:
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-    def by_phases(x: Tensor) -> Tensor:
-        out = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
-        return polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(conv.weight), conv.bias, out)
-
     if not isinstance(conv, nn.Conv2d) or not is_stock(conv) or not polyphase.is_same_3x3(conv):
         return plain(x)
     if cpu_kernels.fused_upsample_pays(conv, x, packed := packed_weights()):
         return cpu_kernels.upsample_conv(conv, x, packed)
+    weight, bias = conv.weight, conv.bias
+
+    def by_phases(x: Tensor) -> Tensor:
+        out = x.new_empty(len(x), len(weight), 2 * x.shape[2], 2 * x.shape[3])
+        return polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(weight), bias, out)
+
     return fastest("upsample_conv", (plain, by_phases), x) if type(conv) is Conv2d else plain(x)
