@@ -20,14 +20,12 @@ AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
 
 def exchange(a: Path, b: Path) -> bool:
     """Exchange two folders atomically; return False if the system or the file system does not support it."""
-    if sys.platform not in ("linux", "darwin"):
+    libc = ctypes.CDLL(None) if sys.platform in ("linux", "darwin") else None
+    if libc and sys.platform == "darwin":
+        return libc.renamex_np(os.fsencode(a), os.fsencode(b), RENAME_SWAP) == 0
+    if not libc or not hasattr(libc, "renameat2"):
         return False
-    libc, paths = ctypes.CDLL(None), (os.fsencode(a), os.fsencode(b))
-    if sys.platform == "darwin":
-        return libc.renamex_np(*paths, RENAME_SWAP) == 0
-    if not hasattr(libc, "renameat2"):
-        return False
-    return libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0
+    return libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
 @contextmanager

@@ -195,11 +195,8 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
 
     @property
     def keymap(self) -> Keymap:
-        config = self.config
-        down, up = (
-            [kind in WITH_ATTENTION for kind in kinds] for kinds in (config.down_block_types, config.up_block_types)
-        )
-        return key_tables.unet(down, up, config.layers_per_block, config.transformer_layers_per_block)
+        up = [kind in WITH_ATTENTION for kind in self.config.up_block_types]
+        return key_tables.unet(up, self.config.layers_per_block)
 
     @property
     def blocks(self) -> list[Any]:

@@ -23,13 +23,8 @@ def bundled_checkpoint(name: str = BUNDLED[0], revision: str | None = None) -> P
         raise invalid(InputError, "revision", "None or 'main'", short_repr(revision), hint)
     folder = HOME / name
     if not folder.is_dir():
-        raise invalid(
-            CheckpointError,
-            folder,
-            "a folder, as it comes with imvar",
-            "an incomplete installation",
-            "install imvar again, unpacked",
-        )
+        hint = "install imvar again, unpacked"
+        raise invalid(CheckpointError, folder, "a complete folder", "an incomplete installation", hint)
     return folder
 
 

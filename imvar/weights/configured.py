@@ -72,13 +72,8 @@ class ConfiguredComponent(Configured):
         name = settings.get("_class_name")
         owners = [part for part, classes in PARTS.items() if isinstance(name, str) and name in classes]
         if owners and cls.part not in owners:
-            raise invalid(
-                CheckpointError,
-                path,
-                f"a class of the {cls.part}",
-                f"{short_repr(name)}, of the {owners[0]}",
-                key="_class_name",
-            )
+            got = f"{short_repr(name)}, of the {owners[0]}"
+            raise invalid(CheckpointError, path, f"a class of the {cls.part}", got, key="_class_name")
         field_names = [f.name for f in fields(cls.config_class)]
         changes = cls.config_class.from_args(**filter_kwargs(changes, field_names, cls.__name__)).explicit()
         try:
@@ -110,13 +105,8 @@ class ConfiguredComponent(Configured):
         component alone; else from the metadata of the weights file.
         """
         path = file.path.with_name(cls.config_name) if folder is None else cls.find_config(folder)
-        is_neighbour = (
-            file.is_single_part
-            and file.path.is_file()
-            and path.is_file()
-            and not cls.foreign_class_name(read_json(path))
-        )
-        if folder is not None or is_neighbour:
+        is_neighbour = file.is_single_part and file.path.is_file() and path.is_file()
+        if folder is not None or (is_neighbour and not cls.foreign_class_name(read_json(path))):
             return read_json(path), path
         return (file.configs[cls.part], file.path) if cls.part in file.configs else None
 
@@ -165,8 +155,8 @@ def configured_from_single(part: str, file: SingleFile, folder: Path | None, ima
     from .infer_config import published_config  # imported here to keep `import imvar` fast
 
     size = image_encoder.config.image_size if image_encoder is not None else 224
-    settings, path = default_class(part).config_for(file, folder) or (published_config(part, size), file.path)
     component_cls = default_class(part)
+    settings, path = component_cls.config_for(file, folder) or (published_config(part, size), file.path)
     if part == "scheduler":
         component_cls = class_named(part, settings.get("_class_name"), path)
     return component_cls.build(component_cls.validate_config(settings, path), path)

@@ -56,13 +56,9 @@ def locate(source: str | Path, hub: Hub, select: FileSelector) -> Path:
     folder, name = as_path("pretrained_model_name_or_path", source), str(source).rstrip("/")
     if os.path.isdir(folder):
         if name in BUNDLED and next(folder.rglob("*.json"), None) is None:
-            raise invalid(
-                CheckpointError,
-                folder,
-                "a checkpoint",
-                "a folder without one, which hides the bundled checkpoint of its name",
-                f"pass str(bundled_checkpoint({name!r})) or change the working directory",
-            )
+            got = "a folder without one, which hides the bundled checkpoint of its name"
+            hint = f"pass str(bundled_checkpoint({name!r})) or change the working directory"
+            raise invalid(CheckpointError, folder, "a checkpoint", got, hint)
         return folder
     if os.path.isfile(folder):
         raise invalid(CheckpointError, folder, "a folder", "a file", "from_single_file reads files")
@@ -85,19 +81,18 @@ def download(name: str, hub: Hub, select: FileSelector) -> Path:
     failures: Any = (http_error, OSError, HFValidationError, JSONDecodeError)
     label = f"{name} (revision {hub.revision})" if hub.revision else name
     snapshot = partial(snapshot_download, name, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir)
-    names, cause = None, None
+    cause = None
     if not (hub.local_files_only or constants.HF_HUB_OFFLINE):
         try:
-            info = model_info(name, revision=hub.revision, token=hub.token, timeout=TIMEOUT)
-            names = {file.rfilename for file in info.siblings or []}
+            files = model_info(name, revision=hub.revision, token=hub.token, timeout=TIMEOUT).siblings or []
         except failures as error:
             cause = error
-    if names is not None:
-        patterns = checked_selection(names, select, label)
-        try:
-            return Path(snapshot(allow_patterns=patterns))
-        except failures as error:
-            raise hub_error(label, error, "a complete download") from error
+        else:
+            patterns = checked_selection({file.rfilename for file in files}, select, label)
+            try:
+                return Path(snapshot(allow_patterns=patterns))
+            except failures as error:
+                raise hub_error(label, error, "a complete download") from error
     try:  # without patterns, as huggingface_hub requires every file that matches one, and alternatives match too
         folder = Path(snapshot(allow_patterns=[], local_files_only=True))
         checked_selection({path.relative_to(folder).as_posix() for path in folder.rglob("*")}, select, label)

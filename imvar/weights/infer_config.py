@@ -6,7 +6,7 @@ Counts come from the presence of tensors and widths from their shapes; no name i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import count, takewhile
+from itertools import count
 from math import isqrt
 from typing import Any
 
@@ -25,13 +25,11 @@ NOT_INFERABLE: dict[str, tuple[Any, dict[str, Any]]] = {  # by part: published w
 
 CLIP_HEAD_DIM, MAX_CLIP_WIDTH = 64, 1024  # of OpenAI's CLIP models; larger ones, such as OpenCLIP's, have other heads
 
-UNET = {  # tensors that count blocks, layers and depth
-    Dialect.PUBLISHED: (
-        "down_blocks.{}.resnets.0.norm1.weight",
-        "down_blocks.0.resnets.{}.norm1.weight",
-        "mid_block.attentions.0.transformer_blocks.{}.norm1.weight",
-    ),
-}
+UNET = (  # published names of the tensors that count blocks, layers and depth
+    "down_blocks.{}.resnets.0.norm1.weight",
+    "down_blocks.0.resnets.{}.norm1.weight",
+    "mid_block.attentions.0.transformer_blocks.{}.norm1.weight",
+)
 VAE = {  # blocks and layers
     Dialect.PUBLISHED: (
         "encoder.down_blocks.{}.resnets.0.norm1.weight",
@@ -78,24 +76,25 @@ def published_config(part: str, image_size: int) -> dict[str, Any]:
 
 def count_tensors(part: PartTensors, name: Callable[[int], str], first: int = 0) -> int:
     """Return how many numbered tensors there are, counted from `first` without a gap."""
-    return sum(1 for _ in takewhile(lambda i: part.has(name(i)), count(first)))
+    return next(i for i in count(first) if not part.has(name(i))) - first
 
 
 def infer_unet(part: PartTensors) -> dict[str, Any]:
     """Return the config of a UNet."""
-    if part.naming.dialect in UNET:
-        blocks, layers, depth = (count_tensors(part, template.format) for template in UNET[part.naming.dialect])
+    if part.naming.dialect is Dialect.PUBLISHED:
+        blocks, layers, depth = (count_tensors(part, template.format) for template in UNET)
     else:  # original names number resnets and downsamplers in one sequence; a downsampler ends a block
         layers = count_tensors(part, "input_blocks.{}.0.in_layers.0.weight".format, first=1)
         blocks = 1 + count_tensors(part, lambda i: f"input_blocks.{i * (layers + 1)}.0.op.weight", first=1)
         depth = count_tensors(part, "middle_block.1.transformer_blocks.{}.norm1.weight".format)
     blocks = max(blocks, 1)
-    keymap = tables.unet([True] * blocks, [True] * blocks, layers, depth)
+    transformer = "mid_block.attentions.0.transformer_blocks"
+    keymap = tables.unet([True] * blocks, layers)
 
     def block_types(direction: str) -> list[str]:
         prefixes = [f"{direction.lower()}_blocks.{i}.attentions.0" for i in range(blocks)]
         attends = [part.has_any(keymap, f"{prefix}.norm.weight", f"{prefix}.proj_in.weight") for prefix in prefixes]
-        return [f"CrossAttn{direction}Block2D" if attention else f"{direction}Block2D" for attention in attends]
+        return [f"{'CrossAttn' * attention}{direction}Block2D" for attention in attends]
 
     return PUBLISHED_CONFIGS["unet"] | {
         "in_channels": part.dim_size(keymap, "conv_in.weight", 1),
@@ -105,9 +104,7 @@ def infer_unet(part: PartTensors) -> dict[str, Any]:
         "transformer_layers_per_block": depth,
         "down_block_types": block_types("Down"),
         "up_block_types": block_types("Up"),
-        "cross_attention_dim": part.dim_size(
-            keymap, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1
-        ),
+        "cross_attention_dim": part.dim_size(keymap, f"{transformer}.0.attn2.to_k.weight", 1),
     }
 
 

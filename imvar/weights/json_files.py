@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,15 @@ def safe_join(folder: Path, name: str) -> Path:
 def read_magic(path: Path) -> bytes:
     """Return the first bytes of a regular file that is not empty."""
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # opening a pipe would block
-            raise invalid(CheckpointError, path, "a file", "a folder" if stat.S_ISDIR(mode) else "a special file")
+        if path.exists() and not path.is_file():  # opening a pipe would block
+            raise invalid(CheckpointError, path, "a file", "a folder" if path.is_dir() else "a special file")
         with path.open("rb") as file:
             magic = file.read(64)
     except CheckpointError:
         raise
-    except FileNotFoundError as error:
-        raise invalid(CheckpointError, path, "a file", "no such file") from error
     except (OSError, ValueError) as error:
-        raise invalid(CheckpointError, path, "a readable file", first_line(error)) from error
+        got = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
+        raise invalid(CheckpointError, path, "a readable file", got) from error
     if not magic:
         raise invalid(CheckpointError, path, "a file with content", "an empty file")
     return magic
@@ -71,12 +68,8 @@ def parse_json(content: bytes, path: Path, key: str | None = None) -> dict[str, 
     if len(content) > MAX_JSON_BYTES:
         raise invalid(CheckpointError, path, f"at most {MAX_JSON_BYTES} bytes of JSON", "more", key=key)
     try:
-        value = json.loads(
-            content.decode("utf-8"),
-            object_pairs_hook=reject_duplicate_keys,
-            parse_constant=parse_number,
-            parse_float=parse_number,
-        )
+        hooks: Any = {"parse_constant": parse_number, "parse_float": parse_number}
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=reject_duplicate_keys, **hooks)
     except (ValueError, RecursionError) as error:
         raise invalid(CheckpointError, path, "valid JSON", f"an error: {first_line(error)}", key=key) from error
     if not isinstance(value, dict):

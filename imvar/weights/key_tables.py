@@ -7,6 +7,7 @@ files use the published name. The original UNet and autoencoder are CompVis', th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from .keymap import POINTWISE, TRANSPOSED, Chunk, Dialect, Keymap, KeyRow, nest
 
@@ -31,9 +32,7 @@ UNET_RESNET = [
     KeyRow("conv_shortcut", original="skip_connection"),
 ]
 
-VAE_RESNET = [
-    KeyRow("conv_shortcut", original="nin_shortcut"),
-]
+VAE_RESNET = [KeyRow("conv_shortcut", original="nin_shortcut")]
 
 PIXEL_ATTENTION = [
     KeyRow("group_norm", original="norm"),
@@ -58,36 +57,32 @@ CLIP_LAYER = [
 ]
 
 
-def unet(down: Sequence[bool], up: Sequence[bool], layers: int, depth: int) -> Keymap:
-    """`unet/diffusion_pytorch_model.*`. `down` and `up` say which blocks have attention.
+def unet(up: Sequence[bool], layers: int) -> Keymap:
+    """`unet/diffusion_pytorch_model.*`. `up` says which up blocks have attention.
 
-    Each of `layers` resnets of a block (one more in up blocks) is followed by a transformer of `depth` blocks there.
-    The original numbers resnets, downsamplers and upsamplers consecutively, so a block's first number depends on the
-    blocks before it.
+    Each of `layers` resnets of a block (one more in up blocks) may be followed by a transformer. The original numbers
+    resnets, downsamplers and upsamplers consecutively, so a block's first number depends on the blocks before it.
     """
-    n_blocks = len(down)
 
-    def block(name: str, originals: Sequence[str]) -> Iterator[KeyRow]:
-        for j, original in enumerate(originals):
-            yield from nest(KeyRow(f"{name}.resnets.{j}", original=f"{original}.0"), UNET_RESNET)
-            yield KeyRow(f"{name}.attentions.{j}", original=f"{original}.1")  # whose insides have the same names
+    def block(name: str, original: str, numbers: range) -> Iterator[KeyRow]:
+        for j, n in enumerate(numbers):
+            yield from nest(KeyRow(f"{name}.resnets.{j}", original=f"{original}.{n}.0"), UNET_RESNET)
+            yield KeyRow(f"{name}.attentions.{j}", original=f"{original}.{n}.1")  # whose insides have the same names
 
     def rows() -> Iterator[KeyRow]:
         yield KeyRow("conv_in", original="input_blocks.0.0")
         yield KeyRow("time_embedding.linear_1", original="time_embed.0")
         yield KeyRow("time_embedding.linear_2", original="time_embed.2")
-        for i in range(n_blocks):
-            first, last = 1 + i * (layers + 1), (i + 1) * (layers + 1)
-            yield from block(f"down_blocks.{i}", [f"input_blocks.{n}" for n in range(first, last)])
+        for i, has_attention in enumerate(up):
+            first, last = i * (layers + 1), (i + 1) * (layers + 1)
+            yield from block(f"down_blocks.{i}", "input_blocks", range(first + 1, last))
             yield KeyRow(f"down_blocks.{i}.downsamplers.0.conv", original=f"input_blocks.{last}.0.op")
+            yield from block(f"up_blocks.{i}", "output_blocks", range(first, last))
+            position = 2 if has_attention else 1  # behind a transformer if there is one
+            yield KeyRow(f"up_blocks.{i}.upsamplers.0", original=f"output_blocks.{last - 1}.{position}")
         yield from nest(KeyRow("mid_block.resnets.0", original="middle_block.0"), UNET_RESNET)
         yield KeyRow("mid_block.attentions.0", original="middle_block.1")
         yield from nest(KeyRow("mid_block.resnets.1", original="middle_block.2"), UNET_RESNET)
-        for i in range(n_blocks):
-            first, last = i * (layers + 1), (i + 1) * (layers + 1) - 1
-            yield from block(f"up_blocks.{i}", [f"output_blocks.{n}" for n in range(first, last + 1)])
-            position = 2 if up[i] else 1  # behind a transformer if there is one
-            yield KeyRow(f"up_blocks.{i}.upsamplers.0", original=f"output_blocks.{last}.{position}")
         yield KeyRow("conv_norm_out", original="out.0")
         yield KeyRow("conv_out", original="out.2")
 
@@ -100,36 +95,20 @@ def vae(n_blocks: int, layers: int) -> Keymap:
     The original numbers the decoder's blocks from the finest.
     """
 
-    def block(parent: KeyRow, layers: int, resample: KeyRow) -> Iterator[KeyRow]:
-        yield parent
-        for j in range(layers):
-            yield from nest(parent, nest(KeyRow(f"resnets.{j}", original=f"block.{j}"), VAE_RESNET))
-        yield from nest(parent, [resample])
-
-    def half(parent: KeyRow, blocks: Iterator[KeyRow]) -> Iterator[KeyRow]:
-        yield from nest(parent, blocks)
+    def half(name: str, kind: str, layers: int) -> Iterator[KeyRow]:
+        for i in range(n_blocks):
+            place = i if kind == "down" else n_blocks - 1 - i
+            block = KeyRow(f"{name}.{kind}_blocks.{i}", original=f"{name}.{kind}.{place}")
+            yield from nest(block, [KeyRow(f"{kind}samplers.0", original=f"{kind}sample")])
+            for j in range(layers):
+                yield from nest(block, nest(KeyRow(f"resnets.{j}", original=f"block.{j}"), VAE_RESNET))
         for j in range(2):
-            resnet = KeyRow(f"mid_block.resnets.{j}", original=f"mid.block_{j + 1}")
-            yield from nest(parent, nest(resnet, VAE_RESNET))
-        attention = KeyRow("mid_block.attentions.0", original="mid.attn_1")
-        yield from nest(parent, nest(attention, PIXEL_ATTENTION))
-        yield from nest(parent, [KeyRow("conv_norm_out", original="norm_out")])
+            yield from nest(KeyRow(f"{name}.mid_block.resnets.{j}", original=f"{name}.mid.block_{j + 1}"), VAE_RESNET)
+        yield from nest(KeyRow(f"{name}.mid_block.attentions.0", original=f"{name}.mid.attn_1"), PIXEL_ATTENTION)
+        yield KeyRow(f"{name}.conv_norm_out", original=f"{name}.norm_out")
 
-    def down() -> Iterator[KeyRow]:
-        for i in range(n_blocks):
-            parent = KeyRow(f"down_blocks.{i}", original=f"down.{i}")
-            yield from block(parent, layers, KeyRow("downsamplers.0", original="downsample"))
-
-    def up() -> Iterator[KeyRow]:
-        for i in range(n_blocks):
-            parent = KeyRow(f"up_blocks.{i}", original=f"up.{n_blocks - 1 - i}")
-            yield from block(parent, layers + 1, KeyRow("upsamplers.0", original="upsample"))
-
-    def rows() -> Iterator[KeyRow]:
-        yield from half(KeyRow("encoder"), down())
-        yield from half(KeyRow("decoder"), up())
-
-    return Keymap(rows(), {Dialect.ORIGINAL: VAE_TRAINING})
+    rows = chain(half("encoder", "down", layers), half("decoder", "up", layers + 1))
+    return Keymap(rows, {Dialect.ORIGINAL: VAE_TRAINING})
 
 
 def clip_vision(layers: int, *, older: tuple[str, ...] = ()) -> Iterator[KeyRow]:

@@ -13,14 +13,9 @@ INDEX = "model_index.json"
 DIFFUSERS_VERSION = "0.42.1"  # whose file format is written; readers branch on it
 
 PARTS: dict[str, dict[str, Any]] = {
-    # By part and class name in a checkpoint, the class that reads it. A class registers itself: `class X(..., part=)`.
-    "vae": {},
-    "image_encoder": {},
-    "unet": {},
-    "scheduler": {},
-    "safety_checker": {},
-    "feature_extractor": {},
+    part: {} for part in ("vae", "image_encoder", "unet", "scheduler", "safety_checker", "feature_extractor")
 }
+"""By part and class name in a checkpoint, the class that reads it. A class registers itself: `class X(..., part=)`."""
 
 UNLISTED_PARTS = ("safety_checker",)  # which an index need not list
 OPTIONAL_COMPONENTS = "safety_checker", "feature_extractor"  # which a pipeline can do without
@@ -38,14 +33,9 @@ def class_named(part: str, class_name: Any, path: Path) -> Any:
     classes = PARTS.get(part, {})
     component_cls = classes.get(class_name) if isinstance(class_name, str) else None
     if component_cls is None:
-        raise invalid(
-            CheckpointError,
-            path,
-            " or ".join(classes) or "a part of this pipeline",
-            short_repr(class_name),
-            f"to use another class, pass {part}= to from_pretrained",
-            key=part,
-        )
+        expected = " or ".join(classes) or "a part of this pipeline"
+        hint = f"to use another class, pass {part}= to from_pretrained"
+        raise invalid(CheckpointError, path, expected, short_repr(class_name), hint, key=part)
     return component_cls
 
 

@@ -64,13 +64,9 @@ def unpickle(path: Path, *, allow_training_state: bool = False) -> Any:
     try:
         mapped = zipfile.is_zipfile(path)  # may raise too, for one that claims to continue on another disk
         with path.open("rb") as file:
-            names = (
-                referenced_globals(read_pickle_record(path, file))
-                if mapped
-                else referenced_globals(file.read(MAX_PICKLE_BYTES), pickles=5)
-            )
+            programs = read_pickle_record(path, file) if mapped else file.read(MAX_PICKLE_BYTES)
         allowed = (*IGNORED_GLOBALS, BYTES_GLOBAL) if allow_training_state else ()
-        for name in names:
+        for name in referenced_globals(programs, pickles=1 if mapped else 5):
             if not TENSOR_GLOBALS.fullmatch(name) and name not in allowed:
                 hint = "nothing but dense tensors is unpickled"
                 raise invalid(CheckpointError, path, EXPECTED, f"a pickle that references {name}", hint)
@@ -79,21 +75,15 @@ def unpickle(path: Path, *, allow_training_state: bool = False) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (CheckpointError, MemoryError):
         raise
-    except zipfile.BadZipFile as error:
-        got = f"one cut short or damaged ({first_line(error)})"
-        raise invalid(CheckpointError, path, EXPECTED, got) from error
-    except pickle.UnpicklingError as error:  # its message advises to run the pickle nevertheless
-        raise invalid(CheckpointError, path, EXPECTED, "not a pickle of tensors") from error
-    except Exception as error:  # a malformed pickle can lead to any error
-        got = f"one cut short or not a pickle of tensors ({first_line(error)})"
-        raise invalid(CheckpointError, path, EXPECTED, got) from error
+    except Exception as error:  # a malformed pickle can lead to any error; torch's advises to run it nevertheless
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
+        raise invalid(CheckpointError, path, EXPECTED, f"one cut short, damaged or of other objects{reason}") from error
 
 
 def read_pickle_record(path: Path, file: IO[bytes]) -> bytes:
     """Return the pickle in a zip file whose records are complete and uncompressed."""
     if (size := zip_directory_size(file)) > MAX_DIRECTORY_BYTES:
-        expected = f"a zip directory of at most {MAX_DIRECTORY_BYTES} bytes"
-        raise invalid(CheckpointError, path, expected, str(size))
+        raise invalid(CheckpointError, path, f"a zip directory of up to {MAX_DIRECTORY_BYTES} bytes", str(size))
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         pickles = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
@@ -104,8 +94,8 @@ def read_pickle_record(path: Path, file: IO[bytes]) -> bytes:
             key = compressed[0] if compressed else None
             raise invalid(CheckpointError, path, EXPECTED, "a compressed zip file, not of torch.save", key=key)
         if pickles[0].file_size > MAX_PICKLE_BYTES:
-            expected = f"a pickle of at most {MAX_PICKLE_BYTES} bytes"
-            raise invalid(CheckpointError, path, expected, str(pickles[0].file_size))
+            got = str(pickles[0].file_size)
+            raise invalid(CheckpointError, path, f"a pickle of at most {MAX_PICKLE_BYTES} bytes", got)
         return archive.read(pickles[0])
 
 
@@ -118,7 +108,7 @@ def zip_directory_size(file: IO[bytes]) -> int:
     return int.from_bytes(end[40:48] if end[-42:-38] == b"PK\6\7" else end[-10:-6], "little")
 
 
-def referenced_globals(programs: bytes, pickles: int = 1) -> list[str]:
+def referenced_globals(programs: bytes, pickles: int) -> list[str]:
     """Return the full names of the globals that one or more consecutive pickles reference, in order.
 
     Raises `ValueError` for too many instructions, and for tuples that repeatedly contain a tuple: such a value is

@@ -284,26 +284,18 @@ def load(
         got = f"those of the {other[0]} ({error.reason})"
         raise invalid(CheckpointError, path, f"weights of the {model.part}", got, key=error.key) from None
     for name, tensor in values.items():
+        key, shape = model.keymap.sources(name, naming)[0].name, tuple(expected[name].shape)
         if not tensor.is_floating_point():
-            form, got = "floating-point values", str(tensor.dtype)
-        elif tensor.shape != expected[name].shape:
-            form, got = f"shape {tuple(expected[name].shape)} by the config", str(tuple(tensor.shape))
-        else:
-            continue
-        raise invalid(CheckpointError, path, form, got, key=model.keymap.sources(name, naming)[0].name)
+            raise invalid(CheckpointError, path, "floating-point values", str(tensor.dtype), key=key)
+        if tensor.shape != shape:
+            raise invalid(CheckpointError, path, f"shape {shape} by the config", str(tuple(tensor.shape)), key=key)
     if dtype == "auto":
         dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in values.values()})
     values = {name: cast(tensor, dtype) for name, tensor in values.items()}
     model.load_state_dict(values, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if unfilled := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-        raise invalid(
-            CheckpointError,
-            path,
-            "persistent buffers only, as files contain no others",
-            "one with persistent=False",
-            "compute it in forward, or make it persistent",
-            key=unfilled[0],
-        )
+        hint = "compute it in forward, or make it persistent"
+        raise invalid(CheckpointError, path, "persistent buffers", "one with persistent=False", hint, key=unfilled[0])
 
 
 class SkipInit(TorchFunctionMode):

@@ -59,7 +59,7 @@ DROPPABLE = (
 def signatures() -> dict[str, tuple[Keymap, tuple[str, ...]]]:
     """Return, by part, modules that only it has, and the keymap for their names; the first part that matches counts."""
     return {
-        "unet": (tables.unet([True], [True], 1, 1), ("time_embedding.linear_1",)),
+        "unet": (tables.unet([True], 1), ("time_embedding.linear_1",)),
         "vae": (tables.vae(1, 1), ("encoder.mid_block.resnets.0", "decoder.mid_block.resnets.0")),
         "safety_checker": (tables.safety_checker(1), ("concept_embeds", "vision_model.embeddings.class_embedding")),
         "image_encoder": (tables.image_encoder(1), ("vision_model.embeddings.class_embedding",)),
@@ -80,12 +80,6 @@ class PartTensors:
         dotless = self.naming.dialect is Dialect.DOTLESS
         return self.naming.prefix + (name.replace(".", "") if dotless else name) in self.tensors
 
-    @property
-    def has_vision_tower(self) -> bool:
-        """Whether there are tensors of a vision tower."""
-        (tower,) = tables.image_encoder(1).sources("vision_model", self.naming)
-        return any(name.startswith(f"{tower.name}.") for name in self.tensors)
-
     def has_any(self, keymap: Keymap, *names: str) -> bool:
         """Return whether any of the model's tensors `names` is there."""
         return any(source.name in self.tensors for name in names for source in keymap.sources(name, self.naming))
@@ -98,14 +92,8 @@ class PartTensors:
                 shape = source.transform.load(self.tensors[source.name]).shape
                 if dim < len(shape):
                     return shape[dim]
-        raise invalid(
-            CheckpointError,
-            self.path,
-            f"a tensor with {dim + 1} dimensions or more, to infer the config from",
-            "none",
-            "pass config=",
-            key=sources[0].name,
-        )
+        expected = f"a tensor with {dim + 1} dimensions or more, to infer the config from"
+        raise invalid(CheckpointError, self.path, expected, "none", "pass config=", key=sources[0].name)
 
 
 @dataclass(frozen=True)
@@ -155,11 +143,11 @@ class SingleFile:
     @cached_property
     def parts(self) -> dict[str, list[PartTensors]]:
         """By part, its tensors, once for each naming that is present. Raises `CheckpointError` if there is no part."""
-        parts = {
-            part: [found for naming in namings if (found := self._with_prefix(part, naming)).tensors]
-            for part, namings in ORIGINAL_NAMINGS.items()
-        }
-        if parts := {part: versions for part, versions in parts.items() if versions}:
+        parts: dict[str, list[PartTensors]] = {}
+        for part, naming in ((part, naming) for part, namings in ORIGINAL_NAMINGS.items() for naming in namings):
+            if tensors := {name: value for name, value in self.tensors.items() if name.startswith(naming.prefix)}:
+                parts.setdefault(part, []).append(PartTensors(part, naming, tensors, self.path))
+        if parts:
             return parts
         if detected := detect_part(self.tensors):
             part, naming = detected
@@ -187,10 +175,6 @@ class SingleFile:
             got = f"{len(unknown)} unknown tensor{'s' * (len(unknown) > 1)}: {abbreviate(unknown)}"
             raise invalid(CheckpointError, self.path, f"tensors of {' and '.join(self.parts)}", got, key=unknown[0])
 
-    def _with_prefix(self, part: str, naming: Naming) -> PartTensors:
-        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(naming.prefix)}
-        return PartTensors(part, naming, tensors, self.path)
-
     @staticmethod
     def is_droppable(name: str) -> bool:
         """Return whether original files have a tensor of that name that belongs to no part."""
@@ -208,29 +192,20 @@ class SingleFile:
         if not versions:
             raise invalid(CheckpointError, self.path, f"tensors of the {part}", f"those of {' and '.join(self.parts)}")
         if part == "unet":
-            averaged = [version for version in versions if version.naming == EMA]
-            raw = [version for version in versions if version.naming != EMA]
-            selected = {"auto": averaged or raw, "yes": averaged, "no": raw}[ema]
-            if not selected:
-                expected, got = (
-                    ("a moving average (EMA)", "raw weights only")
-                    if ema == "yes"
-                    else ("raw weights", "a moving average (EMA) only")
-                )
-                raise invalid(CheckpointError, self.path, f"{expected} of the unet for ema={ema!r}", got)
-            return selected[0]
+            by_ema = {"yes" if version.naming == EMA else "no": version for version in versions}
+            for kind in ("yes", "no") if ema == "auto" else (ema,):
+                if kind in by_ema:
+                    return by_ema[kind]
+            expected, got = ("a moving average (EMA)", "raw weights")[:: 1 if ema == "yes" else -1]
+            raise invalid(CheckpointError, self.path, f"{expected} of the unet for ema={ema!r}", f"{got} only")
         if len(versions) > 1:
             prefixes = " and ".join(version.naming.prefix for version in versions)
             raise invalid(CheckpointError, self.path, f"one {part}", f"{len(versions)}, with the prefixes {prefixes}")
-        if part == "image_encoder" and not versions[0].has_vision_tower:
-            raise invalid(
-                CheckpointError,
-                self.path,
-                "an image encoder",
-                "a text encoder, as in text-to-image checkpoints",
-                "load its UNet or VAE alone (--part, or from_single_file of the model's class)",
-                key=next(iter(versions[0].tensors)),
-            )
+        (tower,) = tables.image_encoder(1).sources("vision_model", versions[0].naming)
+        if part == "image_encoder" and not any(name.startswith(f"{tower.name}.") for name in versions[0].tensors):
+            got, key = "a text encoder, as in text-to-image checkpoints", next(iter(versions[0].tensors))
+            hint = "load its UNet or VAE alone (--part, or from_single_file of the model's class)"
+            raise invalid(CheckpointError, self.path, "an image encoder", got, hint, key=key)
         return versions[0]
 
 

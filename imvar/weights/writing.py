@@ -81,17 +81,14 @@ def write_weights(
         write_tensors(folder / name, {key: tensors[key] for key in keys}, dtype=dtype, on_bytes=on_bytes, digest=digest)
         for name, keys in files.items()
     ]
-    keep = set(files)
+    keep, index_name = set(files), weights_name.index(ending, variant)
     if parts.is_sharded:
         index = {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename}
-        write_text(folder / weights_name.index(ending, variant), json.dumps(index, indent=2, sort_keys=True) + "\n")
-        keep.add(weights_name.index(ending, variant))
+        write_text(folder / index_name, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        keep.add(index_name)
     endings = [ending] if safe_serialization else ["bin", "safetensors"]  # safetensors would be read before pickles
-    replaced = [
-        name(ending, variant)
-        for name in (weights_name.file, weights_name.index, weights_name.shards)
-        for ending in endings
-    ]
+    names = weights_name.file, weights_name.index, weights_name.shards
+    replaced = [name(ending, variant) for name in names for ending in endings]
     for path in list(folder.iterdir()):
         if path.name not in keep and any(fnmatchcase(path.name, pattern) for pattern in replaced):
             path.unlink()
@@ -232,6 +229,5 @@ def size_in_bytes(size: int | str | None) -> int:
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])B\s*", value, re.IGNORECASE)):
         value = float(match[1]) * 1000 ** ("KMGT".index(match[2].upper()) + 1)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < float("inf"):
-        expected = "a number of bytes or text such as '10GB' or '500MB'"
-        raise invalid(InputError, "max_shard_size", expected, short_repr(size))
+        raise invalid(InputError, "max_shard_size", "a number of bytes or text such as '10GB'", short_repr(size))
     return int(value)
