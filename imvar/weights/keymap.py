@@ -173,11 +173,7 @@ class Keymap:
         }
 
     def from_file(
-        self,
-        tensors: Mapping[str, Tensor],
-        names: Iterable[str],
-        naming: Naming = PUBLISHED,
-        path: Path | None = None,
+        self, tensors: Mapping[str, Tensor], names: Iterable[str], naming: Naming = PUBLISHED, path: Path | None = None
     ) -> dict[str, Tensor]:
         """Return a file's tensors under the model's `names`.
 
