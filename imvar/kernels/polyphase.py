@@ -7,6 +7,7 @@ in place of 36, equal up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 PaddedConv = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """x (b, c, h, w), a (packed) kernel (d, c, 2, 2) and a bias (d,) to (b, d, h + 1, w + 1), zero-padded by 1."""
+padded_conv: PaddedConv = partial(F.conv2d, padding=1)
 
 
 def is_zero_padded(conv: nn.Conv2d) -> bool:
@@ -25,10 +27,6 @@ def is_same_3x3(conv: nn.Conv2d) -> bool:
     """Return whether a convolution is zero-padded, 3x3, ungrouped, and keeps the image size."""
     form = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
     return is_zero_padded(conv) and form == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-
-
-def padded_conv(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, kernel, bias, padding=1)
 
 
 def phase_kernels(weight: Tensor) -> list[list[Tensor]]:
@@ -45,7 +43,11 @@ def fold_taps(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def upsample_conv_by_phases(
-    x: Tensor, kernels: Sequence[Sequence[Tensor]], bias: Tensor | None, out: Tensor, conv: PaddedConv = padded_conv
+    x: Tensor,
+    kernels: Sequence[Sequence[Tensor]],
+    bias: Tensor | None,
+    out: Tensor,
+    conv: PaddedConv = padded_conv,
 ) -> Tensor:
     """Upsample x (b, c, h, w) by 2 and convolve, into `out` (b, d, 2h, 2w)."""
     for row, kernels_of_row in enumerate(kernels):

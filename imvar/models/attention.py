@@ -51,7 +51,6 @@ class Attention(CallableSlots, nn.Module):
 
     attend: Attend
     slots_ = ("attend", "backend")
-    optional_slots = ("backend",)
 
     def __init__(self, heads: int, attend: Attend = sdpa):
         super().__init__()

@@ -151,17 +151,13 @@ class GradientCheckpointingMixin:
 
 
 class CallableSlots:
-    """Attributes, named in `slots_`, that hold a function or a module with weights, and may change from one to other.
-
-    `optional_slots` of them may also be None.
-    """
+    """Attributes, named in `slots_`, that hold a function or a module with weights; `backend` may also be None."""
 
     slots_: ClassVar[tuple[str, ...]] = ()
-    optional_slots: ClassVar[tuple[str, ...]] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.slots_:
-            if not callable(value) and not (value is None and name in self.optional_slots):
+            if not callable(value) and not (value is None and name == "backend"):
                 raise invalid(
                     InputTypeError, f"{type(self).__name__}.{name}", "a function", short_repr(value), key=name
                 )

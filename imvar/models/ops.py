@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import autotune, cpu_kernels, polyphase
+from ..kernels.cpu_kernels import linear
 from ..kernels.packed_weights import PackedWeights, write_count
 from ..kernels.sdpa_backends import CANDIDATES, Attend, SDPAKernel, sdpa
 from .stock import GLOBAL_HOOKS, is_stock, is_unmodified
 
-__all__ = ["Attend", "PackedWeights", "SDPAKernel", "sdpa", "write_count"]
+__all__ = ["Attend", "PackedWeights", "SDPAKernel", "linear", "sdpa", "write_count"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Linear(nn.Linear):
     """`nn.Linear` with faster CPU kernels."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return cpu_kernels.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
 
 class Conv2d(nn.Conv2d):
@@ -103,11 +104,6 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return cpu_kernels.group_norm(self, input, packed_weights())
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `F.linear`."""
-    return cpu_kernels.linear(x, weight, bias)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

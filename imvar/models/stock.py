@@ -23,7 +23,7 @@ def is_stock(layer: nn.Module) -> bool:
     hooks = *layer._forward_pre_hooks.values(), *layer._forward_hooks.values(), *backward
     return (
         "forward" not in vars(layer)
-        and all(map(is_first_party, (type(layer), type(layer).forward)))
+        and all(top_package(code) in ("torch", IMVAR) for code in (type(layer), type(layer).forward))
         and all(top_package(hook) == IMVAR for hook in hooks)
         and "parametrizations" not in layer._modules
     )
@@ -37,10 +37,6 @@ def are_stock(*layers: nn.Module) -> bool:
 def is_unmodified(model: nn.Module) -> bool:
     """Return whether all layers of a model are stock and all its attention kernels are a softmax."""
     return are_stock(*model.modules()) and all(getattr(layer, "is_softmax", True) for layer in model.modules())
-
-
-def is_first_party(code: Any) -> bool:
-    return top_package(code) in ("torch", IMVAR)
 
 
 def top_package(code: Any) -> str:

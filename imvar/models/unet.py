@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -258,7 +257,7 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
                 res_hidden_states_tuple=block_skips,
                 encoder_hidden_states=entry(context, i),
                 upsample_size=skips[-1].shape[2:] if skips else None,  # of the next skip connection: sizes may be odd
-                merge=partial(merge_in_block, merge, j),
+                merge=lambda h, skip, j=j: merge(h, skip, j),
             )
 
         sample = self.conv_out(norm_act(self.conv_norm_out, self.conv_act, x))
@@ -273,7 +272,3 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         vars(self).pop("merge", None)
         if not hasattr(type(self), "merge"):
             self.merge = concat_skip
-
-
-def merge_in_block(merge: Merge, block: int, h: Tensor, skip: Tensor) -> Tensor:
-    return merge(h, skip, block)

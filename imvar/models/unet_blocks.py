@@ -108,8 +108,6 @@ class UNetBlock(nn.Module):
     may be `Precomputed`, with one entry per resnet block or transformer.
     """
 
-    resnets: nn.ModuleList
-
     def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]):
         super().__init__()
         if attentions:  # as published: a block without attention has no such attribute

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from textwrap import shorten
 from typing import Any
@@ -76,7 +75,9 @@ class Compiler:
         if function not in self.compiled:
             self.compiled[function] = torch.compile(function, **self.options)
         try:
-            with allow_many_shapes(), executing(static_shapes=self.options["dynamic"] is False):
+            # PyTorch takes more than a few shapes for a mistake; here each is an image size that the user chose
+            many_shapes = torch._dynamo.config.patch(recompile_limit=64)  # type: ignore[attr-defined]
+            with many_shapes, executing(static_shapes=self.options["dynamic"] is False):
                 return self.compiled[function](model, *inputs)
         except Exception as error:
             if is_out_of_memory(error):
@@ -175,10 +176,3 @@ def graph_key(model: nn.Module) -> tuple[Any, ...]:
     quantized = (layer.weight_fp8.data_ptr() for layer in model.modules() if isinstance(layer, Fp8Linear))
     kernels = [(layer.attend, layer.backend, layer.slice_size) for layer in attention_layers(model)]
     return getattr(model, "merge", None), *(p.data_ptr() for p in model.parameters()), *quantized, *kernels
-
-
-@contextmanager
-def allow_many_shapes() -> Iterator[None]:
-    """PyTorch takes more than a few shapes for a mistake; here each is an image size that the user chose."""
-    with torch._dynamo.config.patch(recompile_limit=64):  # type: ignore[attr-defined]
-        yield
