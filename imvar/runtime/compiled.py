@@ -97,23 +97,19 @@ class Compiler:
                     self.shared[1].synchronize()  # graphs that are dropped now are no longer running
                 for old in [old for old in self.graphs if old[0] is function and old[1] is not model]:
                     del self.graphs[old]  # of a model that this one replaced
-                self.graphs[key] = self.record(
-                    lambda *tensors: self.run(function, model, *tree_unflatten(tensors, spec)),
-                    partial(function, model),
-                    tensors,
-                    spec,
-                )
+                self.graphs[key] = self.record(function, model, tensors, spec)
                 while len(self.graphs) > MAX_GRAPHS:
                     self.graphs.popitem(last=False)
             self.graphs.move_to_end(key)
             return self.graphs[key](*tensors)
 
-    def record(
-        self, call: Callable[..., Any], eager: Callable[..., Any], tensors: list[Tensor], spec: Any
-    ) -> Callable[..., Any]:
+    def record(self, function: Callable[..., Any], model: nn.Module, tensors: Any, spec: Any) -> Callable[..., Any]:
+        def call(*tensors: Tensor) -> Any:
+            return self.run(function, model, *tree_unflatten(tensors, spec))
+
         try:
             with executing(autotune=True):  # so that the fastest candidates are known before they are compiled in
-                eager(*tree_unflatten(tensors, spec))
+                function(model, *tree_unflatten(tensors, spec))
             self.shared = self.shared or (torch.cuda.graph_pool_handle(), torch.cuda.Event())
             return CUDAGraphCall(call, tensors, *self.shared)
         except Exception as error:
