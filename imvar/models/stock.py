@@ -6,6 +6,7 @@ the tensors of a plain forward pass.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -40,4 +41,5 @@ def is_unmodified(model: nn.Module) -> bool:
 
 
 def top_package(code: Any) -> str:
+    code = code.func if isinstance(code, partial) else code
     return (getattr(code, "__module__", None) or "").partition(".")[0]

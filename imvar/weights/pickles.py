@@ -77,13 +77,13 @@ def unpickle(path: Path, *, allow_training_state: bool = False) -> Any:
         raise
     except Exception as error:  # a malformed pickle can lead to any error; torch's advises to run it nevertheless
         reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
-        raise invalid(CheckpointError, path, EXPECTED, f"one cut short, damaged or of other objects{reason}") from error
+        raise invalid(CheckpointError, path, EXPECTED, f"one cut short or not a pickle of tensors{reason}") from error
 
 
 def read_pickle_record(path: Path, file: IO[bytes]) -> bytes:
     """Return the pickle in a zip file whose records are complete and uncompressed."""
     if (size := zip_directory_size(file)) > MAX_DIRECTORY_BYTES:
-        raise invalid(CheckpointError, path, f"a zip directory of up to {MAX_DIRECTORY_BYTES} bytes", str(size))
+        raise invalid(CheckpointError, path, f"a zip directory of at most {MAX_DIRECTORY_BYTES} bytes", str(size))
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         pickles = [record for record in records if record.filename.rpartition("/")[2] == "data.pkl"]
