@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmark.cases import Libraries, guided_step, vae
 from imvar.kernels import cpu_kernels
-from imvar.models import attention
+from imvar.models import attention, ops
 
 HEADER = ("kind", "seconds", "share", "GFLOP", "GFLOP/s", "floor, seconds")
 WINOGRAD, UPSAMPLING = "3x3 convolution, Winograd", "upsampling convolution"
@@ -101,7 +101,8 @@ def recording(profile: Profile) -> Iterator[None]:
         for module, name, function in (
             (cpu_kernels, "conv2d", conv2d),
             (cpu_kernels, "upsample_conv", upsample_conv),
-            (cpu_kernels, "linear", profile.record("linear layers", cpu_kernels.linear, linear_flops)),
+            (ops, "linear", profile.record("linear layers", cpu_kernels.linear, linear_flops)),
+            (attention, "linear", profile.record("linear layers", cpu_kernels.linear, linear_flops)),
             (cpu_kernels, "group_norm", profile.record("norms, SiLU", cpu_kernels.group_norm)),
             (attention, "attention", profile.record("attention", attention.attention, attention_flops)),
             (F, "layer_norm", profile.record("norms, SiLU", F.layer_norm)),

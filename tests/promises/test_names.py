@@ -30,7 +30,6 @@ SHARED = {
     "init_noise_sigma": "the scale of a scheduler's first latents",
     "is_gradient_checkpointing": "whether `enable_gradient_checkpointing` is in effect",
     "keymap": "the key table of a model",
-    "linear": "`F.linear`, and the kernel that computes it on a CPU",
     "load": "from stored tensors to those of a model",
     "make_betas": "the noise schedule of a scheduler",
     "min_tensor_count": "the fewest tensors that a model's config can have",
