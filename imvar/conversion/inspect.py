@@ -147,7 +147,7 @@ def inspect_part(part: str, folder: Path, config: Path | None, index_value: Any)
 
 
 def inspect_model(tensors: PartTensors, folder: Path, config: Path | None) -> InspectedPart:
-    """Inspect a model in `folder`; its config is inferred from `tensors` where there is no file with it."""
+    """Inspect a model in `folder`; without a config file it is inferred from `tensors`."""
     model_cls, naming, warning = default_class(tensors.part), tensors.naming, None
     path = config_path(model_cls, folder, config)
     if path.is_file():

@@ -38,7 +38,7 @@ class Compiler:
     `inputs` are tensors, also nested in lists and tuples; outputs are the caller's own. The function is compiled for
     each set of shapes, dtypes and devices at first use, and stays compiled for any values. On CUDA a call is then
     recorded as a CUDA graph, once per set, and again after weights or settings of the model were replaced. Where a
-    function cannot be compiled or recorded, a warning says why, once, and it runs as it is. Threads may share a
+    function cannot be compiled or recorded, a warning says why, once, and it runs eagerly. Threads may share a
     compiler. `options` are those of `torch.compile`.
     """
 

@@ -115,7 +115,7 @@ def compile_diffusers(model: Any) -> None:
 
 
 def guided_step(libraries: Libraries, batch: int, size: int, steps: int = 50) -> Case:
-    """One guided denoising step. imvar's precomputation is done before, as it is before the loop."""
+    """One guided denoising step. imvar precomputes before it is timed, as before the loop."""
     reference, unet = libraries.component("unet")
     side = size // 8
     x, embeds = libraries.noise(batch, 4, side, side), libraries.noise(batch, 1, libraries.width, seed=1)
