@@ -1,7 +1,8 @@
 """Attention layers, and the kernels that they call.
 
 A layer's `attend` is its kernel: any callable of q, k and v; a module's weights are saved with the model. Attention
-slicing and a memory-efficient backend are set per model, on top of it.
+slicing and a memory-efficient backend are set per model and apply to the default kernel. A custom one is never
+replaced, and sliced only if it has an attribute `sliceable = True`: it computes each head of each sample on its own.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ from .validation import check_attention_output
 
 
 def sliced(size: int, attend: Attend = sdpa) -> Attend:
-    """Return a kernel with the same output that computes `size` heads of one sample at a time, to save memory."""
+    """Return a kernel with the same output that computes `size` heads of one sample at a time, to save memory.
+
+    `attend` gets q (1, size, n, d), and has to compute each head of each sample on its own.
+    """
     if not callable(attend):
         raise invalid(InputTypeError, "attend", "a function of q, k and v", short_repr(attend))
     return partial(sliced_attention, check_int("size", size), attend)
 
 
 def sliced_attention(size: int, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    groups = zip(*(rearrange(t, "b h n d -> (b h) 1 n d").split(size) for t in (q, k, v)), strict=True)
-    return torch.cat([attend(*group) for group in groups]).view_as(q)
+    slices = ([heads for sample in t.split(1) for heads in sample.split(size, dim=1)] for t in (q, k, v))
+    outputs = [check_attention_output(attend, attend(*qkv), qkv[0]) for qkv in zip(*slices, strict=True)]
+    return torch.cat(outputs, dim=1).view_as(q)  # 1 (b h) n d -> b h n d
 
 
 def memory_efficient(attention_op: SDPBackend | Attend | None = None) -> Attend:
@@ -58,16 +63,28 @@ class Attention(CallableSlots, nn.Module):
         if attend is not sdpa or not hasattr(type(self), "attend"):  # a subclass may define its own
             self.attend = attend
         self.slice_size: int | None = None  # heads at a time
-        self.backend: Attend | None = None  # takes precedence over slicing
+        self.backend: Attend | None = None  # in place of the default kernel; takes precedence over slicing
 
     @property
     def is_softmax(self) -> bool:
         """Whether the kernel is known to weigh the values by a softmax over the keys."""
         return self.attend is sdpa and (self.backend is None or isinstance(self.backend, SDPAKernel))
 
+    @property
+    def is_sliceable(self) -> bool:
+        """Whether the kernel is known to compute each head of each sample on its own."""
+        return self.attend is sdpa or getattr(self.attend, "sliceable", False)
+
+    @property
+    def kernel_in_use(self) -> Attend:
+        """The layer's own kernel, or the backend in place of the default one; sliced if slicing is on."""
+        if self.backend and self.attend is sdpa:
+            return self.backend
+        return sliced(self.slice_size, self.attend) if self.slice_size and self.is_sliceable else self.attend
+
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Split q (b, n, c), k and v (b, m, c) into heads, attend, and join the heads: (b, n, c)."""
-        kernel = self.backend or (sliced(self.slice_size, self.attend) if self.slice_size else self.attend)
+        kernel = self.kernel_in_use
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
         out = attention(q, k, v) if kernel is sdpa else check_attention_output(kernel, kernel(q, k, v), q)
         return rearrange(out, "b h n d -> b n (h d)")
@@ -186,20 +203,28 @@ class AttentionMixin:
     def set_attention_slice(self, slice_size: str | int | Sequence[int] | None = "auto") -> None:
         """Compute a few heads at a time: "auto" half of them, "max" one, or a number; None for all at once.
 
-        A sequence has one number per attention layer. Raises `InputError` for more heads than a layer has.
+        A sequence has one number per attention layer. Custom kernels that are not `sliceable` compute all heads at
+        once, with a warning. Raises `InputError` for more heads than a layer has.
         """
         layers = attention_layers(self)  # type: ignore[arg-type]
         for layer, size in zip(layers, slice_sizes(slice_size, [layer.heads for layer in layers]), strict=True):
             layer.slice_size = size
+        if whole := sum(layer.slice_size is not None and not layer.is_sliceable for layer in layers):
+            hint = "set sliceable = True on a kernel that computes each head on its own"
+            warn_user(f"slice_size: {whole} of {len(layers)} attention layers keep a custom kernel unsliced; {hint}")
 
     def enable_xformers_memory_efficient_attention(self, attention_op: SDPBackend | Attend | None = None) -> None:
         """Use PyTorch's memory-efficient backend on CUDA, another `SDPBackend`, or any callable. Needs no xformers.
 
-        It takes precedence over slicing. Without CUDA a backend is the default SDPA, with a warning.
+        It takes precedence over slicing. Without CUDA a backend is the default SDPA, with a warning. Layers with a
+        custom kernel keep it, with a warning.
         """
-        backend = memory_efficient(attention_op)
-        for layer in attention_layers(self):  # type: ignore[arg-type]
+        backend, layers = memory_efficient(attention_op), attention_layers(self)  # type: ignore[arg-type]
+        for layer in layers:
             layer.backend = backend
+        if kept := sum(layer.attend is not sdpa for layer in layers):
+            hint = "set_attend(model, imvar.sdpa) removes it"
+            warn_user(f"attention_op: {kept} of {len(layers)} attention layers keep their custom kernel; {hint}")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Return to each layer's own kernel, sliced if slicing is on."""

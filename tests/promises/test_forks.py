@@ -224,20 +224,69 @@ def test_slices_have_the_requested_size(pipe):
     sizes = []
 
     def recording(q, k, v):
-        sizes.append(q.shape[0] * q.shape[1])
+        sizes.append(q.shape[:2])
         return F.scaled_dot_product_attention(q, k, v)
 
+    recording.sliceable = True
+    before = predict(pipe.unet, tokens=2)
     imvar.set_attend(pipe.unet, recording)
-    for size, expected in (("auto", 2), ("max", 1), (3, 3)):
+    for size, expected in (("auto", {(1, 2)}), ("max", {(1, 1)}), (3, {(1, 3), (1, 1)})):
         sizes.clear()
         pipe.unet.set_attention_slice(size)
-        predict(pipe.unet, tokens=2)
-        assert max(sizes) == expected
+        assert torch.allclose(predict(pipe.unet, tokens=2), before, atol=1e-6)
+        assert set(sizes) == expected  # samples, heads
     layers = len(attention_layers(pipe.unet))
     pipe.unet.set_attention_slice([1] * (layers - 1) + [4])
     for bad in (0, -1, 5, 2.5, "most", True, [1], [9] * layers):
         with pytest.raises(imvar.InputError, match="slice_size"):
             pipe.unet.set_attention_slice(bad)
+
+
+def first_frame(q, k, v):
+    return F.scaled_dot_product_attention(q, k[:1].expand_as(k), v[:1].expand_as(v))
+
+
+class HeadScales(torch.nn.Module):
+    """A kernel with a parameter per head."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = torch.nn.Parameter(torch.linspace(0.5, 2, 4).view(4, 1, 1))
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q * self.scales, k, v)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [first_frame, HeadScales()])
+def test_a_custom_kernel_is_not_sliced_without_its_consent(pipe, kernel):
+    plain = predict(pipe.unet)
+    imvar.replace_layers(pipe.unet, SelfAttention, lambda layer: setattr(layer, "attend", kernel) or layer)
+    before = predict(pipe.unet)
+    assert not torch.allclose(before, plain, atol=1e-3)
+    with pytest.warns(UserWarning, match="slice_size: 4 of 8 attention layers keep a custom kernel unsliced"):
+        pipe.enable_attention_slicing("max")
+    assert torch.equal(predict(pipe.unet), before)
+
+
+@torch.no_grad()
+def test_the_xformers_switch_keeps_custom_kernels(pipe):
+    imvar.replace_layers(pipe.unet, SelfAttention, lambda layer: setattr(layer, "attend", HeadScales()) or layer)
+    before, calls = predict(pipe.unet, tokens=2), []
+
+    def op(q, k, v):
+        calls.append(q.shape)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    with pytest.warns(UserWarning, match="attention_op: 4 of 8 attention layers keep their custom kernel"):
+        pipe.enable_xformers_memory_efficient_attention(op)
+    assert torch.equal(predict(pipe.unet, tokens=2), before)
+    assert len(calls) == 4
+    imvar.set_attend(pipe.unet, HeadScales())  # set after the switch
+    after = predict(pipe.unet, tokens=2)
+    pipe.disable_xformers_memory_efficient_attention()
+    assert torch.equal(predict(pipe.unet, tokens=2), after)
+    assert not torch.equal(after, before)
 
 
 @torch.no_grad()
