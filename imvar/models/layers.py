@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import FLOAT_DTYPES
 from ..errors import InputError, InputTypeError, invalid, short_repr
 from .conditioning import Precomputed, repeat_to_batch
 from .ops import Conv2d, GroupNorm, Linear, gelu_gate, norm_act, upsample_conv
@@ -173,9 +174,11 @@ def refuse_unsupported(owner: str, **arguments: Any) -> None:
 
 
 def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> int:
-    """Replace every layer of class `old` in `model` by `make(layer)`; return how many there were.
+    """Replace every layer of class `old` in `model` by `make(layer)`; return in how many places there was one.
 
-    It works on loaded weights: `make` takes what it needs from the layer. Raises `InputTypeError` for other types.
+    It works on loaded weights: `make` takes what it needs from the layer. What is new in its result gets the layer's
+    mode, and the device and dtype of its weights. A layer that is shared by several places stays shared. Raises
+    `InputTypeError` for other types, and then replaces nothing.
     """
     if not isinstance(model, nn.Module):
         raise invalid(InputTypeError, "model", "a module", short_repr(model))
@@ -183,16 +186,47 @@ def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Mo
         raise invalid(InputTypeError, "old", "a class of layers", short_repr(old))
     if not callable(make):
         raise invalid(InputTypeError, "make", "a function from a layer to its replacement", short_repr(make))
-    layers = [
+    places = [
         (parent, name, child)
         for parent in model.modules()
-        for name, child in parent.named_children()
+        for name, child in parent._modules.items()
         if isinstance(child, old)
     ]
-    for parent, name, child in layers:
-        new: Any = make(child)  # type: ignore[arg-type]
+    default, made = first_weight(model), {}
+    for layer in dict.fromkeys(child for _, _, child in places):
+        made[layer] = new = make(layer)  # type: ignore[arg-type]
         if not isinstance(new, nn.Module):
-            got = f"{short_repr(new)} for a {type(child).__name__}"
+            got = f"{short_repr(new)} for a {type(layer).__name__}"
             raise invalid(InputTypeError, "make", "a function that returns a module", got)
-        setattr(parent, name, new)
-    return len(layers)
+        adapt_new(new, layer, default)
+    for parent, name, child in places:
+        setattr(parent, name, made[child])
+    return len(places)
+
+
+def adapt_new(new: nn.Module, old: nn.Module, default: Tensor | None = None) -> None:
+    """Set what `new` does not share with `old` to the mode of `old`, and to the device and dtype of its weights.
+
+    `default` is the weight to follow where `old` has none.
+    """
+    modes, weight = {module: module.training for module in old.modules()}, first_weight(old)
+    shared = {id(tensor) for tensor in (*old.parameters(), *old.buffers())}
+    weight = default if weight is None else weight
+
+    def adapt(tensor: Tensor) -> Tensor:
+        if weight is None or weight.is_meta or tensor.is_meta or id(tensor) in shared:
+            return tensor
+        return tensor.to(weight.device, weight.dtype if tensor.dtype in FLOAT_DTYPES else tensor.dtype)
+
+    if new not in modes:
+        new.train(old.training)
+    for module in new.modules():
+        if module in modes:
+            module.training = modes[module]
+        elif any(adapt(tensor) is not tensor for tensor in (*module.parameters(False), *module.buffers(False))):
+            module._apply(adapt, recurse=False)
+
+
+def first_weight(model: nn.Module) -> Tensor | None:
+    """Return the first parameter of a dtype that models compute in."""
+    return next((p for p in model.parameters() if p.dtype in FLOAT_DTYPES), None)

@@ -110,6 +110,57 @@ def test_replace_layers_replaces_every_layer_of_a_class(pipe):
     assert imvar.replace_layers(pipe.unet, torch.nn.LSTM, lambda layer: layer) == 0
 
 
+class Dropped(torch.nn.Module):
+    """A layer around another, with dropout and weights of its own."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.dropout, self.gate = layer, torch.nn.Dropout(0.5), torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(self.gate.weight)
+
+    def forward(self, x):
+        return self.dropout(self.layer(x) * self.gate.weight)
+
+
+@torch.no_grad()
+def test_a_new_layer_takes_over_mode_dtype_and_device(pipe, photo):
+    pipe.to(torch.bfloat16)
+    x, context = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16), torch.randn(2, 1, 24, dtype=torch.bfloat16)
+    before = pipe.unet(x, 7, context).sample
+    imvar.replace_layers(pipe.unet, SelfAttention, Dropped)
+    assert torch.equal(pipe.unet(x, 7, context).sample, before)
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+    assert torch.equal(run(pipe, photo), run(pipe, photo))
+
+    pipe.unet.train()
+    layer = pipe.unet.mid_block.attentions[0].eval()
+    imvar.replace_layers(pipe.unet, ResnetBlock, lambda block: torch.nn.Sequential(block, torch.nn.Dropout()))
+    assert pipe.unet.mid_block.resnets[0][1].training
+    imvar.replace_layers(pipe.unet, type(layer), torch.nn.Sequential)
+    assert not any(module.training for module in layer.modules())
+    empty = imvar.UNet2DConditionModel.from_config(pipe.unet.config).to("meta")
+    imvar.replace_layers(empty, torch.nn.SiLU, lambda layer: torch.nn.PReLU())
+    imvar.replace_layers(pipe.unet, torch.nn.SiLU, lambda layer: torch.nn.PReLU())  # has no weights to follow
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+
+
+def test_a_shared_layer_stays_shared(pipe):
+    kernel, count = HeadScales(), len(attention_layers(pipe.unet))
+    imvar.set_attend(pipe.unet, kernel)
+    assert imvar.replace_layers(pipe.unet, HeadScales, lambda layer: Tempered()) == count
+    assert len({id(layer.attend) for layer in attention_layers(pipe.unet)}) == 1
+    pair = torch.nn.ModuleDict({"a": kernel, "b": kernel})
+    assert imvar.replace_layers(pair, HeadScales, lambda layer: Tempered()) == 2
+    assert pair["a"] is pair["b"]
+
+
+def test_a_replacement_that_fails_replaces_nothing(pipe):
+    before, made = list(pipe.unet.modules()), iter([Tempered()])
+    with pytest.raises(imvar.InputTypeError, match="make: expected a function that returns a module, got None"):
+        imvar.replace_layers(pipe.unet, SelfAttention, lambda layer: next(made, None))
+    assert all(a is b for a, b in zip(pipe.unet.modules(), before, strict=True))
+
+
 @torch.no_grad()
 def test_kernels_are_set_and_reset(pipe):
     before, calls = predict(pipe.unet, tokens=2), []
