@@ -13,7 +13,7 @@ from ..errors import InputError, invalid, short_repr
 
 @dataclass(frozen=True)
 class FreeU:
-    """A merge that amplifies the backbone and attenuates the lowest frequencies of the skip connections.
+    """Amplifies the backbone and attenuates the lowest frequencies of the skip connections; also a merge of both.
 
     `b1`, `b2` scale half of the backbone's channels in up blocks 0 and 1 (equation 4 with a constant factor), `s1`,
     `s2` the lowest frequencies of their skip connections (equations 5 and 6); 1 changes nothing. Raises `InputError`
@@ -32,12 +32,16 @@ class FreeU:
             object.__setattr__(self, name, factor)
 
     def __call__(self, h: Tensor, skip: Tensor, block: int) -> Tensor:
+        return torch.cat(self.rescale(h, skip, block), dim=1)
+
+    def rescale(self, h: Tensor, skip: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Return the feature map (b, c, h, w) and the skip connection (b, d, h, w) of up block `block`, rescaled."""
         if block < 2:
             backbone_scale, skip_scale = ((self.b1, self.s1), (self.b2, self.s2))[block]
             scaled, rest = h.tensor_split([h.shape[1] // 2], dim=1)
             h = torch.cat([scaled * backbone_scale, rest], dim=1)
             skip = scale_lowest(skip, skip_scale)
-        return torch.cat([h, skip], dim=1)
+        return h, skip
 
 
 def scale_lowest(x: Tensor, factor: float) -> Tensor:

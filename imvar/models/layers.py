@@ -164,6 +164,8 @@ class CallableSlots:
                 )
             vars(self).get("_modules", {}).pop(name, None)  # nn.Module lets no function replace a module
         super().__setattr__(name, value)
+        if name in self.slots_ and isinstance(value, nn.Module) and hasattr(type(self), name):
+            vars(self)[name] = value  # Python finds a class's own before nn.Module looks into its modules
 
 
 def refuse_unsupported(owner: str, **arguments: Any) -> None:

@@ -138,6 +138,7 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
     config_class = UNetConfig
     config: UNetConfig
     merge: Merge
+    freeu: FreeU | None = None
     slots_ = ("merge",)
     block: ClassVar[Callable[..., nn.Module]] = ResnetBlock
     transformer: ClassVar[Callable[..., nn.Module]] = Transformer
@@ -183,7 +184,8 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_act = nn.SiLU()
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
-        self.disable_freeu()
+        if not hasattr(type(self), "merge"):  # a subclass may define its own
+            self.merge = concat_skip
 
     @classmethod
     def min_tensor_count(cls, config: UNetConfig) -> int:
@@ -215,6 +217,12 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         """Attend to a context (b, m, c) in each transformer, as far as that does not depend on the latents."""
         return Precomputed([Precomputed([t.precompute(context) for t in b.transformers]) for b in self.blocks])
 
+    def merge_skip(self, h: Tensor, skip: Tensor, block: int) -> Tensor:
+        """Rescale by FreeU, if it is enabled, and merge a feature map and a skip connection in up block `block`."""
+        return (
+            self.merge(h, skip, block) if self.freeu is None else self.merge(*self.freeu.rescale(h, skip, block), block)
+        )
+
     @validated(check_unet_inputs)
     def forward(
         self,
@@ -235,7 +243,7 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         """
         more.update({f"positional argument {i + 4}": value for i, value in enumerate(unsupported)})
         refuse_unsupported("UNet2DConditionModel", **more)
-        merge = self.merge if merge is None else merge
+        merge = self.merge_skip if merge is None else merge
         x, temb, context = self.conv_in(sample), timestep, encoder_hidden_states
         if not isinstance(temb, Precomputed):
             temb = self.embed_time(torch.as_tensor(temb, device=x.device).expand(len(x)))
@@ -264,11 +272,9 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         return UNet2DConditionOutput(sample) if return_dict else (sample,)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Merge skip connections with FreeU (arXiv:2309.11497); usual here: s1 0.9, s2 0.2, b1 1.2, b2 1.4."""
-        self.merge = FreeU(s1, s2, b1, b2)
+        """Rescale what `merge` joins by FreeU (arXiv:2309.11497); usual here: s1 0.9, s2 0.2, b1 1.2, b2 1.4."""
+        self.freeu = FreeU(s1, s2, b1, b2)
 
     def disable_freeu(self) -> None:
-        """Return to the default merge, or a subclass's own."""
-        vars(self).pop("merge", None)
-        if not hasattr(type(self), "merge"):
-            self.merge = concat_skip
+        """Join skip connections by `merge` alone."""
+        self.freeu = None

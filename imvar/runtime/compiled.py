@@ -171,4 +171,5 @@ def graph_key(model: nn.Module) -> tuple[Any, ...]:
     """Return what a graph was recorded for: where the weights are, and the settings that change what is computed."""
     quantized = (layer.weight_fp8.data_ptr() for layer in model.modules() if isinstance(layer, Fp8Linear))
     kernels = [(layer.attend, layer.backend, layer.slice_size) for layer in attention_layers(model)]
-    return getattr(model, "merge", None), *(p.data_ptr() for p in model.parameters()), *quantized, *kernels
+    merges = getattr(model, "merge", None), getattr(model, "freeu", None)
+    return *merges, *(p.data_ptr() for p in model.parameters()), *quantized, *kernels

@@ -54,7 +54,7 @@ def predict_and_cache(unet: Any, x: Tensor, time: Precomputed, context: Precompu
     def merge(h: Tensor, skip: Tensor, block: int) -> Tensor:
         nonlocal deep_features
         deep_features = h.clone()  # a merge may write over what it is given
-        return unet.merge(h, skip, block)
+        return unet.merge_skip(h, skip, block)
 
     sample = unet(x, time, context, merge=merge).sample
     return sample.contiguous(), deep_features
@@ -63,6 +63,6 @@ def predict_and_cache(unet: Any, x: Tensor, time: Precomputed, context: Precompu
 def predict_from_cache(unet: Any, x: Tensor, time: Precomputed, context: Precomputed, deep_features: Tensor) -> Tensor:
     """Return the prediction by the first convolution, whose output is the last skip connection, and the last layer."""
     skip, block = repeat_to_batch(unet.conv_in(x), deep_features), unet.up_blocks[-1]
-    h = unet.merge(deep_features.clone(), skip, len(unet.up_blocks) - 1)
+    h = unet.merge_skip(deep_features.clone(), skip, len(unet.up_blocks) - 1)
     h = block.layer(len(block.resnets) - 1, h, time.value[-1], context.value[-1])
     return unet.conv_out(norm_act(unet.conv_norm_out, unet.conv_act, h)).contiguous()

@@ -70,6 +70,7 @@ def at_step(table: Any, step: int) -> Any:
 
 
 TRACKED = [attrgetter(name) for name in ("_modules", "_parameters", "_forward_pre_hooks", "_forward_hooks")]
+SLOTS = "forward", "attend", "backend", "slice_size", "merge", "freeu"
 
 
 class Fingerprint:
@@ -85,5 +86,5 @@ class Fingerprint:
 
     def take(self) -> list[Any]:
         parts = [[part for layer in self.layers for part in map(id, tracked(layer).values())] for tracked in TRACKED]
-        kernels = [vars(layer).get(name) for layer in self.layers for name in ("forward", "attend", "backend")]
+        kernels = [vars(layer).get(name) for layer in self.layers for name in SLOTS]
         return [*parts, kernels, [p.data_ptr() for p in self.weights], [write_count(p) for p in self.weights]]

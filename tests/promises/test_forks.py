@@ -20,8 +20,9 @@ from fork import (
 from torch.nn.attention import SDPBackend
 
 import imvar
-from imvar.models import CrossAttention, ResnetBlock, SelfAttention
+from imvar.models import CrossAttention, FreeU, ResnetBlock, SelfAttention
 from imvar.models.attention import SDPAKernel, attention_layers
+from imvar.models.unet_blocks import concat_skip
 
 
 def run(pipe, photo, **options):
@@ -246,6 +247,38 @@ def test_a_subclass_may_have_its_own_merge_and_kernel(pipe, photo):
     assert not torch.allclose(layer(x), usual(x))
     imvar.set_attend(usual, Halved.attend)
     assert torch.equal(layer(x), usual(x))
+
+
+@torch.no_grad()
+def test_freeu_keeps_the_merge_that_was_set(pipe):
+    plain = predict(pipe.unet)
+    pipe.unet.merge = lambda h, skip, level: torch.cat([h, 0.5 * skip], dim=1)
+    halved = predict(pipe.unet)
+    pipe.disable_freeu()
+    assert torch.equal(predict(pipe.unet), halved)
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    pipe.enable_freeu(1, 1, 1, 1)
+    assert torch.allclose(predict(pipe.unet), halved, atol=1e-5)
+    pipe.disable_freeu()
+    assert torch.equal(predict(pipe.unet), halved)
+    assert not torch.equal(plain, halved)
+    pipe.unet.merge = FreeU(0.9, 0.2, 1.2, 1.4)
+    as_merge = predict(pipe.unet)
+    del pipe.unet.merge
+    pipe.unet.merge = concat_skip
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    assert torch.equal(predict(pipe.unet), as_merge)
+
+
+@torch.no_grad()
+def test_a_module_replaces_a_kernel_or_merge_of_a_class(pipe):
+    layer, x = Halved(16, 4), torch.randn(1, 4, 16)
+    before, layer.attend = layer(x), HeadScales()
+    assert not torch.equal(layer(x), before)
+    assert "attend.scales" in layer.state_dict()
+    layer.attend = imvar.sdpa
+    assert not torch.equal(layer(x), before)
+    assert "attend.scales" not in layer.state_dict()
 
 
 @torch.no_grad()
