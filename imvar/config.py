@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Number
 from types import MappingProxyType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from weakref import ref
 
 from .checks import MAX_FLOAT, TYPE_NAMES, as_number
 from .errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
@@ -96,9 +97,44 @@ def field_types(cls: type[Config]) -> Mapping[str, Any]:
 DEFAULTS = "_use_default_values"  # diffusers' key for the fields that were not set
 
 
+class InheritedSetattr(type):
+    """Metaclass whose classes inherit `__setattr__` and `__delattr__`, which a frozen dataclass would define again."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name not in ("__setattr__", "__delattr__"):
+            super().__setattr__(name, value)
+
+
+class OwnedDict(dict[str, Any], metaclass=InheritedSetattr):
+    """A dictionary whose items change only through `register_to_config` of its owner, of which it is the config."""
+
+    _owner: Any = staticmethod(lambda: None)  # a weak reference to the component
+
+    def owned_by(self, owner: Any) -> Self:
+        """Return a copy whose changes are those of this owner."""
+        config = type(self).__new__(type(self))
+        dict.update(config, self)
+        vars(config).update(vars(self), _owner=ref(owner))
+        return config
+
+    def _frozen(self, *_: Any, **__: Any) -> Any:
+        hint = "call register_to_config of its model, scheduler or processor"
+        raise invalid(InputTypeError, type(self).__name__, "only read access to a config", "a change", hint)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        owner = self._owner() or self._frozen()
+        owner.register_to_config(**{key: value})
+        dict.clear(self)
+        dict.update(self, owner.config)
+        vars(self).update(vars(owner.config))
+
+    __setattr__ = __setitem__
+    __delattr__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _frozen  # type: ignore
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Config(dict[str, Any]):
-    """The config of one component: a read-only dictionary whose keys are also attributes.
+class Config(OwnedDict):
+    """The config of one component: a dictionary whose keys are also attributes.
 
     `fields_set` has the names of the fields that were set, `extra_fields` the keys without a field. As in diffusers,
     the key `_use_default_values` lists the fields that were not set. Raises `InputError` for a value that the
@@ -173,12 +209,6 @@ class Config(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has no field {name!r}") from None
 
-    def _frozen(self, *_: Any, **__: Any) -> Any:
-        hint = "call register_to_config of its model, scheduler or processor"
-        raise invalid(InputTypeError, type(self).__name__, "only read access to a config", "a change", hint)
-
-    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _frozen  # type: ignore
-
     def __reduce__(self):
         return type(self).from_dict, (dict(self),)
 
@@ -234,7 +264,6 @@ class Configured:
     """Base of components: constructed from config fields by keyword or position, or from one `Config` or mapping."""
 
     config_class: ClassVar[type[Config]]
-    config: Any  # a `config_class`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -248,9 +277,28 @@ class Configured:
             if as_settings(args[0]) is None:
                 raise invalid(InputTypeError, "config", "a config or a dictionary", short_repr(args[0]))
         if len(args) == 1 and not settings and (config := as_settings(args[0])) is not None:
-            self.config = config if isinstance(config, self.config_class) else self.config_class.from_dict(config)
+            config = config if isinstance(config, self.config_class) else self.config_class.from_dict(config)
         else:
-            self.config = self.config_class.from_args(*args, **settings)
+            config = self.config_class.from_args(*args, **settings)
+        vars(self)["config"] = config.owned_by(self)
+
+    def _config(self) -> Config:
+        """The config, a `config_class`: its own, also after a shallow copy. Items assigned to it count."""
+        if "config" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no config before its constructor ran")
+        if vars(self)["config"]._owner() is not self:
+            vars(self)["config"] = vars(self)["config"].owned_by(self)
+        return vars(self)["config"]
+
+    def _assign_config(self, settings: Mapping[str, Any]) -> None:
+        """Register the entries of a mapping that differ, whatever its `_use_default_values` lists."""
+        if (mapping := as_settings(settings)) is None:
+            raise invalid(InputTypeError, "config", "a config or a dictionary", describe(settings))
+        old = self.config
+        self.register_to_config(**{key: value for key, value in mapping.items() if old.get(key, INVALID) is not value})
+
+    config: Any = property(_config, _assign_config)
+    _internal_dict: Any = config  # as diffusers names it, which code for older checkpoints assigns
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
@@ -272,7 +320,7 @@ class Configured:
 
     def register_to_config(self, **changes: Any) -> None:
         """Update `config`, for example after a loaded model has been modified."""
-        self.config = self.config_class.from_dict(self.config, **changes)
+        vars(self)["config"] = self.config_class.from_dict(self.config, **changes).owned_by(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.config.to_json_string().rstrip()}"

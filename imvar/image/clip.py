@@ -53,7 +53,7 @@ class CLIPImageProcessorConfig(Config):
 
     def check(self) -> None:
         super().check()
-        self.__dict__.update(
+        vars(self).update(
             size=self._size("size", [{"shortest_edge"}, {"height", "width"}]),
             crop_size=self._size("crop_size", [{"height", "width"}]),
             resample=int(self.resample),

@@ -80,10 +80,11 @@ class PipelineBase:
 
     @property
     def config(self) -> Config:
-        """The pipeline's settings, and the library and class of each component."""
-        return Config.from_dict(
-            self._settings | {name: index_entry(name, value) for name, value in self.components.items()}
-        )
+        """The pipeline's settings, and the library and class of each component. Settings assigned to it count."""
+        entries = {name: index_entry(name, value) for name, value in self.components.items()}
+        return Config.from_dict(self._settings | entries).owned_by(self)
+
+    _internal_dict = config  # diffusers' name for it
 
     @classmethod
     def init_parameters(cls) -> dict[str, inspect.Parameter]:

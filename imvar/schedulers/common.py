@@ -44,6 +44,15 @@ def to_eps(kind: str, output: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
 # The classes
 
 MAX_TIMESTEPS = 10_000  # the length of every table
+TABLE_FIELDS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "set_alpha_to_one",
+)  # the fields of all configs on which tables depend
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -118,9 +127,26 @@ class Scheduler(ConfiguredComponent):
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
+        self.make_tables()
+
+    def make_tables(self) -> None:
+        """Compute what depends on the config alone. A run has to start again."""
+        self.num_inference_steps = None
         self.betas = self.make_betas()
         self.alphas = 1 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
+
+    def register_to_config(self, **changes: Any) -> None:
+        """Update `config`. New values of `TABLE_FIELDS` recompute the tables and end a run."""
+        before, old = dict(vars(self)), self.config
+        super().register_to_config(**changes)
+        if all(np.array_equal(old.get(name), self.config.get(name)) for name in TABLE_FIELDS):
+            return
+        try:
+            self.make_tables()
+        except InputError:
+            vars(self).update(before)
+            raise
 
     def make_betas(self) -> Tensor:
         return make_betas(self.config)
@@ -149,8 +175,8 @@ class VariancePreserving(Scheduler):
 
     init_noise_sigma = 1.0
 
-    def __init__(self, *args: Any, **settings: Any):
-        super().__init__(*args, **settings)
+    def make_tables(self) -> None:
+        super().make_tables()
         self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
 
     @property

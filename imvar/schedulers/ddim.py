@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +69,8 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
 
     config_class = DDIMConfig
 
-    def __init__(self, *args: Any, **settings: Any):
-        super().__init__(*args, **settings)
+    def make_tables(self) -> None:
+        super().make_tables()
         self.timesteps = torch.arange(len(self)).flip(0)
         usable = self.alphas_cumprod[-1] != 1 and self.alphas_cumprod[0] != 0
         self.check_betas(usable, "betas that leave noise and signal", "no noise, or no signal, at every timestep")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -100,8 +99,8 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
 
     config_class = LMSDiscreteConfig
 
-    def __init__(self, *args: Any, **settings: Any):
-        super().__init__(*args, **settings)
+    def make_tables(self) -> None:
+        super().make_tables()
         self.train_sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy()
         self.is_scale_input_called = False
         self.set_timesteps(len(self))

@@ -32,6 +32,7 @@ SHARED = {
     "keymap": "the key table of a model",
     "load": "from stored tensors to those of a model",
     "make_betas": "the noise schedule of a scheduler",
+    "make_tables": "what a scheduler computes from its config alone",
     "min_tensor_count": "the fewest tensors that a model's config can have",
     "numpy_to_pil": "arrays to PIL images",
     "precompute": "compute the part of a module that depends on the conditioning alone",
