@@ -1,5 +1,6 @@
 """Image variations with Stable Diffusion, in pure PyTorch."""
 
+from . import fork_safety as fork_safety  # registers what a forked child does first
 from .errors import CheckpointError, FlaggedError, ImvarError, InputError, InputTypeError, OutOfMemoryError
 from .image import CLIPImageProcessor, VaeImageProcessor
 from .image.load_image import load_image

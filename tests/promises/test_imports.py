@@ -15,7 +15,7 @@ FLOORS = {
         [
             ["errors"],
             ["checks"],
-            ["config", "oom", "malloc", "noise", "outputs"],
+            ["config", "fork_safety", "oom", "malloc", "noise", "outputs"],
             ["atomic"],
             ["weights"],
             ["kernels"],

@@ -170,7 +170,6 @@ def test_threads(photo, threads, shared):
 
 
 def in_a_child(pipe, photo, queue):
-    torch.set_num_threads(1)
     queue.put(images_of(pipe, photo))
 
 
