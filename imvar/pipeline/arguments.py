@@ -45,6 +45,7 @@ class Call:
     cache_interval: int
     seed: Seeds | None
     on_flagged: str
+    conditions: Any
 
     # Values that follow from the arguments and the components
 
@@ -93,11 +94,11 @@ class Call:
             self.seeds = per_image_seeds(self.seed, self.shape[0])
             self.generator = seed_generators(self.seeds)
 
-    def check_intervals(self, precomputable: bool) -> None:
+    def check_intervals(self, cacheable: bool) -> None:
         """Check the approximations, of which DeepCache runs layers of an unmodified UNet one by one."""
         self.cache_interval = check_int("cache_interval", self.cache_interval)
-        if self.cache_interval > 1 and not precomputable:
-            hint = "above 1 it requires imvar's own UNet2DConditionModel without custom layers or hooks"
+        if self.cache_interval > 1 and not cacheable:
+            hint = "above 1 it requires imvar's own UNet2DConditionModel without custom layers, hooks or unet_kwargs"
             raise invalid(InputError, "cache_interval", "1", str(self.cache_interval), hint)
         pair = self.guidance_interval
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:

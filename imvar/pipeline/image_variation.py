@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ from .components import (
     require_tensor,
     required_components,
 )
+from .conditions import conditions_by_stage
 from .safety_policy import judge
 
 MAX_DECODE_PIXELS = 2**18  # pixels that are decoded at a time: those of 512 x 512
@@ -111,6 +112,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         *,
         seed: int | Sequence[int] | None = None,
         on_flagged: str = "black",
+        conditions: Mapping[str, Any] | None = None,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Return variations of one image or of several.
 
@@ -139,6 +141,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                 last layer in between. Approximate; 1 disables it.
             on_flagged: policy for images that the safety checker flags: "black"; "blur", to the colours of 8 x 8
                 cells; "keep"; or "raise" for a `FlaggedError`.
+            conditions: further inputs by name, for a subclass whose `unet_input`, `unet_kwargs` or `_encode_image`
+                has parameters of these names.
 
         Returns:
             `images`, and `nsfw_content_detected`, a flag each, or None without a safety checker; by attribute alone
@@ -153,7 +157,10 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             self.check_call(call)
             scheduler, timesteps, step_options = self.prepare_scheduler(call)
 
-            context = self._encode_image(call.image, call.device, call.num_images_per_prompt, call.is_guided)
+            own = call.conditions
+            context = self._encode_image(
+                call.image, call.device, call.num_images_per_prompt, call.is_guided, **own["_encode_image"]
+            )
             check_context(context, call.shape[0] * (1 + call.is_guided), self.unet if call.unmodified_unet else None)
             size = *call.shape[:2], call.height, call.width
             x = self.prepare_latents(*size, context.dtype, call.device, call.generator, call.latents)
@@ -163,7 +170,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             denoiser = Denoiser(lambda: self.unet, self.predictor, timesteps, context, **call.denoising)
             with self.progress_bar(total=call.num_inference_steps) as bar:
                 for i, t in enumerate(timesteps.cpu() if isinstance(timesteps, Tensor) else timesteps):
-                    eps = denoiser(scheduler.scale_model_input(x, t), i)
+                    sample = self.unet_input(scheduler.scale_model_input(x, t), t, **own["unet_input"])
+                    eps = denoiser(sample, i, **self.unet_kwargs(sample, t, denoiser.context, **own["unet_kwargs"]))
                     output = scheduler.step(eps, t, x, **step_options)
                     x = require_tensor(scheduler, "scheduler", output, "prev_sample").to(x.dtype)
                     if i == len(timesteps) - 1 or (i >= warmup_steps and (i + 1) % order == 0):
@@ -195,12 +203,17 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         call.check_numbers()
         images = len(call.image) if isinstance(call.image, (list, tuple, Tensor)) else 1
         batch = images * call.num_images_per_prompt
-        call.shape = self.latents_shape(batch, self.unet.config.in_channels, call.height, call.width)
+        adds_channels = self._overrides("unet_input")
+        channels = self.unet.config.out_channels if adds_channels else self.unet.config.in_channels
+        call.shape = self.latents_shape(batch, channels, call.height, call.width)
         precomputable = can_precompute(self.unet)
-        call.unmodified_unet = precomputable and not self._overrides("predictor")
+        call.unmodified_unet = precomputable and not (adds_channels or self._overrides("predictor"))
         check_compatible(self.components, call.output_type, call.unmodified_unet)
         call.check_options(check_shape=not self._overrides("prepare_latents"))
-        call.check_intervals(precomputable)
+        call.check_intervals(precomputable and not self._overrides("unet_kwargs"))
+        base, stages = StableDiffusionImageVariationPipeline, ("_encode_image", "unet_input", "unet_kwargs")
+        methods = {stage: (getattr(type(self), stage), getattr(base, stage)) for stage in stages}
+        call.conditions = conditions_by_stage(call.conditions, methods)
         on_execution_device = "vae" in components or self._offload
         call.device = self._execution_device if on_execution_device else device_of(components, self.device)
 
@@ -284,6 +297,22 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             latents = latents.to(device=device, dtype=dtype)
             check_latents(latents, shape)  # again, as they may overflow in this dtype
         return latents * self.scheduler.init_noise_sigma
+
+    def unet_input(self, sample: Tensor, timestep: Any) -> Tensor:
+        """Return what the UNet receives in place of the scaled latents (b n, 4, h, w): by default these.
+
+        A subclass may add channels, for example; its further parameters are the names of `conditions` of a call. With
+        2 b n rows, the first half is for the unconditional prediction of guidance.
+        """
+        return sample
+
+    def unet_kwargs(self, sample: Tensor, timestep: Any, context: Tensor) -> dict[str, Any]:
+        """Return further arguments of the UNet for a step, such as the residuals of a ControlNet: by default none.
+
+        `sample`: the output of `unet_input`; `context`: (2 b n, 1, c) under guidance, the unconditional half first. A
+        tensor of 2 b n rows, too, has one for each row of the context. Further parameters are names of `conditions`.
+        """
+        return {}
 
     def predictor(
         self, timesteps: Any, context: Tensor, cache_interval: int = 1, packed: PackedWeights | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.conditioning import Precomputed, repeat_to_batch
+from ..models.layers import refuse_unsupported
 from ..models.ops import PackedWeights, executing, norm_act
 from .precompute import PrecomputedUNet, Runner, at_step
 
@@ -37,7 +38,8 @@ class DeepCacheUNet(PrecomputedUNet):
         self.interval, self.last_full_step = interval, -interval
         self.deep_features: Any = None
 
-    def __call__(self, x: Tensor, step: int) -> Tensor:
+    def __call__(self, x: Tensor, step: int, **more: Any) -> Tensor:
+        refuse_unsupported("DeepCache", **more)
         time = at_step(self.times, step)
         with executing(packed=self.packed):
             if step - self.last_full_step < self.interval:

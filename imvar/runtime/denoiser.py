@@ -54,9 +54,9 @@ class Denoiser:
         self.cache_interval, self.refreshable = cache_interval, refreshable
         self.prepare()
 
-    def __call__(self, x: Tensor, step: int) -> Tensor:
-        """Predict the noise in scaled latents (b, c, h, w)."""
-        return self.predict(x, step)
+    def __call__(self, x: Tensor, step: int, **more: Any) -> Tensor:
+        """Predict the noise in scaled latents (b, c, h, w); `more` are further arguments of the UNet in this step."""
+        return self.predict(x, step, **more)
 
     def refresh(self) -> bool:
         """Rebuild everything if the UNet's weights, dtype, layers, hooks or kernels changed, or if it is another one.
@@ -79,12 +79,11 @@ class Denoiser:
         guided_steps = range(*(round(fraction * steps) for fraction in self.guidance_interval))
         if self.guidance_scale is None:
             self.predict: Predict = make(self.context)
-        elif not guided_steps:
-            self.predict = make(self.context.chunk(2)[1])
         else:
-            guided = make(self.context)
+            guided = make(self.context) if guided_steps else None
             conditional = make(self.context.chunk(2)[1]) if len(guided_steps) < steps else None
-            self.predict = ClassifierFreeGuidance(guided, conditional, self.guidance_scale, guided_steps)
+            rows = len(self.context)
+            self.predict = ClassifierFreeGuidance(guided, conditional, self.guidance_scale, guided_steps, rows)
         self.built_from = self.unet()
         can_change = self.refreshable and isinstance(self.built_from, nn.Module)
         self.fingerprint = Fingerprint(self.built_from) if can_change else None
@@ -103,7 +102,11 @@ def make_predictor(
         if cache_interval > 1:
             return DeepCacheUNet(unet, timesteps, context, cache_interval, runner, packed)
         return PrecomputedUNet(unet, timesteps, context, runner, packed)
-    return lambda x, step: unet(repeat_to_batch(x, context), timesteps[step], encoder_hidden_states=context).sample
+
+    def call_unet(x: Tensor, step: int, **more: Any) -> Tensor:
+        return unet(repeat_to_batch(x, context), timesteps[step], encoder_hidden_states=context, **more).sample
+
+    return call_unet
 
 
 def can_precompute(unet: Any) -> bool:

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-Predict = Callable[[Tensor, int], Tensor]
-"""Scaled latents (b, c, h, w) and the index of a step to a prediction for each context, (k b, c, h, w)."""
+Predict = Callable[..., Tensor]
+"""Scaled latents (b, c, h, w) and the index of a step to a prediction for each context, (k b, c, h, w).
+
+By name it takes further arguments of the UNet, if the pipeline has any.
+"""
 
 
 class ClassifierFreeGuidance:
     """Extrapolate from the unconditional to the conditional prediction (equation 6, `scale` is 1 + w there).
 
-    `guided` predicts for both contexts, the unconditional one first. With guidance in an interval of the steps
-    (arXiv:2404.07724), `conditional` predicts for the image's context alone in all but `guided_steps`.
+    `guided` predicts for the `rows` of both contexts, the unconditional half first. With guidance in an interval of
+    the steps (arXiv:2404.07724), `conditional` predicts for the image's context alone in all but `guided_steps`.
     """
 
-    def __init__(self, guided: Predict, conditional: Predict | None, scale: float, guided_steps: Container[int]):
+    def __init__(
+        self,
+        guided: Predict | None,
+        conditional: Predict | None,
+        scale: float,
+        guided_steps: Container[int],
+        rows: int,
+    ):
         self.guided, self.conditional, self.scale, self.guided_steps = guided, conditional, scale, guided_steps
+        self.rows = rows
 
-    def __call__(self, x: Tensor, step: int) -> Tensor:
-        if self.conditional is not None and step not in self.guided_steps:
-            return self.conditional(x, step)
-        uncond, cond = self.guided(x, step).chunk(2)
+    def __call__(self, x: Tensor, step: int, **more: Any) -> Tensor:
+        if self.guided is None or (self.conditional is not None and step not in self.guided_steps):
+            x, more = tree_map_only(Tensor, self.conditional_half, (x, more))
+            return self.conditional(x, step, **more)  # type: ignore[misc]  # there is one of the two
+        uncond, cond = self.guided(x, step, **more).chunk(2)
         return uncond + self.scale * (cond - uncond)
+
+    def conditional_half(self, x: Tensor) -> Tensor:
+        """Return the second half of a tensor with a row for each row of the contexts; any other tensor unchanged."""
+        return x.chunk(2)[1] if x.ndim and len(x) == self.rows else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -38,13 +38,13 @@ class PrecomputedUNet:
         self.times, self.context = unet.precompute_time(timesteps), fuse_qkv(unet, unet.precompute_context(context))
         self.predict, self.packed = runner(predict, unet), packed or PackedWeights(len(timesteps))
 
-    def __call__(self, x: Tensor, step: int) -> Tensor:
+    def __call__(self, x: Tensor, step: int, **more: Any) -> Tensor:
         with executing(packed=self.packed):
-            return self.predict(x, at_step(self.times, step), self.context)
+            return self.predict(x, at_step(self.times, step), self.context, more)
 
 
-def predict(unet: Any, x: Tensor, time: Precomputed, context: Precomputed) -> Tensor:
-    return unet(x, time, context).sample.contiguous()
+def predict(unet: Any, x: Tensor, time: Precomputed, context: Precomputed, more: Mapping[str, Any]) -> Tensor:
+    return unet(x, time, context, **more).sample.contiguous()
 
 
 def fuse_qkv(unet: Any, context: Precomputed) -> Precomputed:
