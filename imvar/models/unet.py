@@ -15,7 +15,6 @@ from ..errors import InputError, invalid, short_repr
 from ..outputs import UNet2DConditionOutput
 from ..weights import key_tables
 from ..weights.keymap import Keymap
-from ..weights.pretrained import PretrainedModel
 from .attention import AttentionMixin
 from .conditioning import Precomputed, entry, repeat_to_batch
 from .freeu import FreeU
@@ -29,6 +28,7 @@ from .layers import (
     Upsample,
     refuse_unsupported,
 )
+from .lora import LoraMixin
 from .ops import Conv2d, GroupNorm, norm_act
 from .unet_blocks import DownBlock, MidBlock, Transformer, UpBlock, concat_skip
 from .validation import check_unet_inputs
@@ -128,7 +128,7 @@ class UNetConfig(Config):
         return [per_block] * len(self.block_out_channels) if isinstance(per_block, int) else per_block
 
 
-class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingMixin, PretrainedModel, part="unet"):
+class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingMixin, LoraMixin, part="unet"):
     """Down, middle and up blocks with skip connections: eps(x_t, t, context) of arXiv:2112.10752, equation 3.
 
     Extension points for forks: `block` and `transformer` are the classes it is built of, `merge` joins a skip

@@ -36,6 +36,7 @@ from ..weights.model_index import INDEX, default_class, index_entry, index_text
 from ..weights.options import READ_OPTIONS, filter_kwargs, locate_config, resolve_ema, should_write
 from ..weights.pretrained import PretrainedModel
 from .components import SchedulerLike, device_of
+from .lora import LoraPipelineMixin
 from .offload import Offload
 from .pretrained import dtypes_by_component, files_to_read, read_components
 
@@ -46,7 +47,7 @@ _active_calls: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("imvar_activ
 """The pipelines that this thread or task is calling, innermost last, each with the scheduler of that call."""
 
 
-class PipelineBase:
+class PipelineBase(LoraPipelineMixin):
     """The components of a pipeline as its attributes, and everything that applies to all of them."""
 
     def __init__(self) -> None:

@@ -214,11 +214,15 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             write_weights(
                 new,
                 self.weights_name,
-                self.keymap.to_file(self.state_dict()),
+                self.keymap.to_file(self.weights_to_save()),
                 variant=variant,
                 safe_serialization=safe_serialization,
                 max_shard_size=max_shard_size,
             )
+
+    def weights_to_save(self) -> dict[str, Tensor]:
+        """Return the tensors that `save_pretrained` writes, by parameter name."""
+        return self.state_dict()
 
     @property
     def device(self) -> torch.device:

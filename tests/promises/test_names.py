@@ -11,22 +11,27 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "imvar"
 SHARED = {
+    "_apply": "move or cast the tensors of a module, which PyTorch calls",
     "add_noise": "a scheduler's forward process",
     "check": "validate a config's own fields",
     "config": "the configuration of a component or pipeline, as a property",
     "decode": "latents to images",
+    "delete_adapters": "remove LoRA adapters",
     "device": "the device of a model's or pipeline's weights",
     "disable_freeu": "undo `enable_freeu`",
     "disable_gradient_checkpointing": "undo `enable_gradient_checkpointing`",
+    "disable_lora": "use no LoRA adapter",
     "disable_xformers_memory_efficient_attention": "undo `enable_xformers_memory_efficient_attention`",
     "dtype": "the dtype of weights, or of what is computed with them",
     "enable_freeu": "use FreeU in the UNet",
     "enable_gradient_checkpointing": "recompute activations in the backward pass",
+    "enable_lora": "use the LoRA adapters again",
     "enable_xformers_memory_efficient_attention": "use a memory-efficient attention kernel",
     "forward": "the computation of a torch module",
     "from_dict": "build a config from the fields of a file",
     "from_pretrained": "load from a folder or the hub",
     "from_single_file": "load from one file in the original layout",
+    "fuse_lora": "make LoRA adapters part of the weights",
     "init_noise_sigma": "the scale of a scheduler's first latents",
     "is_gradient_checkpointing": "whether `enable_gradient_checkpointing` is in effect",
     "keymap": "the key table of a model",
@@ -43,10 +48,13 @@ SHARED = {
     "save_pretrained": "save to a folder",
     "saved_config": "the config as it is written to a file",
     "scale_model_input": "scale latents for the network",
+    "set_adapters": "choose the active LoRA adapters and their weights",
     "set_timesteps": "choose a scheduler's timesteps",
     "step": "one denoising step of a scheduler",
     "to": "move to a device or dtype",
+    "unfuse_lora": "undo `fuse_lora`",
     "upsample_conv": "upsample by 2 and convolve, and the kernel that computes it on a CPU",
+    "weights_to_save": "the tensors that `save_pretrained` writes",
 }
 
 
