@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
 from imvar import StableDiffusionImageVariationPipeline, UNet2DConditionModel, replace_layers, set_attend
 from imvar.models import ResnetBlock, SelfAttention
+from imvar.models.unet_blocks import Transformer, TransformerBlock
 from imvar.outputs import SchedulerOutput
 
 
@@ -83,6 +87,77 @@ class Euler:
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> SchedulerOutput:
         return SchedulerOutput(sample + (self.sigmas[timestep + 1] - self.sigmas[timestep]) * model_output)
+
+
+class ConcatPipeline(StableDiffusionImageVariationPipeline):
+    """Channels beside the latents, as in InstructPix2Pix and zero123: `pipe(photo, conditions={"pixels": z})`."""
+
+    def unet_input(self, sample: Tensor, timestep: Tensor, *, pixels: Tensor) -> Tensor:
+        return torch.cat([sample, pixels.to(sample).expand(len(sample), -1, -1, -1)], dim=1)
+
+
+class PosePipeline(StableDiffusionImageVariationPipeline):
+    """A second token from another encoder: `pipe(photo, conditions={"pose": angles})`, angles (1, 3)."""
+
+    def __init__(self, *args: Any, pose_encoder: nn.Module, **components: Any):
+        super().__init__(*args, **components)
+        self.register_modules(pose_encoder=pose_encoder)
+
+    def _encode_image(self, *args: Any, pose: Tensor, **options: Any) -> Tensor:
+        context = super()._encode_image(*args, **options)
+        token = self.pose_encoder(pose.to(context)).expand(len(context), 1, -1)
+        return torch.cat([context, token], dim=1)
+
+
+class ControlNetPipeline(StableDiffusionImageVariationPipeline):
+    """Residuals of a ControlNet (arXiv:2302.05543): `pipe(photo, conditions={"control": edges})`."""
+
+    def __init__(self, *args: Any, controlnet: Any, **components: Any):
+        super().__init__(*args, **components)
+        self.controlnet = controlnet
+
+    def unet_kwargs(self, sample: Tensor, timestep: Tensor, context: Tensor, *, control: Tensor) -> dict[str, Any]:
+        inputs = sample.repeat(len(context) // len(sample), 1, 1, 1), timestep, context
+        down, mid = self.controlnet(*inputs, controlnet_cond=control.to(sample), return_dict=False)
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+
+class MotionTransformer(Transformer):
+    """Attention over frames after the attention over pixels (arXiv:2307.04725); the batch is `frames` long.
+
+    `UNet2DConditionModel.transformer` is the class that a UNet is built of; a zero output projection changes nothing.
+    """
+
+    def __init__(self, channels: int, context_dim: int, heads: int, **options: int):
+        super().__init__(channels, context_dim, heads, **options)  # type: ignore[arg-type]
+        self.motion = TransformerBlock(channels, channels, heads)
+        self.motion_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.motion_out.weight)
+        nn.init.zeros_(self.motion_out.bias)
+
+    def forward(self, *args: Any, frames: int = 4, **options: Any) -> Tensor:  # type: ignore[override]
+        x = super().forward(*args, **options)[0]
+        tracks = rearrange(x, "(b f) c h w -> (b h w) f c", f=frames)
+        moved = rearrange(
+            self.motion_out(self.motion(tracks)), "(b h w) f c -> (b f) c h w", h=x.shape[2], w=x.shape[3]
+        )
+        return x + moved
+
+
+class MotionUNet(UNet2DConditionModel):
+    transformer = MotionTransformer
+
+
+class TinyDecoder(nn.Module):
+    """Another VAE: any object with `config` and `decode`. This one maps each latent to a square of one colour."""
+
+    def __init__(self, factor: int = 8):
+        super().__init__()
+        self.config = SimpleNamespace(scaling_factor=1.0, block_out_channels=(1,) * factor.bit_length())
+        self.colors, self.factor = nn.Conv2d(4, 3, 1), factor
+
+    def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        return (F.interpolate(self.colors(z), scale_factor=self.factor).tanh(),)
 
 
 def tempered_attention(pipe: StableDiffusionImageVariationPipeline) -> None:

@@ -125,9 +125,10 @@ class UNetBlock(nn.Module):
             return x
         transformer, context = self.transformers[i], entry(context, i)
         if isinstance(transformer, Transformer):
-            return transformer(x, encoder_hidden_states=context, return_dict=False)[0]
-        out = transformer(x, context)  # a fork's own, which may return a tensor
-        return out if isinstance(out, Tensor) else out[0]
+            out = transformer(x, encoder_hidden_states=context, return_dict=False)
+        else:
+            out = transformer(x, context)
+        return out if isinstance(out, Tensor) else out[0]  # a fork's may return a tensor
 
 
 class DownBlock(UNetBlock):
