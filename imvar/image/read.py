@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image
 
 from ..checks import check_has_data
-from ..errors import InputError, InputTypeError, invalid
+from ..errors import InputError, InputTypeError, invalid, short_repr
 
 CHANNEL_COUNTS = (1, 3, 4)
 ACCEPTED = "a PIL image, an array or tensor of shape (h, w, 3) or (3, h, w), or a list of these"
@@ -40,6 +40,8 @@ _decode_lock = threading.Lock()
 
 def decode_pil(image: Image.Image, name: str) -> None:
     """Decode an image that was only opened. Pillow's decoding is not thread-safe, so there is a lock around it."""
+    if not isinstance(image.info, dict):
+        raise invalid(InputTypeError, name, "an image whose info is a dictionary", f"info={short_repr(image.info)}")
     try:
         with _decode_lock:
             image.load()
@@ -87,7 +89,11 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
         image = to_8_bit(image, name)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
+        try:
+            canvas.alpha_composite(image.convert("RGBA"))
+        except (TypeError, ValueError) as error:
+            got = f"transparency={short_repr(image.info.get('transparency'))} ({error})"
+            raise invalid(InputError, name, f"a transparency of mode {image.mode} in its info", got) from error
         image = canvas
     return image if image.mode == "RGB" else image.convert("RGB")
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..checks import FLOAT_DTYPES, check_finite, check_float, check_has_data, check_int
+from ..checks import FLOAT_DTYPES, as_number, check_finite, check_float, check_has_data, check_int
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from ..image.read import exif_orientation
 from ..noise import Generators, Seeds, check_generator, per_image_seeds, seed_generators
@@ -73,6 +75,9 @@ class Call:
         self.height, self.width, self.callback_steps = int(self.height), int(self.width), int(self.callback_steps)
         self.num_inference_steps = check_int("num_inference_steps", self.num_inference_steps)
         self.guidance_scale = check_finite("guidance_scale", self.guidance_scale)
+        if self.guidance_scale < 0:
+            hint = "pass 1 for no guidance"
+            raise invalid(InputError, "guidance_scale", "a number from 0", short_repr(self.guidance_scale), hint)
         self.eta = check_finite("eta", self.eta)
         n = 1 if self.num_images_per_prompt is None else self.num_images_per_prompt
         self.num_images_per_prompt = check_int("num_images_per_prompt", n, high=MAX_IMAGES_PER_PROMPT)
@@ -136,8 +141,11 @@ def check_image_and_size(image: Any, height: int, width: int, callback_steps: in
     if isinstance(image, Tensor):
         check_normalized(image)
     for name, size in ("height", height), ("width", width):
-        if check_int(name, size, low=factor, high=MAX_SIDE) % factor:
-            raise invalid(InputError, name, f"a multiple of {factor} from {factor} to {MAX_SIDE}", short_repr(size))
+        number = as_number(size, operator.index)
+        if number is None or not factor <= number <= MAX_SIDE or number % factor:
+            kind = InputTypeError if number is None else InputError
+            expected, hint = f"a multiple of {factor} from {factor} to {MAX_SIDE}", f"pass one divisible by {factor}"
+            raise invalid(kind, name, expected, short_repr(size), hint)
     check_int("callback_steps", callback_steps)
 
 
@@ -177,10 +185,16 @@ def check_option(name: str, value: Any, options: Sequence[str]) -> None:
         raise invalid(kind, name, f"one of {', '.join(map(repr, options))}", short_repr(value))
 
 
+DEFERRED = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+
+
 def check_callback(callback: Any) -> None:
-    """Check that a callback takes a step, a timestep and latents, and is not a coroutine function."""
+    """Check that a callback takes a step, a timestep and latents, and runs when it is called."""
+    function = callback
+    while isinstance(function, partial):
+        function = function.func
     try:
-        fits = callable(callback) and not inspect.iscoroutinefunction(callback)
+        fits = callable(function) and not any(kind(f) for kind in DEFERRED for f in (function, function.__call__))
         if fits:
             inspect.signature(callback, follow_wrapped=False).bind(0, 0, None)
     except TypeError:
@@ -188,7 +202,17 @@ def check_callback(callback: Any) -> None:
     except ValueError:  # functions written in C may have no signature
         return
     if not fits:
-        raise invalid(InputTypeError, "callback", "a function (step, timestep, latents)", short_repr(callback))
+        expected = "a function (step, timestep, latents), neither async nor a generator"
+        raise invalid(InputTypeError, "callback", expected, short_repr(callback))
+
+
+def check_callback_effects(returned: Any, latents: Tensor, shape: Sequence[int]) -> None:
+    """Check that a callback has run, by what it returned, and that its latents still have this shape."""
+    if inspect.isawaitable(returned) or inspect.isgenerator(returned) or inspect.isasyncgen(returned):
+        got = f"one that returned a {describe(returned)}"
+        raise invalid(InputTypeError, "callback", "a function that runs when it is called", got)
+    if latents.shape != shape:
+        raise invalid(InputError, "callback", f"latents of shape {tuple(shape)} after it", describe(latents))
 
 
 @contextmanager

@@ -186,8 +186,8 @@ def require_tensor(component: Any, name: str, output: Any, field: str) -> Tensor
     return value
 
 
-def check_devices(components: Mapping[str, Any]) -> None:
-    """Check that the weights are on one device, except those that a hook may move or move inputs to."""
+def check_devices(components: Mapping[str, Any], may_differ: bool = False) -> None:
+    """Check that weights are in memory and on one device, except those that a hook may move or move inputs to."""
     devices = {
         name: parameter.device
         for name, component in components.items()
@@ -195,7 +195,7 @@ def check_devices(components: Mapping[str, Any]) -> None:
         for parameter in islice(component.parameters(), 1)
     }
     got = ", ".join(f"{name} on {device}" for name, device in devices.items())
-    if len(set(devices.values())) > 1:
+    if len(set(devices.values())) > 1 and not may_differ:
         raise invalid(InputError, "components", "one device", f"different devices ({got})", "call pipe.to(device)")
     if any(device.type == "meta" for device in devices.values()):
         raise invalid(InputError, "components", "weights in memory", got, "load them with from_pretrained")

@@ -23,7 +23,7 @@ from ..outputs import StableDiffusionPipelineOutput
 from ..runtime.denoiser import Denoiser, can_precompute, dtype_of, make_predictor
 from ..runtime.guidance import Predict
 from ..weights.published_config import has_legacy_sample_size
-from .arguments import Call, check_image_and_size, check_latents, rename_argument
+from .arguments import Call, check_callback_effects, check_image_and_size, check_latents, rename_argument
 from .base import PipelineBase
 from .components import (
     FeatureExtractorLike,
@@ -177,7 +177,10 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                     if i == len(timesteps) - 1 or (i >= warmup_steps and (i + 1) % order == 0):
                         bar.update()
                         if call.callback is not None and i % call.callback_steps == 0:
-                            call.callback(i // order, timesteps[i], x)
+                            shape = x.shape
+                            check_callback_effects(call.callback(i // order, timesteps[i], x), x, shape)
+                            if not self._offload:
+                                check_devices(required_components(self.components, call.output_type), may_differ=True)
                             if denoiser.refresh():
                                 check_components(required_components(self.components, call.output_type))
                                 x = x.to(denoiser.context.dtype)

@@ -86,9 +86,21 @@ def closed():
     return image
 
 
+def with_info(image, info):
+    image.info = info
+    return image
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (
+            lambda: with_info(RED.copy(), None),
+            r"image\[1\]: expected an image whose info is a dictionary, got info=None",
+        ),
+        (lambda: with_info(RED.copy(), {"transparency": "x"}), r"image\[1\]: .*transparency of mode RGB.*got .*='x'"),
+        (lambda: with_info(RED.copy(), {"transparency": (1, 2)}), r"image\[1\]: .*transparency=\(1, 2\)"),
+        (lambda: with_info(RED.quantize(), {"transparency": 300}), r"image\[1\]: .*mode P.*transparency=300"),
         (cut, r"image\[1\].*cannot be decoded"),
         (closed, r"image\[1\].*cannot be decoded"),
         (lambda: Image.new("F", (4, 4)), r"image\[1\].*mode F"),

@@ -28,15 +28,35 @@ async def never_awaited(*_):
     """A callback that returns before it runs."""
 
 
+def never_iterated(*_):
+    yield "another one"
+
+
+async def never_either(*_):
+    yield "and one more"
+
+
+class Never:
+    """A callback of methods that return before they run."""
+
+    async def __call__(self, *_):
+        """As `never_awaited`."""
+
+    def iterated(self, *_):
+        yield "as `never_iterated`"
+
+
 CALLS = {  # name and value as the message gives them
     ("image", "an empty list"): {"image": []},
     ("image[1]", "NoneType"): {"image": [PHOTO, None]},
-    ("height", "100"): {"height": 100},
+    ("height", "100; pass one divisible by 8"): {"height": 100},
+    ("height", "4; pass one divisible by 8"): {"height": 4},
     ("width", "-64"): {"width": -64},
     ("num_inference_steps", "0"): {"num_inference_steps": 0},
     ("num_images_per_prompt", "0"): {"num_images_per_prompt": 0},
     ("guidance_scale", "nan"): {"guidance_scale": NAN},
     ("guidance_scale", "inf"): {"guidance_scale": INF},
+    ("guidance_scale", "-0.5; pass 1 for no guidance"): {"guidance_scale": -0.5},
     ("eta", "nan"): {"eta": NAN},
     ("eta", "2"): {"eta": 2},
     ("generator", "42"): {"generator": 42},
@@ -63,6 +83,12 @@ CALLS = {  # name and value as the message gives them
     ("latents", "torch.float8_e4m3fn"): {"latents": x.to(torch.float8_e4m3fn)},
     ("callback", "<function"): {"callback": lambda: None},
     ("callback", "<function never_awaited"): {"callback": never_awaited},
+    ("callback", "<function never_iterated"): {"callback": never_iterated},
+    ("callback", "<function never_either"): {"callback": never_either},
+    ("callback", "<tests.pipeline.test_call_arguments.Never"): {"callback": Never()},
+    ("callback", "<bound method Never.iterated"): {"callback": Never().iterated},
+    ("callback", "functools.partial(<function never_iterated"): {"callback": functools.partial(never_iterated)},
+    ("callback", "functools.partial(<tests.pipeline"): {"callback": functools.partial(Never())},
     ("guidance_scale", "b'3'"): {"guidance_scale": b"3"},
     ("guidance_scale", "tensor(True)"): {"guidance_scale": torch.tensor(True)},
     ("num_inference_steps", "tensor(True)"): {"num_inference_steps": torch.tensor(True)},
@@ -106,6 +132,39 @@ def test_callbacks_that_wrap_another(pipe):
     shapes = []
     run(pipe, PHOTO, callback=outer)
     assert len(shapes) == 3
+
+
+@pytest.mark.parametrize(
+    ("effect", "words"),
+    [
+        (lambda pipe, x: never_iterated(), "a function that runs when it is called, got one that returned a generator"),
+        (
+            lambda pipe, x: x.resize_(1, 4, 8, 8),
+            r"latents of shape \(1, 4, 16, 16\) .*, got a tensor of shape \(1, 4, 8",
+        ),
+        (lambda pipe, x: pipe.to("meta"), "components: expected weights in memory, got vae on meta"),
+        (lambda pipe, x: pipe.unet.to("meta"), "components: expected weights in memory, got .*unet on meta"),
+    ],
+)
+def test_effects_of_a_callback_that_a_step_cannot_go_on_from(pipe, effect, words):
+    steps = []
+    with pytest.raises(InputError, match=words):
+        run(pipe, PHOTO, callback=lambda i, t, x: steps.append(i) or effect(pipe, x))
+    assert len(steps) == 1
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_a_callback_that_returns_a_coroutine(pipe):
+    with pytest.raises(InputError, match=r"callback: .*returned a coroutine"):
+        run(pipe, PHOTO, callback=lambda *_: never_awaited())
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+def test_guidance_scales_up_to_1_are_no_guidance(pipe, scale):
+    batches = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    run(pipe, PHOTO, guidance_scale=scale)
+    assert set(batches) == {1}
 
 
 def test_images_need_a_feature_extractor(pipe):

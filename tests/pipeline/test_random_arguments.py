@@ -105,7 +105,7 @@ ARGUMENTS: dict[str, tuple[Any, Any]] = {  # strategy, and whether a value is va
     "height": (SIZES, is_size),
     "width": (SIZES, is_size),
     "num_inference_steps": (integers(1, 4), lambda v: is_int(v, 1, 1000)),
-    "guidance_scale": (REALS, is_real),
+    "guidance_scale": (REALS, lambda v: is_real(v, low=0)),
     "num_images_per_prompt": (integers(1, 2), lambda v: v is None or is_int(v, 1, 2**16)),
     "eta": (st.one_of(st.floats(0, 1), REALS), is_real),
     "seed": (st.one_of(st.integers(0, 2**63 - 9), st.sampled_from([[1], [1, 2], (3,), range(2)]), HUGE, OTHERS), None),
