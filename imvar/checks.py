@@ -114,7 +114,8 @@ def as_path(name: str, value: Any) -> Path:
 
 
 Dtype = torch.dtype | Literal["auto"] | None
-"""The dtype of loaded weights: this one, with "auto" the widest in the file, or with None each tensor's own."""
+"""The dtype of loaded weights: this one, with "auto" the widest in the file that layers compute in, or with None each
+tensor's own."""
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | Literal["auto"]:

@@ -123,7 +123,8 @@ class PipelineBase(LoraPipelineMixin):
         """Load a pipeline from a folder or a hub repository in the published layout, or the bundled "imvar-emoji".
 
         `dtype` (or `torch_dtype`): one for all components, or a dictionary of component to dtype with `"default"`;
-        float32 by default. `overrides`: components to use in place of the checkpoint's, None to leave one out, and
+        float32 by default; "auto" is, for each component, the widest dtype in its files, or bfloat16 if all have 8
+        bits. `overrides`: components to use in place of the checkpoint's, None to leave one out, and
         settings of the pipeline such as `requires_safety_checker`. `variant` selects files such as
         `*.fp16.safetensors` of the components that have them. Weights are always memory-mapped, whatever
         `low_cpu_mem_usage` and `disable_mmap` are. `compile`: call `compile()` on the pipeline.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -64,9 +64,10 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
     ) -> Self:
         """Load a model from a folder, a hub repository or a bundled checkpoint; `changes` replace config fields.
 
-        Weights become float32 or `dtype` ("auto": the widest dtype in the file). They are memory-mapped where they
-        need no conversion, also with `low_cpu_mem_usage=False` and `disable_mmap=True`, which have no effect. The
-        model is in eval mode. Raises `CheckpointError` naming the file, and the missing, unknown or misshapen tensor.
+        Weights become float32 or `dtype` ("auto": the widest dtype in the file; bfloat16 if all have 8 bits). They are
+        memory-mapped where they need no conversion, also with `low_cpu_mem_usage=False` and `disable_mmap=True`, which
+        have no effect. The model is in eval mode. Raises `CheckpointError` naming the file, and the tensor that is
+        missing, unknown, misshapen or has values beyond `dtype`.
         """
         weights_dtype = resolve_dtype(torch_dtype, dtype)
         prefix = f"{subfolder}/" if check_type("subfolder", subfolder, str) else ""
@@ -273,8 +274,9 @@ def load(
 ) -> None:
     """Load `tensors` into `model`, named as published (now or earlier), as in `state_dict()`, or by `naming`.
 
-    A model on the meta device takes the tensors themselves, or casts to `dtype` ("auto": the widest among them); any
-    other copies them. Raises `CheckpointError` for missing, unknown or misshapen tensors, before anything is loaded.
+    A model on the meta device takes the tensors themselves, or casts to `dtype` (see `widest_dtype` for "auto"); any
+    other copies them. Raises `CheckpointError` for missing, unknown or misshapen tensors and for values that `dtype`
+    cannot hold, before anything is loaded.
     """
     expected = model.state_dict()
     try:
@@ -287,15 +289,17 @@ def load(
             raise
         got = f"those of the {other[0]} ({error.reason})"
         raise invalid(CheckpointError, path, f"weights of the {model.part}", got, key=error.key) from None
+    keys = {name: next(s.name for s in model.keymap.sources(name, naming) if s.name in tensors) for name in values}
     for name, tensor in values.items():
-        key, shape = model.keymap.sources(name, naming)[0].name, tuple(expected[name].shape)
-        if not tensor.is_floating_point():
+        key, shape = keys[name], tuple(expected[name].shape)
+        if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:  # which has two values in a byte
             raise invalid(CheckpointError, path, "floating-point values", str(tensor.dtype), key=key)
         if tensor.shape != shape:
             raise invalid(CheckpointError, path, f"shape {shape} by the config", str(tuple(tensor.shape)), key=key)
     if dtype == "auto":
-        dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in values.values()})
-    values = {name: cast(tensor, dtype) for name, tensor in values.items()}
+        dtype = widest_dtype({tensor.dtype for tensor in values.values()})
+    if dtype is not None:
+        values = {name: cast(tensor, dtype, path, keys[name]) for name, tensor in values.items()}
     model.load_state_dict(values, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if unfilled := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         hint = "compute it in forward, or make it persistent"
@@ -322,6 +326,23 @@ def modernize_keys(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any)
     state_dict.update({prefix + name: value for name, value in model.keymap.modernize(tensors, names).items()})
 
 
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a floating-point tensor in `dtype`; any other tensor unchanged."""
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def widest_dtype(dtypes: Collection[torch.dtype]) -> torch.dtype:
+    """Return the dtype for `dtype="auto"`: the narrowest that holds all values and that layers compute in.
+
+    8-bit floats are for storage alone, so it is bfloat16 if there is nothing else.
+    """
+    return functools.reduce(torch.promote_types, [d for d in dtypes if d.itemsize > 1] or [torch.bfloat16])
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, path: Path | None, key: str) -> Tensor:
+    """Return a floating-point tensor in `dtype`; raise `CheckpointError` if a finite value would become infinite.
+
+    Only a cast to a dtype of smaller range reads the values again. Values that are not finite are kept.
+    """
+    result = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and tensor.numel():
+        is_finite = all(bound.isfinite() for bound in result.aminmax())
+        if not is_finite and (lost := result.isinf() & tensor.isfinite()).any():
+            expected, got = f"values that {dtype} can hold", f"{tensor[lost][0].item():g}"
+            raise invalid(CheckpointError, path, expected, got, f"load with {tensor.dtype}", key=key)
+    return result

@@ -3,7 +3,10 @@
 import copy
 import json
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -373,6 +376,90 @@ def test_dtypes(checkpoint, tmp_path):
     for bad in ({"text_encoder": torch.float16}, "int8", torch.int64, 16):
         with pytest.raises(TypeError, match="dtype"):
             StableDiffusionImageVariationPipeline.from_pretrained(checkpoint, dtype=bad)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float16, 1e6), (torch.float16, -65520.0), (torch.bfloat16, 3.4e38)],
+    ids=["float16", "rounded", "bfloat16"],
+)
+def test_values_beyond_the_dtype_are_refused(folder, dtype, value, tmp_path):
+    """Loading never turns a number into infinity."""
+    file, key = weights(folder, "unet"), "down_blocks.0.attentions.0.proj_in.weight"
+
+    def put(tensors):
+        tensors[key][0, 0] = value
+        tensors[key][1, 0] = float("nan")
+
+    rewrite(file, put)
+    single = shutil.copy(file, tmp_path / "single")
+    pickled = tmp_path / "single.ckpt"
+    torch.save(load_file(file), pickled)
+    unet = imvar.UNet2DConditionModel
+    for load, path in (
+        (lambda **dtype: StableDiffusionImageVariationPipeline.from_pretrained(folder, **dtype), file),
+        (lambda **dtype: unet.from_pretrained(folder, subfolder="unet", **dtype), file),
+        (lambda **dtype: unet.from_single_file(single, config=folder, **dtype), single),
+        (lambda **dtype: unet.from_single_file(pickled, config=folder, **dtype), pickled),
+    ):
+        words = f"expected values that {dtype} can hold, got {value:g}; load with torch.float32"
+        with pytest.raises(CheckpointError, match=re.escape(words)) as caught:
+            load(torch_dtype=dtype)
+        assert (caught.value.path, caught.value.key) == (path, key)
+        load(dtype="auto")
+
+
+def test_values_below_the_limit_and_values_that_were_infinite_before_are_loaded(folder):
+    key = "conv_in.weight"
+
+    def put(tensors):
+        tensors[key].view(-1)[:5] = torch.tensor([65519.0, -65519.0, float("inf"), float("-inf"), float("nan")])
+
+    rewrite(weights(folder, "unet"), put)
+    unet = imvar.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float16)
+    assert str(unet.conv_in.weight.view(-1)[:5].tolist()) == "[65504.0, -65504.0, inf, -inf, nan]"
+
+
+def test_a_cast_to_half_precision_takes_no_second_copy(tmp_path):
+    """The check of the values needs no memory beyond the loaded weights and the mapped file."""
+    code = """
+import resource, sys, torch
+from imvar.weights.pretrained import cast
+tensor = torch.ones(2**24)
+torch.ones(2**20).half().aminmax()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+cast(tensor, torch.float16, None, "a")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert grown < 1.3 * 2**15  # kB, of which 2**15 are the result
+
+
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2", "both", "with float16", "with float32"])
+def test_the_automatic_dtype_of_8_bit_files_is_one_that_layers_compute_in(folder, stored, photo):
+    """8-bit floats are a storage format: the weights are computed with in a wider dtype that holds each exactly."""
+
+    def narrow(tensors):
+        for i, (name, tensor) in enumerate(tensors.items()):
+            kinds = ["float8_e4m3fn", "float8_e5m2"] if stored == "both" else [stored]
+            if stored.startswith("with"):
+                kinds = ["float8_e4m3fn", stored.split()[1]]
+            tensors[name] = tensor.to(getattr(torch, kinds[i % len(kinds)]))
+
+    rewrite(weights(folder, "unet"), narrow)
+    rewrite(weights(folder, "vae"), narrow)
+    expected = {"with float16": torch.float16, "with float32": torch.float32}.get(stored, torch.bfloat16)
+    pipe = StableDiffusionImageVariationPipeline.from_pretrained(folder, torch_dtype="auto")
+    assert (pipe.unet.dtype, pipe.vae.dtype, pipe.image_encoder.dtype) == (expected, expected, torch.float32)
+    for part, model in (("unet", imvar.UNet2DConditionModel), ("vae", imvar.AutoencoderKL)):
+        one = model.from_pretrained(folder, subfolder=part, dtype="auto")
+        single = model.from_single_file(weights(folder, part), dtype="auto")
+        exact = model.from_pretrained(folder, subfolder=part)
+        assert equal(one, getattr(pipe, part))
+        assert equal(single, one)
+        assert equal(exact, one.float())
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(photo, num_inference_steps=1, guidance_scale=1, seed=0).images[0].size == (128, 128)
 
 
 def test_a_variant_of_some_parts_only(checkpoint, folder):
