@@ -3,6 +3,7 @@
 `InputError` is also a `ValueError` and `CheckpointError` also an `OSError`, so existing `except` clauses keep working.
 """
 
+import contextlib
 import functools
 import re
 import reprlib
@@ -16,7 +17,10 @@ import numpy as np
 import torch
 
 MAX_MESSAGE_LENGTH = 2000  # characters
-INTERNAL = tuple(str(Path(module).resolve().parent) for module in (__file__, torch.__file__ or ""))
+INTERNAL = (
+    *(str(Path(module).resolve().parent) for module in (__file__, torch.__file__ or "")),
+    contextlib.__file__,  # whose functions run the `with` blocks of imvar
+)
 
 E = TypeVar("E", bound="ImvarError")
 

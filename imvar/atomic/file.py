@@ -6,13 +6,14 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError, first_line, invalid
-from .filesystem import locked
+from .filesystem import locked, remove_folder, warn_os_error
 
 T = TypeVar("T")
 
@@ -52,12 +53,18 @@ def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
             path.parent.mkdir(parents=True, exist_ok=True)
             result = write(temporary)
             sync(temporary)
-            temporary.replace(path)
+            replace_file(temporary, path)
         finally:
             with suppress(OSError):
                 temporary.unlink()
-        sync(path.parent)
     return result
+
+
+def replace_file(new: Path, path: Path) -> None:
+    """Rename the file `new` to `path`."""
+    new.replace(path)
+    with warn_os_error(f"{path}: written, but not flushed to the disk"):
+        sync(path.parent)
 
 
 @contextmanager
@@ -73,26 +80,37 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.mkdir()
             try:
                 yield temporary / path.name
-                (temporary / path.name).replace(path)
-                sync(path.parent)
+                replace_file(temporary / path.name, path)
             except CheckpointError as error:
                 raise error.at(path) from error
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                remove_folder(temporary)
 
 
 @contextmanager
 def exclusive(path: Path, parent: Path) -> Iterator[Path]:
     """Lock `path`, remove leftovers of killed saves of it from `parent`, and yield an unused temporary path there.
 
-    On systems without file locks, concurrent saves do not wait for each other and leftovers stay.
+    On systems without file locks, concurrent saves do not wait for each other and leftovers stay. Raises
+    `CheckpointError` as `locked` does.
     """
     prefix = f".{path.name[:50]}.tmp-"
-    with locked(parent / f"{prefix}lock") as is_locked:
+    pattern = glob.escape(prefix) + "[0-9a-f]" * 16
+    with locked(parent / f"{prefix}lock", lambda: newest_change(parent.glob(pattern))) as is_locked:
         if is_locked:
-            for leftover in list(parent.glob(glob.escape(prefix) + "[0-9a-f]" * 16)):
+            for leftover in list(parent.glob(pattern)):
                 shutil.rmtree(leftover, ignore_errors=True)
         yield parent / f"{prefix}{os.urandom(8).hex()}"
+
+
+def newest_change(folders: Iterable[Path]) -> int:
+    """Return the time of the last change of any file or folder in `folders`, in nanoseconds; 0 without any."""
+    newest = 0
+    for root, _, files in chain.from_iterable(map(os.walk, folders)):
+        for path in (root, *(os.path.join(root, name) for name in files)):
+            with suppress(OSError):  # removed in the meantime
+                newest = max(newest, os.lstat(path).st_mtime_ns)
+    return newest
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,9 +120,12 @@ def write_text(path: Path, text: str) -> None:
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder where the system supports that, to the disk."""
     is_folder = path.is_dir()
-    with suppress(*[OSError] * is_folder):  # Windows and some network file systems cannot flush folders
+    try:
         handle = os.open(path, os.O_RDONLY if is_folder or os.name == "posix" else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:  # Windows and some network file systems cannot flush folders
+        if not is_folder or error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise

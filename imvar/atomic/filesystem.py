@@ -6,9 +6,12 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ..errors import CheckpointError, invalid, warn_user
 
 try:
     import fcntl
@@ -16,6 +19,9 @@ except ImportError:  # Windows
     fcntl = None
 
 AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
+LOCK_WARNING = 1  # seconds of waiting for a lock before a warning
+LOCK_TIMEOUT = 60  # seconds of waiting for a lock, while its owner writes nothing, before an error
+LOCK_INTERVAL = 0.01  # seconds between attempts to lock
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -29,35 +35,78 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, progress: Callable[[], object] = lambda: None) -> Iterator[bool]:
     """Hold an exclusive lock on the file `path`; yield False if the system or the file system has no locks.
 
     The file exists only while it is locked. The system releases the lock of a killed process, and the file is reused.
+    Warns when another process holds the lock. Raises `CheckpointError` when that takes `LOCK_TIMEOUT` seconds without
+    a change of `progress()`, and for a symbolic link, which is not followed.
     """
-    handle = None
-    while fcntl is not None:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                break
-        except FileNotFoundError:
-            if handle is None:  # no such folder
-                break
-        except OSError:  # no permission, or no locks on this file system
-            if handle is not None:
-                os.close(handle)
-                handle = None
-                path.unlink(missing_ok=True)
-            break
-        os.close(handle)  # removed by its last owner in the meantime
-        handle = None
+    handle = acquire_lock(path, progress)
     try:
         yield handle is not None
     finally:
         if handle is not None:
-            path.unlink(missing_ok=True)
-            os.close(handle)
+            with warn_os_error(f"{path}: the lock file cannot be removed"):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                os.close(handle)
+
+
+def acquire_lock(path: Path, progress: Callable[[], object]) -> int | None:
+    """Return a handle of the file, which is locked until that is closed; None without locks."""
+    start, seen, has_warned = time.monotonic(), None, False
+    while fcntl is not None:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if path.is_symlink():
+                raise invalid(CheckpointError, path, "a lock file", "a symbolic link", "remove it") from error
+            return None  # no such folder, or no permission
+        is_current = False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_current := os.path.samestat(os.fstat(handle), os.lstat(path)):
+                return handle
+        except FileNotFoundError:  # removed by its last owner in the meantime
+            pass
+        except BlockingIOError:
+            waited = time.monotonic() - start
+            if waited > LOCK_WARNING and not has_warned:
+                warn_user(f"{path}: waiting for the process or thread that has locked this file to save here")
+                has_warned, seen = True, progress()
+            if waited > LOCK_TIMEOUT:
+                before, seen = seen, progress()
+                if seen == before:
+                    got = f"no release and no progress of its owner for {LOCK_TIMEOUT} seconds"
+                    hint = "end the process that holds the lock, or remove this file; nothing was changed"
+                    raise invalid(CheckpointError, path, "a lock that is released", got, hint) from None
+                start = time.monotonic()
+        except OSError:  # no locks on this file system
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            return None
+        finally:
+            if not is_current:
+                os.close(handle)
+        time.sleep(LOCK_INTERVAL)
+    return None
+
+
+@contextmanager
+def warn_os_error(message: str) -> Iterator[None]:
+    """Convert an `OSError` in the block, in which nothing but clean-up is left to do, to a warning."""
+    try:
+        yield
+    except OSError as error:
+        warn_user(f"{message}: {error.strerror or error}")
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a temporary folder; warn if a part of it stays."""
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
+        warn_user(f"{path}: the temporary folder cannot be removed; the next save removes it")
 
 
 def hard_link(source: Path, path: Path) -> bool:

@@ -17,7 +17,15 @@ from typing import TypeVar
 
 from ..errors import CheckpointError, invalid
 from .file import atomic_write, exclusive, explain_os_error, sync
-from .filesystem import contains_cwd, copy_ownership, exchange, hard_link, is_writable
+from .filesystem import (
+    contains_cwd,
+    copy_ownership,
+    exchange,
+    hard_link,
+    is_writable,
+    remove_folder,
+    warn_os_error,
+)
 
 T = TypeVar("T")
 FileStamp = tuple[int, int, int]
@@ -44,7 +52,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     working directory and its parents, folders in a read-only parent, folders or files of another user, more than
     `MAX_LINKED_FILES` files, and file systems without hard links or exchange.
 
-    Raises `CheckpointError` with the path, the reason, and whether anything was changed.
+    Raises `CheckpointError` with the path, the reason, and whether anything was changed, and as `locked` does. If the
+    clean-up fails after all files are in place, that is a warning.
     """
     folder = Path(os.path.realpath(folder))
     with explain_os_error(folder):
@@ -69,7 +78,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
                 raise error.at(folder / error.path.relative_to(temporary)) from error
             finally:
                 _filling.discard(temporary)
-                shutil.rmtree(temporary, ignore_errors=True)
+                remove_folder(temporary)
 
 
 class FolderSave:
@@ -127,7 +136,8 @@ class FolderSave:
                 sync(path)
         replaces = bool(removed) or any(str(name) in self.linked for name in written)
         if (replaces or not self.existed) and self.replace_folder():
-            sync(self.folder.parent)
+            with warn_os_error(f"{self.folder}: written, but not flushed to the disk"):
+                sync(self.folder.parent)
             self.keep_newcomers()
         else:
             self.move_in(written, removed)
@@ -171,6 +181,7 @@ class FolderSave:
                 (self.folder / name).unlink(missing_ok=True)
             for name in (name for name in order if name.suffix == ".json"):
                 move(self.new / name, self.folder / name)
+        with warn_os_error(f"{self.folder}: written, but not flushed to the disk"):
             for parent in {(self.folder / name).parent for name in (*written, *removed)}:
                 sync(parent)
 

@@ -3,6 +3,9 @@
 import itertools
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,7 +13,10 @@ import pytest
 
 import imvar
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
+from imvar.atomic import filesystem
 from imvar.atomic.filesystem import locked
+from imvar.atomic.folder import atomic_folder
+from imvar.conversion import convert
 from tests.support.crashes import equal, leftovers, nano_encoder, nano_pipeline, read_files, run_and_exit, save_and_read
 
 # Loads
@@ -136,3 +142,115 @@ def test_threads_saving_one_folder(tmp_path):
         thread.join()
     assert read_files(tmp_path / "model") in after
     assert not leftovers(tmp_path)
+
+
+# Locks that are not released
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(filesystem, "LOCK_WARNING", 0.05)
+    monkeypatch.setattr(filesystem, "LOCK_TIMEOUT", 0.3)
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.usefixtures("no_fsync", "impatient")
+@pytest.mark.parametrize("to", [None, "diffusers", "original"])
+def test_a_lock_that_another_process_keeps(tmp_path, to):
+    """A stopped save, or somebody else's lock."""
+    source, place = tmp_path / "source", tmp_path / "place" / ("model.safetensors" if to == "original" else "model")
+    nano_pipeline(1).save_pretrained(source)
+
+    def save():
+        nano_pipeline(1).save_pretrained(place) if to is None else convert(source, place, to=to)
+
+    save()
+    before, lock = read_files(place.parent), place.with_name(f".{place.name}.tmp-lock")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline()
+        words = (
+            r"tmp-lock: expected a lock that is released, got .* 0\.3 seconds; end the process .*, or remove this file"
+        )
+        with (
+            pytest.warns(UserWarning, match=r"tmp-lock: waiting for") as warned,
+            pytest.raises(CheckpointError, match=words) as caught,
+        ):
+            save()
+        assert caught.value.path == lock
+        assert [warning.filename for warning in warned] == [__file__]
+        assert read_files(place.parent) == before | {lock.name: b""}
+        lock.unlink()  # the remedy
+        save()
+    finally:
+        holder.kill()
+        holder.communicate()
+    save()
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.usefixtures("no_fsync", "impatient")
+@pytest.mark.filterwarnings("ignore:.*waiting for the process")
+def test_a_slow_save_is_waited_for(tmp_path):
+    def save_slowly():
+        with atomic_folder(tmp_path / "model") as new:
+            nano_encoder(0).save_pretrained(new)
+            (tmp_path / "started").touch()
+            for i in range(10):
+                (new / "notes").write_text(str(i))
+                time.sleep(0.1)
+
+    child = os.fork()
+    if not child:
+        run_and_exit(save_slowly)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    nano_encoder(1).save_pretrained(tmp_path / "model")
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "model" / "notes").read_text() == "9"
+    assert equal(nano_encoder(1).from_pretrained(tmp_path / "model"), nano_encoder(1))
+
+
+@pytest.mark.usefixtures("no_fsync", "impatient")
+def test_a_stopped_save_is_not_waited_for(tmp_path):
+    def stop():
+        with atomic_folder(tmp_path / "model") as new:
+            nano_encoder(0).save_pretrained(new)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    child = os.fork()
+    if not child:
+        run_and_exit(stop)
+    try:
+        os.waitpid(child, os.WUNTRACED)
+        with pytest.warns(UserWarning, match="waiting for"), pytest.raises(CheckpointError, match="no progress"):
+            nano_encoder(1).save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    nano_encoder(1).save_pretrained(tmp_path / "model")
+    assert not leftovers(tmp_path)
+
+
+def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path):
+    (tmp_path / ".model.tmp-lock").symlink_to("victim")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="expected a lock file, got a symbolic link; remove it") as caught:
+            nano_encoder(0).save_pretrained(tmp_path / "model")
+        assert caught.value.path == tmp_path / ".model.tmp-lock"
+        assert not (tmp_path / "model").exists()
+        assert (tmp_path / ".model.tmp-lock").is_symlink()
+        assert not (tmp_path / "victim").exists()
+    (tmp_path / "victim").write_text("mine")
+    with pytest.raises(CheckpointError, match="a symbolic link"):
+        nano_encoder(0).save_pretrained(tmp_path / "model")
+    assert (tmp_path / "victim").read_text() == "mine"

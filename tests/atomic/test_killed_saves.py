@@ -103,6 +103,82 @@ def test_a_single_file_killed_anywhere(tmp_path):
     assert outcomes == {True, False}
 
 
+# Clean-up that fails, when all is written
+
+
+def save_over(kind, tmp_path):
+    """Write a checkpoint over another one as a folder or a file; return whether the new one is there."""
+    for seed in (0, 1):
+        nano_pipeline(seed).save_pretrained(tmp_path / str(seed))
+    target, to = (tmp_path / "new.safetensors", "original") if kind == "file" else (tmp_path / "new", "diffusers")
+    convert(tmp_path / "1", target, to=to)
+    after = read_files(target.parent)
+    convert(tmp_path / "0", target, to=to)
+    before = read_files(target.parent)
+
+    def save():
+        nano_pipeline(1).save_pretrained(target) if kind == "save" else convert(tmp_path / "1", target, to=to)
+        found = {name: text for name, text in read_files(tmp_path).items() if ".tmp" not in name}
+        assert before != after == found
+
+    return save
+
+
+@pytest.mark.usefixtures("no_fsync")
+@pytest.mark.parametrize("kind", ["save", "folder", "file"])
+def test_a_lock_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, kind):
+    save, unlink = save_over(kind, tmp_path), os.unlink
+
+    def fail(path, **options):
+        if str(path).endswith("tmp-lock"):
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", fail)
+    with pytest.warns(UserWarning, match=r"tmp-lock: the lock file cannot be removed: Input/output error") as caught:
+        save()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.usefixtures("no_fsync")
+@pytest.mark.parametrize("kind", ["save", "folder"])
+def test_an_old_folder_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, kind):
+    save = save_over(kind, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **options: None)
+        with pytest.warns(UserWarning, match=r"tmp-[0-9a-f]{16}: the temporary folder cannot be removed"):
+            save()
+    save()
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["save", "folder", "file"])
+def test_a_folder_that_cannot_be_flushed_is_a_warning(tmp_path, monkeypatch, kind):
+    save = save_over(kind, tmp_path)
+
+    def fail(handle):
+        if os.path.samestat(os.fstat(handle), tmp_path.stat()):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.warns(UserWarning, match=r"new[.\w]*: written, but not flushed to the disk: Input/output error"):
+        save()
+
+
+def test_an_error_after_files_are_moved_one_by_one(tmp_path, monkeypatch):
+    """All of them are new then."""
+    save, moved = save_over("save", tmp_path), []
+    monkeypatch.setattr("imvar.atomic.folder.exchange", lambda a, b: moved.append(a))
+
+    def fail(handle):
+        if moved:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.warns(UserWarning, match=r"new: written, but not flushed to the disk"):
+        save()
+
+
 # Out of disk
 
 
