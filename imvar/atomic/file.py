@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError, first_line, invalid
-from .filesystem import locked, remove_folder, warn_os_error
+from .filesystem import copy_permissions, locked, remove_folder, warn_os_error
 
 T = TypeVar("T")
 
@@ -43,14 +43,17 @@ def explain_os_error(path: Path, state: str = "nothing was changed") -> Iterator
 
 
 def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
-    """Let `write` create a temporary file next to `path`, then rename it to `path`; return the result of `write`.
+    """Let `write` fill a temporary file next to `path`, then rename it to `path`; return the result of `write`.
 
-    The previous file stays intact for programs that have it open or mapped into memory, as loaded weights are.
+    The previous file stays intact for programs that have it open or mapped into memory, as loaded weights are. The
+    new file has its permissions.
     """
     temporary = path.with_name(f".{path.name[:50]}.{os.urandom(8).hex()}.tmp")
     with explain_os_error(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            mode = 0o600 if path.is_file() else 0o666  # at first private, as the old file may be
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
             result = write(temporary)
             sync(temporary)
             replace_file(temporary, path)
@@ -61,7 +64,9 @@ def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
 
 
 def replace_file(new: Path, path: Path) -> None:
-    """Rename the file `new` to `path`."""
+    """Rename the file `new` to `path`, with the permissions of the file that it replaces."""
+    if path.is_file():
+        copy_permissions(path, new)
     new.replace(path)
     with warn_os_error(f"{path}: written, but not flushed to the disk"):
         sync(path.parent)

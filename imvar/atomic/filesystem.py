@@ -137,6 +137,17 @@ def copy_ownership(old: Path, new: Path) -> bool:
     return False
 
 
+def copy_permissions(old: Path, new: Path) -> None:
+    """Give a file the permissions and extended attributes of another, and its owner and group where that is allowed."""
+    source, times = old.stat(), new.stat()
+    with suppress(OSError):
+        os.chown(new, -1, source.st_gid)
+        os.chown(new, source.st_uid, -1)
+    with suppress(OSError):  # file systems without permissions
+        shutil.copystat(old, new)
+        os.utime(new, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 def is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
 

@@ -20,6 +20,7 @@ from .file import atomic_write, exclusive, explain_os_error, sync
 from .filesystem import (
     contains_cwd,
     copy_ownership,
+    copy_permissions,
     exchange,
     hard_link,
     is_writable,
@@ -52,8 +53,9 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     working directory and its parents, folders in a read-only parent, folders or files of another user, more than
     `MAX_LINKED_FILES` files, and file systems without hard links or exchange.
 
-    Raises `CheckpointError` with the path, the reason, and whether anything was changed, and as `locked` does. If the
-    clean-up fails after all files are in place, that is a warning.
+    A file that is replaced keeps its permissions, and its owner and group where that is allowed. Raises
+    `CheckpointError` with the path, the reason, and whether anything was changed, and as `locked` does. If the clean-up
+    fails after all files are in place, that is a warning.
     """
     folder = Path(os.path.realpath(folder))
     with explain_os_error(folder):
@@ -131,6 +133,9 @@ class FolderSave:
             (folders if path.is_dir() and not path.is_symlink() else files).append(path)
         written = [path.relative_to(self.new) for path in files if not self.is_unchanged(self.new, path)]
         removed = [Path(name) for name in self.linked if not os.path.lexists(self.new / name)]
+        for name in written:
+            if (self.folder / name).is_file() and not (self.new / name).is_symlink():
+                copy_permissions(self.folder / name, self.new / name)
         for path in (*(self.new / name for name in written), *reversed(folders)):
             if not path.is_symlink():
                 sync(path)

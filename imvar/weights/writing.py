@@ -112,7 +112,7 @@ def write_tensors(
     """
 
     def write_file(temporary: Path) -> WrittenFile:
-        with temporary.open("xb") as file:
+        with temporary.open("wb") as file:
             writer = HashingWriter(file, on_bytes, hashlib.sha256() if digest else None)
             if path.suffix == ".safetensors":
                 write_safetensors(writer, tensors, dtype, metadata or {})

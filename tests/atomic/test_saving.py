@@ -8,9 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from imvar.atomic import folder as folders
 from imvar.atomic.file import write_text
 from imvar.atomic.folder import atomic_folder
-from tests.support.crashes import equal, leftovers, nano_encoder, nano_pipeline, read_files, run_in_child, save_and_read
+from imvar.conversion import convert
+from imvar.weights.writing import write_tensors
+from tests.support.crashes import (
+    ROOT,
+    equal,
+    leftovers,
+    nano_encoder,
+    nano_pipeline,
+    read_files,
+    run_in_child,
+    save_and_read,
+)
 
 
 def test_other_files_stay(tmp_path):
@@ -69,6 +81,67 @@ def test_permission_bits_follow_the_umask(tmp_path):
         os.umask(mask)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o640}
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o750}
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+@pytest.mark.parametrize("to", [None, "diffusers", "original"])
+def test_replaced_files_keep_their_permissions(tmp_path, monkeypatch, to, exchanged):
+    monkeypatch.setattr(folders, "MAX_LINKED_FILES", folders.MAX_LINKED_FILES * exchanged)
+    source, place = tmp_path / "source", tmp_path / ("place/x.safetensors" if to == "original" else "place")
+    nano_pipeline(1).save_pretrained(source)
+
+    def save():
+        nano_pipeline(1).save_pretrained(place) if to is None else convert(source, place, to=to)
+        return {path: path.stat() for path in (tmp_path / "place").rglob("*") if path.is_file()}
+
+    group = 12345 if ROOT else (set(os.getgroups()) - {os.getgid()} or {os.getgid()}).pop()
+    for path in save():
+        path.chmod(0o600)
+        os.chown(path, 12345 if ROOT else -1, group)
+    removed = next(path for path in save() if path.suffix == ".safetensors")
+    inode = removed.stat().st_ino
+    if to != "original":
+        removed.unlink()
+    mask = os.umask(0o022)
+    try:
+        after = save()
+    finally:
+        os.umask(mask)
+    if to != "original":
+        assert after.pop(removed).st_mode & 0o777 == 0o644  # a new file
+    else:
+        assert after[removed].st_ino != inode
+    assert {status.st_mode & 0o777 for status in after.values()} == {0o600}
+    assert {(status.st_uid, status.st_gid) for status in after.values()} == {(12345 if ROOT else os.getuid(), group)}
+
+
+def test_a_private_file_is_never_readable_by_others(tmp_path):
+    """Not even while it is written."""
+    path, modes, mask = tmp_path / "w.safetensors", [], os.umask(0o022)
+    try:
+        write_tensors(path, {"w": torch.ones(3)})
+        path.chmod(0o600)
+        write_tensors(
+            path,
+            {"w": torch.zeros(3)},
+            on_bytes=lambda count: modes.extend(file.stat().st_mode & 0o777 for file in tmp_path.iterdir()),
+        )
+    finally:
+        os.umask(mask)
+    assert set(modes) == {0o600}
+
+
+def test_extended_attributes_are_kept_and_times_are_not(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    os.utime(path, ns=(0, 0))
+    try:
+        os.setxattr(path, "user.note", b"mine")
+    except (OSError, AttributeError):
+        pytest.skip("a file system or a system without extended attributes")
+    write_text(path, "new")
+    assert (path.read_text(), os.getxattr(path, "user.note")) == ("new", b"mine")
+    assert path.stat().st_mtime > 0
 
 
 def test_a_block_that_fails_changes_nothing(tmp_path):
