@@ -42,6 +42,15 @@ def explain_os_error(path: Path, state: str = "nothing was changed") -> Iterator
         raise invalid(CheckpointError, path, "a writable path", reason, state) from error
 
 
+def real_path(path: Path) -> Path:
+    """Return the absolute path without symbolic links; raise `CheckpointError` if it is unknown."""
+    try:
+        return Path(os.path.realpath(path))
+    except OSError as error:
+        got = "a relative path, and the working directory was removed"
+        raise invalid(CheckpointError, path, "an existing working directory", got, "pass an absolute path") from error
+
+
 def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
     """Let `write` fill a temporary file next to `path`, then rename it to `path`; return the result of `write`.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError, invalid
-from .file import atomic_write, exclusive, explain_os_error, sync
+from .file import atomic_write, exclusive, explain_os_error, real_path, sync
 from .filesystem import (
     contains_cwd,
     copy_ownership,
@@ -57,7 +57,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     `CheckpointError` with the path, the reason, and whether anything was changed, and as `locked` does. If the clean-up
     fails after all files are in place, that is a warning.
     """
-    folder = Path(os.path.realpath(folder))
+    folder = real_path(Path(folder))
     with explain_os_error(folder):
         if os.path.lexists(folder) and not folder.is_dir():
             raise invalid(CheckpointError, folder, "a folder", "a circular link" if folder.is_symlink() else "a file")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from huggingface_hub.utils import tqdm
 
+from ..atomic.file import real_path
 from ..checks import as_path
 from ..errors import CheckpointError, InputError, invalid, short_repr
 from ..weights.model_index import INDEX, PARTS
@@ -67,7 +68,7 @@ def convert(
     check_choices(to, dtype, part)
     LAYOUTS[to].check_path(target)
     shard_size = size_in_bytes(max_shard_size)
-    if target.absolute().parent == source.absolute() and target.name in PARTS:
+    if real_path(target) in (real_path(source / name) for name in PARTS):
         hint = "pass the source itself, or another folder"
         raise invalid(InputError, "target", "a folder outside the source", f"a part of it, {str(target)!r}", hint)
     inspection = inspect_checkpoint(source, ema=ema, config=config_folder, only=part)

@@ -12,6 +12,7 @@ import imvar
 from imvar import CheckpointError
 from imvar.atomic import folder as folders
 from imvar.atomic.folder import atomic_folder
+from imvar.conversion import convert
 from tests.support.crashes import (
     ROOT,
     equal,
@@ -127,6 +128,29 @@ def test_where_the_folder_stays(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(folders, "exchange", lambda a, b: False)
         assert in_place(tmp_path / "f", lambda pipe: pipe.save_pretrained(tmp_path / "f"))
+
+
+def test_a_working_directory_that_was_removed(tmp_path):
+    nano_pipeline(0).save_pretrained(tmp_path / "source")
+    convert_to = {"model": "diffusers", "model.safetensors": "original"}
+
+    def run():
+        (tmp_path / "gone").mkdir()
+        os.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        for part in (nano_encoder(0), nano_pipeline(0), imvar.PNDMScheduler()):
+            with pytest.raises(CheckpointError) as caught:
+                part.save_pretrained("model")
+            assert caught.value.path in (Path("model"), Path("model/scheduler_config.json"))
+        for target, to in convert_to.items():
+            with pytest.raises(
+                CheckpointError, match=f"{target}: .*the working directory was removed; pass an absolute"
+            ):
+                convert(tmp_path / "source", target, to=to)
+        nano_encoder(0).save_pretrained(tmp_path / "model")
+
+    assert run_in_child(run) == 0
+    assert (tmp_path / "model" / "config.json").exists()
 
 
 OBSTACLES = {

@@ -278,9 +278,13 @@ def test_the_report_names_older_files_in_the_target(small, tmp_path):
     assert (tmp_path / "vae" / "diffusion_pytorch_model.fp16.bin").exists()
 
 
-def test_a_part_of_the_source_is_refused_as_target(published):
+@pytest.mark.parametrize("name", ["", "link", "other/unet"])
+def test_a_part_of_the_source_is_refused_as_target(published, tmp_path, name):
+    (tmp_path / "link").symlink_to(published / "unet")
+    (tmp_path / "other").symlink_to(published)
+    target = tmp_path / name if name else published / "unet"
     with pytest.raises(imvar.InputError, match="target: expected a folder outside the source"):
-        convert(published, published / "unet")
+        convert(published, target)
 
 
 @pytest.mark.parametrize("to", ["diffusers", "original"])
