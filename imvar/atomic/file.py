@@ -96,6 +96,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
                 yield temporary / path.name
                 replace_file(temporary / path.name, path)
             except CheckpointError as error:
+                if error.path != temporary / path.name:
+                    raise
                 raise error.at(path) from error
             finally:
                 remove_folder(temporary)

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +36,7 @@ FileStamp = tuple[int, int, int]
 MAX_LINKED_FILES = 10_000  # a folder with more files is not exchanged: it contains far more than a checkpoint
 REPLACEABLE = (".safetensors", ".bin", ".json")  # endings of files that a save may remove
 MAX_READS = 5
+UNCHANGED = "files that stay the same while they are read"
 _filling: set[Path] = set()  # the temporary folders of this process
 
 
@@ -217,24 +219,55 @@ def file_stamp(path: Path) -> FileStamp:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+class ReadFiles:
+    """Files that are read, with their fingerprint before that."""
+
+    def __init__(self, path: Path, fingerprint: Callable[[], object]):
+        self.path, self.fingerprint = path, fingerprint
+        self.before = fingerprint()
+        self.is_checked = False
+
+    def changed(self) -> bool:
+        return self.fingerprint() != self.before
+
+    def check(self) -> None:
+        """Raise `CheckpointError` if they have changed. This ends the reading."""
+        if self.changed():
+            raise invalid(CheckpointError, self.path, UNCHANGED, "changes")
+        self.is_checked = True
+
+
+def use_consistently(path: Path, fingerprint: Callable[[], object], use: Callable[[ReadFiles], T]) -> T:
+    """Return the result of `use`; repeat it if the fingerprint of the files changed before it called `check`.
+
+    It may call `check` and then write what it has read. Raises `CheckpointError` about `path` for files that change
+    each time.
+    """
+    cause = None
+    for _ in range(MAX_READS):
+        files = ReadFiles(path, fingerprint)
+        try:
+            return use(files)
+        except (OSError, ValueError) as error:
+            if files.is_checked or not files.changed():
+                raise
+            cause = error
+    got = f"changes during each of {MAX_READS} attempts"
+    raise invalid(CheckpointError, path, UNCHANGED, got, "wait until nothing writes to them") from cause
+
+
 def read_consistently(folder: Path, patterns: Sequence[str], read: Callable[[], T]) -> T:
     """Return the result of `read`; repeat it if files that match `patterns` changed meanwhile.
 
     So the result never mixes two saves, whichever program saved.
     """
-    cause = None
-    for _ in range(MAX_READS):
-        before = stamps(folder, patterns)
-        try:
-            result = read()
-            if stamps(folder, patterns) == before:
-                return result
-        except OSError as error:
-            if stamps(folder, patterns) == before:
-                raise
-            cause = error
-    got = f"changes during each of {MAX_READS} attempts"
-    raise invalid(CheckpointError, folder, "files that stay the same while they are read", got) from cause
+
+    def read_and_check(files: ReadFiles) -> T:
+        result = read()
+        files.check()
+        return result
+
+    return use_consistently(folder, partial(stamps, folder, patterns), read_and_check)
 
 
 def stamps(folder: Path, patterns: Sequence[str]) -> dict[Path, FileStamp]:

@@ -11,11 +11,12 @@ from typing import Any, Literal
 from huggingface_hub.utils import tqdm
 
 from ..atomic.file import real_path
+from ..atomic.folder import ReadFiles, use_consistently
 from ..checks import as_path
 from ..errors import CheckpointError, InputError, invalid, short_repr
 from ..weights.model_index import INDEX, PARTS
 from ..weights.writing import WrittenFile, size_in_bytes
-from .inspect import InspectedPart, Inspection, inspect_checkpoint
+from .inspect import InspectedPart, Inspection, checkpoint_stamps, inspect_checkpoint
 from .layouts import DTYPES, DiffusersLayout, Layout, OriginalLayout
 
 LAYOUTS: dict[str, type[Layout]] = {"diffusers": DiffusersLayout, "original": OriginalLayout}
@@ -71,44 +72,50 @@ def convert(
     if real_path(target) in (real_path(source / name) for name in PARTS):
         hint = "pass the source itself, or another folder"
         raise invalid(InputError, "target", "a folder outside the source", f"a part of it, {str(target)!r}", hint)
-    inspection = inspect_checkpoint(source, ema=ema, config=config_folder, only=part)
-    log_inspection(inspection, log)
-    parts = inspection.parts
-    if fill is not None:
-        filler = inspect_checkpoint(fill).parts
-        added = {name: filler[name] for name in filler if name not in parts and part in (None, name)}
-        log(f"filled from {fill}: {', '.join(added) or 'nothing, as it has no missing part'}")
-        parts = parts | added
-        check_widths(parts)
-    if part is None and (missing := [name for name in inspection.missing if name not in parts]):
-        got = f"no {' and no '.join(missing)}"
-        hint = "pass fill= (--fill) to take it from another checkpoint, or part= (--part) to convert one part"
-        raise invalid(CheckpointError, source / INDEX, "all parts that it lists", got, hint, key=missing[0])
-    layout = LAYOUTS[to](target, {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype], shard_size)
-    if part is None:
-        layout.check_target()
-    left_out = {} if part else layout.left_out
-    for name, reason in left_out.items():
-        log(f"without {name}: {reason}")
-    size = format_bytes(layout.total_bytes)
-    log(f"target: {target}, {layout.description}: {', '.join(layout.parts)}; {size}, dtype {dtype}")
-    for path in layout.kept_weights:
-        log(f"kept: {path}, weights of an earlier checkpoint")
-    if dry_run:
-        log("dry run: nothing was written")
-        return Report(inspection, layout.parts, left_out)
-    layout.check_space()
-    progress = partial(tqdm, unit="B", unit_scale=True, disable=None)  # shown on a terminal only
-    with progress(desc="checking", total=layout.total_bytes) as bar:
-        layout.check_values(bar.update)
-    task, passes = ("writing and verifying", 2) if verify else ("writing", 1)
-    with progress(desc=task, total=passes * layout.total_bytes) as bar:
-        written = layout.write_parts(bar.update, verify)
-    for file in written:
-        log(f"wrote {file.path}: {file.tensors} tensors, {format_bytes(file.bytes)}, sha256 {file.sha256}")
-    if verify:
-        log("verified: the new files were read back and are identical, bit for bit")
-    return Report(inspection, layout.parts, left_out, written)
+
+    def convert_once(files: ReadFiles) -> Report:
+        inspection = inspect_checkpoint(source, ema=ema, config=config_folder, only=part)
+        log_inspection(inspection, log)
+        parts = inspection.parts
+        if fill is not None:
+            filler = inspect_checkpoint(fill).parts
+            added = {name: filler[name] for name in filler if name not in parts and part in (None, name)}
+            log(f"filled from {fill}: {', '.join(added) or 'nothing, as it has no missing part'}")
+            parts = parts | added
+            check_widths(parts)
+        if part is None and (missing := [name for name in inspection.missing if name not in parts]):
+            got = f"no {' and no '.join(missing)}"
+            hint = "pass fill= (--fill) to take it from another checkpoint, or part= (--part) to convert one part"
+            raise invalid(CheckpointError, source / INDEX, "all parts that it lists", got, hint, key=missing[0])
+        layout = LAYOUTS[to](target, {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype], shard_size)
+        if part is None:
+            layout.check_target()
+        left_out = {} if part else layout.left_out
+        for name, reason in left_out.items():
+            log(f"without {name}: {reason}")
+        size = format_bytes(layout.total_bytes)
+        log(f"target: {target}, {layout.description}: {', '.join(layout.parts)}; {size}, dtype {dtype}")
+        for path in layout.kept_weights:
+            log(f"kept: {path}, weights of an earlier checkpoint")
+        if dry_run:
+            files.check()
+            log("dry run: nothing was written")
+            return Report(inspection, layout.parts, left_out)
+        layout.check_space()
+        progress = partial(tqdm, unit="B", unit_scale=True, disable=None)  # shown on a terminal only
+        with progress(desc="checking", total=layout.total_bytes) as bar:
+            layout.check_values(bar.update)
+        task, passes = ("writing and verifying", 2) if verify else ("writing", 1)
+        with progress(desc=task, total=passes * layout.total_bytes) as bar:
+            written = layout.write_parts(bar.update, verify, files)
+        for file in written:
+            log(f"wrote {file.path}: {file.tensors} tensors, {format_bytes(file.bytes)}, sha256 {file.sha256}")
+        if verify:
+            log("verified: the new files were read back and are identical, bit for bit")
+        return Report(inspection, layout.parts, left_out, written)
+
+    sources = [path for path in (source, fill, config_folder) if path is not None]
+    return use_consistently(source, partial(checkpoint_stamps, sources), convert_once)
 
 
 def check_choices(to: str, dtype: str, part: str | None) -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import glob
+import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ..atomic.folder import REPLACEABLE, UNCHANGED, FileStamp, stamps
 from ..errors import CheckpointError, InputError, invalid, short_repr
 from ..weights.configured import configured_from_single
 from ..weights.filenames import DIFFUSERS, TRANSFORMERS
 from ..weights.infer_config import infer_config, uninferable_warning
 from ..weights.json_files import read_json, safe_join
-from ..weights.keymap import PUBLISHED
+from ..weights.keymap import PUBLISHED, Keymap, Source
 from ..weights.model_index import INDEX, PARTS, class_named, default_class
 from ..weights.pretrained import PretrainedModel
 from ..weights.published_config import has_legacy_sample_size
 from ..weights.reading import read_weights
 from ..weights.single_file import EMA, RAW, PartTensors, SingleFile, detect_part
+from .mapped import copy_mapped, mapped_bytes
 
 
 @dataclass(frozen=True)
@@ -30,20 +38,65 @@ class InspectedPart:
     component: Any
     description: str
     source: PartTensors | None = None
+    checksums: dict[str, int] = field(default_factory=dict)  # by name in the file
+
+    @cached_property
+    def keymap(self) -> Keymap:
+        """The translation between the model's tensor names and those in files."""
+        return self.component.keymap
+
+    @cached_property
+    def locations(self) -> dict[str, Source]:
+        """By name of the model's tensors, where the file stores them."""
+        assert self.source
+        stored, naming = self.source.tensors, self.source.naming
+        return {
+            name: next(source for source in self.keymap.sources(name, naming) if source.name in stored)
+            for name in self.component.state_dict()
+        }
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Return a copy of the model's tensor `name`, from the file.
+
+        Raises `CheckpointError` if the file was cut short, or has other values than when this was called before.
+        """
+        assert self.source
+        location = self.locations[name]
+        try:
+            tensor = copy_mapped(self.source.tensors[location.name])
+        except OSError as error:
+            got = "a file that was cut short"
+            raise invalid(CheckpointError, self.source.path, UNCHANGED, got, key=location.name) from error
+        content: Any = mapped_bytes(tensor).numpy()
+        checksum = zlib.crc32(content)
+        if self.checksums.setdefault(location.name, checksum) != checksum:
+            raise invalid(CheckpointError, self.source.path, UNCHANGED, "new values", key=location.name)
+        return location.transform.load(tensor)
 
     @property
     def dropped(self) -> Counter[str]:
         """The tensors in the file that no model uses: by pattern of their names, how many."""
         if self.source is None:
             return Counter()
-        keymap, naming = self.component.keymap, self.source.naming
-        patterns = (keymap.droppable_pattern(name, naming) for name in self.source.tensors)
+        patterns = (self.keymap.droppable_pattern(name, self.source.naming) for name in self.source.tensors)
         return Counter(pattern for pattern in patterns if pattern)
 
     @property
     def dtypes(self) -> Counter[str]:
         """The number of tensors of each dtype."""
         return Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.component.state_dict().values())
+
+
+def checkpoint_stamps(paths: Iterable[Path]) -> dict[Path, FileStamp]:
+    """Return the stamps of the files in these folders, and of these files, that an inspection reads."""
+    out: dict[Path, FileStamp] = {}
+    for path in paths:
+        if path.is_dir():
+            places = ("", *(f"{name}/" for name in PARTS))
+            out |= stamps(path, [f"{place}*{ending}" for place in places for ending in REPLACEABLE])
+        else:
+            out |= stamps(path.parent, [glob.escape(path.name), "config.json"])
+    return out
 
 
 @dataclass(frozen=True)

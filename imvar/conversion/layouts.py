@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..atomic.file import atomic_file, write_text
-from ..atomic.folder import atomic_folder
+from ..atomic.folder import ReadFiles, atomic_folder
 from ..errors import CheckpointError, InputError, invalid
 from ..weights.configured import ConfiguredComponent
 from ..weights.keymap import PUBLISHED, Naming
@@ -61,8 +62,11 @@ class Layout(ABC):
         return PUBLISHED
 
     @abstractmethod
-    def write_parts(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
-        """Write the checkpoint atomically; with `verify`, read it back before it replaces the target."""
+    def write_parts(self, on_bytes: OnBytes, verify: bool, files: ReadFiles) -> list[WrittenFile]:
+        """Write the checkpoint atomically; with `verify`, read it back before it replaces the target.
+
+        Raises `CheckpointError` if the source `files` have changed; the target is unchanged then.
+        """
 
     @abstractmethod
     def read_back(self, part: str, path: Path) -> Mapping[str, Tensor]:
@@ -70,12 +74,29 @@ class Layout(ABC):
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By part, the tensors to write under their new names, before the cast."""
+        """By part, the tensors to write under their new names, before the cast, on the meta device."""
         return {
-            name: part.component.keymap.to_file(part.component.state_dict(), self.naming(name))
+            name: part.keymap.to_file(
+                {key: tensor.to("meta") for key, tensor in part.component.state_dict().items()}, self.naming(name)
+            )
             for name, part in self.parts.items()
             if part.source
         }
+
+    @cached_property
+    def members(self) -> dict[str, dict[str, list[str]]]:
+        """By part and new name, the names of the model's tensors that are stored in one."""
+        members: dict[str, dict[str, list[str]]] = {part: defaultdict(list) for part in self.tensors}
+        for part, by_name in members.items():
+            for name in self.parts[part].locations:
+                by_name[self.parts[part].keymap.sources(name, self.naming(part))[0].name].append(name)
+        return members
+
+    def read_values(self, part: str, name: str) -> Tensor:
+        """Return a tensor to write by its new name, before the cast. Raises as `InspectedPart.read_tensor` does."""
+        inspected = self.parts[part]
+        tensors = {member: inspected.read_tensor(member) for member in self.members[part][name]}
+        return inspected.keymap.to_file(tensors, self.naming(part))[name]
 
     @property
     def total_bytes(self) -> int:
@@ -115,12 +136,11 @@ class Layout(ABC):
 
     def check_values(self, on_bytes: OnBytes) -> None:
         """Raise for a tensor with NaN or infinite values, or with values beyond the new dtype."""
-        for component, source in ((part.component, part.source) for part in self.parts.values() if part.source):
-            for name, tensor in component.state_dict().items():
+        for part, source in ((part, part.source) for part in self.parts.values() if part.source):
+            for name, location in part.locations.items():
+                tensor, key = part.read_tensor(name), location.name
                 low, high = value_range(tensor)
                 largest = max(-low, high)
-                names = (stored.name for stored in component.keymap.sources(name, source.naming))
-                key = next((name for name in names if name in source.tensors), name)
                 if not isfinite(low) or not isfinite(high):
                     raise invalid(CheckpointError, source.path, "finite values", "NaN or infinity", key=key)
                 if self.dtype and largest > torch.finfo(self.dtype).max:
@@ -133,7 +153,8 @@ class Layout(ABC):
         """Read back the temporary `path`. Raises `CheckpointError` naming a tensor that differs in a bit."""
         for part, tensors in self.tensors.items():
             written = self.read_back(part, path)
-            for name, tensor in tensors.items():
+            for name in tensors:
+                tensor = self.read_values(part, name)
                 if name not in written or not is_identical(written[name], tensor.to(self.dtype or tensor.dtype)):
                     expected, got = "the values that were written", "others when reading back"
                     raise invalid(CheckpointError, self.path, expected, got, "the new files were removed", key=name)
@@ -156,28 +177,30 @@ class DiffusersLayout(Layout):
         reason = "not in the source; fill= (--fill) takes it from another checkpoint"
         return {name: reason for name in PARTS if name not in self.parts and len(self.parts) > 1}
 
-    def write_parts(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
+    def write_parts(self, on_bytes: OnBytes, verify: bool, files: ReadFiles) -> list[WrittenFile]:
         written = []
         with atomic_folder(self.path) as new:
             for name, part in self.parts.items():
                 ConfiguredComponent.save_pretrained(part.component, new / name)
                 if part.source:
-                    files = write_weights(
+                    weights = write_weights(
                         new / name,
                         part.component.weights_name,
                         self.tensors[name],
+                        read=partial(self.read_values, name),
                         dtype=self.dtype,
                         max_shard_size=self.max_shard_size,
                         on_bytes=on_bytes,
                         digest=True,
                     )
-                    written += [replace(file, path=self.path / name / file.path.name) for file in files]
+                    written += [replace(file, path=self.path / name / file.path.name) for file in weights]
             if self.parts.keys() >= REQUIRED_PARTS:
                 components = {name: self.parts[name].component if name in self.parts else None for name in PARTS}
                 settings = {"requires_safety_checker": "safety_checker" in self.parts}
                 write_text(new / INDEX, index_text(PIPELINE_CLASS, components, settings))
             if verify:
                 self.verify(new, on_bytes)
+            files.check()
         return written
 
     def read_back(self, part: str, path: Path) -> Mapping[str, Tensor]:
@@ -204,14 +227,24 @@ class OriginalLayout(Layout):
     def naming(self, part: str) -> Naming:
         return ORIGINAL_NAMINGS[part][0]
 
-    def write_parts(self, on_bytes: OnBytes, verify: bool) -> list[WrittenFile]:
+    def write_parts(self, on_bytes: OnBytes, verify: bool, files: ReadFiles) -> list[WrittenFile]:
         tensors = {name: tensor for part in self.tensors.values() for name, tensor in part.items()}
+        parts = {name: part for part, names in self.tensors.items() for name in names}
         configs = {name: part.component.saved_config() for name, part in self.parts.items()}
         metadata = {CONFIGS_KEY: json.dumps(configs, sort_keys=True)}
         with atomic_file(self.path) as new:
-            written = write_tensors(new, tensors, dtype=self.dtype, on_bytes=on_bytes, digest=True, metadata=metadata)
+            written = write_tensors(
+                new,
+                tensors,
+                read=lambda name: self.read_values(parts[name], name),
+                dtype=self.dtype,
+                on_bytes=on_bytes,
+                digest=True,
+                metadata=metadata,
+            )
             if verify:
                 self.verify(new, on_bytes)
+            files.check()
         return [replace(written, path=self.path)]
 
     def read_back(self, part: str, path: Path) -> Mapping[str, Tensor]:

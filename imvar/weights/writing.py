@@ -64,10 +64,12 @@ def write_weights(
     dtype: torch.dtype | None = None,
     on_bytes: OnBytes | None = None,
     digest: bool = False,
+    read: Callable[[str], Tensor] | None = None,
 ) -> list[WrittenFile]:
     """Write a part's tensors to `folder`, sharded if they are large, and remove the files that they replace.
 
-    Floating-point tensors are cast to `dtype`, if given. This alone is not atomic: call it within `atomic_folder`.
+    Floating-point tensors are cast to `dtype`, if given. `read` is as in `write_tensors`. This alone is not atomic:
+    call it within `atomic_folder`.
     """
     ending = "safetensors" if safe_serialization else "bin"
     parts = huggingface_hub.split_state_dict_into_shards_factory(  # imports huggingface_hub's other modules
@@ -77,9 +79,9 @@ def write_weights(
         filename_pattern=f"{weights_name.basename(ending, variant)}{{suffix}}.{ending}",
     )
     files = parts.filename_to_tensors or {weights_name.file(ending, variant): []}
+    options: dict[str, Any] = {"dtype": dtype, "on_bytes": on_bytes, "digest": digest, "read": read}
     written = [
-        write_tensors(folder / name, {key: tensors[key] for key in keys}, dtype=dtype, on_bytes=on_bytes, digest=digest)
-        for name, keys in files.items()
+        write_tensors(folder / name, {key: tensors[key] for key in keys}, **options) for name, keys in files.items()
     ]
     keep, index_name = set(files), weights_name.index(ending, variant)
     if parts.is_sharded:
@@ -103,21 +105,24 @@ def write_tensors(
     on_bytes: OnBytes | None = None,
     metadata: Mapping[str, str] | None = None,
     digest: bool = False,
+    read: Callable[[str], Tensor] | None = None,
 ) -> WrittenFile:
     """Write one file atomically, in the format of its ending; floating-point tensors are cast to `dtype`, if given.
 
     A safetensors file is identical to that of safetensors' `save_file`, which requires all tensors on the CPU in the
     final dtype, a second copy of the model. Here each tensor is moved, cast and written in turn. Tensors that share
-    memory are written separately.
+    memory are written separately. `read` returns the values of each tensor when it is written; the `tensors` may be on
+    the meta device then.
     """
+    read = read or tensors.__getitem__
 
     def write_file(temporary: Path) -> WrittenFile:
         with temporary.open("wb") as file:
             writer = HashingWriter(file, on_bytes, hashlib.sha256() if digest else None)
             if path.suffix == ".safetensors":
-                write_safetensors(writer, tensors, dtype, metadata or {})
+                write_safetensors(writer, tensors, read, dtype, metadata or {})
             else:
-                write_pickle(writer, tensors, dtype)
+                write_pickle(writer, {name: cast_for_writing(name, read(name), dtype) for name in tensors})
         return WrittenFile(path, len(tensors), writer.bytes, writer.hash.hexdigest() if writer.hash else None)
 
     return atomic_write(path, write_file)
@@ -155,7 +160,11 @@ class HashingWriter:
 
 
 def write_safetensors(
-    writer: HashingWriter, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str]
+    writer: HashingWriter,
+    tensors: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
 ) -> None:
     """Write the length of the header, the header and the tensors: widest dtype first, then by name."""
     dtypes = {name: written_dtype(tensor, dtype) for name, tensor in tensors.items()}
@@ -174,15 +183,14 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     writer.write(len(text).to_bytes(8, "little") + text)
     for name in names:
-        writer.write(cast_for_writing(name, tensors[name], dtype).reshape(-1).view(torch.uint8).numpy())
+        writer.write(cast_for_writing(name, read(name), dtype).reshape(-1).view(torch.uint8).numpy())
 
 
-def write_pickle(writer: HashingWriter, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+def write_pickle(writer: HashingWriter, tensors: Mapping[str, Tensor]) -> None:
     """Write as `torch.save` does, but only the elements of each tensor, not all memory that it is a view of."""
     dense: dict[str, Tensor] = {}
     addresses = set()
     for name, tensor in tensors.items():
-        tensor = cast_for_writing(name, tensor, dtype)
         shares = tensor.untyped_storage().nbytes() > tensor.nbytes or tensor.data_ptr() in addresses
         dense[name] = tensor.clone() if shares else tensor
         addresses.add(tensor.data_ptr())
