@@ -15,15 +15,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from imvar import ImvarError, InputError
 from imvar.conversion import convert
+from imvar.conversion.inspect import checkpoint_stamps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = vars(parser().parse_args(argv))
+    target = [Path(options["target"])]
+    before = checkpoint_stamps(target)
     try:
         convert(**options, log=partial(print, flush=True))
     except BrokenPipeError:  # the reader of the report has closed it before the end, as `head` does
@@ -33,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"weights_convert: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        print("weights_convert: interrupted; the target is unchanged", file=sys.stderr)
+        state = "is unchanged" if checkpoint_stamps(target) == before else "has changed"
+        print(f"weights_convert: interrupted; the target {state}", file=sys.stderr)
         return 130
     return 0
 

@@ -269,6 +269,22 @@ def test_interrupted_while_writing(small, checkpoint, tmp_path, monkeypatch, cap
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_interrupted_after_writing(small, tmp_path, monkeypatch, capsys, to):
+    """By Ctrl-C, while the old files are removed."""
+    target = tmp_path / ("model.safetensors" if to == "original" else "model")
+    convert(small, target, to=to, dtype="fp16")
+    real = shutil.rmtree
+
+    def stop(path, *args, **options):
+        real(path, *args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", stop)
+    assert weights_convert.main([str(small), str(target), "--to", to]) == 130
+    assert capsys.readouterr().err == "weights_convert: interrupted; the target has changed\n"
+
+
 @pytest.mark.parametrize(
     "settings", [{"_class_name": "UNet2DConditionModel"}, {"architectures": ["BertModel"]}], ids=str
 )
