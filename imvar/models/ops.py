@@ -75,6 +75,10 @@ def static_shapes() -> bool:
     return _execution.get().static_shapes
 
 
+# what torch.compiler.assume_constant_result sets, without importing dynamo, which takes a second
+static_shapes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def fastest(name: str, candidates: tuple[Callable[..., Tensor], ...], *inputs: Tensor) -> Tensor:
     """Call the first candidate; when compiling for static shapes, the one that autotuning found the fastest."""
     if torch.compiler.is_compiling():

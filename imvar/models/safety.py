@@ -115,7 +115,7 @@ class Flags(list[bool]):
         if not (special.isfinite().all() and concepts.isfinite().all()):
             hint = "its weights contain NaN, or half precision overflowed: try safety_checker.float()"
             raise invalid(ImvarError, "safety_checker", "finite scores", "NaN or infinite ones", hint)
-        super().__init__((concepts > 0).any(dim=1).tolist())
+        self.extend((concepts > 0).any(dim=1).tolist())  # torch.compile cannot trace super().__init__ here
         special_reports = [score_report("special_scores", "special_care", row) for row in special]
         concept_reports = [score_report("concept_scores", "bad_concepts", row) for row in concepts]
         self.scores = [a | b for a, b in zip(special_reports, concept_reports, strict=True)]

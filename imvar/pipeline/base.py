@@ -26,13 +26,13 @@ from ..config import Config
 from ..errors import InputError, InputTypeError, describe, in_checkpoint, invalid, short_repr
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
-from ..models.stock import is_unmodified
+from ..models.stock import is_unmodified, top_package
 from ..oom import explain_out_of_memory
 from ..runtime import fp8
 from ..runtime.precompute import Runner
 from ..weights.configured import ConfiguredComponent, configured_from_single
 from ..weights.hub import Hub, locate
-from ..weights.model_index import INDEX, default_class, index_entry, index_text
+from ..weights.model_index import INDEX, default_class, index_entry, index_text, unwrap
 from ..weights.options import READ_OPTIONS, filter_kwargs, locate_config, resolve_ema, should_write
 from ..weights.pretrained import PretrainedModel
 from .components import SchedulerLike, device_of
@@ -212,21 +212,31 @@ class PipelineBase(LoraPipelineMixin):
         options = filter_kwargs(options, ("is_main_process",), f"{type(self).__name__}.save_pretrained")
         if not should_write(options.get("is_main_process")):
             return
-        components = {name: component for name, component in self.components.items() if component is not None}
+        components = {name: unwrap(component) for name, component in self.components.items() if component is not None}
         for name, component in components.items():
             got = describe(component)
-            if not hasattr(component, "save_pretrained"):
-                raise invalid(InputTypeError, name, "a component with save_pretrained", got)
+            if inspect.getattr_static(component, "save_pretrained", None) is None:  # not that of a model inside it
+                hint = f"save with pipe.{name} = None, and load with from_pretrained(..., {name}=...)"
+                raise invalid(InputTypeError, name, "a component with save_pretrained", got, hint)
+            if top_package(type(component)) == "peft":
+                hint = (
+                    f"set pipe.{name} = pipe.{name}.merge_and_unload(); pipe.{name}.save_pretrained saves the adapter"
+                )
+                raise invalid(InputTypeError, name, "a model without an adapter", got, hint)
             if (part := getattr(component, "part", name)) != name:
                 raise invalid(InputTypeError, name, f"a component for {name}", f"{got}, which is for {part}")
         check_type("safe_serialization", safe_serialization, bool)
-        sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}  # each class has its own default
+        options = {"safe_serialization": safe_serialization, "variant": variant}
+        options |= (
+            {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        )  # each class has its own default
         atomic = ConfiguredComponent.save_pretrained, PretrainedModel.save_pretrained
         with atomic_folder(as_path("save_directory", save_directory)) as new:
             for name, component in components.items():
                 if getattr(type(component), "save_pretrained", None) not in atomic:
                     break_hard_links(new / name)  # in case it writes in place
-                component.save_pretrained(new / name, safe_serialization=safe_serialization, variant=variant, **sizes)
+                named = inspect.signature(component.save_pretrained).parameters
+                component.save_pretrained(str(new / name), **{k: v for k, v in options.items() if k in named})
             write_text(new / INDEX, index_text(type(self).__name__, self.components, self._settings))
 
     # A call changes the scheduler and no other component, so every call has its own.

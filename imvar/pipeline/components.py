@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
-from ..weights.model_index import OPTIONAL_COMPONENTS
+from ..weights.model_index import OPTIONAL_COMPONENTS, unwrap
 
 # A component may be any object with the methods and properties of its Protocol, which are checked before each call.
 
@@ -104,7 +104,7 @@ def check_components(components: Mapping[str, Any]) -> None:
         if isinstance(component, type):
             raise invalid(InputTypeError, name, expected, f"the class {component.__name__}", "pass an instance")
         missing = [member for member in required_members(protocol) if not hasattr(component, member)]
-        part = getattr(type(component), "part", name)  # the role of one of imvar's classes
+        part = getattr(type(unwrap(component)), "part", name)  # the role of one of imvar's classes
         if component is None:
             raise invalid(InputTypeError, name, expected, "None")
         if missing:

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..errors import InputError, first_line, invalid, short_repr, warn_user
 from ..kernels import autotune
-from ..models import ops
 from ..models.attention import attention_layers
 from ..models.ops import executing, write_count
 from ..oom import is_out_of_memory
@@ -28,8 +27,7 @@ MODE_WITHOUT_GRAPHS = {  # CUDA graphs are recorded here
 }
 MAX_GRAPHS = 8
 
-for constant in autotune.winner, ops.static_shapes:  # constants of the compiled graph; importing dynamo takes a second
-    torch.compiler.assume_constant_result(constant)
+torch.compiler.assume_constant_result(autotune.winner)  # a constant of the graph; importing dynamo takes a second
 
 
 class Compiler:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..config import json_text
 from ..errors import CheckpointError, invalid, short_repr
 
@@ -25,6 +27,7 @@ LIBRARIES = {
     "feature_extractor": "transformers",
     "safety_checker": "stable_diffusion",
 }  # as diffusers lists them; the other parts are of diffusers
+PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 KNOWN_LIBRARIES = "diffusers", "transformers", "stable_diffusion", "imvar"  # which an index may list
 
 
@@ -44,8 +47,16 @@ def default_class(part: str) -> Any:
     return next(iter(PARTS[part].values()))
 
 
+def unwrap(component: Any) -> Any:
+    """Return the component inside `torch.compile`, DataParallel and DistributedDataParallel, in any nesting."""
+    while "_orig_mod" in (children := getattr(component, "_modules", {})) or isinstance(component, PARALLEL):
+        component = children["_orig_mod" if "_orig_mod" in children else "module"]
+    return component
+
+
 def index_entry(part: str, component: Any) -> list[str | None]:
-    """Return the library and class that the index lists for a component."""
+    """Return the library and class that the index lists for a component, without wrappers."""
+    component = unwrap(component)
     return [None, None] if component is None else [LIBRARIES.get(part, "diffusers"), type(component).__name__]
 
 

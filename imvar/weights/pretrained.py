@@ -222,8 +222,8 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             )
 
     def weights_to_save(self) -> dict[str, Tensor]:
-        """Return the tensors that `save_pretrained` writes, by parameter name."""
-        return self.state_dict()
+        """Return the tensors that `save_pretrained` writes, by parameter name without what compiled layers add."""
+        return {name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()}
 
     @property
     def device(self) -> torch.device:
