@@ -61,8 +61,8 @@ class LoadedAdapters:
             if updates and not is_finite(value):
                 expected, hint = f"values within {value.dtype} with the adapters", "lower their weights"
                 raise invalid(InputError, f"{name}.weight", expected, "infinity or NaN", hint)
-            if weight.is_inference():  # which PyTorch does not write to in place
-                weight.data = value.to(weight.device)
+            if weight.is_inference():  # which PyTorch does not write to in place, or does not count it
+                layers[name].weight = nn.Parameter(value.to(weight.device, copy=True), weight.requires_grad)
             else:
                 weight.copy_(value)
         return {name: checksum(layers[name].weight) for name in originals}
@@ -192,13 +192,7 @@ class LoraMixin(PretrainedModel):
         """Use no adapter until `enable_lora`."""
         self.enable_lora(False)
 
-    def enable_adapters(self) -> None:
-        """Use the active adapters again after `disable_adapters`."""
-        self.enable_lora()
-
-    def disable_adapters(self) -> None:
-        """Use no adapter until `enable_adapters`."""
-        self.enable_lora(False)
+    enable_adapters, disable_adapters = enable_lora, disable_lora
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Remove adapters; if no active one is left, the first one becomes active, with a warning."""
@@ -261,12 +255,15 @@ class LoraMixin(PretrainedModel):
 
     def check_adapter_names(self, names: str | Sequence[str]) -> list[str]:
         """Return names of adapters as a list. Raises `InputError` for an unknown one, and if there is no adapter."""
-        known, names = self.adapter_names(), [names] if isinstance(names, str) else list(names)
+        known = self.adapter_names()
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise invalid(InputTypeError, "adapter_names", "a string or a list of strings", short_repr(names))
         if not known:
             raise invalid(InputError, "adapter_names", "a model with adapters", "one without")
         if unknown := [name for name in names if name not in known]:
             raise invalid(InputError, "adapter_names", f"names among {', '.join(known)}", short_repr(unknown[0]))
-        return names
+        return list(names)
 
     def trainable_layers(self) -> list[Any]:
         """Return peft's layers: the adapters of `add_adapter`."""
@@ -325,11 +322,8 @@ class LoraMixin(PretrainedModel):
         if mode and self._adapters and not self._adapters.fused:
             layers = adaptable_layers(self)
             if any(layers[name].weight.requires_grad for name in self._adapters.originals):
-                expected, hint = (
-                    "a model without loaded adapters",
-                    "call unload_lora(), fuse_lora() or requires_grad_(False)",
-                )
-                raise invalid(InputError, "train", expected, f"one with {', '.join(self._adapters.layers)}", hint)
+                got, hint = ", ".join(self._adapters.layers), "call unload_lora(), fuse_lora() or requires_grad_(False)"
+                raise invalid(InputError, "train", "a model without loaded adapters", got, hint)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Self:
@@ -364,7 +358,7 @@ def copy_to_cpu(name: str, weight: Tensor) -> Tensor:
 
 def checksum(weight: Tensor) -> int:
     """Return the sum of the weight's bits as integers: cheap, and another one if anything was written to it."""
-    return int(weight.detach().view(BITS[weight.element_size()]).sum(dtype=torch.int64))
+    return -1 if weight.is_meta else int(weight.detach().view(BITS[weight.element_size()]).sum(dtype=torch.int64))
 
 
 def import_peft() -> Any:

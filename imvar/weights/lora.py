@@ -44,7 +44,7 @@ PREFIX = re.compile(r"(base_model\.model\.)?(unet\.|(model\.)?diffusion_model\.|
 TEXT_ENCODER = re.compile(r"(base_model\.model\.)?(text_encoder(_\d)?\.|text_model\.|lora_te\d?_)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraLayer:
     """The update of one weight (out, in, ...): `scale`, alpha / r, times B (out, r, 1, ...) A (r, in, ...)."""
 
