@@ -312,8 +312,8 @@ class LoraMixin(PretrainedModel):
             warn_user("save_pretrained: adapters are not saved; save_lora_adapter() saves them")
             weights = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
         if self._adapters and not self._adapters.fused:
-            warn_user("save_pretrained: the weights without the loaded adapters are saved; fuse_lora() adds them")
             self.check_unchanged()
+            warn_user("save_pretrained: the weights without the loaded adapters are saved; fuse_lora() adds them")
             weights |= {f"{name}.weight": original for name, original in self._adapters.originals.items()}
         return weights
 

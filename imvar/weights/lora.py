@@ -87,7 +87,7 @@ def read_lora(
         tensors, metadata = read_tensors(path), read_metadata(path)
     text = [key for key in tensors if TEXT_ENCODER.match(key)]
     if text or any(key.startswith(("ss_", "modelspec.")) for key in metadata):  # kohya's, for text-to-image
-        ignored = f"; its {len(text)} tensors for a text encoder are ignored" if text else ""
+        ignored = f"; its {len(text)} tensor{'s' * (len(text) > 1)} for a text encoder are ignored" if text else ""
         warn_user(f"{path}: this LoRA was made for text prompts, not for image embeddings{ignored}")
     tensors = {key: tensors[key].detach().cpu() for key in tensors.keys() - set(text)}
     if prefix and any(key.startswith(f"{prefix}.") for key in tensors):
@@ -176,7 +176,7 @@ def parse_layers(
         else:
             found[layer][role] = key, tensor
     if unknown or not found:
-        got = f"{len(unknown)} unknown tensors: {abbreviate(unknown)}" if unknown else "none"
+        got = f"{len(unknown)} unknown tensor{'s' * (len(unknown) > 1)}: {abbreviate(unknown)}" if unknown else "none"
         key = unknown[0] if unknown else None
         raise invalid(CheckpointError, path, "LoRA tensors (down, up, alpha) of the UNet's layers", got, key=key)
     return {name: parse_layer(name, found[name], config, weights[name], path) for name in weights if name in found}
