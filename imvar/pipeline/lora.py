@@ -124,16 +124,16 @@ class LoraPipelineMixin:
         adapter_names: Sequence[str] | None = None,
     ) -> None:
         """Make adapters, by default the active ones, part of the UNet's weights: these are then saved and trained."""
-        if "unet" in check_components_names(components):
+        if "unet" in check_component_names(components):
             self._adapted.fuse_lora(lora_scale, safe_fusing, adapter_names)
 
     def unfuse_lora(self, components: Sequence[str] = COMPONENTS) -> None:
         """Undo `fuse_lora`, except for its `lora_scale`."""
-        if "unet" in check_components_names(components):
+        if "unet" in check_component_names(components):
             self._adapted.unfuse_lora()
 
 
-def check_components_names(components: Sequence[str]) -> Sequence[str]:
-    if unknown := [name for name in components if name not in COMPONENTS] or not components:
-        raise invalid(InputError, "components", " or ".join(COMPONENTS), short_repr(unknown))
-    return components
+def check_component_names(names: Sequence[str]) -> Sequence[str]:
+    if not names or not set(names) <= set(COMPONENTS):
+        raise invalid(InputError, "components", f"a list of {' or '.join(COMPONENTS)}", short_repr(names))
+    return names
