@@ -227,7 +227,8 @@ class LoraMixin(PretrainedModel):
             layer.merge(safe_merge=safe_fusing, adapter_names=names)
         if loaded := self._adapters:
             scales = loaded.scales | {name: factor * loaded.scales[name] for name in loaded.active}
-            fused = {name: scales[name] for name in (loaded.active if names is None else names)} | loaded.fused
+            names = (loaded.active if loaded.enabled else []) if names is None else names
+            fused = {name: scales[name] for name in names} | loaded.fused
             self.update_weights(replace(loaded, scales=scales, fused=fused))
 
     def unfuse_lora(self) -> None:
@@ -310,7 +311,9 @@ class LoraMixin(PretrainedModel):
         weights = super().weights_to_save()
         if hasattr(self, "peft_config"):
             warn_user("save_pretrained: adapters are not saved; save_lora_adapter() saves them")
-            weights = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
+            wrapped = tuple(f"{name}." for name, layer in self.named_modules() if hasattr(layer, "get_base_layer"))
+            own = {name for name in weights if ".base_layer." in name or not name.startswith(wrapped)}
+            weights = {name.replace(".base_layer.", "."): weights[name] for name in weights if name in own}
         if self._adapters and not self._adapters.fused:
             self.check_unchanged()
             warn_user("save_pretrained: the weights without the loaded adapters are saved; fuse_lora() adds them")

@@ -89,11 +89,11 @@ def read_lora(
     if text or any(key.startswith(("ss_", "modelspec.")) for key in metadata):  # kohya's, for text-to-image
         ignored = f"; its {len(text)} tensor{'s' * (len(text) > 1)} for a text encoder are ignored" if text else ""
         warn_user(f"{path}: this LoRA was made for text prompts, not for image embeddings{ignored}")
-    tensors = {key: tensors[key].detach().cpu() for key in tensors.keys() - set(text)}
-    if prefix and any(key.startswith(f"{prefix}.") for key in tensors):
-        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{prefix}.")}
-    config = adapter_config(path, tensors, metadata)
-    return parse_layers(tensors, config, keymap, weights, path, prefix)
+    # copies, as a file may be overwritten and a dictionary may hold the weights of a training
+    tensors = {key: tensors[key].detach().to("cpu", copy=True) for key in tensors.keys() - set(text)}
+    if check_type("prefix", prefix, str) and any(key.startswith(f"{prefix}.") for key in tensors):
+        tensors = {key.removeprefix(f"{prefix}."): t for key, t in tensors.items() if key.startswith(f"{prefix}.")}
+    return parse_layers(tensors, adapter_config(path, tensors, metadata), keymap, weights, path)
 
 
 def find_adapter(
@@ -122,12 +122,15 @@ def choose_file(weight_name: str | None, endings: tuple[str, ...], names: list[s
     """Return `weight_name`, or the file with the usual name, or the only one with one of these endings."""
     if weight_name is not None:
         return weight_name
-    usual = [name for name in NAMES if name in names and name.endswith(endings)]
-    files = usual[:1] or sorted(name for name in names if name.endswith(endings) and "/" not in name)
-    if len(files) != 1:
-        got = f"{len(files)} other files: {abbreviate(files)}" if files else "none"
-        raise invalid(CheckpointError, None, f"an adapter such as {NAMES[0]}", got, "pass weight_name=")
-    return files[0]
+    for ending in endings:
+        there = sorted(name for name in names if name.endswith(ending) and "/" not in name)
+        files = [name for name in NAMES if name in there][:1] or there
+        if len(files) > 1:
+            break
+        if files:
+            return files[0]
+    got = f"{len(files)} other files: {abbreviate(files)}" if files else "none"
+    raise invalid(CheckpointError, None, f"an adapter such as {NAMES[0]}", got, "pass weight_name=")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -145,20 +148,15 @@ def adapter_config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
         return {key.removeprefix("unet."): value for key, value in config.items() if not TEXT_ENCODER.match(key)}
     if not any(key.startswith("base_model.model.") for key in tensors):
         return {}
-    if (file := path.with_name(PEFT_CONFIG)).is_file():
+    if path.is_file() and path.with_name(PEFT_CONFIG).is_file():
         return read_json(safe_join(path.parent, PEFT_CONFIG))
     if not any(key.endswith(".alpha") for key in tensors):
-        warn_user(f"{path}: no {PEFT_CONFIG} next to it, so alpha is assumed to equal the rank: {file}")
+        warn_user(f"{path}: there is no {PEFT_CONFIG} next to it, so alpha is assumed to equal the rank")
     return {}
 
 
 def parse_layers(
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    keymap: Keymap,
-    weights: Mapping[str, Tensor],
-    path: Path,
-    prefix: str | None,
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], keymap: Keymap, weights: Mapping[str, Tensor], path: Path
 ) -> dict[str, LoraLayer]:
     """Return the adapter's layers by their names in the model."""
     spellings = layer_spellings(keymap, weights)
@@ -166,7 +164,7 @@ def parse_layers(
     unknown = []
     for key, tensor in sorted(tensors.items()):
         suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
-        name = PREFIX.sub("", key.removeprefix(f"{prefix}.").removesuffix(suffix), count=1)
+        name = PREFIX.sub("", key.removesuffix(suffix), count=1)
         layer = spellings.get(name.replace(".processor.", "."))
         if layer is None or not suffix:
             unknown.append(key)

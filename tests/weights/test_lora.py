@@ -138,12 +138,16 @@ def test_a_folder_of_peft(unet, tmp_path, rslora):
         torch.testing.assert_close(unet.state_dict()[name], weight, atol=1e-5, rtol=0)
 
 
-def test_tensors_of_peft_without_their_config(unet, tmp_path):
+def test_tensors_of_peft_without_their_config(unet, tmp_path, monkeypatch):
     model = peft.get_peft_model(
         randomize(UNet2DConditionModel(**TINY_UNET), 2),
         peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False),
     )
-    with pytest.warns(UserWarning, match=r"no adapter_config.json next to it, so alpha is assumed to equal the rank"):
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 400}')  # of some other adapter
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"there is no adapter_config.json next to it, so alpha is assumed to equal the rank"
+    ):
         unet.load_lora_adapter(get_peft_model_state_dict(model))
     merged = model.merge_and_unload()
     torch.testing.assert_close(unet.get_submodule(TO_Q).weight, merged.get_submodule(TO_Q).weight, atol=1e-5, rtol=0)
@@ -196,6 +200,29 @@ def test_a_file_a_folder_or_a_repository(unet, tmp_path):
         unet.load_lora_adapter(source, **options)
         assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), expected.parameters(), strict=True))
         unet.unload_lora()
+
+
+def test_later_changes_of_a_file_or_of_tensors_do_not_matter(unet, tmp_path):
+    lora = random_lora(unet, where="attn")
+    save_file(lora, tmp_path / FILE)
+    for source in (tmp_path, lora):
+        unet.load_lora_adapter(source, adapter_name="a")
+        expected = unet.get_submodule(TO_Q).weight.clone()
+        unet.set_adapters("a", 0)
+        if source is lora:
+            lora[f"unet.{TO_Q}.lora.up.weight"].zero_()  # as a step of training does
+        else:
+            content = (tmp_path / FILE).read_bytes()
+            (tmp_path / FILE).write_bytes(content[:-1000] + bytes(1000))
+        unet.set_adapters("a", 1)
+        assert torch.equal(unet.get_submodule(TO_Q).weight, expected)
+        unet.unload_lora()
+
+
+def test_safetensors_are_read_before_pickles(unet, tmp_path):
+    save_file(random_lora(unet, where="attn"), tmp_path / "one.safetensors")
+    torch.save({"optimizer": 1}, tmp_path / "other.bin")
+    unet.load_lora_adapter(tmp_path)
 
 
 def test_a_repository_on_the_hub(unet, tmp_path):
