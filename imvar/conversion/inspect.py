@@ -20,12 +20,12 @@ from ..weights.filenames import DIFFUSERS, TRANSFORMERS
 from ..weights.infer_config import infer_config, uninferable_warning
 from ..weights.json_files import read_json, safe_join
 from ..weights.keymap import PUBLISHED, Keymap, Source
+from ..weights.mapped import copy_mapped, mapped_bytes
 from ..weights.model_index import INDEX, PARTS, class_named, default_class
 from ..weights.pretrained import PretrainedModel
 from ..weights.published_config import has_legacy_sample_size
 from ..weights.reading import read_weights
 from ..weights.single_file import EMA, RAW, PartTensors, SingleFile, detect_part
-from .mapped import copy_mapped, mapped_bytes
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ class InspectedPart:
         """
         assert self.source
         location = self.locations[name]
-        try:
-            tensor = copy_mapped(self.source.tensors[location.name])
-        except OSError as error:
-            got = "a file that was cut short"
-            raise invalid(CheckpointError, self.source.path, UNCHANGED, got, key=location.name) from error
+        tensor = copy_mapped(self.source.tensors[location.name], self.source.path, location.name)
         content: Any = mapped_bytes(tensor).numpy()
         checksum = zlib.crc32(content)
         if self.checksums.setdefault(location.name, checksum) != checksum:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, invalid
+from .mapped import copy_mapped
 
 
 class Dialect(Enum):
@@ -46,7 +47,7 @@ class Transposed(Transform):
     """A matrix that the original code multiplies from the right."""
 
     def load(self, stored: Tensor) -> Tensor:
-        return stored.mT.contiguous() if stored.ndim == 2 else stored
+        return copy_mapped(stored).mT.contiguous() if stored.ndim == 2 else stored
 
     def save(self, tensor: Tensor) -> Tensor:
         return tensor.mT

@@ -15,7 +15,8 @@ import imvar
 from imvar import CheckpointError
 from imvar.conversion import convert
 from imvar.conversion.layouts import DiffusersLayout, OriginalLayout, is_identical
-from imvar.conversion.mapped import copy_mapped
+from imvar.weights.mapped import copy_mapped
+from imvar.weights.single_file import SingleFile
 from tests.support.crashes import nano_pipeline, read_files, run_and_exit, run_in_child
 
 LAYOUTS = {"folder": "diffusers", "model.safetensors": "original"}
@@ -194,6 +195,23 @@ def test_cut_short_before_or_after_the_check(source, tmp_path, stage, to):
     assert read_files(tmp_path / "target") == before
 
 
+@pytest.mark.usefixtures("no_fsync")
+@pytest.mark.parametrize("source", ["model.safetensors", "model.ckpt"], indirect=True)
+def test_cut_short_while_it_is_inspected(source, tmp_path):
+    """Some matrices are transposed there."""
+    source, file, options = source
+
+    def run():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SingleFile, "check_no_unknown", lambda self: os.truncate(file, 100))
+            with pytest.raises(CheckpointError) as caught:
+                convert(source, tmp_path / "target", **options)
+        assert caught.value.path == file
+
+    assert run_in_child(run) == 0
+    assert not (tmp_path / "target").exists()
+
+
 def test_copies_of_mapped_tensors():
     for tensor in (
         torch.randn(3, 70_000),
@@ -205,8 +223,9 @@ def test_copies_of_mapped_tensors():
         torch.ones(1).expand(7),
         torch.randn(5).bfloat16(),
         torch.ones(3).to(torch.float8_e4m3fn),
+        torch.nn.Parameter(torch.randn(3)),
     ):
         copy = copy_mapped(tensor)
-        assert is_identical(copy, tensor)
+        assert is_identical(copy, tensor.detach())
         assert copy.stride() == tensor.stride()
         assert copy.data_ptr() != tensor.data_ptr() or not tensor.numel()

@@ -7,11 +7,16 @@ position of each tensor, which `torch.load` does not return, or the memory of a 
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..atomic.folder import UNCHANGED
+from ..errors import CheckpointError, invalid
 
 PIPE_CHUNK = 2**16  # bytes, the usual capacity of a pipe
 
@@ -22,14 +27,22 @@ def mapped_bytes(tensor: Tensor) -> Tensor:
     return tensor.as_strided((steps + 1 if tensor.numel() else 0,), (1,)).view(torch.uint8)
 
 
-def copy_mapped(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor with the same strides. Raises `OSError` if the file it is mapped from was cut short."""
+def copy_mapped(tensor: Tensor, path: Path | None = None, key: str | None = None) -> Tensor:
+    """Return a copy of a tensor with the same strides.
+
+    Raises `CheckpointError` about the file `path` and the tensor `key` in it if the file was cut short.
+    """
+    tensor = tensor.detach()
+    if os.name != "posix" or type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout != torch.strided:
+        return tensor.clone()  # it is not mapped, or on Windows, which refuses to cut mapped files
     source = mapped_bytes(tensor)
-    if os.name != "posix":  # Windows refuses to cut mapped files
-        copy = source.clone()
-    else:
-        copy = torch.empty_like(source)
+    copy = torch.empty_like(source)
+    try:
         copy_through_pipe(source.numpy(), copy.numpy())
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        raise invalid(CheckpointError, path, UNCHANGED, "a file that was cut short", key=key) from error
     return copy.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
