@@ -90,6 +90,7 @@ def convert(
         layout = LAYOUTS[to](target, {name: parts[name] for name in PARTS if name in parts}, DTYPES[dtype], shard_size)
         if part is None:
             layout.check_target()
+        layout.check_dtypes()
         left_out = {} if part else layout.left_out
         for name, reason in left_out.items():
             log(f"without {name}: {reason}")

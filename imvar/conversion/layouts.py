@@ -115,6 +115,19 @@ class Layout(ABC):
             hint = "choose another target, or pass fill= (--fill)"
             raise invalid(CheckpointError, old[0], expected, got, hint)
 
+    def check_dtypes(self) -> None:
+        """Raise `CheckpointError` for tensors of several dtypes that would all get the widest, stored as one tensor."""
+        if self.dtype is not None:
+            return
+        for part, by_name in self.members.items():
+            tensors, source = self.parts[part].component.state_dict(), self.parts[part].source
+            for members in by_name.values():
+                dtypes = [str(tensors[member].dtype).removeprefix("torch.") for member in members]
+                if source and len(set(dtypes)) > 1:
+                    expected = f"one dtype for {', '.join(members)}, which are one tensor in {self.description}"
+                    hint = "pass dtype= (--dtype)"
+                    raise invalid(CheckpointError, source.path, expected, ", ".join(dtypes), hint, key=members[0])
+
     @property
     def kept_weights(self) -> list[Path]:
         """Weights in a target folder that are neither replaced nor part of the new checkpoint, such as variants."""

@@ -50,6 +50,28 @@ def test_dtypes(converted, checkpoint, tmp_path, to, dtype):
     assert same_tensors(stored_tensors(tmp_path / "new"), expected)
 
 
+def test_tensors_of_several_dtypes_are_not_stored_as_one(checkpoint, tmp_path):
+    """The original layout has one tensor for q, k and v, which would widen two of them."""
+    source, target = shutil.copytree(checkpoint, tmp_path / "source"), tmp_path / "original.safetensors"
+    (file,) = (source / "image_encoder").glob("*.safetensors")
+    dtypes = {"q_proj": torch.float16, "k_proj": torch.bfloat16, "v_proj": torch.float32}
+    tensors = {name: t.to(dtypes.get(name.split(".")[-2], t.dtype)) for name, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    expected = r"one dtype for (.*\.[qkv]_proj\.(weight|bias)(, )?){3}, which are one tensor in a single file"
+    got = r"got (b?float\d\d(, )?){3}; pass dtype= \(--dtype\)"
+    with pytest.raises(CheckpointError, match=f"{expected}.*{got}") as caught:
+        convert(source, target, to="original")
+    assert caught.value.path == file
+    assert caught.value.key in tensors
+    assert not target.exists()
+    convert(source, tmp_path / "folder", verify=True)
+    assert same_tensors({"": load_file(tmp_path / "folder" / "image_encoder" / file.name)}, {"": tensors})
+    convert(source, target, to="original", dtype="fp32", verify=True)
+    convert(target, tmp_path / "back")
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    assert same_tensors({"": load_file(tmp_path / "back" / "image_encoder" / file.name)}, {"": wide})
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_one_part(checkpoint, tmp_path, part):
     """From a pipeline's folder, from its own folder, and from its file next to its config, with the same result."""
