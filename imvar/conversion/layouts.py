@@ -23,7 +23,7 @@ from ..weights.keymap import PUBLISHED, Naming
 from ..weights.model_index import INDEX, PARTS, index_text
 from ..weights.reading import read_checkpoint, read_weights
 from ..weights.single_file import CONFIGS_KEY, ORIGINAL_NAMINGS
-from ..weights.writing import OnBytes, WrittenFile, value_range, write_tensors, write_weights
+from ..weights.writing import OnBytes, WrittenFile, rounded, value_range, warn_zeroed, write_tensors, write_weights
 from .inspect import InspectedPart
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -148,7 +148,11 @@ class Layout(ABC):
             raise invalid(CheckpointError, self.path, expected, got, "nothing was written")
 
     def check_values(self, on_bytes: OnBytes) -> None:
-        """Raise for a tensor with NaN or infinite values, or with values beyond the new dtype."""
+        """Raise for a tensor with NaN or infinite values, or with values beyond the new dtype.
+
+        Warns about tensors whose values are all too small for it.
+        """
+        zeroed: dict[str, None] = {}
         for part, source in ((part, part.source) for part in self.parts.values() if part.source):
             for name, location in part.locations.items():
                 tensor, key = part.read_tensor(name), location.name
@@ -160,7 +164,10 @@ class Layout(ABC):
                     fitting = [name for name in ("bf16", "fp32") if largest <= torch.finfo(DTYPES[name]).max]
                     got = f"{self.dtype}, which cannot hold {largest:g} of {key} in {source.path}"
                     raise invalid(InputError, "dtype", " or ".join(fitting or ["keep"]), got)
+                if self.dtype and largest and not rounded(largest, self.dtype):
+                    zeroed[f"{key} of {source.path}"] = None
                 on_bytes(self.written_bytes(tensor))
+        warn_zeroed(list(zeroed), self.dtype)
 
     def verify(self, path: Path, on_bytes: OnBytes) -> None:
         """Read back the temporary `path`. Raises `CheckpointError` naming a tensor that differs in a bit."""
@@ -205,6 +212,7 @@ class DiffusersLayout(Layout):
                         max_shard_size=self.max_shard_size,
                         on_bytes=on_bytes,
                         digest=True,
+                        zeroed=[],  # `check_values` has warned
                     )
                     written += [replace(file, path=self.path / name / file.path.name) for file in weights]
             if self.parts.keys() >= REQUIRED_PARTS:
@@ -254,6 +262,7 @@ class OriginalLayout(Layout):
                 on_bytes=on_bytes,
                 digest=True,
                 metadata=metadata,
+                zeroed=[],  # `check_values` has warned
             )
             if verify:
                 self.verify(new, on_bytes)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..atomic.file import atomic_write, write_text
-from ..errors import InputError, InputTypeError, invalid, short_repr
+from ..errors import InputError, InputTypeError, invalid, short_repr, warn_user
 from .filenames import WeightsName
 
 DTYPES = {
@@ -65,11 +65,12 @@ def write_weights(
     on_bytes: OnBytes | None = None,
     digest: bool = False,
     read: Callable[[str], Tensor] | None = None,
+    zeroed: list[str] | None = None,
 ) -> list[WrittenFile]:
     """Write a part's tensors to `folder`, sharded if they are large, and remove the files that they replace.
 
-    Floating-point tensors are cast to `dtype`, if given. `read` is as in `write_tensors`. This alone is not atomic:
-    call it within `atomic_folder`.
+    Floating-point tensors are cast to `dtype`, if given. `read` and `zeroed` are as in `write_tensors`. This alone is
+    not atomic: call it within `atomic_folder`.
     """
     ending = "safetensors" if safe_serialization else "bin"
     parts = huggingface_hub.split_state_dict_into_shards_factory(  # imports huggingface_hub's other modules
@@ -79,7 +80,7 @@ def write_weights(
         filename_pattern=f"{weights_name.basename(ending, variant)}{{suffix}}.{ending}",
     )
     files = parts.filename_to_tensors or {weights_name.file(ending, variant): []}
-    options: dict[str, Any] = {"dtype": dtype, "on_bytes": on_bytes, "digest": digest, "read": read}
+    options: dict[str, Any] = {"dtype": dtype, "on_bytes": on_bytes, "digest": digest, "read": read, "zeroed": zeroed}
     written = [
         write_tensors(folder / name, {key: tensors[key] for key in keys}, **options) for name, keys in files.items()
     ]
@@ -106,23 +107,31 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     digest: bool = False,
     read: Callable[[str], Tensor] | None = None,
+    zeroed: list[str] | None = None,
 ) -> WrittenFile:
     """Write one file atomically, in the format of its ending; floating-point tensors are cast to `dtype`, if given.
 
     A safetensors file is identical to that of safetensors' `save_file`, which requires all tensors on the CPU in the
     final dtype, a second copy of the model. Here each tensor is moved, cast and written in turn. Tensors that share
     memory are written separately. `read` returns the values of each tensor when it is written; the `tensors` may be on
-    the meta device then.
+    the meta device then. The names of tensors that become zero by the cast are added to `zeroed`; without that list, a
+    warning names the first.
     """
     read = read or tensors.__getitem__
+    zeros: list[str] = [] if zeroed is None else zeroed
+
+    def values(name: str) -> Tensor:
+        return cast_for_writing(name, read(name), dtype, zeros)
 
     def write_file(temporary: Path) -> WrittenFile:
         with temporary.open("wb") as file:
             writer = HashingWriter(file, on_bytes, hashlib.sha256() if digest else None)
             if path.suffix == ".safetensors":
-                write_safetensors(writer, tensors, read, dtype, metadata or {})
+                write_safetensors(writer, tensors, values, dtype, metadata or {})
             else:
-                write_pickle(writer, {name: cast_for_writing(name, read(name), dtype) for name in tensors})
+                write_pickle(writer, {name: values(name) for name in tensors})
+            if zeroed is None:
+                warn_zeroed(zeros, dtype)
         return WrittenFile(path, len(tensors), writer.bytes, writer.hash.hexdigest() if writer.hash else None)
 
     return atomic_write(path, write_file)
@@ -162,7 +171,7 @@ class HashingWriter:
 def write_safetensors(
     writer: HashingWriter,
     tensors: Mapping[str, Tensor],
-    read: Callable[[str], Tensor],
+    values: Callable[[str], Tensor],
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
@@ -183,7 +192,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     writer.write(len(text).to_bytes(8, "little") + text)
     for name in names:
-        writer.write(cast_for_writing(name, read(name), dtype).reshape(-1).view(torch.uint8).numpy())
+        writer.write(values(name).reshape(-1).view(torch.uint8).numpy())
 
 
 def write_pickle(writer: HashingWriter, tensors: Mapping[str, Tensor]) -> None:
@@ -206,16 +215,37 @@ def written_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
-def cast_for_writing(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a contiguous tensor on the CPU in the dtype to write; raise `InputError` if values become infinite."""
+def cast_for_writing(name: str, tensor: Tensor, dtype: torch.dtype | None, zeroed: list[str]) -> Tensor:
+    """Return a contiguous tensor on the CPU in the dtype to write.
+
+    Raises `InputError` if values become infinite; adds the name to `zeroed` if all values become zero.
+    """
     if tensor.is_meta or tensor.layout != torch.strided:
         got = "one on the meta device" if tensor.is_meta else f"one with layout {tensor.layout}"
         raise invalid(InputError, name, "a dense tensor with values", got)
     cast = tensor.detach().to("cpu", written_dtype(tensor, dtype)).contiguous()
-    if cast.dtype != tensor.dtype and not is_finite(cast) and is_finite(tensor):
-        got = f"values up to {max(map(abs, value_range(tensor))):g}"
-        raise invalid(InputError, name, f"values within {cast.dtype}", got, "use torch.bfloat16 or torch.float32")
+    if cast.dtype != tensor.dtype:
+        largest = max(map(abs, value_range(tensor)))
+        if math.isfinite(largest) and not math.isfinite(rounded(largest, cast.dtype)):
+            got = f"values up to {largest:g}"
+            raise invalid(InputError, name, f"values within {cast.dtype}", got, "use torch.bfloat16 or torch.float32")
+        if largest and not rounded(largest, cast.dtype):
+            zeroed.append(name)
     return cast
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=torch.float64).to(dtype).item()
+
+
+def warn_zeroed(names: Sequence[str], dtype: torch.dtype | None) -> None:
+    """Warn about tensors that became zero in `dtype`, naming the first."""
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warn_user(
+            f"{names[0]}{others}: all values are too small for {dtype} and become zero; use torch.bfloat16 or "
+            "torch.float32"
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+import warnings
 
 import pytest
 import torch
@@ -48,6 +49,29 @@ def test_dtypes(converted, checkpoint, tmp_path, to, dtype):
         convert(tmp_path / "new.safetensors", tmp_path / "new")
         del expected["safety_checker"]
     assert same_tensors(stored_tensors(tmp_path / "new"), expected)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_tensors_that_become_zero_are_named(checkpoint, tmp_path, to):
+    source, target = (
+        shutil.copytree(checkpoint, tmp_path / "source"),
+        tmp_path / ("x.safetensors" if to[0] == "o" else "x"),
+    )
+    files = {}
+    for part, name in (
+        ("unet", "conv_in.bias"),
+        ("image_encoder", "vision_model.encoder.layers.0.self_attn.q_proj.weight"),
+    ):
+        (file,) = (source / part).glob("*.safetensors")
+        tensors = load_file(file)
+        save_file(tensors | {name: torch.full_like(tensors[name], 1e-8)}, file, {"format": "pt"})
+        files[file] = name
+    with pytest.warns(UserWarning, match="too small for torch.float16 and become zero") as caught:
+        convert(source, target, to=to, dtype="fp16", verify=True)
+    (message,) = (str(warning.message) for warning in caught)
+    assert any(message.startswith(f"{name} of {file} and 1 more: ") for file, name in files.items())
+    with warnings.catch_warnings(action="error"):
+        convert(source, target, to=to, dtype="bf16")
 
 
 def test_tensors_of_several_dtypes_are_not_stored_as_one(checkpoint, tmp_path):

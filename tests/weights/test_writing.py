@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,24 @@ def test_casting(tmp_path):
     with pytest.raises(TypeError, match=r"c: .*complex64"):
         write_tensors(tmp_path / "bad.safetensors", {"c": torch.ones(1, dtype=torch.complex64)})
     assert [path.name for path in tmp_path.iterdir()] == ["half.safetensors"]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_tensors_that_become_zero_are_named(tmp_path, ending):
+    tensors = {"small": torch.full((3,), 1e-8), "smaller": torch.full((2,), -1e-30), "zero": torch.zeros(2)}
+    tensors |= {"one": torch.tensor([1e-8, 1.0]), "empty": torch.zeros(0), "half": torch.full((2,), 6e-8).half()}
+    path = tmp_path / f"w.{ending}"
+    with pytest.warns(
+        UserWarning, match=r"^small and 1 more: .* too small for torch\.float16 and become zero"
+    ) as caught:
+        write_tensors(path, tensors, dtype=torch.float16)
+    assert [warning.filename for warning in caught] == [__file__]
+    names: list[str] = []
+    with warnings.catch_warnings(action="error"):
+        write_tensors(path, tensors, dtype=torch.float16, zeroed=names)
+        write_tensors(path, tensors, dtype=torch.bfloat16)
+        write_tensors(path, tensors)
+    assert names == ["small", "smaller"]
 
 
 @pytest.mark.usefixtures("no_fsync")
