@@ -149,10 +149,10 @@ def as_device(name: str, value: Any) -> torch.device | None:
 
 
 def parse_to_args(
-    *args: Any, torch_dtype: Any = None, silence_dtype_warnings: Any = None, **options: Any
+    *args: Any, torch_device: Any = None, torch_dtype: Any = None, silence_dtype_warnings: Any = None, **options: Any
 ) -> dict[str, Any]:
     """Return the arguments of a `to(...)` call by the names that `nn.Module.to` has for them."""
-    pairs = [*options.items(), ("dtype", torch_dtype)]
+    pairs = [*options.items(), ("device", torch_device), ("dtype", torch_dtype)]
     for arg in args:
         if isinstance(arg, Tensor):
             pairs += [("device", arg.device), ("dtype", arg.dtype)]

@@ -301,26 +301,41 @@ class Configured:
     _internal_dict: Any = config  # as diffusers names it, which code for older checkpoints assigns
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **changes: Any) -> Self:
         """Return a component with this config, updated by `changes`; weights, if any, are random.
 
-        Changes without a field in this class are ignored with a warning.
+        Changes without a field in this class are ignored with a warning. With `return_unused_kwargs` the result is a
+        tuple: the component, and a dictionary of these changes and of the entries of the config without a field.
         """
         settings = as_settings(config)
         names = {f.name for f in fields(cls.config_class)}
-        if unknown := sorted(changes.keys() - names):
-            warn_user(f"{cls.__name__}.from_config: no config fields, ignored: {', '.join(unknown)}")
-            changes = {name: value for name, value in changes.items() if name in names}
+        unused = {name: changes.pop(name) for name in changes.keys() - names}
+        if unused and not return_unused_kwargs:
+            warn_user(f"{cls.__name__}.from_config: no config fields, ignored: {', '.join(sorted(unused))}")
         if settings is None:
             raise invalid(InputTypeError, "config", "a config or a dictionary", describe(config))
         keys = [key for key in settings if str(key)[:1] != "_"]
         if keys and not names & set(keys):
             raise invalid(InputError, "config", f"at least one config field of {cls.__name__}", short_repr(keys))
-        return cls(cls.config_class.from_dict(settings, **changes))
+        component = cls(cls.config_class.from_dict(settings, **changes))
+        return (component, unused | component.extra_settings()) if return_unused_kwargs else component  # type: ignore
+
+    def extra_settings(self) -> dict[str, Any]:
+        """Return the entries of the config that are no fields of this class, and its name."""
+        return {"_class_name": type(self).__name__, **self.config.extra_fields}
 
     def register_to_config(self, **changes: Any) -> None:
         """Update `config`, for example after a loaded model has been modified."""
         vars(self)["config"] = self.config_class.from_dict(self.config, **changes).owned_by(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an entry of the config as an attribute, as diffusers' older code expects."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]  # of a torch module
+        except AttributeError:
+            if name not in vars(self).get("config", ()) or name[:2] == "__":
+                raise AttributeError(f"{type(self).__name__} has no attribute or config field {name!r}") from None
+            return vars(self)["config"][name]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.config.to_json_string().rstrip()}"

@@ -159,12 +159,6 @@ class CLIPImageProcessor(
         batch = self(list(images), return_tensors="pt", input_data_format="channels_first")
         return batch.pixel_values.to(images.device)
 
-    def __getattr__(self, name: str) -> Any:
-        config = self.__dict__.get("config", {})
-        if name in config:
-            return config[name]
-        raise AttributeError(f"{type(self).__name__} has no attribute or config field {name!r}")
-
     def __setattr__(self, name: str, value: Any) -> None:
         if any(name == f.name for f in fields(self.config_class)):
             self.register_to_config(**{name: value})

@@ -200,6 +200,25 @@ def set_attend(model: nn.Module, attend: Attend) -> None:
 class AttentionMixin:
     """The attention settings of a model."""
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]  # of a torch module
+        except AttributeError:
+            if name not in ("attn_processors", "set_attn_processor"):
+                raise
+            hint = "set_attend replaces kernels, and replace_layers layers"
+            raise AttributeError(f"{type(self).__name__} has no {name}: there are no processors; {hint}") from None
+
+    def set_default_attn_processor(self) -> None:
+        """Call `disable_xformers_memory_efficient_attention`; layers and their own kernels stay."""
+        self.disable_xformers_memory_efficient_attention()
+
+    def fuse_qkv_projections(self) -> None:
+        """Do nothing: the UNet's self-attention layers already run as fused projections, and outputs are the same."""
+
+    def unfuse_qkv_projections(self) -> None:
+        """Do nothing."""
+
     def set_attention_slice(self, slice_size: str | int | Sequence[int] | None = "auto") -> None:
         """Compute a few heads at a time: "auto" half of them, "max" one, or a number; None for all at once.
 

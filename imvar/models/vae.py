@@ -21,7 +21,7 @@ from ..weights.pretrained import PretrainedModel
 from .attention import AttentionMixin, PixelAttention
 from .layers import Downsample, GradientCheckpointingMixin, ResnetBlock, Upsample, refuse_unsupported
 from .ops import Conv2d, GroupNorm, norm_act, packing
-from .validation import check_decode_inputs, check_encode_inputs
+from .validation import check_decode_inputs, check_encode_inputs, check_tiling
 
 NORM_EPS = 1e-6
 
@@ -252,21 +252,43 @@ class AutoencoderKL(AttentionMixin, GradientCheckpointingMixin, PretrainedModel,
         posterior = self.encode(sample, return_dict=False)[0]
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
 
-    def _encode(self, x: Tensor) -> Tensor:
-        def encode(tile: Tensor) -> Tensor:
-            return self.quant_conv(self.encoder(tile))
+    @validated(check_encode_inputs)
+    def tiled_encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Encode as `encode` does after `enable_tiling`, images of any size in tiles."""
+        check_tiling(self, max(x.shape[2:]), "tile_sample_min_size", "tile_latent_min_size")
+        posterior = DiagonalGaussianDistribution(self._sliced(self._tiled_encode, x))
+        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
-        if self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size:
-            return tiled(encode, x, self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor)
-        return encode(x)
+    @validated(check_decode_inputs)
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Decode as `decode` does after `enable_tiling`, latents of any size in tiles."""
+        check_tiling(self, max(z.shape[2:]), "tile_latent_min_size", "tile_sample_min_size")
+        sample = self._sliced(self._tiled_decode, z)
+        return DecoderOutput(sample) if return_dict else (sample,)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        tiles = self.use_tiling and max(x.shape[2:]) > self.tile_sample_min_size
+        return self._tiled_encode(x) if tiles else self._encode_tile(x)
 
     def _decode(self, z: Tensor) -> Tensor:
-        def decode(tile: Tensor) -> Tensor:
-            return self.decoder(self.post_quant_conv(tile))
+        tiles = self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size
+        return self._tiled_decode(z) if tiles else self._decode_tile(z)
 
-        if self.use_tiling and max(z.shape[2:]) > self.tile_latent_min_size:
-            return tiled(decode, z, self.tile_latent_min_size, self.tile_sample_min_size, self.tile_overlap_factor)
-        return decode(z)
+    def _tiled_encode(self, x: Tensor) -> Tensor:
+        sizes = self.tile_sample_min_size, self.tile_latent_min_size
+        return tiled(self._encode_tile, x, *sizes, self.tile_overlap_factor)
+
+    def _tiled_decode(self, z: Tensor) -> Tensor:
+        sizes = self.tile_latent_min_size, self.tile_sample_min_size
+        return tiled(self._decode_tile, z, *sizes, self.tile_overlap_factor)
+
+    def _encode_tile(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    def _decode_tile(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
 
     def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         slices = x.split(1) if self.use_slicing else [x]

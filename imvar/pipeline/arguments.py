@@ -208,7 +208,7 @@ def check_callback(callback: Any) -> None:
 
 def check_callback_effects(returned: Any, latents: Tensor, shape: Sequence[int]) -> None:
     """Check that a callback has run, by what it returned, and that its latents still have this shape."""
-    if inspect.isawaitable(returned) or inspect.isgenerator(returned) or inspect.isasyncgen(returned):
+    if inspect.iscoroutine(returned) or inspect.isgenerator(returned) or inspect.isasyncgen(returned):
         got = f"one that returned a {describe(returned)}"
         raise invalid(InputTypeError, "callback", "a function that runs when it is called", got)
     if latents.shape != shape:

@@ -23,17 +23,17 @@ from ..atomic.file import write_text
 from ..atomic.folder import atomic_folder, break_hard_links, read_consistently
 from ..checks import as_device, as_path, check_int, check_type, parse_to_args
 from ..config import Config
-from ..errors import InputError, InputTypeError, describe, in_checkpoint, invalid, short_repr
+from ..errors import InputError, InputTypeError, describe, in_checkpoint, invalid, short_repr, warn_user
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
 from ..models.stock import is_unmodified, top_package
 from ..oom import explain_out_of_memory
 from ..runtime import fp8
 from ..runtime.precompute import Runner
-from ..weights.configured import ConfiguredComponent, configured_from_single
-from ..weights.hub import Hub, locate
+from ..weights.configured import ConfigFile, ConfiguredComponent, configured_from_single
+from ..weights.hub import locate
 from ..weights.model_index import INDEX, default_class, index_entry, index_text, unwrap
-from ..weights.options import READ_OPTIONS, filter_kwargs, locate_config, resolve_ema, should_write
+from ..weights.options import READ_OPTIONS, filter_kwargs, loading_options, locate_config, resolve_ema, should_write
 from ..weights.pretrained import PretrainedModel
 from .components import SchedulerLike, device_of
 from .lora import LoraPipelineMixin
@@ -47,8 +47,12 @@ _active_calls: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("imvar_activ
 """The pipelines that this thread or task is calling, innermost last, each with the scheduler of that call."""
 
 
-class PipelineBase(LoraPipelineMixin):
+class PipelineBase(LoraPipelineMixin, ConfigFile):
     """The components of a pipeline as its attributes, and everything that applies to all of them."""
+
+    config_name = INDEX
+    name_or_path: str | Path | None = None
+    """The first argument of `from_pretrained`, if the pipeline was loaded by it."""
 
     def __init__(self) -> None:
         self._component_names: list[str] = []
@@ -83,7 +87,8 @@ class PipelineBase(LoraPipelineMixin):
     def config(self) -> Config:
         """The pipeline's settings, and the library and class of each component. Settings assigned to it count."""
         entries = {name: index_entry(name, value) for name, value in self.components.items()}
-        return Config.from_dict(self._settings | entries).owned_by(self)
+        source = {} if self.name_or_path is None else {"_name_or_path": self.name_or_path}
+        return Config.from_dict(self._settings | entries | source).owned_by(self)
 
     _internal_dict = config  # diffusers' name for it
 
@@ -127,7 +132,8 @@ class PipelineBase(LoraPipelineMixin):
         bits. `overrides`: components to use in place of the checkpoint's, None to leave one out, and
         settings of the pipeline such as `requires_safety_checker`. `variant` selects files such as
         `*.fp16.safetensors` of the components that have them. Weights are always memory-mapped, whatever
-        `low_cpu_mem_usage` and `disable_mmap` are. `compile`: call `compile()` on the pipeline.
+        `low_cpu_mem_usage` and `disable_mmap` are. `compile`: call `compile()` on the pipeline. Of diffusers' other
+        options, `force_download` downloads again what is in the cache, and `use_auth_token` is `token`.
 
         Raises `CheckpointError` with the file and what is wrong with it.
         """
@@ -136,10 +142,10 @@ class PipelineBase(LoraPipelineMixin):
         check_type("low_cpu_mem_usage", low_cpu_mem_usage, bool)
         check_type("disable_mmap", disable_mmap, bool)
         parameters = cls.init_parameters()
+        hub, overrides = loading_options(overrides, revision, cache_dir, local_files_only, token)
         overrides = filter_kwargs(overrides, parameters, f"{cls.__name__}.from_pretrained")
         dtypes = dtypes_by_component(torch_dtype if dtype is None else dtype)
         reading = {"variant": variant, "use_safetensors": use_safetensors}
-        hub = Hub(revision, cache_dir, local_files_only, token)
         folder = locate(pretrained_model_name_or_path, hub, lambda names: files_to_read(names, overrides, **reading))
         read = partial(read_components, folder, parameters, overrides, dtypes, **reading)
         components = read_consistently(folder, files_to_read(None, overrides, **reading), read)
@@ -149,6 +155,7 @@ class PipelineBase(LoraPipelineMixin):
             if error.key is None or error.key in overrides:  # the caller's argument is at fault
                 raise
             raise in_checkpoint(error, folder / INDEX) from error
+        pipe.name_or_path = pretrained_model_name_or_path
         if compile:
             pipe.compile()
         return pipe
@@ -179,7 +186,7 @@ class PipelineBase(LoraPipelineMixin):
         """
         from ..weights.single_file import SingleFile  # see weights/__init__.py
 
-        hub = Hub(revision, cache_dir, local_files_only, token)
+        hub, overrides = loading_options(overrides, revision, cache_dir, local_files_only, token)
         overrides = {name: value for name, value in overrides.items() if name not in READ_OPTIONS}
         overrides = filter_kwargs(overrides, cls.init_parameters(), f"{cls.__name__}.from_single_file")
         dtypes = dtypes_by_component(torch_dtype if dtype is None else dtype)
@@ -237,7 +244,13 @@ class PipelineBase(LoraPipelineMixin):
                     break_hard_links(new / name)  # in case it writes in place
                 named = inspect.signature(component.save_pretrained).parameters
                 component.save_pretrained(str(new / name), **{k: v for k, v in options.items() if k in named})
-            write_text(new / INDEX, index_text(type(self).__name__, self.components, self._settings))
+            self.save_config(new)
+
+    def save_config(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the index alone into a folder, which is created if needed. There are no `options`."""
+        filter_kwargs(options, (), f"{type(self).__name__}.save_config")
+        text = index_text(type(self).__name__, self.components, self._settings)
+        write_text(as_path("save_directory", save_directory) / INDEX, text)
 
     # A call changes the scheduler and no other component, so every call has its own.
 
@@ -320,6 +333,13 @@ class PipelineBase(LoraPipelineMixin):
         self.remove_all_hooks()
         self._offload = Offload(target, self.modules)
 
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Call `enable_model_cpu_offload`, with a warning: components are moved whole, not layer by layer."""
+        warn_user("enable_sequential_cpu_offload: moves whole components, as enable_model_cpu_offload does")
+        self.enable_model_cpu_offload(gpu_id, device)
+
     def remove_all_hooks(self) -> None:
         """Disable offloading."""
         if self._offload:
@@ -382,6 +402,12 @@ class PipelineBase(LoraPipelineMixin):
     def disable_xformers_memory_efficient_attention(self) -> None:
         for name in ("unet", "vae"):
             self.components[name].disable_xformers_memory_efficient_attention()
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Do nothing: see `fuse_qkv_projections` of the models."""
+
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        """Do nothing."""
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Merge the UNet's skip connections by FreeU (arXiv:2309.11497)."""

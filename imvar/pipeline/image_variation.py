@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -60,6 +60,11 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
     unet: UNetLike
     safety_checker: SafetyCheckerLike | None
     feature_extractor: FeatureExtractorLike | None
+
+    # As diffusers describes this pipeline to other code; imvar's reads none of these.
+    _optional_components: ClassVar = ["safety_checker"]
+    _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
+    model_cpu_offload_seq: ClassVar = "image_encoder->unet->vae"
 
     def __init__(
         self,

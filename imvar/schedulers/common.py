@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ..config import Config, one_of
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from ..noise import check_generator
 from ..weights.configured import ConfiguredComponent
+from ..weights.model_index import PARTS
 from .timesteps import make_betas
 
 # Prediction types, section 4 of arXiv:2202.00512: x = signal x0 + noise eps, v = signal eps - noise x0
@@ -121,6 +122,8 @@ class Scheduler(ConfiguredComponent):
 
     config_name = "scheduler_config.json"
     config_class = SchedulerConfig
+    has_compatibles = True
+    _compatibles: ClassVar = ["DDIMScheduler", "LMSDiscreteScheduler", "PNDMScheduler"]
     order = 1
     num_inference_steps: int | None = None
     timesteps: Any = None
@@ -147,6 +150,11 @@ class Scheduler(ConfiguredComponent):
         except InputError:
             vars(self).update(before)
             raise
+
+    @property
+    def compatibles(self) -> list[type[Scheduler]]:
+        """imvar's schedulers, each of which `from_config` makes from the config of another."""
+        return [PARTS[self.part][name] for name in self._compatibles]
 
     def make_betas(self) -> Tensor:
         return make_betas(self.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..errors import CheckpointError, InputError, in_checkpoint, invalid, short_
 from .hub import Hub, locate
 from .json_files import read_json, safe_join
 from .model_index import DIFFUSERS_VERSION, PARTS, class_named, default_class
-from .options import SAVE_OPTIONS, filter_kwargs, should_write
+from .options import SAVE_OPTIONS, filter_kwargs, loading_options, should_write
 
 if TYPE_CHECKING:
     from .single_file import SingleFile
@@ -22,10 +23,48 @@ if TYPE_CHECKING:
 STRICT_PARTS = "unet", "vae"  # whose config files have no fields but their own; transformers' have many more
 
 
-class ConfiguredComponent(Configured):
-    """A component whose config is a file: a scheduler, an image processor or a model."""
+class ConfigFile:
+    """A class whose config is a file of the name `config_name`: a component, or a pipeline with its index."""
 
     config_name: ClassVar[str] = "config.json"
+    has_compatibles: ClassVar[bool] = False  # whether other classes read the same file
+
+    @classmethod
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        return_unused_kwargs: bool = False,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Return the content of a config file, given by its own path or as in `from_pretrained`: a dictionary.
+
+        With `return_unused_kwargs` the result is a tuple: that, and a dictionary of the `options` that are not used.
+        """
+        hub, unused = loading_options(options, revision, cache_dir, local_files_only, token)
+        path = as_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        if not os.path.isfile(path):
+            path = cls.locate_config_file(pretrained_model_name_or_path, subfolder, hub)
+        if not return_unused_kwargs:
+            filter_kwargs(unused, (), f"{cls.__name__}.load_config")
+        return (read_json(path), unused) if return_unused_kwargs else read_json(path)
+
+    @classmethod
+    def locate_config_file(cls, source: str | Path, subfolder: str | None, hub: Hub) -> Path:
+        """Return the config file in a folder, a hub repository or a bundled checkpoint, or in a `subfolder` of it."""
+        name = f"{subfolder}/{cls.config_name}" if check_type("subfolder", subfolder, str) else cls.config_name
+        folder = locate(source, hub, lambda names: [name])
+        return safe_join(folder / (subfolder or ""), cls.config_name)
+
+
+class ConfiguredComponent(ConfigFile, Configured):
+    """A component whose config is a file: a scheduler, an image processor or a model."""
+
     part: ClassVar[str]
 
     def __init_subclass__(cls, part: str | None = None, also: Sequence[str] = (), **kwargs: Any):
@@ -45,18 +84,38 @@ class ConfiguredComponent(Configured):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        return_unused_kwargs: bool = False,
         **changes: Any,
     ) -> Self:
         """Load a config from a folder, a hub repository or a bundled checkpoint; `changes` replace its fields.
 
-        `subfolder` is appended to the path. Raises `CheckpointError` if the file is missing or has a value that this
-        class does not support.
+        `subfolder` is appended to the path. With `return_unused_kwargs` the result is a tuple: the component, and a
+        dictionary of the changes and of the entries of the file that are no fields. Raises `CheckpointError` if the
+        file is missing or has a value that this class does not support.
         """
-        name = f"{subfolder}/{cls.config_name}" if check_type("subfolder", subfolder, str) else cls.config_name
-        hub = Hub(revision, cache_dir, local_files_only, token)
-        folder = locate(pretrained_model_name_or_path, hub, lambda names: [name])
-        path = safe_join(folder / (subfolder or ""), cls.config_name)
-        return cls.build(cls.read_config(path, **changes), path)
+        hub, changes = loading_options(changes, revision, cache_dir, local_files_only, token)
+        path = cls.locate_config_file(pretrained_model_name_or_path, subfolder, hub)
+        unused: dict[str, Any] = {}
+        if check_type("return_unused_kwargs", return_unused_kwargs, bool):
+            names = {f.name for f in fields(cls.config_class)}
+            unused = {name: changes.pop(name) for name in changes.keys() - names}
+        component = cls.build(cls.read_config(path, **changes), path)
+        return (component, unused | component.extra_settings()) if return_unused_kwargs else component  # type: ignore
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | str | Path, return_unused_kwargs: bool = False, **changes: Any
+    ) -> Self:
+        """Return a component with this config, updated by `changes`; weights, if any, are random.
+
+        `config` may be a path: it is read by `load_config`, with those of its options that are among the changes. With
+        `return_unused_kwargs` the result is a tuple: the component, and a dictionary of the changes and of the entries
+        of the config that are no fields of this class. Without it, such changes are ignored with a warning.
+        """
+        settings: Any = config
+        if isinstance(config, (str, os.PathLike)):
+            settings, changes = cls.load_config(config, return_unused_kwargs=True, **changes)
+        return super().from_config(settings, return_unused_kwargs, **changes)
 
     @classmethod
     def read_config(cls, path: Path, **changes: Any) -> Any:
@@ -137,10 +196,21 @@ class ConfiguredComponent(Configured):
         `options` are those of models; of these only `is_main_process=False` has an effect: nothing is written.
         """
         options = filter_kwargs(options, SAVE_OPTIONS, f"{type(self).__name__}.save_pretrained")
-        if not should_write(options.get("is_main_process")):
-            return
-        text = json_text(self.saved_config())
-        write_text(as_path("save_directory", save_directory) / self.config_name, text)
+        if should_write(options.get("is_main_process")):
+            self.save_config(save_directory)
+
+    def save_config(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the config file alone into a folder, which is created if needed. There are no `options`."""
+        filter_kwargs(options, (), f"{type(self).__name__}.save_config")
+        write_text(as_path("save_directory", save_directory) / self.config_name, self.to_json_string())
+
+    def to_json_string(self) -> str:
+        """Return the text of the config file."""
+        return json_text(self.saved_config())
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write the config to a file of this path."""
+        write_text(as_path("json_file_path", json_file_path), self.to_json_string())
 
     def saved_config(self) -> Mapping[str, Any]:
         """Return the content of the config file: the config, the class, and the version of the format."""

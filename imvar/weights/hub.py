@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from ..checks import as_path, check_type
-from ..errors import CheckpointError, first_line, invalid
+from ..errors import CheckpointError, InputError, first_line, invalid
 from .bundled import BUNDLED, bundled_checkpoint
 
 FileSelector = Callable[[set[str]], list[str]]
@@ -32,18 +32,21 @@ def names_in(names: set[str] | None, folder: str) -> list[str] | None:
 
 @dataclass(frozen=True)
 class Hub:
-    """Options of a download: revision, cache, whether to use only the cache, and token."""
+    """Options of a download: revision, cache, whether to use only the cache, token, whether to ignore the cache."""
 
     revision: str | None = None
     cache_dir: str | Path | None = None
-    local_files_only: bool = False
+    local_files_only: bool | None = False
     token: str | bool | None = None
+    force_download: bool | None = False
 
     def __post_init__(self) -> None:
         check_type("revision", self.revision, str)
         check_type("cache_dir", self.cache_dir, str, os.PathLike)
         check_type("local_files_only", self.local_files_only, bool)
         check_type("token", self.token, str, bool)
+        if check_type("force_download", self.force_download, bool) and self.local_files_only:
+            raise invalid(InputError, "force_download", "False with local_files_only=True", "True")
 
 
 def locate(source: str | Path, hub: Hub, select: FileSelector) -> Path:
@@ -72,7 +75,8 @@ def locate(source: str | Path, hub: Hub, select: FileSelector) -> Path:
 def download(name: str, hub: Hub, select: FileSelector) -> Path:
     """Return the snapshot folder of a hub repository after fetching the selected files that are not in the cache.
 
-    Where the hub is offline, unreachable or refuses, a cached snapshot with the selected files is returned.
+    Where the hub is offline, unreachable or refuses, a cached snapshot with the selected files is returned, unless
+    `force_download`.
     """
     from huggingface_hub import model_info, snapshot_download  # deferred: these import an HTTP library
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -90,9 +94,11 @@ def download(name: str, hub: Hub, select: FileSelector) -> Path:
         else:
             patterns = checked_selection({file.rfilename for file in files}, select, label)
             try:
-                return Path(snapshot(allow_patterns=patterns))
+                return Path(snapshot(allow_patterns=patterns, force_download=bool(hub.force_download)))
             except failures as error:
                 raise hub_error(label, error, "a complete download") from error
+    if hub.force_download:
+        raise hub_error(label, cause or OSError("HF_HUB_OFFLINE is set"), "a connection to the hub, for force_download")
     try:  # without patterns, as huggingface_hub requires every file that matches one, and alternatives match too
         folder = Path(snapshot(allow_patterns=[], local_files_only=True))
         checked_selection({path.relative_to(folder).as_posix() for path in folder.rglob("*")}, select, label)

@@ -15,6 +15,39 @@ from .hub import Hub, locate
 
 SAVE_OPTIONS = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
 READ_OPTIONS = {"use_safetensors", "disable_mmap", "low_cpu_mem_usage"}  # no effect on single files
+IGNORED_OPTIONS = (  # by diffusers, or of use only together with options that are refused
+    "resume_download",
+    "mirror",
+    "trust_remote_code",
+    "output_loading_info",
+    "offload_state_dict",
+    "offload_folder",
+    "max_memory",
+)
+REFUSED_OPTIONS = {  # with what to do instead
+    "proxies": "set the environment variable HTTPS_PROXY",
+    "device_map": "call .to(device) after loading, or enable_model_cpu_offload of a pipeline",
+    "custom_pipeline": "call from_pretrained of your subclass of the pipeline",
+}
+
+
+def loading_options(
+    options: Mapping[str, Any],
+    revision: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool | None,
+    token: str | bool | None,
+) -> tuple[Hub, dict[str, Any]]:
+    """Return the options of a download, and those of `options` that are neither that nor without effect."""
+    rest = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
+    for name, hint in REFUSED_OPTIONS.items():
+        if (value := rest.pop(name, None)) is not None:
+            raise invalid(InputError, name, "None", short_repr(value), hint)
+    older_token = rest.pop("use_auth_token", None)
+    if token is not None and older_token is not None:
+        raise invalid(InputError, "use_auth_token", "None, as token is given", "both")
+    token = older_token if token is None else token
+    return Hub(revision, cache_dir, local_files_only, token, rest.pop("force_download", False)), rest
 
 
 def locate_config(config: str | Path | None, hub: Hub, subfolder: str | None = None) -> Path | None:

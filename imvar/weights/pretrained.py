@@ -16,10 +16,19 @@ from ..checks import Dtype, as_path, check_type
 from ..errors import CheckpointError, invalid, warn_user
 from .configured import ConfiguredComponent
 from .filenames import DIFFUSERS, TRANSFORMERS, WeightsName
-from .hub import Hub, locate, names_in
+from .hub import locate, names_in
 from .json_files import safe_join
 from .keymap import PUBLISHED, Keymap, Naming
-from .options import READ_OPTIONS, SAVE_OPTIONS, filter_kwargs, locate_config, resolve_dtype, resolve_ema, should_write
+from .options import (
+    READ_OPTIONS,
+    SAVE_OPTIONS,
+    filter_kwargs,
+    loading_options,
+    locate_config,
+    resolve_dtype,
+    resolve_ema,
+    should_write,
+)
 from .reading import read_weights
 
 if TYPE_CHECKING:
@@ -66,8 +75,9 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
 
         Weights become float32 or `dtype` ("auto": the widest dtype in the file; bfloat16 if all have 8 bits). They are
         memory-mapped where they need no conversion, also with `low_cpu_mem_usage=False` and `disable_mmap=True`, which
-        have no effect. The model is in eval mode. Raises `CheckpointError` naming the file, and the tensor that is
-        missing, unknown, misshapen or has values beyond `dtype`.
+        have no effect. The model is in eval mode. With `output_loading_info=True` the result is a tuple: the model, and
+        empty collections of the tensors that diffusers or transformers would report. Raises `CheckpointError` naming
+        the file, and the tensor that is missing, unknown, misshapen or has values beyond `dtype`.
         """
         weights_dtype = resolve_dtype(torch_dtype, dtype)
         prefix = f"{subfolder}/" if check_type("subfolder", subfolder, str) else ""
@@ -78,9 +88,16 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             files = cls.weights_name.select(names_in(names, prefix), variant, use_safetensors)
             return [prefix + name for name in (cls.config_name, *files)]
 
-        hub = Hub(revision, cache_dir, local_files_only, token)
+        with_info = check_type("output_loading_info", changes.get("output_loading_info"), bool)
+        hub, changes = loading_options(changes, revision, cache_dir, local_files_only, token)
         folder = locate(pretrained_model_name_or_path, hub, allow_patterns) / prefix
-        return cls.read(folder, variant=variant, dtype=weights_dtype, use_safetensors=use_safetensors, **changes)
+        model = cls.read(folder, variant=variant, dtype=weights_dtype, use_safetensors=use_safetensors, **changes)
+        return (model, cls.loading_info()) if with_info else model  # type: ignore
+
+    @classmethod
+    def loading_info(cls) -> dict[str, Any]:
+        """Return what diffusers reports about a load without errors."""
+        return {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
 
     @classmethod
     def min_tensor_count(cls, config: Any) -> int:
@@ -129,7 +146,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         """
         from .single_file import SingleFile  # imported here to keep `import imvar` fast
 
-        hub = Hub(revision, cache_dir, local_files_only, token)
+        hub, changes = loading_options(changes, revision, cache_dir, local_files_only, token)
         file = SingleFile.from_source(pretrained_model_link_or_path_or_dict, hub)
         return cls.from_single(
             file,
@@ -248,6 +265,12 @@ class TransformersModel(PretrainedModel):
 
     weights_name = TRANSFORMERS
     model_type: ClassVar[str]
+    __getattr__: Any = nn.Module.__getattr__  # without the entries of the config
+
+    @classmethod
+    def loading_info(cls) -> dict[str, Any]:
+        """Return what transformers reports about a load without errors."""
+        return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
 
     def saved_config(self) -> Mapping[str, Any]:
         """Return the content of the config file.

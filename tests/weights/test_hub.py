@@ -66,6 +66,8 @@ attempt("blob", lambda: UNet.from_single_file(
     "https://hf.co/owner/links/blob/main/unet/diffusion_pytorch_model.safetensors", config="owner/files",
     subfolder="unet"))
 attempt("token", lambda: UNet.from_pretrained("owner/private", subfolder="unet", token="hf_secret", cache_dir="cache"))
+attempt("older token", lambda: UNet.from_pretrained("owner/private", subfolder="unet", use_auth_token="hf_secret",
+                                                    cache_dir="other", resume_download=True, mirror="tuna"))
 attempt("wrong token", lambda: UNet.from_pretrained("owner/private", subfolder="unet", token="hf_wrong"))
 attempt("nothing cached", lambda: UNet.from_pretrained("owner/cut", subfolder="unet", local_files_only=True))
 attempt("no such revision", lambda: Pipeline.from_pretrained("owner/name", revision="v9"))
@@ -87,6 +89,20 @@ attempt("file", lambda: UNet.from_single_file("owner/files/unet/diffusion_pytorc
                                               config="owner/files", subfolder="unet"))
 attempt("another part", lambda: imvar.AutoencoderKL.from_pretrained("owner/parts", subfolder="vae"))
 attempt("never fetched", lambda: Pipeline.from_pretrained("owner/other"))
+"""
+FORCED = """
+attempt("first", lambda: UNet.from_pretrained("owner/parts", subfolder="unet"))
+attempt("cached", lambda: UNet.from_pretrained("owner/parts", subfolder="unet", force_download=False))
+pipe = Pipeline.from_pretrained("owner/parts", force_download=True, safety_checker=None, requires_safety_checker=False)
+attempt("pipeline", lambda: pipe)
+attempt("part", lambda: UNet.from_pretrained("owner/parts", subfolder="unet", force_download=True))
+attempt("config", lambda: imvar.PNDMScheduler.from_pretrained("owner/parts", "scheduler", force_download=True))
+attempt("file", lambda: UNet.from_single_file("owner/parts/unet/diffusion_pytorch_model.safetensors",
+                                              config="owner/parts", subfolder="unet", force_download=True))
+"""
+FORCED_OFFLINE = """
+attempt("forced", lambda: UNet.from_pretrained("owner/parts", subfolder="unet", force_download=True))
+attempt("cached", lambda: UNet.from_pretrained("owner/parts", subfolder="unet"))
 """
 REFUSED = """
 for status in 401, 403, 404, 429, 500:
@@ -180,7 +196,7 @@ def test_checkpoints_are_fetched(online):
 
 def test_token_and_cache(online):
     results, _, home = online
-    assert results["token"] == 1
+    assert results["token"] == results["older token"] == 1
     assert list((home / "elsewhere" / "cache").glob("models--owner--private/snapshots/*/unet/config.json"))
     assert_words(results["wrong token"], ["owner/private: expected a repository that is public or", "401"])
 
@@ -227,6 +243,18 @@ def test_offline_from_the_cache(hub, online):
     assert_words(results["another part"], ["owner/parts: ", "incomplete", "diffusion_pytorch_model.safetensors"])
     assert_words(results["never fetched"], ["owner/other: ", "no copy", "HF_HUB_OFFLINE", "connect once"])
     assert hub.fetched == []
+
+
+def test_a_forced_download_ignores_the_cache(hub, nobody, tmp_path):
+    del hub.fetched[:]
+    results = outcomes(FORCED, hub.address, tmp_path)
+    assert results == {"first": 1, "cached": 1, "pipeline": 1, "part": 1, "config": "PNDMScheduler", "file": 1}
+    assert hub.fetched.count("owner/parts/unet/diffusion_pytorch_model.safetensors") == 4
+    assert hub.fetched.count("owner/parts/scheduler/scheduler_config.json") == 3  # and with those of the file
+    for address, offline, reason in (nobody, "0", "ConnectError"), (hub.address, "1", "HF_HUB_OFFLINE"):
+        results = outcomes(FORCED_OFFLINE, address, tmp_path, HF_HUB_OFFLINE=offline)
+        assert_words(results["forced"], ["owner/parts: expected a connection to the hub, for force_download", reason])
+        assert results["cached"] == 1
 
 
 def test_refusals_are_named(hub, tmp_path):

@@ -71,6 +71,33 @@ def test_options_of_a_part(checkpoint, option, wrong):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"proxies": {"https": "x"}}, "proxies: expected None, .*HTTPS_PROXY"),
+        ({"device_map": "balanced"}, r"device_map: expected None, got 'balanced'; call \.to\(device\) .*cpu_offload"),
+        ({"custom_pipeline": "x"}, "custom_pipeline: expected None, got 'x'; call from_pretrained of your subclass"),
+        ({"token": "hf_secret", "use_auth_token": "hf_other"}, "use_auth_token: expected None, as token is given"),
+        ({"use_auth_token": 3}, "token: expected a string or True or False, got 3"),
+        ({"force_download": "yes"}, "force_download: expected True or False, got 'yes'"),
+        ({"force_download": True, "local_files_only": True}, "force_download: expected False with local_files_only"),
+    ],
+)
+def test_options_that_diffusers_ignores_or_cannot_combine(checkpoint, options, words):
+    file = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    for load in (
+        lambda **o: PIPELINE.from_pretrained(checkpoint, **o),
+        lambda **o: UNet2DConditionModel.from_pretrained(checkpoint, "unet", **o),
+        lambda **o: UNet2DConditionModel.from_single_file(file, config=checkpoint, **o),
+        lambda **o: imvar.PNDMScheduler.from_pretrained(checkpoint, "scheduler", **o),
+        lambda **o: imvar.CLIPImageProcessor.from_pretrained(checkpoint, "feature_extractor", **o),
+        lambda **o: UNet2DConditionModel.load_config(checkpoint, subfolder="unet", **o),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            load(**options)
+        assert "hf_" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         ({"extract_ema": "no"}, "extract_ema: expected True or False, got 'no'"),
         ({"extract_ema": 0}, "extract_ema: expected True or False, got 0"),
         ({"ema": "maybe"}, "maybe"),
