@@ -345,12 +345,16 @@ class LoraMixin(PretrainedModel):
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the linear and convolutional layers with a floating-point weight of their own, by name."""
-    kinds = nn.Linear, nn.Conv2d
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
-    return {
-        n: layer for n, layer in layers.items() if "weight" in layer._parameters and layer.weight.is_floating_point()
-    }
+    """Return the linear and convolutional layers with a floating-point weight of their own, by name.
+
+    The names are those without the wrappers of `torch.compile`.
+    """
+    layers: dict[str, Any] = {}
+    for name, layer in model.named_modules():
+        weight = layer._parameters.get("weight") if isinstance(layer, (nn.Linear, nn.Conv2d)) else None
+        if weight is not None and weight.is_floating_point():
+            layers[name.replace("_orig_mod.", "")] = layer
+    return layers
 
 
 def copy_to_cpu(name: str, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..checks import as_path
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from ..models.lora import LoraMixin
 from ..weights.lora import write_lora
+from ..weights.model_index import unwrap
 from ..weights.options import should_write
 
 COMPONENTS = "unet", "text_encoder"  # which diffusers lists by default; there is no text encoder here
@@ -22,7 +23,7 @@ class LoraPipelineMixin:
 
     @property
     def _adapted(self) -> LoraMixin:
-        unet: Any = getattr(self, "unet", None)
+        unet = unwrap(getattr(self, "unet", None))
         if not isinstance(unet, LoraMixin):
             raise invalid(InputTypeError, "unet", "imvar's UNet2DConditionModel", describe(unet), "use its own methods")
         return unet

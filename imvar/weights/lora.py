@@ -122,15 +122,13 @@ def choose_file(weight_name: str | None, endings: tuple[str, ...], names: list[s
     """Return `weight_name`, or the file with the usual name, or the only one with one of these endings."""
     if weight_name is not None:
         return weight_name
-    for ending in endings:
-        there = sorted(name for name in names if name.endswith(ending) and "/" not in name)
-        files = [name for name in NAMES if name in there][:1] or there
-        if len(files) > 1:
-            break
-        if files:
-            return files[0]
-    got = f"{len(files)} other files: {abbreviate(files)}" if files else "none"
-    raise invalid(CheckpointError, None, f"an adapter such as {NAMES[0]}", got, "pass weight_name=")
+    by_ending = [sorted(n for n in names if n.endswith(ending) and "/" not in n) for ending in endings]
+    there = next(filter(None, by_ending), [])
+    files = [name for name in NAMES if name in there][:1] or there
+    if len(files) != 1:
+        got = f"{len(files)} other files: {abbreviate(files)}" if files else "none"
+        raise invalid(CheckpointError, None, f"an adapter such as {NAMES[0]}", got, "pass weight_name=")
+    return files[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:

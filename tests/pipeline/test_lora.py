@@ -33,6 +33,9 @@ METHODS = [
 ]
 
 
+WAYS = ["plain", "cached", "fp8", "offload", "compiled", "compiled UNet", "compiled block", "shared components", "half"]
+
+
 @pytest.fixture
 def theirs(pipe):
     """A pipeline of diffusers' whose UNet has the same weights."""
@@ -147,7 +150,7 @@ def test_a_pipeline_with_an_adapter_in_training_equals_one_with_it_loaded(pipe, 
     assert np.array_equal(images_of(loaded, photo), images_of(pipe, photo))
 
 
-@pytest.mark.parametrize("way", ["plain", "cached", "fp8", "offload", "compiled", "shared components", "half"])
+@pytest.mark.parametrize("way", WAYS)
 def test_images_with_an_adapter_change_and_return(pipe, photo, way):
     options = {"cache_interval": 2} if way == "cached" else {}
     owner = pipe
@@ -157,12 +160,17 @@ def test_images_with_an_adapter_change_and_return(pipe, photo, way):
         pipe.enable_model_cpu_offload(device="cpu:0")
     if way == "compiled":
         pipe.compile(backend="eager")
+    if way == "compiled UNet":
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    if way == "compiled block":
+        pipe.unet.mid_block = torch.compile(pipe.unet.mid_block, backend="eager")
     if way == "half":
         pipe.to(torch.bfloat16)
     if way == "shared components":
         owner = StableDiffusionImageVariationPipeline(**pipe.components)
+    lora = random_lora(tiny_pipeline().unet)
     before = images_of(pipe, photo, **options)
-    owner.load_lora_weights(random_lora(pipe.unet))
+    owner.load_lora_weights(lora)
     changed = images_of(pipe, photo, **options)
     assert np.abs(changed - before).max() > 0.01
     owner.disable_lora()
