@@ -104,7 +104,8 @@ def warn_os_error(message: str) -> Iterator[None]:
 
 def remove_folder(path: Path) -> None:
     """Remove a temporary folder; warn if a part of it stays."""
-    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True)
     if os.path.lexists(path):
         warn_user(f"{path}: the temporary folder cannot be removed; the next save removes it")
 

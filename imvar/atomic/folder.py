@@ -145,7 +145,8 @@ class FolderSave:
         if (replaces or not self.existed) and self.replace_folder():
             with warn_os_error(f"{self.folder}: written, but not flushed to the disk"):
                 sync(self.folder.parent)
-            self.keep_newcomers()
+            with warn_os_error(f"{self.folder}: written, but files that were added meanwhile may be lost"):
+                self.keep_newcomers()
         else:
             self.move_in(written, removed)
 
@@ -167,7 +168,7 @@ class FolderSave:
         for path in contents(self.new):
             name = path.relative_to(self.new)
             target = self.folder / name
-            with suppress(OSError):
+            with warn_os_error(f"{target}: added during the save, and lost"), suppress(FileNotFoundError):
                 free = not os.path.lexists(target) or self.is_unchanged(self.folder, target)
                 if free and path.lstat().st_ino != self.linked.get(str(name), (None,))[0]:
                     path.replace(target)

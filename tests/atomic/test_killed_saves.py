@@ -5,12 +5,14 @@ import itertools
 import os
 import resource
 import shutil
+import sys
 
 import pytest
 
 from imvar import CheckpointError
 from imvar.conversion import convert
 from tests.support.crashes import (
+    changes_files,
     killed_at_each_step,
     leftovers,
     mount,
@@ -101,6 +103,52 @@ def test_a_single_file_killed_anywhere(tmp_path):
             assert write(0) == before
             assert [path.name for path in place.iterdir()] == ["model.safetensors"]
     assert outcomes == {True, False}
+
+
+# Errors
+
+
+@pytest.mark.usefixtures("no_fsync")
+@pytest.mark.filterwarnings("ignore:.*(cannot be removed|not flushed|may be lost)")
+@pytest.mark.parametrize("kind", ["part", "file"])
+def test_an_error_anywhere(tmp_path, kind):
+    """The message has the resulting state."""
+    place, parts = tmp_path / "place", [nano_encoder(0), nano_encoder(1)]
+    for seed in (0, 1):
+        nano_pipeline(seed).save_pretrained(tmp_path / str(seed))
+
+    def write(seed):
+        if kind == "part":
+            return save_and_read(parts[seed], place)
+        convert(tmp_path / str(seed), place / "model.safetensors", to="original")
+        return read_files(place)
+
+    def fail_at(step):
+        operations, message = itertools.count(), ""
+
+        def hook(event, args):
+            if changes_files(event, args) and next(operations) == step:
+                raise OSError(errno.EIO, "Input/output error")
+
+        sys.addaudithook(hook)
+        try:
+            write(1)
+        except CheckpointError as error:
+            message = str(error)
+        found = {name: content for name, content in read_files(place).items() if ".tmp" not in name}
+        assert found == (before if message else after)
+        assert not message or "Input/output error; nothing was changed" in message
+        if next(operations) <= step:
+            os._exit(2)
+
+    after, before = write(1), write(0)
+    shutil.copytree(place, tmp_path / "before")
+    for step in itertools.count():
+        if code := run_in_child(lambda step=step: fail_at(step)):
+            break
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "before", place)
+    assert (code, step > 10) == (2, True)
 
 
 # Clean-up that fails, when all is written
