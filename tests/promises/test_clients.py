@@ -12,12 +12,18 @@ import torch
 import transformers
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
+from PIL import Image
 
 import imvar
 from imvar import InputError
 from tests.reference.conftest import ours, ref, ref_folder
 
 __all__ = ["ours", "ref", "ref_folder"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__"),  # diffusers' schedulers
+    pytest.mark.filterwarnings("ignore:Accessing config attribute"),
+    pytest.mark.filterwarnings("ignore:The `resume_download` argument"),
+]
 
 
 def call(pipe, photo, **options):
@@ -26,8 +32,519 @@ def call(pipe, photo, **options):
 
 
 def assert_equal(ours, theirs):
-    assert np.ptp(theirs) > 0.1
-    assert np.abs(np.asarray(ours) - np.asarray(theirs)).max() <= 1e-5
+    """Assert that images in [0, 1] are equal to 1e-5, and tensors of another range to as much of it."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert np.ptp(theirs) > 0.01
+    assert np.abs(ours - theirs).max() <= 1e-5 * max(np.ptp(theirs), 1)
+
+
+def seeded(seed=5):
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_one_level(ours, theirs):
+    """Assert that two PIL images differ by one level at most."""
+    ours, theirs = (np.asarray(image).astype(int) for image in (ours, theirs))
+    assert np.ptp(theirs) > 20
+    assert np.abs(ours - theirs).max() <= 1
+
+
+def tform(size=32):
+    """The preprocessing of the model card."""
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    def transform(image):
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        x = torch.nn.functional.interpolate(x, (size, size), mode="bicubic", align_corners=False)[0]
+        return (x - mean) / std
+
+    return transform
+
+
+# Calls
+
+
+def test_the_script_of_the_model_card(ref_folder, photo, tmp_path):
+    for library in imvar, diffusers:
+        pipe = library.StableDiffusionImageVariationPipeline.from_pretrained(ref_folder, revision="v2.0")
+        pipe = pipe.to("cpu")
+        inp = tform()(photo).to("cpu").unsqueeze(0)
+        out = pipe(inp, guidance_scale=3, num_inference_steps=4, generator=seeded())
+        out["images"][0].save(tmp_path / f"{library.__name__}.png")
+    assert_one_level(*(Image.open(tmp_path / f"{name}.png") for name in ("imvar", "diffusers")))
+
+
+def test_a_tensor_without_a_batch_axis(ours, ref, photo):
+    """diffusers fails here."""
+    inp = tform()(photo)
+    assert_equal(call(ours, inp), call(ref, inp[None]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"torch_dtype": torch.float32},
+        {"safety_checker": None},
+        {"safety_checker": None, "requires_safety_checker": False},
+        {"variant": None, "revision": None, "cache_dir": None},
+        {"local_files_only": True, "low_cpu_mem_usage": True, "use_safetensors": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.filterwarnings("ignore:safety_checker=None")
+def test_options_of_from_pretrained(ref_folder, photo, options):
+    images = []
+    for library in imvar, diffusers:
+        pipe = library.StableDiffusionImageVariationPipeline.from_pretrained(ref_folder, **options)
+        pipe.set_progress_bar_config(disable=True)
+        images.append(call(pipe, photo))
+        assert (pipe.safety_checker is None) is ("safety_checker" in options)
+    assert_equal(*images)
+
+
+@pytest.mark.parametrize("checker", [None, lambda images, clip_input: (images, [False] * len(images))])
+def test_a_replaced_safety_checker(ours, ref, photo, checker):
+    flags = []
+    for pipe in ours, ref:
+        pipe.safety_checker = checker
+        pipe.requires_safety_checker = False
+        flags.append(pipe(photo, num_inference_steps=2, generator=seeded()).nsfw_content_detected)
+    assert flags[0] == flags[1] == (checker and [False])
+    assert_equal(call(ours, photo), call(ref, photo))
+
+
+SCHEDULERS = [
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "DEISMultistepScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_diffusers(ours, ref, photo, name):
+    kind = getattr(diffusers, name)
+    for pipe in ours, ref:
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **({"clip_sample": False} if name[0] == "D" else {}))
+        pipe.unet.conv_out.weight.data *= 0.1  # random networks magnify rounding
+        pipe.unet.conv_out.bias.data *= 0.1
+    assert_equal(call(ours, photo), call(ref, photo))
+
+
+def test_the_demo(ours, ref, photo):
+    """A list of one image n times, the flags of the result, and numbers of sliders."""
+    results = []
+    for pipe in ours, ref:
+        out = pipe(
+            2 * [photo],
+            guidance_scale=np.float64(3),
+            num_inference_steps=np.int64(4),
+            generator=seeded(),
+            height=np.int32(128),
+        )
+        shown = [
+            image.resize((8, 8)) if nsfw else image
+            for image, nsfw in zip(out["images"], out["nsfw_content_detected"], strict=True)
+        ]
+        results.append(shown)
+    for ours_image, theirs in zip(*results, strict=True):
+        assert_one_level(ours_image, theirs)
+
+
+def test_a_batch_for_augmentation(ours, ref, photo):
+    inputs = torch.stack([tform()(photo), tform()(photo.rotate(90))])
+    images = []
+    for pipe in ours, ref:
+        images.append(pipe(inputs, 128, 128, 3, num_images_per_prompt=2, generator=seeded(), output_type="np").images)
+        assert len(images[-1]) == 4
+    assert_equal(*images)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L"])
+def test_modes_of_images(ours, ref, photo, mode):
+    image = photo.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(128)
+    assert_equal(call(ours, image), call(ref, image))
+
+
+def test_autocast(ours, ref, photo):
+    images = []
+    for pipe in ours, ref:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            images.append(call(pipe, photo, num_inference_steps=2))
+    assert np.ptp(images[1]) > 0.1
+    assert np.abs(images[0] - images[1]).max() < 0.1  # of bfloat16's rounding
+
+
+def test_previews_in_a_callback(ours, ref, photo):
+    previews = []
+    for pipe in ours, ref:
+        shown = []
+
+        def show(step, timestep, latents, pipe=pipe, shown=shown):
+            decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+            shown.append((step, int(timestep), pipe.numpy_to_pil(pipe.decode_latents(latents)), decoded))
+
+        call(pipe, photo, callback=show, callback_steps=2)
+        previews.append(shown)
+    assert [shown[:2] for shown in previews[0]] == [shown[:2] for shown in previews[1]]
+    for (*_, images, decoded), (*_, their_images, their_decoded) in zip(*previews, strict=True):
+        assert_one_level(images[0], their_images[0])
+        assert_equal(decoded, their_decoded)
+
+
+@pytest.mark.filterwarnings("ignore:memory-efficient attention")
+def test_switches_that_save_memory(ours, ref, photo):
+    for pipe in ours, ref:
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+        pipe.vae.enable_tiling()
+        pipe.vae.enable_slicing()
+        pipe.enable_attention_slicing()
+        try:
+            pipe.enable_xformers_memory_efficient_attention()
+        except Exception:  # as clients do, since diffusers fails without xformers
+            pipe.enable_attention_slicing()
+        pipe.unet.to(memory_format=torch.channels_last)
+    assert_equal(call(ours, photo, height=192), call(ref, photo, height=192))
+
+
+# Components
+
+
+def test_pipelines_share_components(ours, ref, photo):
+    images = []
+    for pipe in ours, ref:
+        other = type(pipe)(**pipe.components)
+        other.set_progress_bar_config(disable=True)
+        assert other.unet is pipe.unet
+        images.append(call(other, photo))
+    assert_equal(*images)
+
+
+def test_a_saved_pipeline_is_one_of_diffusers(ours, ref, photo, tmp_path):
+    ours.unet.conv_in.bias.data += 0.5
+    ours.save_pretrained(tmp_path)
+    before = call(ours, photo)
+    for kind in diffusers.StableDiffusionImageVariationPipeline, diffusers.DiffusionPipeline:
+        pipe = kind.from_pretrained(tmp_path)
+        pipe.set_progress_bar_config(disable=True)
+        assert_equal(before, call(pipe, photo))
+
+
+def test_components_of_imvar_in_a_pipeline_of_diffusers(ours, ref, photo):
+    mixed = diffusers.StableDiffusionImageVariationPipeline(**ours.components)
+    mixed.set_progress_bar_config(disable=True)
+    assert_equal(call(mixed, photo), call(ref, photo))
+
+
+def interpolated(pipe, photo):
+    """Variations between two images, by the methods of a pipeline and a loop of one's own."""
+    with torch.no_grad():
+        first, second = (pipe._encode_image(image, "cpu", 1, True) for image in (photo, photo.rotate(180)))
+        context = torch.lerp(first, second, 0.3)
+        pipe.scheduler.set_timesteps(4)
+        latents = pipe.prepare_latents(1, pipe.unet.config.in_channels, 128, 128, context.dtype, "cpu", seeded())
+        extra = pipe.prepare_extra_step_kwargs(seeded(), 0.0)
+        for t in pipe.progress_bar(pipe.scheduler.timesteps):
+            both = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), t)
+            uncond, cond = pipe.unet(both, t, encoder_hidden_states=context).sample.chunk(2)
+            latents = pipe.scheduler.step(uncond + 3 * (cond - uncond), t, latents, **extra).prev_sample
+        image = pipe.decode_latents(latents)
+        image, flags = pipe.run_safety_checker(image, "cpu", torch.float32)
+        assert flags == [False]
+        return pipe.numpy_to_pil(image)[0]
+
+
+def test_interpolated_embeddings(ours, ref, photo):
+    assert_one_level(interpolated(ours, photo), interpolated(ref, photo))
+    for pipe in ours, ref:
+        embedding = pipe._encode_image(photo.rotate(90), "cpu", 1, True)
+        pipe._encode_image = lambda *_, embedding=embedding: embedding
+    assert_equal(call(ours, photo), call(ref, photo))
+
+
+def test_hooks_and_a_replaced_forward(ours, ref, photo):
+    for pipe in ours, ref:
+        pipe.unet.conv_in.register_forward_hook(lambda module, args, output: output * 0.9)
+        pipe.unet.mid_block.register_forward_hook(lambda module, args, output: output * 1.1)
+        forward = pipe.unet.forward
+        pipe.unet.forward = lambda sample, *args, forward=forward, **more: forward(sample * 1.05, *args, **more)
+    assert_equal(call(ours, photo), call(ref, photo))
+
+
+def test_an_image_encoder_for_others(ours, ref, ref_folder, photo):
+    """As in animation by a reference image, and in the reconstruction of images from brain activity."""
+    embeddings = []
+    for library, processor in (imvar, ours.feature_extractor), (transformers, ref.feature_extractor):
+        encoder = library.CLIPVisionModelWithProjection.from_pretrained(f"{ref_folder}/image_encoder")
+        encoder = encoder.to(dtype=torch.float32, device="cpu")
+        assert encoder.training is False
+        encoder.eval().requires_grad_(False)
+        pixels = processor.preprocess(photo, return_tensors="pt").pixel_values.to("cpu", dtype=encoder.dtype)
+        embeddings.append(encoder(pixels).image_embeds.unsqueeze(1))
+        hidden = encoder.vision_model(pixels)[0]
+        hidden = encoder.visual_projection(encoder.vision_model.post_layernorm(hidden))
+        assert encoder.visual_projection.in_features == 32
+        embeddings.append(hidden)
+        embeddings.append(encoder.vision_model.embeddings(pixels))
+    for i in range(3):
+        assert_equal(embeddings[i], embeddings[i + 3])
+
+
+def test_parts_of_the_autoencoder(ours, ref, photo):
+    x = torch.from_numpy(np.array(photo.resize((64, 64)))).permute(2, 0, 1)[None] / 127.5 - 1
+    results = []
+    with torch.no_grad():
+        for pipe in ours, ref:
+            vae = pipe.vae
+            posterior = vae.encode(x).latent_dist
+            latents = posterior.mode() * vae.config.scaling_factor
+            moments = vae.quant_conv(vae.encoder(x))
+            decoded = vae.decoder(vae.post_quant_conv(latents / vae.config.scaling_factor))
+            frames = [vae.decode(frame[None] / vae.config.scaling_factor).sample for frame in latents]
+            drawn = posterior.sample(generator=seeded())
+            results.append((latents, posterior.mean, drawn, moments, decoded, torch.cat(frames)))
+    for mine, theirs in zip(*results, strict=True):
+        assert_equal(mine, theirs)
+
+
+def test_schedulers_of_animation():
+    settings = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "linear",
+        "clip_sample": False,
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+    }
+    x, noise, output = torch.randn(3, 2, 4, 8, 8, generator=seeded())
+    results = []
+    for library in imvar, diffusers:
+        scheduler = library.DDIMScheduler(**settings)
+        t = torch.randint(0, scheduler.num_train_timesteps, (2,), generator=seeded()).long()
+        noisy = scheduler.add_noise(x, noise, t)
+        velocity = scheduler.get_velocity(x, noise, t)
+        scheduler.set_timesteps(5, device="cpu")
+        stepped = noisy
+        for timestep in scheduler.timesteps:
+            stepped = scheduler.step(output, timestep, stepped, eta=0.0, return_dict=False)[0]
+        results.append((noisy, velocity, stepped))
+    for mine, theirs in zip(*results, strict=True):
+        assert_equal(mine, theirs)
+
+
+# Training
+
+
+@pytest.mark.parametrize("way", ["layer", "weight"])
+def test_eight_input_channels(ours, ref, tmp_path, way):
+    outputs = []
+    for pipe, library in (ours, imvar), (ref, diffusers):
+        unet, old = pipe.unet, pipe.unet.conv_in
+        if way == "layer":
+            unet.conv_in = torch.nn.Conv2d(8, old.out_channels, 3, padding=1)
+            with torch.no_grad():
+                unet.conv_in.weight.zero_()
+                unet.conv_in.weight[:, :4].copy_(old.weight)
+                unet.conv_in.bias.copy_(old.bias)
+            unet.register_to_config(in_channels=8)
+        else:
+            old.weight = torch.nn.Parameter(old.weight.repeat(1, 2, 1, 1) / 2)
+            old.in_channels = 8
+            unet.config["in_channels"] = 8
+        unet.save_pretrained(tmp_path / library.__name__)
+        unet = library.UNet2DConditionModel.from_pretrained(tmp_path / library.__name__)
+        assert unet.config.in_channels == 8
+        x = torch.randn(1, 8, 16, 16, generator=seeded())
+        output = unet(x, 5, torch.randn(1, 1, 24, generator=seeded())).sample
+        output.square().mean().backward()
+        outputs.append((output.detach(), unet.conv_in.weight.grad))
+    for mine, theirs in zip(*outputs, strict=True):
+        assert_equal(mine, theirs)
+
+
+def test_gradients_reach_the_image(ours, ref, photo):
+    grads = []
+    pixels = torch.from_numpy(np.array(photo.resize((64, 64)))).permute(2, 0, 1)[None] / 127.5 - 1
+    for pipe in ours, ref:
+        image = pixels.clone().requires_grad_()
+        latents = pipe.vae.encode(image).latent_dist.mode() * pipe.vae.config.scaling_factor
+        eps = pipe.unet(latents, torch.tensor([500]), torch.ones(1, 1, 24)).sample
+        eps.square().mean().backward()
+        grads.append(image.grad / image.grad.abs().max())
+    assert_equal(*grads)
+
+
+def test_a_training_loop(ours, ref, ref_folder, photo, tmp_path):
+    """As the scripts of text-to-image training; the trained UNet is saved in a pipeline."""
+    losses = []
+    for pipe, library in (ours, imvar), (ref, diffusers):
+        noise_scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+        unet = library.UNet2DConditionModel.from_pretrained(ref_folder, subfolder="unet")
+        pipe.vae.requires_grad_(False)
+        unet.train()
+        unet.enable_gradient_checkpointing()
+        ema = EMAModel(unet.parameters(), model_cls=type(unet), model_config=unet.config)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
+        generator = seeded()
+        losses.append([])
+        for _ in range(3):
+            latents, noise = torch.randn(2, 2, 4, 16, 16, generator=generator)
+            timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (2,), generator=generator).long()
+            noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+            target = noise
+            if noise_scheduler.config.prediction_type == "v_prediction":
+                target = noise_scheduler.get_velocity(latents, noise, timesteps)
+            pred = unet(noisy, timesteps, torch.randn(2, 1, 24, generator=generator)).sample
+            loss = torch.nn.functional.mse_loss(pred.float(), target.float(), reduction="mean")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(unet.parameters())
+            losses[-1].append(loss.item())
+        ema.store(unet.parameters())
+        ema.copy_to(unet.parameters())
+        averaged = unet.conv_in.weight.detach().clone()
+        ema.restore(unet.parameters())
+        assert not torch.equal(averaged, unet.conv_in.weight)
+        trained = type(pipe).from_pretrained(ref_folder, unet=unet.eval())
+        trained.save_pretrained(tmp_path / library.__name__)
+    assert np.allclose(*losses, atol=1e-5)
+    images = []
+    for library in imvar, diffusers:
+        pipe = library.StableDiffusionImageVariationPipeline.from_pretrained(tmp_path / library.__name__)
+        pipe.set_progress_bar_config(disable=True)
+        images.append(call(pipe, photo))
+    assert np.abs(images[0] - images[1]).max() < 1e-3  # steps of Adam magnify the rounding of gradients near zero
+
+
+# Names of parameters and modules
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "image_encoder", "safety_checker"])
+def test_state_dicts_are_exchanged(ours, ref, tmp_path, part):
+    mine, theirs = getattr(ours, part), getattr(ref, part)
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    assert [name for name, _ in mine.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    torch.save({f"module.{name}": value + 1 for name, value in mine.state_dict().items()}, tmp_path / "trained.pt")
+    loaded = torch.load(tmp_path / "trained.pt", weights_only=True)
+    stripped = {name.replace("module.", ""): value for name, value in loaded.items()}
+    for model in mine, theirs:
+        model.load_state_dict(stripped)
+        first = next(iter(stripped))
+        missing, unexpected = model.load_state_dict({first: stripped[first] * 0, "other": torch.ones(1)}, strict=False)
+        assert (len(missing), unexpected) == (len(stripped) - 1, ["other"])
+        assert torch.equal(model.state_dict()[first], stripped[first] * 0)
+
+
+def test_older_names_of_the_attention_of_the_autoencoder(ours):
+    """diffusers reads these in files alone."""
+    new = ours.vae.state_dict()
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    older = {}
+    for name, value in new.items():
+        for now, then in names.items():
+            name = name.replace(f".{now}.", f".{then}.")
+        older[name] = value + 1
+    assert older.keys() != new.keys()
+    expected = {name: value + 1 for name, value in new.items()}
+    ours.vae.load_state_dict(older)
+    assert all(torch.equal(value, expected[name]) for name, value in ours.vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda name: "attn2" in name,
+        lambda name: "attn1" in name and name.endswith("to_out.0.weight"),
+        lambda name: "transformer_blocks" in name,
+        lambda name: name.startswith("down_blocks") or name.startswith("mid_block"),
+        lambda name: name.split(".")[-2] in ("to_k", "to_q", "to_v"),
+    ],
+)
+def test_filters_find_the_same_parameters(ours, ref, select):
+    found = [[name for name, _ in pipe.unet.named_parameters() if select(name)] for pipe in (ours, ref)]
+    assert found[0] == found[1] != []
+    modules = [[name for name, _ in pipe.unet.named_modules() if name.endswith("attn1")] for pipe in (ours, ref)]
+    assert modules[0] == modules[1] != []
+
+
+def test_features_of_blocks(ours, ref):
+    taps = []
+    for pipe in ours, ref:
+        features = []
+
+        def tap(module, args, output, features=features):
+            features.append(output[0] if isinstance(output, tuple) else output)
+
+        for block in (*pipe.unet.down_blocks, pipe.unet.mid_block, pipe.unet.up_blocks[1]):
+            block.register_forward_hook(tap)
+        pipe.vae.decoder.up_blocks[2].register_forward_hook(tap)
+        with torch.no_grad():
+            x = pipe.unet(torch.randn(1, 4, 16, 16, generator=seeded()), 5, torch.ones(1, 1, 24)).sample
+            pipe.vae.decode(x)
+            features.append(pipe.unet.time_proj(torch.tensor([5, 7])))
+        taps.append(features)
+    for mine, theirs in zip(*taps, strict=True):
+        assert_equal(mine, theirs)
+
+
+def test_a_controlnet_of_the_unet(ours, ref):
+    outputs = []
+    for pipe in ours, ref:
+        controlnet = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_channels=3)
+        for zero in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+            torch.nn.init.constant_(zero.weight, 0.01)
+        for i, parameter in enumerate(controlnet.controlnet_cond_embedding.parameters()):
+            torch.nn.init.normal_(parameter, std=0.1, generator=seeded(i))
+        x, condition = torch.randn(1, 4, 16, 16, generator=seeded()), torch.rand(1, 3, 128, 128, generator=seeded())
+        with torch.no_grad():
+            downs, mid = controlnet(x, 5, torch.ones(1, 1, 24), condition, return_dict=False)
+        outputs.append([*downs, mid])
+    for mine, theirs in zip(*outputs, strict=True):
+        assert_equal(mine, theirs)
+
+
+# What imvar does not have is refused by name
+
+
+@pytest.mark.parametrize(
+    ("usage", "words"),
+    [
+        (
+            lambda folder: imvar.UNet2DConditionModel.from_pretrained(
+                folder, subfolder="unet", in_channels=8, ignore_mismatched_sizes=True
+            ),
+            "ignore_mismatched_sizes",
+        ),
+        (lambda folder: imvar.UNet2DConditionModel(class_embed_type="projection"), "class_embed_type"),
+        (lambda folder: encoder(folder)(torch.zeros(1, 3, 32, 32), output_attentions=True), "output_attentions"),
+        (
+            lambda folder: encoder(folder)(torch.zeros(1, 3, 32, 32), interpolate_pos_encoding=True),
+            "interpolate_pos_encoding",
+        ),
+    ],
+)
+def test_refusals_name_what_is_missing(ref_folder, usage, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        usage(ref_folder)
+
+
+def encoder(folder):
+    return imvar.CLIPVisionModelWithProjection.from_pretrained(folder, subfolder="image_encoder")
 
 
 # Configs: code of the pipelines that were forked from Stable Diffusion replaces `_internal_dict`
@@ -388,7 +905,7 @@ def test_tiled_encoding_and_decoding(ours, ref, size):
         encoded = [pipe.vae.tiled_encode(images).latent_dist.mode() for pipe in (ours, ref)]
         decoded = [pipe.vae.tiled_decode(encoded[1], return_dict=False)[0] for pipe in (ours, ref)]
         assert_equal(*encoded)
-        assert_equal(*(images / 2 for images in decoded))
+        assert_equal(*decoded)
         assert_equal(ours.vae.tiled_encode(images, return_dict=False)[0].mean, encoded[1])
         assert torch.equal(ours.vae.tiled_decode(encoded[1]).sample, decoded[0])
 
