@@ -118,7 +118,7 @@ class OwnedDict(dict[str, Any], metaclass=InheritedSetattr):
         return config
 
     def _frozen(self, *_: Any, **__: Any) -> Any:
-        hint = "call register_to_config of its model, scheduler or processor"
+        hint = "call register_to_config of its model, scheduler or processor, or change dict(config)"
         raise invalid(InputTypeError, type(self).__name__, "only read access to a config", "a change", hint)
 
     def __setitem__(self, key: str, value: Any) -> None:

@@ -130,3 +130,21 @@ def test_training_steps_lower_the_loss(ours):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(("timesteps_on", "samples_on"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"])
+def test_a_loop_with_timesteps_on_another_device(name, timesteps_on, samples_on):
+    """As a hand-written loop may have them: `set_timesteps` with one device, samples and timesteps on another."""
+
+    def loop(timesteps_on, samples_on):
+        scheduler = getattr(imvar, name)()
+        x, output = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(samples_on)
+        scheduler.set_timesteps(5, device=timesteps_on)
+        for t in scheduler.timesteps:
+            scheduler.scale_model_input(x, t.to(samples_on))
+            x = scheduler.step(output, t.to(samples_on), x).prev_sample
+        return x.cpu()
+
+    expected = loop("cpu", "cpu")
+    assert (loop(timesteps_on, samples_on) - expected).abs().max() <= 1e-5 * expected.abs().max()
