@@ -25,6 +25,7 @@ def safe_join(folder: Path, name: str) -> Path:
     for parent in limit.parents:
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
             limit = parent.parent
+            break
     if not real.is_relative_to(limit):
         raise invalid(CheckpointError, path, f"a path in {limit}", f"one that leads to {real}")
     return path

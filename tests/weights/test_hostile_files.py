@@ -116,6 +116,15 @@ def test_the_cache_of_the_hub_consists_of_links(folder, tmp_path):
     StableDiffusionImageVariationPipeline.from_pretrained(snapshot)
     (tmp_path / "link").symlink_to(snapshot)
     StableDiffusionImageVariationPipeline.from_pretrained(tmp_path / "link")
+    inner = repository / "snapshots" / "models--owner--other" / "snapshots" / "abc"
+    shutil.copytree(snapshot, inner)
+    weights(inner, "unet").unlink()
+    (inner / "unet" / weights(snapshot, "unet").name).symlink_to(weights(snapshot, "unet").resolve())
+    assert_refused(  # the innermost repository is the limit
+        lambda: StableDiffusionImageVariationPipeline.from_pretrained(inner),
+        weights(inner, "unet"),
+        "got one that leads to",
+    )
     blob = weights(snapshot, "unet").resolve()
     blob.rename(tmp_path / "outside")
     blob.symlink_to(tmp_path / "outside")
