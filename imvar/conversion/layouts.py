@@ -188,7 +188,7 @@ class DiffusersLayout(Layout):
 
     @staticmethod
     def check_path(path: Path) -> None:
-        if path.suffix in (".safetensors", ".ckpt", ".bin", ".pt") or path.is_file():
+        if path.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".pt") or path.is_file():
             hint = "to='original' (--to original) writes one file"
             raise invalid(InputError, "target", "a folder", f"a file, {str(path)!r}", hint)
 

@@ -129,11 +129,12 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
 
         `dtype` (or `torch_dtype`): one for all components, or a dictionary of component to dtype with `"default"`;
         float32 by default; "auto" is, for each component, the widest dtype in its files, or bfloat16 if all have 8
-        bits. `overrides`: components to use in place of the checkpoint's, None to leave one out, and
-        settings of the pipeline such as `requires_safety_checker`. `variant` selects files such as
-        `*.fp16.safetensors` of the components that have them. Weights are always memory-mapped, whatever
-        `low_cpu_mem_usage` and `disable_mmap` are. `compile`: call `compile()` on the pipeline. Of diffusers' other
-        options, `force_download` downloads again what is in the cache, and `use_auth_token` is `token`.
+        bits. `overrides`: components to use in place of the checkpoint's, None to leave one out, and settings of the
+        pipeline such as `requires_safety_checker`. `variant` selects files such as `*.fp16.safetensors` of the
+        components that have them. Weights that need no conversion are memory-mapped, so the files must not be
+        rewritten in place while they are in use; `disable_mmap` reads them into memory. `low_cpu_mem_usage` has no
+        effect. `compile`: call `compile()` on the pipeline. Of diffusers' other options, `force_download` downloads
+        again what is in the cache, and `use_auth_token` is `token`.
 
         Raises `CheckpointError` with the file and what is wrong with it.
         """
@@ -147,7 +148,7 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
         dtypes = dtypes_by_component(torch_dtype if dtype is None else dtype)
         reading = {"variant": variant, "use_safetensors": use_safetensors}
         folder = locate(pretrained_model_name_or_path, hub, lambda names: files_to_read(names, overrides, **reading))
-        read = partial(read_components, folder, parameters, overrides, dtypes, **reading)
+        read = partial(read_components, folder, parameters, overrides, dtypes, disable_mmap, **reading)
         components = read_consistently(folder, files_to_read(None, overrides, **reading), read)
         try:
             pipe = cls(**(components | overrides))
@@ -174,6 +175,7 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        disable_mmap: bool = False,
         **overrides: Any,
     ) -> Self:
         """Load a pipeline from one `.ckpt` or safetensors file in an original layout.
@@ -182,15 +184,16 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
         checkpoint with the configs for these weights; by default they are read from the file, inferred from the
         tensors' shapes, or the published ones. Original files contain no safety checker: pass one as
         `safety_checker=`, or there is none. `ema` and `extract_ema` are those of a model's `from_single_file`, the
-        other arguments those of `from_pretrained`.
+        other arguments, such as `disable_mmap`, those of `from_pretrained`.
         """
         from ..weights.single_file import SingleFile  # see weights/__init__.py
 
         hub, overrides = loading_options(overrides, revision, cache_dir, local_files_only, token)
+        check_type("disable_mmap", disable_mmap, bool)
         overrides = {name: value for name, value in overrides.items() if name not in READ_OPTIONS}
         overrides = filter_kwargs(overrides, cls.init_parameters(), f"{cls.__name__}.from_single_file")
         dtypes = dtypes_by_component(torch_dtype if dtype is None else dtype)
-        file = SingleFile.from_source(pretrained_model_link_or_path, hub)
+        file = SingleFile.from_source(pretrained_model_link_or_path, hub, disable_mmap)
         file.check_complete(overrides)
         folder, ema = locate_config(config, hub), resolve_ema(ema, extract_ema)
         components = {

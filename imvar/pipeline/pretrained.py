@@ -28,6 +28,7 @@ def read_components(
     parameters: Mapping[str, inspect.Parameter],
     overrides: Mapping[str, Any],
     dtypes: Mapping[str, Dtype],
+    disable_mmap: bool,
     **reading: Any,
 ) -> dict[str, Any]:
     """Return the components and settings in `folder` for those `parameters` of a pipeline that have no override."""
@@ -43,7 +44,7 @@ def read_components(
             hint = f"pass from_pretrained(..., {name}=...)"
             raise invalid(CheckpointError, folder / INDEX, "a library and a class", got, hint, key=name)
     return {
-        name: read_component(folder, name, value, dtypes, **reading)
+        name: read_component(folder, name, value, dtypes, disable_mmap, **reading)
         if name in required or isinstance(value, list)
         else read_setting(folder, name, value, parameters[name].default)
         for name, value in index.items()
@@ -59,7 +60,9 @@ def read_index(path: Path, parameters: Container[str]) -> dict[str, Any]:
     return {key: value for key, value in index.items() if key in parameters}
 
 
-def read_component(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], **reading: Any) -> Any:
+def read_component(
+    folder: Path, name: str, value: Any, dtypes: Mapping[str, Dtype], disable_mmap: bool, **reading: Any
+) -> Any:
     """Return the component that `model_index.json` lists as `value`. Class names are looked up, never imported."""
     if value is None:
         return None
@@ -77,7 +80,7 @@ def read_component(folder: Path, name: str, value: Any, dtypes: Mapping[str, Dty
         return kind.from_pretrained(folder)
     if reading["variant"] and folder.is_dir():  # without it if the folder has no files of it
         reading["variant"] = select_weights([path.name for path in folder.iterdir()], kind, **reading)[1]
-    return kind.read(folder, dtype=dtypes[name], **reading)
+    return kind.read(folder, dtype=dtypes[name], disable_mmap=disable_mmap, **reading)
 
 
 def read_setting(folder: Path, name: str, value: Any, default: Any) -> Any:

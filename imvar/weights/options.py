@@ -14,7 +14,7 @@ from ..errors import InputError, InputTypeError, invalid, short_repr
 from .hub import Hub, locate
 
 SAVE_OPTIONS = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
-READ_OPTIONS = {"use_safetensors", "disable_mmap", "low_cpu_mem_usage"}  # no effect on single files
+READ_OPTIONS = {"use_safetensors", "low_cpu_mem_usage"}  # no effect on single files
 IGNORED_OPTIONS = (  # by diffusers, or of use only together with options that are refused
     "resume_download",
     "mirror",

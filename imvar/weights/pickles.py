@@ -55,8 +55,8 @@ BYTES_GLOBAL = "_codecs.encode"  # how protocol 2 encodes bytes; torch handles i
 _safe_globals_lock = threading.Lock()  # torch's list of safe globals is per process
 
 
-def unpickle(path: Path, *, allow_training_state: bool = False) -> Any:
-    """Return the content of a `torch.save` file, mapped if it is a zip file.
+def unpickle(path: Path, disable_mmap: bool = False, *, allow_training_state: bool = False) -> Any:
+    """Return the content of a `torch.save` file; tensors in a zip file are memory-mapped, unless `disable_mmap`.
 
     Raises `CheckpointError` with the first global that is neither part of a dense tensor nor, with
     `allow_training_state`, of the training state in an original checkpoint, which becomes `InertObject`s.
@@ -72,7 +72,7 @@ def unpickle(path: Path, *, allow_training_state: bool = False) -> Any:
                 raise invalid(CheckpointError, path, EXPECTED, f"a pickle that references {name}", hint)
         ignored: Any = [(InertObject, name) for name in IGNORED_GLOBALS if allow_training_state]
         with _safe_globals_lock, torch.serialization.safe_globals(ignored):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not disable_mmap)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # a malformed pickle can lead to any error; torch's advises to run it nevertheless

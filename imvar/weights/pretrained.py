@@ -74,10 +74,11 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         """Load a model from a folder, a hub repository or a bundled checkpoint; `changes` replace config fields.
 
         Weights become float32 or `dtype` ("auto": the widest dtype in the file; bfloat16 if all have 8 bits). They are
-        memory-mapped where they need no conversion, also with `low_cpu_mem_usage=False` and `disable_mmap=True`, which
-        have no effect. The model is in eval mode. With `output_loading_info=True` the result is a tuple: the model, and
-        empty collections of the tensors that diffusers or transformers would report. Raises `CheckpointError` naming
-        the file, and the tensor that is missing, unknown, misshapen or has values beyond `dtype`.
+        memory-mapped where they need no conversion, so the file must not be rewritten in place while they are in use;
+        `disable_mmap` reads it into memory. `low_cpu_mem_usage=False` has no effect. The model is in eval mode. With
+        `output_loading_info=True` the result is a tuple: the model, and empty collections of the tensors that diffusers
+        or transformers would report. Raises `CheckpointError` naming the file, and the tensor that is missing, unknown,
+        misshapen or has values beyond `dtype`.
         """
         weights_dtype = resolve_dtype(torch_dtype, dtype)
         prefix = f"{subfolder}/" if check_type("subfolder", subfolder, str) else ""
@@ -91,7 +92,14 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         with_info = check_type("output_loading_info", changes.get("output_loading_info"), bool)
         hub, changes = loading_options(changes, revision, cache_dir, local_files_only, token)
         folder = locate(pretrained_model_name_or_path, hub, allow_patterns) / prefix
-        model = cls.read(folder, variant=variant, dtype=weights_dtype, use_safetensors=use_safetensors, **changes)
+        model = cls.read(
+            folder,
+            variant=variant,
+            dtype=weights_dtype,
+            use_safetensors=use_safetensors,
+            disable_mmap=disable_mmap,
+            **changes,
+        )
         return (model, cls.loading_info()) if with_info else model  # type: ignore
 
     @classmethod
@@ -106,13 +114,20 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
 
     @classmethod
     def read(
-        cls, folder: Path, *, variant: str | None, dtype: Dtype, use_safetensors: bool | None, **changes: Any
+        cls,
+        folder: Path,
+        *,
+        variant: str | None,
+        dtype: Dtype,
+        use_safetensors: bool | None,
+        disable_mmap: bool,
+        **changes: Any,
     ) -> Self:
         """Load the model in `folder`, with config and weights of the same save."""
 
         def read_files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
             config = cls.read_config(safe_join(folder, cls.config_name), **changes)
-            return config, read_weights(folder, cls.weights_name, variant, use_safetensors)
+            return config, read_weights(folder, cls.weights_name, variant, use_safetensors, disable_mmap)
 
         patterns = [cls.config_name, *cls.weights_name.select(None, None, None)]
         config, (path, tensors) = read_consistently(folder, patterns, read_files)
@@ -133,6 +148,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        disable_mmap: bool = False,
         **changes: Any,
     ) -> Self:
         """Load a model from a `.ckpt` or safetensors file with its weights and maybe others, in any known dialect.
@@ -147,7 +163,8 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         from .single_file import SingleFile  # imported here to keep `import imvar` fast
 
         hub, changes = loading_options(changes, revision, cache_dir, local_files_only, token)
-        file = SingleFile.from_source(pretrained_model_link_or_path_or_dict, hub)
+        check_type("disable_mmap", disable_mmap, bool)
+        file = SingleFile.from_source(pretrained_model_link_or_path_or_dict, hub, disable_mmap)
         return cls.from_single(
             file,
             locate_config(config, hub, subfolder),

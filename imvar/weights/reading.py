@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line, invalid, short_repr
@@ -21,18 +21,22 @@ PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def read_weights(
-    folder: Path, weights_name: WeightsName, variant: str | None, use_safetensors: bool | None
+    folder: Path,
+    weights_name: WeightsName,
+    variant: str | None,
+    use_safetensors: bool | None,
+    disable_mmap: bool = False,
 ) -> tuple[Path, dict[str, Tensor]]:
-    """Return a part's weights file, or the index of its shards, and the tensors, mapped if the format allows."""
+    """Return a part's weights file, or the index of its shards, and the tensors as `read_tensors` does."""
     try:
         name = weights_name.select((path.name for path in folder.iterdir()), variant, use_safetensors)[0]
     except CheckpointError as error:
         raise error.at(folder) from error
     path = safe_join(folder, name)
-    return path, (read_shards(path) if path.suffix == ".json" else read_tensors(path))
+    return path, (read_shards if path.suffix == ".json" else read_tensors)(path, disable_mmap)
 
 
-def read_shards(index: Path) -> dict[str, Tensor]:
+def read_shards(index: Path, disable_mmap: bool = False) -> dict[str, Tensor]:
     """Return all tensors of a sharded checkpoint from the files that its index names."""
     weight_map = read_json(index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(f, str) for f in weight_map.values())):
@@ -47,7 +51,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     for name, keys in sorted(keys_by_file.items()):
         if Path(name).name != name or name in {"", ".", ".."} or name.endswith(".json"):
             raise invalid(CheckpointError, index, "a weights file next to the index", repr(name[:200]), key=min(keys))
-        shard = read_tensors(safe_join(index.parent, name))
+        shard = read_tensors(safe_join(index.parent, name), disable_mmap)
         if differing := sorted(keys ^ shard.keys()):
             key = differing[0]
             expected, got = f"{name} with the tensors that the index lists", "without" if key in keys else "with"
@@ -56,30 +60,32 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors in a safetensors or `torch.save` file, mapped if the format allows.
+def read_tensors(path: Path, disable_mmap: bool = False) -> dict[str, Tensor]:
+    """Return the tensors in a safetensors or `torch.save` file.
 
-    The ending decides the format, or the first bytes if the ending is unknown. Raises `CheckpointError` with the file
-    and what it is instead, or with the entry that is not a dense tensor.
+    They are memory-mapped if the format allows, unless `disable_mmap`: a change of the file in place changes mapped
+    tensors, and the system kills a process that uses them after the file was cut short. The ending decides the format,
+    or the first bytes if the ending is unknown. Raises `CheckpointError` with the file and what it is instead, or with
+    the entry that is not a dense tensor.
     """
     if is_safetensors(path):
-        return read_safetensors(path)
+        return read_safetensors(path, disable_mmap)
     from .pickles import unpickle  # see weights/__init__.py
 
-    return require_dense(require_names(unpickle(path), path), path)
+    return require_dense(require_names(unpickle(path, disable_mmap), path), path)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def read_checkpoint(path: Path, disable_mmap: bool = False) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors in an original checkpoint, one file for the whole model, and the names of ignored entries.
 
     Ignored are those that training keeps next to the weights (`epoch`, `optimizer_states`, ...). The weights are under
     `state_dict` or, if there is none, all tensors at the top level.
     """
     if is_safetensors(path):
-        return read_safetensors(path), []
+        return read_safetensors(path, disable_mmap), []
     from .pickles import unpickle
 
-    entries = require_names(unpickle(path, allow_training_state=True), path)
+    entries = require_names(unpickle(path, disable_mmap, allow_training_state=True), path)
     weights = entries.get("state_dict")
     if weights is None:
         weights = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
@@ -108,16 +114,24 @@ def is_safetensors(path: Path) -> bool:
     raise invalid(CheckpointError, path, expected, "neither safetensors nor a file of torch.save")
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    check_header(path)
+def read_safetensors(path: Path, disable_mmap: bool = False) -> dict[str, Tensor]:
+    read_header(path)
     try:
-        return load_file(path)
+        return load(path.read_bytes()) if disable_mmap else load_file(path)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise invalid(CheckpointError, path, "a safetensors file", f"an error: {first_line(error)}") from error
 
 
-def check_header(path: Path) -> None:
-    """Check what the library accepts or reports unclearly: the size, duplicate names, a truncated file."""
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """Return the metadata of a safetensors file, or an empty dictionary for a pickle, which has none."""
+    return (read_header(path).get("__metadata__") or {}) if is_safetensors(path) else {}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the header, checked for what the library accepts or reports unclearly.
+
+    That is the size, duplicate names, and a truncated file.
+    """
     size, expected = path.stat().st_size, "a safetensors file"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -139,6 +153,7 @@ def check_header(path: Path) -> None:
     end = 8 + length + max((end for [end] in filter(None, offsets) if isinstance(end, int)), default=0)
     if end > size:
         raise invalid(CheckpointError, path, expected, f"one cut short at {size} bytes of {end}")
+    return header
 
 
 def require_names(entries: Any, path: Path) -> dict[str, Any]:

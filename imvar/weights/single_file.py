@@ -7,13 +7,12 @@ are detected by modules that every model of a part has.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from ..checks import check_has_data
@@ -22,7 +21,7 @@ from . import key_tables as tables
 from .hub import Hub, locate_file
 from .json_files import parse_json
 from .keymap import Dialect, Keymap, Naming, abbreviate
-from .reading import read_checkpoint
+from .reading import read_checkpoint, read_metadata
 
 CONFIGS_KEY = "imvar.settings"  # metadata of an original-layout file written by imvar: the config of each part, as JSON
 
@@ -100,15 +99,17 @@ class PartTensors:
 class SingleFile:
     """A file of tensors, and the parts of a checkpoint in it.
 
-    `ignored_entries` names what a pickle contains next to the tensors, such as the state of an optimizer.
+    `ignored_entries` names what a pickle contains next to the tensors, such as the state of an optimizer; `metadata`
+    are those of safetensors.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     ignored_entries: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_source(cls, source: str | Path | Mapping[str, Tensor], hub: Hub) -> SingleFile:
+    def from_source(cls, source: str | Path | Mapping[str, Tensor], hub: Hub, disable_mmap: bool = False) -> SingleFile:
         """Return a local file, one on the hub, or a dictionary of tensors."""
         if isinstance(source, Mapping):
             name = "pretrained_model_link_or_path_or_dict"
@@ -118,22 +119,18 @@ class SingleFile:
                     raise invalid(InputTypeError, name, "a path, a link or a dictionary of str to tensor", got)
                 check_has_data(key, tensor)
             return cls(Path("(tensors in memory)"), source)
-        return cls.read(locate_file(source, hub))
+        return cls.read(locate_file(source, hub), disable_mmap)
 
     @classmethod
-    def read(cls, path: Path) -> SingleFile:
+    def read(cls, path: Path, disable_mmap: bool = False) -> SingleFile:
         """Read a local file."""
-        tensors, ignored_entries = read_checkpoint(path)
-        return cls(path, tensors, tuple(ignored_entries))
+        tensors, ignored_entries = read_checkpoint(path, disable_mmap)
+        return cls(path, tensors, tuple(ignored_entries), read_metadata(path))
 
     @cached_property
     def configs(self) -> dict[str, Any]:
         """By part, the config in the file's metadata, where imvar writes it; without any, an empty dictionary."""
-        if self.path.suffix != ".safetensors":
-            return {}
-        with safe_open(self.path, "pt") as file:
-            text = (file.metadata() or {}).get(CONFIGS_KEY, "{}")
-        configs = parse_json(text.encode(), self.path, CONFIGS_KEY)
+        configs = parse_json(self.metadata.get(CONFIGS_KEY, "{}").encode(), self.path, CONFIGS_KEY)
         for part, config in configs.items():
             if not isinstance(config, dict):
                 got = f"{short_repr(part)}: {describe(config)}"

@@ -60,6 +60,7 @@ def test_options_of_a_pipeline(checkpoint, option, wrong):
         ("subfolder", np.zeros(2)),
         ("local_files_only", 1),
         ("low_cpu_mem_usage", 0),
+        ("disable_mmap", 0),
         ("revision", b"main"),
     ],
 )
@@ -105,6 +106,7 @@ def test_options_that_diffusers_ignores_or_cannot_combine(checkpoint, options, w
         ({"subfolder": 3}, "subfolder: expected a string, got 3"),
         ({"config": "a" * 5000}, "a" * 50),
         ({"dtype": 0}, "dtype: expected .*, got 0"),
+        ({"disable_mmap": 1}, "disable_mmap: expected True or False, got 1"),
     ],
 )
 def test_options_of_a_single_file(checkpoint, options, words):

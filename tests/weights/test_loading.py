@@ -462,6 +462,48 @@ def test_the_automatic_dtype_of_8_bit_files_is_one_that_layers_compute_in(folder
     assert pipe(photo, num_inference_steps=1, guidance_scale=1, seed=0).images[0].size == (128, 128)
 
 
+CHANGE_LOADED_FILES = """
+import pathlib, sys, torch
+from imvar import StableDiffusionImageVariationPipeline as Pipeline, UNet2DConditionModel as UNet
+
+latents = torch.ones(1, 4, 8, 8)
+for source in map(pathlib.Path, sys.argv[2:]):
+    single = source.is_file()
+    if sys.argv[1] == "pipeline":
+        load = Pipeline.from_single_file if single else Pipeline.from_pretrained
+        unet = load(source, disable_mmap=True, safety_checker=None, requires_safety_checker=False).unet
+    else:
+        load = UNet.from_single_file if single else UNet.from_pretrained
+        unet = load(source, disable_mmap=True) if single else load(source, subfolder="unet", disable_mmap=True)
+    files = [source] if single else [path for path in (source / "unet").iterdir() if path.suffix != ".json"]
+    with torch.no_grad():
+        context = torch.ones(1, 1, unet.config.cross_attention_dim)
+        before = unet(latents, 1, context).sample
+        for change in (lambda file: file.write(b"\\xff" * 10**5), lambda file: file.truncate(100)):
+            for path in files:
+                with path.open("r+b") as file:
+                    change(file)
+            assert torch.equal(unet(latents, 1, context).sample, before), source
+    print(source.name)
+"""
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "model"])
+@pytest.mark.filterwarnings("ignore")
+def test_without_memory_mapping_a_changed_file_changes_nothing(kind, checkpoint, small, originals, tmp_path):
+    """With `disable_mmap=True` weights are a copy: the file may be rewritten or cut short while they are used."""
+    pipe = StableDiffusionImageVariationPipeline.from_pretrained(checkpoint)
+    sources = {name: tmp_path / name for name in ("folder", "shards", "pickles", "ckpt", "safetensors")}
+    pipe.save_pretrained(sources["folder"])
+    pipe.save_pretrained(sources["shards"], max_shard_size="20KB")
+    pipe.save_pretrained(sources["pickles"], safe_serialization=False)
+    shutil.copy(originals["v2"], sources["ckpt"])
+    shutil.copy(small, sources["safetensors"])
+    command = [sys.executable, "-W", "ignore", "-c", CHANGE_LOADED_FILES, kind, *map(str, sources.values())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, list(sources)), done.stderr
+
+
 def test_a_variant_of_some_parts_only(checkpoint, folder):
     unet = imvar.UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet")
     unet.conv_in.weight.data.zero_()

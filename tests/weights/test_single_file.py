@@ -143,6 +143,20 @@ def test_files_of_imvar_contain_configs(small, checkpoint):
     assert pipe.unet.config.sample_size == 16
 
 
+@pytest.mark.parametrize("name", ["blob", "M.SAFETENSORS", "model.safetensors.part"])
+@pytest.mark.filterwarnings("error")
+def test_configs_are_found_whatever_the_file_is_called(small, tmp_path, name):
+    """The content decides what a file is, as in the hub's cache, where no file has an ending."""
+    renamed = shutil.copy(small, tmp_path / name)
+    pipe = StableDiffusionImageVariationPipeline.from_single_file(renamed, **UNCHECKED)
+    other = StableDiffusionImageVariationPipeline.from_single_file(small, **UNCHECKED)
+    assert all(same_model(model, other.modules[part]) for part, model in pipe.modules.items())
+    assert config_fields(pipe.scheduler.config) == config_fields(other.scheduler.config)
+    assert same_model(imvar.UNet2DConditionModel.from_single_file(renamed), other.unet)
+    convert(renamed, tmp_path / "converted")
+    assert same_model(imvar.UNet2DConditionModel.from_pretrained(tmp_path / "converted" / "unet"), other.unet)
+
+
 def test_config_of_a_folder_takes_precedence(small, checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "settings", ignore=shutil.ignore_patterns("*.safetensors"))
     for name, key, value in (
