@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..checks import as_number, as_path, check_has_data, check_type
@@ -26,7 +25,7 @@ from ..errors import CheckpointError, InputError, InputTypeError, describe, inva
 from .hub import Hub, locate, names_in
 from .json_files import parse_json, read_json, safe_join
 from .keymap import Dialect, Keymap, Naming, abbreviate
-from .reading import read_tensors
+from .reading import read_metadata, read_tensors
 from .writing import is_finite, write_tensors
 
 OPTIONS = {"weight_name", "subfolder", "use_safetensors", "revision", "cache_dir", "local_files_only", "token"}
@@ -129,14 +128,6 @@ def choose_file(weight_name: str | None, endings: tuple[str, ...], names: list[s
         got = f"{len(files)} other files: {abbreviate(files)}" if files else "none"
         raise invalid(CheckpointError, None, f"an adapter such as {NAMES[0]}", got, "pass weight_name=")
     return files[0]
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file that was read; none for a pickle."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
 
 
 def adapter_config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
