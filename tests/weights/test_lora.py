@@ -1,5 +1,6 @@
 """Files of LoRA adapters: each format of diffusers, peft and kohya, and files that are refused."""
 
+import copy
 import json
 import math
 import warnings
@@ -400,3 +401,14 @@ def test_sources_of_another_type_are_refused(unet):
     for source in (None, 5, [], {5: torch.zeros(1)}, {"a": [1.0]}, {"a": torch.zeros(1, device="meta")}):
         with pytest.raises(InputError):
             unet.load_lora_adapter(source)
+
+
+@pytest.mark.parametrize("name", ["L.SAFETENSORS", "blob"])
+def test_the_alpha_in_a_file_counts_whatever_the_name_of_the_file(unet, tmp_path, name):
+    expected = copy.deepcopy(unet)
+    metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": 16, "r": 4})}
+    for file in ("lora.safetensors", name):
+        save_file(random_lora(unet, where="attn"), tmp_path / file, metadata=metadata)
+    unet.load_lora_adapter(tmp_path / name)
+    expected.load_lora_adapter(tmp_path / "lora.safetensors")
+    assert_same_weights(unet, expected)
