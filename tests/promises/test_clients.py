@@ -582,6 +582,16 @@ def test_an_assigned_internal_dict_counts(ours, ref, photo, saved):
     assert_equal(*images)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_constructor_of_a_pipeline_of_diffusers_changes_outdated_settings(ours):
+    ours.unet.register_to_config(_diffusers_version="0.8.0")
+    scheduler = imvar.DDIMScheduler()
+    others = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    components = {"vae": ours.vae, "unet": ours.unet, "scheduler": scheduler}
+    diffusers.StableDiffusionPipeline(**components, **others, requires_safety_checker=False)
+    assert (scheduler.config.steps_offset, scheduler.config.clip_sample, ours.unet.config.sample_size) == (1, False, 64)
+
+
 def test_an_assigned_size_counts(ours, ref):
     for pipe in ours, ref:
         outdated_settings(unet=pipe.unet)
