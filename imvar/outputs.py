@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch.utils._pytree import register_pytree_node
+
+from .errors import InputTypeError, invalid
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,25 +24,59 @@ if TYPE_CHECKING:
 ATTRIBUTE_ONLY = {"attribute_only": True}  # metadata of such a field
 
 
-class Output(Mapping[str, Any]):
-    """Base of all outputs; subclasses are dataclasses."""
+class Output(dict[str, Any]):
+    """Base of all outputs; subclasses are dataclasses.
 
-    def _present(self) -> dict[str, Any]:
-        names = [f.name for f in fields(self) if not f.metadata.get("attribute_only")]  # type: ignore[arg-type]
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    An output is a dictionary, which torch.jit.trace requires, and a pytree, for torch.export and torch.func.
+    `type(output)(mapping)`, from a mapping or pairs of field names and values, is how accelerate and DataParallel
+    rebuild one.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        register_pytree_node(cls, cls._flatten, partial(unflatten, cls), serialized_type_name=name)
+
+    def __post_init__(self) -> None:
+        first = fields(self)[0].name  # type: ignore[arg-type]
+        if isinstance(values := getattr(self, first), (Mapping, Iterator)):
+            setattr(self, first, None)
+            for name, value in dict(values).items():
+                setattr(self, name, value)
+
+    def _flatten(self) -> tuple[list[Any], list[str]]:
+        present = {name: value for name, value in vars(self).items() if value is not None}
+        return list(present.values()), list(present)
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._present())
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
 
-    def __len__(self) -> int:
-        return len(self._present())
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if not self.__dataclass_fields__[name].metadata.get("attribute_only"):  # type: ignore[attr-defined]
+            super().pop(name, None) if value is None else super().__setitem__(name, value)
+
+    def _refuse_change(self, *_: Any, **__: Any) -> Any:
+        raise invalid(InputTypeError, type(self).__name__, "output.field = value", "another change of a field")
+
+    pop = popitem = update = setdefault = clear = __delitem__ = __ior__ = _refuse_change  # type: ignore[assignment]
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the values that are not None, in the order of the fields."""
-        return tuple(self._present().values())
+        return tuple(self.values())
+
+
+def unflatten(cls: type[Output], values: Any, names: list[str]) -> Any:
+    """Return an output with these fields, and None for the others."""
+    output = cls.__new__(cls)
+    for f in fields(cls):  # type: ignore[arg-type]
+        setattr(output, f.name, None)
+    for name, value in zip(names, values, strict=True):
+        setattr(output, name, value)
+    return output
 
 
 @dataclass(eq=False)
@@ -51,7 +90,7 @@ class StableDiffusionPipelineOutput(Output):
     """
 
     images: list[Image] | np.ndarray | Tensor
-    nsfw_content_detected: list[bool] | None
+    nsfw_content_detected: list[bool] | None = None
     seeds: list[int] | None = field(default=None, metadata=ATTRIBUTE_ONLY)
     scores: list[dict[str, Any]] | None = field(default=None, metadata=ATTRIBUTE_ONLY)
 
@@ -102,7 +141,7 @@ class BaseModelOutputWithPooling(Output):
     """`last_hidden_state`: (b, n, c); `pooler_output`: (b, c). `hidden_states` as in `BaseModelOutput`."""
 
     last_hidden_state: Tensor
-    pooler_output: Tensor
+    pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 

@@ -164,3 +164,10 @@ def test_a_component_written_for_diffusers_is_saved(pipe, tmp_path):
     Posed(encoder, **pipe.components).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "pose_encoder.json").read_text()) == encoder.weight.tolist()
     assert isinstance(imvar.UNet2DConditionModel.from_pretrained(tmp_path, "unet"), imvar.UNet2DConditionModel)
+
+
+def test_models_prepared_by_accelerate_return_outputs(pipe):
+    pipe.unet, pipe.vae = Accelerator(mixed_precision="bf16", cpu=True).prepare(pipe.unet, pipe.vae)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 1, 24)
+    assert pipe.unet(x, 5, context).sample.dtype == torch.float32
+    assert pipe.vae(torch.randn(1, 3, 32, 32)).sample.dtype == torch.float32
