@@ -36,6 +36,7 @@ def is_plain_inference(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -83,9 +84,9 @@ def conv_args(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear`."""
-    large = x.numel() * len(weight) >= MIN_MACS
-    supported = large and is_plain_inference(x) and weight.dtype == x.dtype and is_plain_inference(weight)
-    return (onednn_linear if supported and onednn_available(x) else F.linear)(x, weight, bias)
+    supported = is_plain_inference(x) and weight.dtype == x.dtype and is_plain_inference(weight)
+    large = supported and x.numel() * len(weight) >= MIN_MACS  # compared last, as a trace records comparisons of sizes
+    return (onednn_linear if large and onednn_available(x) else F.linear)(x, weight, bias)
 
 
 def conv2d(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> Tensor:
@@ -126,6 +127,10 @@ def pack_filters(weight: Tensor, transform: Any, onednn: bool) -> list[list[Tens
     return [[pack(matrix) for matrix in row] for row in transform(weight)]
 
 
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -137,9 +142,8 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, packed: PackedWeights | None) -> T
     of parts of equal size and combines them.
     """
     b, c, h, w = x.shape
-    in_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     float32 = x.dtype == norm.weight.dtype == torch.float32
-    if not (packed and in_channels_last and float32 and is_plain_inference(x)):
+    if not (packed and float32 and is_plain_inference(x) and is_channels_last(x)):
         return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     n_parts = next(n for n in range(min(-(-h * w // MAX_PIXELS_PER_SUM), h), h + 1) if h % n == 0)
     statistics = [
@@ -161,8 +165,8 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, packed: PackedWeights | None) -> T
 def fused_upsample_pays(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> bool:
     """Return whether `upsample_conv` applies to a 3x3 convolution that keeps the size, and is faster."""
     min_pixels = MIN_PIXELS_CHANNELS_LAST / 4 if packed else MIN_PIXELS_CHANNELS_LAST
-    enough = len(x) * x.shape[2] * x.shape[3] >= min_pixels
-    return enough and is_plain_inference(x) and conv.weight.dtype == x.dtype
+    supported = is_plain_inference(x) and conv.weight.dtype == x.dtype
+    return supported and len(x) * x.shape[2] * x.shape[3] >= min_pixels
 
 
 def upsample_conv(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> Tensor:

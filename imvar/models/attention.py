@@ -154,6 +154,7 @@ class CrossAttention(QKVAttention):
         """Return whether the output does not depend on the query, and no hook or custom layer needs the query."""
         return (
             context.shape[1] == 1
+            and not torch.jit.is_tracing()  # for any number of tokens  # pyright: ignore[reportPrivateImportUsage]
             and self.is_softmax
             and are_stock(self, self.to_q, self.to_k, self.to_out, *self.to_out)
         )

@@ -153,7 +153,7 @@ class CLIPVisionEmbeddings(nn.Module):
         refuse_unsupported("CLIPVisionEmbeddings", interpolate_pos_encoding=interpolate_pos_encoding or None)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         patches = rearrange(patches, "b c h w -> b (h w) c")
-        x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
+        x = torch.cat([self.class_embedding.expand(patches.shape[0], 1, -1), patches], dim=1)
         return x + self.position_embedding(torch.arange(x.shape[1], device=x.device))
 
 

@@ -33,4 +33,5 @@ def repeat_to_batch(x: Tensor, like: Tensor) -> Tensor:
 
     Under classifier-free guidance, everything before the first cross-attention is thus computed once for both halves.
     """
-    return x if len(x) == len(like) else torch.cat([x] * (len(like) // len(x)))
+    batch, n = x.shape[0], like.shape[0]  # not len(), which a trace would record as a constant
+    return x if batch == n else torch.cat([x] * (n // batch))

@@ -45,7 +45,7 @@ class ResnetBlock(nn.Module):
         h = self.conv1(norm_act(self.norm1, self.nonlinearity, input_tensor))
         if self.time_emb_proj is not None and temb is not None:
             shift = temb.value if isinstance(temb, Precomputed) else self.project(temb)
-            h = h + (shift if len(shift) == 1 else repeat_to_batch(shift, h))
+            h = h + (shift if shift.shape[0] == 1 else repeat_to_batch(shift, h))
         h = self.conv2(self.dropout(norm_act(self.norm2, self.nonlinearity, h)))
         return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + h
 

@@ -246,7 +246,7 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         merge = self.merge_skip if merge is None else merge
         x, temb, context = self.conv_in(sample), timestep, encoder_hidden_states
         if not isinstance(temb, Precomputed):
-            temb = self.embed_time(torch.as_tensor(temb, device=x.device).expand(len(x)))
+            temb = self.embed_time(torch.as_tensor(temb, device=x.device).expand(x.shape[0]))
 
         skips, i = (x,), 0  # i counts the blocks
         for block in self.down_blocks:
