@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 from ..checks import check_int
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from .conditioning import Precomputed
-from .layers import CallableSlots, refuse_unsupported
+from .layers import CallableSlots, adapt_new, refuse_unsupported
 from .ops import Attend, GroupNorm, Linear, SDPAKernel, attention, linear, sdpa
 from .stock import are_stock
 from .validation import check_attention_output
@@ -66,9 +66,10 @@ class Attention(CallableSlots, nn.Module):
         self.backend: Attend | None = None  # in place of the default kernel; takes precedence over slicing
 
     @property
-    def is_softmax(self) -> bool:
-        """Whether the kernel is known to weigh the values by a softmax over the keys."""
-        return self.attend is sdpa and (self.backend is None or isinstance(self.backend, SDPAKernel))
+    def custom_kernel(self) -> Attend | None:
+        """The kernel, unless it is known to weigh the values by a softmax over the keys."""
+        kernel = self.backend or sdpa if self.attend is sdpa else self.attend
+        return None if kernel is sdpa or isinstance(kernel, SDPAKernel) else kernel
 
     @property
     def is_sliceable(self) -> bool:
@@ -82,16 +83,21 @@ class Attention(CallableSlots, nn.Module):
             return self.backend
         return sliced(self.slice_size, self.attend) if self.slice_size and self.is_sliceable else self.attend
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
+
     def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Split q (b, n, c), k and v (b, m, c) into heads, attend, and join the heads: (b, n, c)."""
+        """Attend with q (b, h, n, d) to k and v (b, h, m, d), and join the heads: (b, n, h d)."""
         kernel = self.kernel_in_use
-        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
         out = attention(q, k, v) if kernel is sdpa else check_attention_output(kernel, kernel(q, k, v), q)
         return rearrange(out, "b h n d -> b n (h d)")
 
 
 class QKVAttention(Attention):
-    """Attention with the projections `to_q`, `to_k`, `to_v` and `to_out`: the UNet's and the autoencoder's."""
+    """Attention with the projections `to_q`, `to_k`, `to_v` and `to_out`: the UNet's and the autoencoder's.
+
+    A subclass may override a step: `project_qkv`, `attend_heads` or `project_out`.
+    """
 
     def __init__(
         self,
@@ -106,10 +112,40 @@ class QKVAttention(Attention):
         super().__init__(heads, attend)
         if group_norm is not None:
             self.group_norm = group_norm
+        self.dim, self.context_dim = dim, context_dim
         self.to_q = Linear(dim, dim, bias=bias)
         self.to_k = Linear(context_dim, dim, bias=bias)
         self.to_v = Linear(context_dim, dim, bias=bias)
         self.to_out = nn.Sequential(Linear(dim, dim), nn.Dropout(0.0))
+
+    @classmethod
+    def from_layer(cls, layer: QKVAttention, **options: Any) -> Self:
+        """Return a layer of this class around the modules, kernel and settings of another.
+
+        What only this class has keeps its initial values. `options` are further arguments of its constructor.
+        """
+        if not isinstance(layer, QKVAttention):
+            raise invalid(InputTypeError, "layer", "an attention layer with to_q, to_k and to_v", describe(layer))
+        new = cls(**layer.sizes, **options)
+        weights = [name for name in (*layer._modules, *layer._parameters) if hasattr(new, name) and name != "attend"]
+        for name in *weights, "slice_size", "backend", *(() if hasattr(cls, "attend") else ("attend",)):
+            setattr(new, name, getattr(layer, name))
+        adapt_new(new, layer)
+        return new
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The arguments that a class for the same place is built with."""
+        return {"dim": self.dim, "context_dim": self.context_dim, "heads": self.heads}
+
+    def project_qkv(self, hidden_states: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project (b, n, dim) to queries (b, h, n, d), and a context (b, m, context_dim) to keys and values."""
+        q, k, v = self.to_q(hidden_states), self.to_k(context), self.to_v(context)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def project_out(self, attended: Tensor) -> Tensor:
+        """Project the joined heads (b, n, dim)."""
+        return self.to_out(attended)
 
     def forward(
         self,
@@ -121,7 +157,7 @@ class QKVAttention(Attention):
         """Queries (b, n, dim) over a context (b, m, context_dim), by default over themselves, to (b, n, dim)."""
         refuse_unsupported("attention", attention_mask=attention_mask, **more)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        return self.to_out(self.attend_heads(self.to_q(hidden_states), self.to_k(context), self.to_v(context)))
+        return self.project_out(self.attend_heads(*self.project_qkv(hidden_states, context)))
 
 
 class SelfAttention(QKVAttention):
@@ -129,6 +165,10 @@ class SelfAttention(QKVAttention):
 
     def __init__(self, dim: int, heads: int, *, attend: Attend = sdpa):
         super().__init__(dim, dim, heads, attend=attend)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"dim": self.dim, "heads": self.heads}
 
     def fused_qkv(self) -> tuple[Tensor, ...]:
         """Return the weights of the three projections as one, and their biases; () where one is not a plain layer."""
@@ -140,7 +180,8 @@ class SelfAttention(QKVAttention):
 
     def forward_fused(self, hidden_states: Tensor, qkv: tuple[Tensor, ...]) -> Tensor:
         """Compute `forward(hidden_states)` with what `fused_qkv` returned."""
-        return self.to_out(self.attend_heads(*linear(hidden_states, *qkv).chunk(3, dim=-1)))
+        q, k, v = linear(hidden_states, *qkv).chunk(3, dim=-1)
+        return self.project_out(self.attend_heads(self.split_heads(q), self.split_heads(k), self.split_heads(v)))
 
 
 class CrossAttention(QKVAttention):
@@ -155,8 +196,8 @@ class CrossAttention(QKVAttention):
         return (
             context.shape[1] == 1
             and not torch.jit.is_tracing()  # for any number of tokens  # pyright: ignore[reportPrivateImportUsage]
-            and self.is_softmax
-            and are_stock(self, self.to_q, self.to_k, self.to_out, *self.to_out)
+            and self.custom_kernel is None
+            and are_stock(*self.modules())
         )
 
     def single_token_output(self, context: Tensor) -> Tensor:
@@ -173,6 +214,11 @@ class PixelAttention(QKVAttention):
 
     def __init__(self, dim: int, *, groups: int, eps: float, attend: Attend = sdpa):
         super().__init__(dim, dim, 1, bias=True, attend=attend, group_norm=GroupNorm(groups, dim, eps))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        norm: Any = self.group_norm
+        return {"dim": self.dim, "groups": norm.num_groups, "eps": norm.eps}
 
     def forward(self, hidden_states: Tensor, temb: None = None, **more: Any) -> Tensor:  # type: ignore[override]
         """(b, dim, h, w) to the same shape."""

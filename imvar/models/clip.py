@@ -88,7 +88,7 @@ class CLIPAttention(Attention):
     def forward(self, hidden_states: Tensor, attention_mask: None = None, **more: Any) -> tuple[Tensor, None]:
         """(b, n, c) to the same shape, and None in place of the attention weights."""
         refuse_unsupported("CLIPAttention", attention_mask=attention_mask, **more)
-        q, k, v = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self.split_heads(project(hidden_states)) for project in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(self.attend_heads(q, k, v)), None
 
 

@@ -140,15 +140,20 @@ class GradientCheckpointingMixin:
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the inputs of the large modules; recompute their activations for the gradients."""
-        self.gradient_checkpointing = True
+        self._set_gradient_checkpointing(True)
 
     def disable_gradient_checkpointing(self) -> None:
-        self.gradient_checkpointing = False
+        self._set_gradient_checkpointing(False)
 
-    def maybe_checkpoint(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _set_gradient_checkpointing(self, value: bool) -> None:
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, GradientCheckpointingMixin):
+                module.gradient_checkpointing = value
+
+    def maybe_checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False, **kwargs)
-        return module(*args, **kwargs)
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        return function(*args, **kwargs)
 
 
 class CallableSlots:

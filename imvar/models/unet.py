@@ -26,6 +26,7 @@ from .layers import (
     TimestepEmbedding,
     Timesteps,
     Upsample,
+    first_weight,
     refuse_unsupported,
 )
 from .lora import LoraMixin
@@ -206,16 +207,27 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Timesteps (n,) to embeddings (n, time_dim)."""
-        return self.time_embedding(self.time_proj(timesteps).to(self.time_embedding.linear_1.weight.dtype))
+        weight, waves = first_weight(self.time_embedding), self.time_proj(timesteps)
+        return self.time_embedding(waves if weight is None else waves.to(weight.dtype))
 
     def precompute_time(self, timesteps: Tensor) -> Precomputed:
         """Embed and project timesteps (n,) for each resnet block: a tensor with n rows each."""
         temb = self.embed_time(timesteps)
-        return Precomputed([Precomputed([block.precompute(temb) for block in b.resnets]) for b in self.blocks])
+        return Precomputed([Precomputed([precompute_with(r, temb) for r in block.resnets]) for block in self.blocks])
 
     def precompute_context(self, context: Tensor) -> Precomputed:
         """Attend to a context (b, m, c) in each transformer, as far as that does not depend on the latents."""
-        return Precomputed([Precomputed([t.precompute(context) for t in b.transformers]) for b in self.blocks])
+        return Precomputed(
+            [Precomputed([precompute_with(t, context) for t in block.transformers]) for block in self.blocks]
+        )
+
+    def why_plain(self) -> list[str]:
+        """Return what keeps this UNet from being precomputed, cached or compiled, by layer; empty if nothing does."""
+        blocks = {type(block) for block in (self, *self.blocks) if top_package(type(block).forward) != IMVAR}
+        reasons = (
+            f"{block.__name__} has its own forward, which precomputed conditioning does not reach" for block in blocks
+        )
+        return [*reasons_for_plain(self), *reasons]
 
     def merge_skip(self, h: Tensor, skip: Tensor, block: int) -> Tensor:
         """Rescale by FreeU, if it is enabled, and merge a feature map and a skip connection in up block `block`."""
@@ -258,8 +270,7 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         for j, block in enumerate(self.up_blocks):
             i, n = i + 1, len(block.resnets)  # type: ignore[arg-type]
             skips, block_skips = skips[:-n], tuple(repeat_to_batch(skip, x) for skip in skips[-n:])
-            x = self.maybe_checkpoint(
-                block,
+            x = block(
                 hidden_states=x,
                 temb=entry(temb, i),
                 res_hidden_states_tuple=block_skips,

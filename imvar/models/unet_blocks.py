@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..outputs import Transformer2DModelOutput
 from .attention import CrossAttention, SelfAttention
 from .conditioning import Precomputed, entry, repeat_to_batch
-from .layers import FeedForward, refuse_unsupported
+from .layers import FeedForward, GradientCheckpointingMixin, ResnetBlock, refuse_unsupported
 from .ops import Conv2d, GroupNorm
-from .stock import are_stock
+from .stock import are_stock, is_stock
 
 BlockMerge = Callable[[Tensor, Tensor], Tensor]
 """Joins a feature map (b, c, h, w) and a skip connection (b, d, h, w): (b, c + d, h, w)."""
@@ -33,7 +33,9 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
 
     def precompute(self, context: Tensor) -> Precomputed:
-        return Precomputed(self.attn2.precompute(context))
+        """Attend to a context, if that does not depend on the latents, and fuse the projections of self-attention."""
+        fuse = isinstance(self.attn1, SelfAttention) and is_stock(self.attn1)
+        return Precomputed(precompute_with(self.attn2, context), self.attn1.fused_qkv() if fuse else ())
 
     def forward(
         self,
@@ -58,12 +60,14 @@ class TransformerBlock(nn.Module):
 
         The parameters left out then get a zero gradient, as they do in the full computation.
         """
-        if context is None or not (self.attn2.ignores_query(context) and are_stock(self.norm2)):
+        attn: Any = self.attn2
+        ignores_query = isinstance(attn, CrossAttention) and context is not None and attn.ignores_query(context)
+        if not ignores_query or not are_stock(self.norm2):
             x = x if context is None else repeat_to_batch(x, context)
-            return self.attn2(self.norm2(x), encoder_hidden_states=context)
-        out = self.attn2.single_token_output(context)
+            return attn(self.norm2(x), encoder_hidden_states=context)
+        out = attn.single_token_output(context)  # type: ignore[arg-type]
         if torch.is_grad_enabled():
-            unused = (*self.norm2.parameters(), *self.attn2.to_q.parameters(), *self.attn2.to_k.parameters())
+            unused = (*self.norm2.parameters(), *attn.to_q.parameters(), *attn.to_k.parameters())
             out = out + 0 * sum((parameter.sum() for parameter in unused), start=torch.zeros(()))
         return out
 
@@ -80,7 +84,7 @@ class Transformer(nn.Module):
         self.proj_out = Conv2d(channels, channels, 1)
 
     def precompute(self, context: Tensor) -> Precomputed:
-        return Precomputed([block.precompute(context) for block in self.transformer_blocks])  # type: ignore[operator]
+        return Precomputed([precompute_with(block, context) for block in self.transformer_blocks])
 
     def forward(
         self,
@@ -95,7 +99,10 @@ class Transformer(nn.Module):
         refuse_unsupported("Transformer", timestep=timestep, **more)
         pixels = rearrange(self.proj_in(self.norm(hidden_states)), "b c h w -> b (h w) c")
         for i, block in enumerate(self.transformer_blocks):
-            pixels = block(pixels, encoder_hidden_states=entry(encoder_hidden_states, i))
+            context = entry(encoder_hidden_states, i)
+            if isinstance(context, Tensor) and type(block) is not TransformerBlock:  # which repeats as late as it can
+                pixels = repeat_to_batch(pixels, context)
+            pixels = block(pixels, encoder_hidden_states=context)
         out = self.proj_out(rearrange(pixels, "b (h w) c -> b c h w", h=hidden_states.shape[2]))
         out = repeat_to_batch(hidden_states, out) + out
         return Transformer2DModelOutput(out) if return_dict else (out,)
@@ -120,10 +127,15 @@ class UNetBlock(nn.Module):
 
     def layer(self, i: int, x: Tensor, temb: Any, context: Any) -> Tensor:
         """Apply resnet block i and, if there is one, transformer i."""
-        x = self.resnets[i](x, entry(temb, i))
+        resnet, temb = self.resnets[i], entry(temb, i)
+        if isinstance(temb, Tensor) and type(resnet) is not ResnetBlock:
+            temb = repeat_to_batch(temb, x)
+        x = resnet(x, temb)
         if i >= len(self.transformers):
             return x
         transformer, context = self.transformers[i], entry(context, i)
+        if isinstance(context, Tensor) and type(transformer) is not Transformer:
+            x = repeat_to_batch(x, context)
         if isinstance(transformer, Transformer):
             out = transformer(x, encoder_hidden_states=context, return_dict=False)
         else:
@@ -157,10 +169,10 @@ class MidBlock(UNetBlock):
     ) -> Tensor:
         refuse_unsupported("MidBlock", **more)
         x = self.layer(0, hidden_states, temb, encoder_hidden_states)
-        return self.resnets[1](x, entry(temb, 1))
+        return self.layer(1, x, temb, encoder_hidden_states)
 
 
-class UpBlock(UNetBlock):
+class UpBlock(GradientCheckpointingMixin, UNetBlock):
     def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], upsample: nn.Module | None):
         super().__init__(resnets, attentions)
         self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
@@ -180,8 +192,14 @@ class UpBlock(UNetBlock):
         refuse_unsupported("UpBlock", **more)
         x, merge = hidden_states, merge or concat_skip
         for i, skip in zip(range(len(self.resnets)), reversed(res_hidden_states_tuple), strict=True):
-            x = self.layer(i, merge(x, skip), temb, encoder_hidden_states)
-        return x if self.upsamplers is None else self.upsamplers[0](x, upsample_size)
+            merged = merge(x, skip)  # outside of checkpoints, so that a merge with a state runs once
+            x = self.maybe_checkpoint(self.layer, i, merged, temb, encoder_hidden_states)
+        return x if self.upsamplers is None else self.maybe_checkpoint(self.upsamplers[0], x, upsample_size)
+
+
+def precompute_with(layer: Any, conditioning: Tensor) -> Any:
+    """Return what a stock layer precomputes; for any other the plain conditioning."""
+    return layer.precompute(conditioning) if is_stock(layer) and hasattr(layer, "precompute") else conditioning
 
 
 def concat_skip(h: Tensor, skip: Tensor, block: int | None = None) -> Tensor:

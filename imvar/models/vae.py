@@ -310,13 +310,6 @@ class AutoencoderKL(AttentionMixin, GradientCheckpointingMixin, PretrainedModel,
     def disable_tiling(self) -> None:
         self.use_tiling = False
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Keep only the inputs of each block; recompute its activations for the gradients."""
-        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = True
-
-    def disable_gradient_checkpointing(self) -> None:
-        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
-
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int, overlap: float) -> Tensor:
     """Apply `function` to tiles of x (b, c, h, w) and blend their overlaps linearly.

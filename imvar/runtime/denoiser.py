@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..models import UNet2DConditionModel
 from ..models.conditioning import repeat_to_batch
 from ..models.ops import PackedWeights
-from ..models.stock import is_unmodified
 from .deepcache import DeepCacheUNet
 from .guidance import ClassifierFreeGuidance, Predict
 from .precompute import Fingerprint, PrecomputedUNet, Runner
@@ -111,7 +110,7 @@ def make_predictor(
 
 def can_precompute(unet: Any) -> bool:
     """Return whether a UNet is imvar's own, without custom layers, kernels or hooks."""
-    return isinstance(unet, UNet2DConditionModel) and is_unmodified(unet)
+    return isinstance(unet, UNet2DConditionModel) and not unet.why_plain()
 
 
 def dtype_of(component: Any, default: torch.dtype) -> torch.dtype:

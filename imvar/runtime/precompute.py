@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.conditioning import Precomputed
 from ..models.ops import PackedWeights, executing, write_count
+from ..models.stock import is_unmodified
 
 Runner = Callable[[Callable[..., Any], Any], Callable[..., Any]]
 """How to run a function of a model and tensors: `partial(function, model)`, or compiled."""
@@ -35,7 +36,7 @@ class PrecomputedUNet:
         packed: PackedWeights | None = None,
     ):
         timesteps = torch.as_tensor(timesteps, device=context.device)
-        self.times, self.context = unet.precompute_time(timesteps), fuse_qkv(unet, unet.precompute_context(context))
+        self.times, self.context = unet.precompute_time(timesteps), unet.precompute_context(context)
         self.predict, self.packed = runner(predict, unet), packed or PackedWeights(len(timesteps))
 
     def __call__(self, x: Tensor, step: int, **more: Any) -> Tensor:
@@ -87,4 +88,5 @@ class Fingerprint:
     def take(self) -> list[Any]:
         parts = [[part for layer in self.layers for part in map(id, tracked(layer).values())] for tracked in TRACKED]
         kernels = [vars(layer).get(name) for layer in self.layers for name in SLOTS]
-        return [*parts, kernels, [p.data_ptr() for p in self.weights], [write_count(p) for p in self.weights]]
+        weights = [(p.data_ptr(), write_count(p)) for p in self.weights]
+        return [*parts, kernels, weights, is_unmodified(self.model)]
