@@ -31,8 +31,9 @@ from .layers import (
 )
 from .lora import LoraMixin
 from .ops import Conv2d, GroupNorm, norm_act
-from .unet_blocks import DownBlock, MidBlock, Transformer, UpBlock, concat_skip
-from .validation import check_unet_inputs
+from .stock import IMVAR, reasons_for_plain, top_package
+from .unet_blocks import DownBlock, MidBlock, Transformer, UpBlock, concat_skip, precompute_with
+from .validation import check_residuals, check_unet_inputs
 
 Merge = Callable[[Tensor, Tensor, int], Tensor]
 """Joins a feature map (b, c, h, w) and a skip connection (b, d, h, w) in up block i: (b, c + d, h, w)."""
@@ -242,6 +243,8 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         timestep: Tensor | float | Precomputed,
         encoder_hidden_states: Tensor | Precomputed,
         *unsupported: None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
         merge: Merge | None = None,
         return_dict: bool = True,
         **more: None,
@@ -250,8 +253,10 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
 
         `encoder_hidden_states`: (b, m, cross_attention_dim), m tokens that describe the image; this model has 1. With
         (k b, m, cross_attention_dim), k contexts per sample, the output is (k b, c, h, w): all samples with their
-        first context, then all with their second. Either may be `Precomputed`. `merge` joins the skip connections of
-        this call. Raises `InputError` for further arguments of diffusers', unless they are None.
+        first context, then all with their second. Either may be `Precomputed`. The residuals of a ControlNet
+        (arXiv:2302.05543) are added to the skip connections and to the output of the mid block; each is of b or k b
+        samples. `merge` joins the skip connections of this call. Raises `InputError` for further arguments of
+        diffusers', unless they are None.
         """
         more.update({f"positional argument {i + 4}": value for i, value in enumerate(unsupported)})
         refuse_unsupported("UNet2DConditionModel", **more)
@@ -267,6 +272,12 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
             )
             skips, i = skips + block_skips, i + 1
         x = self.maybe_checkpoint(self.mid_block, x, entry(temb, i), encoder_hidden_states=entry(context, i))
+        if down_block_additional_residuals is not None:
+            residuals: tuple[Any, ...] = (*down_block_additional_residuals, mid_block_additional_residual)
+            check_residuals(residuals, (*skips, x), len(sample))
+            pairs = zip((*skips, x), residuals, strict=True)
+            summed = tuple(repeat_to_batch(h, x) + repeat_to_batch(residual, x) for h, residual in pairs)
+            skips, x = summed[:-1], summed[-1]
         for j, block in enumerate(self.up_blocks):
             i, n = i + 1, len(block.resnets)  # type: ignore[arg-type]
             skips, block_skips = skips[:-n], tuple(repeat_to_batch(skip, x) for skip in skips[-n:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -13,11 +15,20 @@ from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from .conditioning import Precomputed
 from .stock import IMVAR, is_stock, top_package
 
+RESIDUALS = "down_block_additional_residuals", "mid_block_additional_residual"
 MAX_TIMESTEP = 2**31  # far beyond what any model was trained for
 
 
 def check_unet_inputs(
-    model: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *_: Any, merge: Any = None, **__: Any
+    model: Any,
+    sample: Any,
+    timestep: Any,
+    encoder_hidden_states: Any,
+    *_: Any,
+    down_block_additional_residuals: Any = None,
+    mid_block_additional_residual: Any = None,
+    merge: Any = None,
+    **__: Any,
 ) -> None:
     """Check that latents, timestep and context have shapes, dtypes and devices that go together."""
     context, (channels, weight) = encoder_hidden_states, conv_spec(model.conv_in)
@@ -31,8 +42,28 @@ def check_unet_inputs(
         if isinstance(timestep, Tensor) and not sample.is_meta:
             check_has_data("timestep", timestep)
         check_timestep(timestep, len(sample))
+    residuals = down_block_additional_residuals, mid_block_additional_residual
+    for name, residual, other in zip(RESIDUALS, residuals, reversed(residuals), strict=True):
+        if residual is None and other is not None:
+            raise invalid(InputError, name, "both arguments of a ControlNet's residuals, or neither", "None")
+    if not isinstance(residuals[0], (tuple, list, NoneType)):
+        raise invalid(InputTypeError, RESIDUALS[0], "a list of tensors", describe(residuals[0]))
     if merge is not None and not callable(merge):
         raise invalid(InputTypeError, "merge", "a function of h, skip and the up block's index", short_repr(merge))
+
+
+def check_residuals(residuals: Sequence[Any], features: Sequence[Tensor], samples: int) -> None:
+    """Check the residuals of a ControlNet: one per skip connection, and one for the output of the mid block."""
+    if len(residuals) != len(features):
+        expected = f"{len(features) - 1} residuals, one per skip connection"
+        raise invalid(InputError, RESIDUALS[0], expected, f"{len(residuals) - 1}")
+    names = [*(f"{RESIDUALS[0]}[{i}]" for i in range(len(residuals) - 1)), RESIDUALS[1]]
+    for name, residual, x in zip(names, residuals, features, strict=True):
+        check_tensor(name, residual, "b", x.shape[1], "h", "w", like=x)
+        batches = 1, samples, len(features[-1])
+        if residual.shape[2:] not in (x.shape[2:], (1, 1)) or len(residual) not in batches:
+            expected = f"a tensor of shape {(batches[-1], *x.shape[1:])}, or one of {samples} samples"
+            raise invalid(InputError, name, expected, describe(residual))
 
 
 def conv_spec(layer: Any) -> tuple[int | str, Tensor | None]:

@@ -5,6 +5,7 @@ Approximate: it relies on deep features changing slowly from step to step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..models.conditioning import Precomputed, repeat_to_batch
 from ..models.layers import refuse_unsupported
 from ..models.ops import PackedWeights, executing, norm_act
+from ..models.validation import RESIDUALS
 from .precompute import PrecomputedUNet, Runner, at_step
 
 
@@ -39,17 +41,20 @@ class DeepCacheUNet(PrecomputedUNet):
         self.deep_features: Any = None
 
     def __call__(self, x: Tensor, step: int, **more: Any) -> Tensor:
+        residuals = {name: more.pop(name) for name in RESIDUALS if more.get(name) is not None}
         refuse_unsupported("DeepCache", **more)
         time = at_step(self.times, step)
         with executing(packed=self.packed):
             if step - self.last_full_step < self.interval:
-                return self.predict_from_cache(x, time, self.context, self.deep_features)
-            sample, self.deep_features = self.predict_and_cache(x, time, self.context)
+                return self.predict_from_cache(x, time, self.context, residuals, self.deep_features)
+            sample, self.deep_features = self.predict_and_cache(x, time, self.context, residuals)
         self.last_full_step = step
         return sample
 
 
-def predict_and_cache(unet: Any, x: Tensor, time: Precomputed, context: Precomputed) -> tuple[Tensor, Tensor]:
+def predict_and_cache(
+    unet: Any, x: Tensor, time: Precomputed, context: Precomputed, residuals: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
     """Return the prediction, and the features that enter the last layer."""
     deep_features = x
 
@@ -58,13 +63,22 @@ def predict_and_cache(unet: Any, x: Tensor, time: Precomputed, context: Precompu
         deep_features = h.clone()  # a merge may write over what it is given
         return unet.merge_skip(h, skip, block)
 
-    sample = unet(x, time, context, merge=merge).sample
+    sample = unet(x, time, context, merge=merge, **residuals).sample
     return sample.contiguous(), deep_features
 
 
-def predict_from_cache(unet: Any, x: Tensor, time: Precomputed, context: Precomputed, deep_features: Tensor) -> Tensor:
+def predict_from_cache(
+    unet: Any,
+    x: Tensor,
+    time: Precomputed,
+    context: Precomputed,
+    residuals: Mapping[str, Any],
+    deep_features: Tensor,
+) -> Tensor:
     """Return the prediction by the first convolution, whose output is the last skip connection, and the last layer."""
     skip, block = repeat_to_batch(unet.conv_in(x), deep_features), unet.up_blocks[-1]
+    if residuals:
+        skip = skip + repeat_to_batch(residuals[RESIDUALS[0]][0], deep_features)
     h = unet.merge_skip(deep_features.clone(), skip, len(unet.up_blocks) - 1)
     h = block.layer(len(block.resnets) - 1, h, time.value[-1], context.value[-1])
     return unet.conv_out(norm_act(unet.conv_norm_out, unet.conv_act, h)).contiguous()

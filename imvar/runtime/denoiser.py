@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..models import UNet2DConditionModel
 from ..models.conditioning import repeat_to_batch
 from ..models.ops import PackedWeights
+from ..models.validation import RESIDUALS
 from .deepcache import DeepCacheUNet
 from .guidance import ClassifierFreeGuidance, Predict
 from .precompute import Fingerprint, PrecomputedUNet, Runner
@@ -96,14 +98,21 @@ def make_predictor(
     runner: Runner = partial,
     packed: PackedWeights | None = None,
 ) -> Predict:
-    """Return the UNet as a function of latents and step, precomputed if it is imvar's own and unmodified."""
+    """Return the UNet as a function of latents and step, precomputed if it is imvar's own and unmodified.
+
+    The function takes further arguments of the UNet by name, such as the residuals of a ControlNet.
+    """
     if can_precompute(unet):
         if cache_interval > 1:
             return DeepCacheUNet(unet, timesteps, context, cache_interval, runner, packed)
         return PrecomputedUNet(unet, timesteps, context, runner, packed)
 
     def call_unet(x: Tensor, step: int, **more: Any) -> Tensor:
-        return unet(repeat_to_batch(x, context), timesteps[step], encoder_hidden_states=context, **more).sample
+        def repeat(t: Tensor) -> Tensor:
+            return repeat_to_batch(t, context) if len(t) == len(x) else t
+
+        more |= {name: tree_map_only(Tensor, repeat, more[name]) for name in RESIDUALS if name in more}
+        return unet(repeat(x), timesteps[step], encoder_hidden_states=context, **more).sample
 
     return call_unet
 

@@ -48,21 +48,6 @@ def predict(unet: Any, x: Tensor, time: Precomputed, context: Precomputed, more:
     return unet(x, time, context, **more).sample.contiguous()
 
 
-def fuse_qkv(unet: Any, context: Precomputed) -> Precomputed:
-    """Add the fused q/k/v weight of each transformer block's self-attention to the precomputed context."""
-
-    def fuse(transformer: Any, of_transformer: Precomputed) -> Precomputed:
-        blocks = zip(transformer.transformer_blocks, of_transformer.value, strict=True)
-        return Precomputed([of_block._replace(qkv=block.attn1.fused_qkv()) for block, of_block in blocks])
-
-    return Precomputed(
-        [
-            Precomputed([fuse(*pair) for pair in zip(block.transformers, of_block.value, strict=True)])
-            for block, of_block in zip(unet.blocks, context.value, strict=True)
-        ]
-    )
-
-
 def at_step(table: Any, step: int) -> Any:
     """Return what one step needs of what was precomputed for all timesteps (n,)."""
     if isinstance(table, Precomputed):
