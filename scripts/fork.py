@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imvar import StableDiffusionImageVariationPipeline, UNet2DConditionModel, replace_layers, set_attend
-from imvar.models import ResnetBlock, SelfAttention
+from imvar.models import CrossAttention, ResnetBlock, SelfAttention
 from imvar.models.unet_blocks import Transformer, TransformerBlock
 from imvar.outputs import SchedulerOutput
 
@@ -120,6 +120,72 @@ class ControlNetPipeline(StableDiffusionImageVariationPipeline):
         inputs = sample.repeat(len(context) // len(sample), 1, 1, 1), timestep, context
         down, mid = self.controlnet(*inputs, controlnet_cond=control.to(sample), return_dict=False)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+
+class ImagePromptAttention(CrossAttention):
+    """A second key/value branch, as in IP-Adapter (arXiv:2308.06721), for the last `tokens` tokens of the context."""
+
+    tokens, scale = 4, 1.0
+
+    def __init__(self, dim: int, context_dim: int, heads: int, **options: Any):
+        super().__init__(dim, context_dim, heads, **options)
+        self.to_k_ip, self.to_v_ip = (nn.Linear(context_dim, dim, bias=False) for _ in range(2))
+        nn.init.zeros_(self.to_v_ip.weight)  # changes nothing before training
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        context, image = encoder_hidden_states.tensor_split([-self.tokens], dim=1)
+        q, k, v = self.project_qkv(hidden_states, context)
+        k_ip, v_ip = self.split_heads(self.to_k_ip(image)), self.split_heads(self.to_v_ip(image))
+        return self.project_out(self.attend_heads(q, k, v) + self.scale * self.attend_heads(q, k_ip, v_ip))
+
+
+class RecordedAttention(CrossAttention):
+    """Attention maps, as in DAAM (arXiv:2210.04885): `layer.maps` has one (b, h, n, m) for each call."""
+
+    def attend_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        vars(self).setdefault("maps", []).append(torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, dim=-1))
+        return super().attend_heads(q, k, v)
+
+
+class ReferenceAttention(SelfAttention):
+    """Self-attention that also attends to what the same layer of another UNet received in its last call."""
+
+    source: ReferenceAttention | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        context = self.received = hidden_states
+        if self.source is not None:
+            context = torch.cat([hidden_states, self.source.received[:1].expand_as(hidden_states)], dim=1)
+        return super().forward(hidden_states, context, **options)
+
+
+def connect_reference(unet: nn.Module, reference: nn.Module) -> None:
+    """Let `unet` attend to what `reference`, of the same architecture, received in its last call."""
+    for model in (unet, reference):
+        replace_layers(model, SelfAttention, ReferenceAttention.from_layer)
+    for layer, other in zip(unet.modules(), reference.modules(), strict=True):
+        if isinstance(layer, ReferenceAttention):
+            vars(layer)["source"] = other  # not as a child module, which would be saved with this UNet
+
+
+def train_lora(unet: Any, scheduler: Any, latents: Tensor, context: Tensor, steps: int = 2) -> dict[str, Tensor]:
+    """Train an adapter by peft on latents (b, 4, h, w) and contexts (b, 1, c); return its weights.
+
+    `pipe.save_lora_weights(folder, unet_lora_layers=...)` writes them for imvar and for diffusers.
+    """
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    optimizer = torch.optim.AdamW((p for p in unet.parameters() if p.requires_grad), lr=1e-3)
+    for _ in range(steps):
+        t, noise = torch.randint(1000, (len(latents),)), torch.randn_like(latents)
+        is_velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(latents, noise, t) if is_velocity else noise
+        loss = F.mse_loss(unet(scheduler.add_noise(latents, noise, t), t, context).sample, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return get_peft_model_state_dict(unet)
 
 
 class MotionTransformer(Transformer):
