@@ -8,6 +8,7 @@ replaced, and sliced only if it has an attribute `sliceable = True`: it computes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Self
 
@@ -16,10 +17,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from ..checks import check_int
+from ..checks import check_int, check_type
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from .conditioning import Precomputed
-from .layers import CallableSlots, adapt_new, refuse_unsupported
+from .layers import CallableSlots, Replacement, adapt_new, refuse_unsupported
 from .ops import Attend, GroupNorm, Linear, SDPAKernel, attention, linear, sdpa
 from .stock import are_stock
 from .validation import check_attention_output
@@ -232,16 +233,28 @@ def attention_layers(model: nn.Module) -> list[Attention]:
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
-def set_attend(model: nn.Module, attend: Attend) -> None:
-    """Set the kernel of every attention layer of `model`: a function of q, k and v, or a module with weights."""
+def set_attend(model: nn.Module, attend: Attend, kind: type[Attention] = Attention, where: str = "*") -> Replacement:
+    """Set the kernel of attention layers of `model`: a function of q, k and v, or a module with weights.
+
+    `kind`: only layers of this class. `where`: only those whose names match, as in `replace_layers`. Returns the number
+    of layers, with `undo()`.
+    """
     if not isinstance(model, nn.Module):
         raise invalid(InputTypeError, "model", "a module", describe(model))
     if not callable(attend):
         raise invalid(InputTypeError, "attend", "a function of q, k and v", short_repr(attend))
-    if not (layers := attention_layers(model)):
-        raise invalid(InputError, "model", "a model with imvar's attention layers", type(model).__name__)
-    for layer in layers:
-        layer.attend = attend
+    if not isinstance(kind, type) or not issubclass(kind, Attention):
+        raise invalid(InputTypeError, "kind", "a class of attention layers", short_repr(kind))
+    check_type("where", where, str)
+    places: list[tuple[nn.Module, str, Any]] = [
+        (layer, "attend", vars(layer).get("attend") or layer._modules.get("attend"))
+        for name, layer in model.named_modules()
+        if isinstance(layer, kind) and fnmatchcase(name, where)
+    ]
+    if not places:
+        expected = f"a model with layers of class {kind.__name__} at {where!r}"
+        raise invalid(InputError, "model", expected, type(model).__name__)
+    return Replacement.of(places, [attend] * len(places))
 
 
 class AttentionMixin:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import FLOAT_DTYPES
+from ..checks import FLOAT_DTYPES, check_type
 from ..errors import InputError, InputTypeError, invalid, short_repr
 from .conditioning import Precomputed, repeat_to_batch
 from .ops import Conv2d, GroupNorm, Linear, gelu_gate, norm_act, upsample_conv
@@ -180,12 +181,35 @@ def refuse_unsupported(owner: str, **arguments: Any) -> None:
             raise invalid(InputError, name, "None", short_repr(value), f"{owner} does not support it")
 
 
-def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module]) -> int:
-    """Replace every layer of class `old` in `model` by `make(layer)`; return in how many places there was one.
+class Replacement(int):
+    """In how many places layers or kernels were replaced; `undo()` puts the previous ones back."""
+
+    previous: list[tuple[nn.Module, str, Any]]
+
+    @classmethod
+    def of(cls, previous: list[tuple[nn.Module, str, Any]], values: Iterable[Any]) -> Self:
+        """Set an attribute of each module to a value; `previous` has the modules, the names and the old values."""
+        for (module, name, _), value in zip(previous, values, strict=True):
+            setattr(module, name, value)
+        replacement = cls(len(previous))
+        replacement.previous = previous
+        return replacement
+
+    def undo(self) -> None:
+        for module, name, value in self.previous:
+            if value is None:  # there was only that of the class
+                delattr(module, name)
+            else:
+                setattr(module, name, value)
+
+
+def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module], where: str = "*") -> Replacement:
+    """Replace every layer of class `old` in `model` by `make(layer)`; return in how many places, to undo it.
 
     It works on loaded weights: `make` takes what it needs from the layer. What is new in its result gets the layer's
-    mode, and the device and dtype of its weights. A layer that is shared by several places stays shared. Raises
-    `InputTypeError` for other types, and then replaces nothing.
+    mode, and the device and dtype of its weights. A layer that is shared by several places stays shared. `where`: a
+    pattern of names as in `named_modules`, such as "up_blocks.1.*". Raises `InputTypeError` for other types, and then
+    replaces nothing.
     """
     if not isinstance(model, nn.Module):
         raise invalid(InputTypeError, "model", "a module", short_repr(model))
@@ -193,11 +217,12 @@ def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Mo
         raise invalid(InputTypeError, "old", "a class of layers", short_repr(old))
     if not callable(make):
         raise invalid(InputTypeError, "make", "a function from a layer to its replacement", short_repr(make))
-    places = [
+    check_type("where", where, str)
+    places: list[tuple[nn.Module, str, Any]] = [
         (parent, name, child)
-        for parent in model.modules()
+        for path, parent in model.named_modules()
         for name, child in parent._modules.items()
-        if isinstance(child, old)
+        if isinstance(child, old) and fnmatchcase(f"{path}.{name}".removeprefix("."), where)
     ]
     default, made = first_weight(model), {}
     for layer in dict.fromkeys(child for _, _, child in places):
@@ -206,9 +231,7 @@ def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Mo
             got = f"{short_repr(new)} for a {type(layer).__name__}"
             raise invalid(InputTypeError, "make", "a function that returns a module", got)
         adapt_new(new, layer, default)
-    for parent, name, child in places:
-        setattr(parent, name, made[child])
-    return len(places)
+    return Replacement.of(places, [made[child] for _, _, child in places])
 
 
 def adapt_new(new: nn.Module, old: nn.Module, default: Tensor | None = None) -> None:

@@ -103,7 +103,7 @@ class Call:
         """Check the approximations, of which DeepCache runs layers of an unmodified UNet one by one."""
         self.cache_interval = check_int("cache_interval", self.cache_interval)
         if self.cache_interval > 1 and not cacheable:
-            hint = "above 1 it requires imvar's own UNet2DConditionModel without custom layers, hooks or unet_kwargs"
+            hint = "above 1 it requires imvar's own UNet2DConditionModel without custom layers or hooks"
             raise invalid(InputError, "cache_interval", "1", str(self.cache_interval), hint)
         pair = self.guidance_interval
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:

@@ -218,7 +218,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         call.unmodified_unet = precomputable and not (adds_channels or self._overrides("predictor"))
         check_compatible(self.components, call.output_type, call.unmodified_unet)
         call.check_options(check_shape=not self._overrides("prepare_latents"))
-        call.check_intervals(precomputable and not self._overrides("unet_kwargs"))
+        call.check_intervals(precomputable)
         base, stages = StableDiffusionImageVariationPipeline, ("_encode_image", "unet_input", "unet_kwargs")
         methods = {stage: (getattr(type(self), stage), getattr(base, stage)) for stage in stages}
         call.conditions = conditions_by_stage(call.conditions, methods)

@@ -466,3 +466,48 @@ def test_a_subclass_may_add_a_config_field(tmp_path):
     assert Mine.from_pretrained(tmp_path).config.extra == 5
     with pytest.raises(TypeError, match="'extra'"):
         imvar.UNet2DConditionModel(extra=5)
+
+
+def mean_of_values(q, k, v):
+    return v.mean(dim=2, keepdim=True).expand_as(q)
+
+
+@torch.no_grad()
+def test_kernels_by_kind_and_place_are_undone(pipe):
+    before = predict(pipe.unet, tokens=2)
+    layers = {name: layer for name, layer in pipe.unet.named_modules() if isinstance(layer, SelfAttention)}
+    replacement = imvar.set_attend(pipe.unet, mean_of_values, kind=SelfAttention, where="up_blocks.*")
+    changed = {name for name, layer in layers.items() if layer.attend is mean_of_values}
+    assert changed == {name for name in layers if name.startswith("up_blocks.")}
+    assert replacement == len(changed) > 0
+    assert not torch.equal(predict(pipe.unet, tokens=2), before)
+    replacement.undo()
+    assert torch.equal(predict(pipe.unet, tokens=2), before)
+    assert all(layer.attend is imvar.sdpa for layer in layers.values())
+    with pytest.raises(imvar.InputError, match=r"model: expected .* at 'nowhere'"):
+        imvar.set_attend(pipe.unet, mean_of_values, where="nowhere")
+
+
+@torch.no_grad()
+def test_layers_by_place_are_undone(pipe):
+    before, layers = predict(pipe.unet), list(pipe.unet.modules())
+    replacement = imvar.replace_layers(
+        pipe.unet, ResnetBlock, lambda block: torch.nn.Sequential(block), where="mid_block.*"
+    )
+    assert replacement == 2
+    replacement.undo()
+    assert list(pipe.unet.modules()) == layers
+    assert torch.equal(predict(pipe.unet), before)
+
+
+def test_a_kernel_that_a_class_defines_returns(pipe):
+    class Mean(SelfAttention):
+        def attend(self, q, k, v):
+            return mean_of_values(q, k, v)
+
+    imvar.replace_layers(pipe.unet, SelfAttention, Mean.from_layer, where="mid_block.*")
+    layer = next(layer for layer in pipe.unet.modules() if isinstance(layer, Mean))
+    own, replacement = layer.attend, imvar.set_attend(pipe.unet, imvar.sdpa, kind=Mean)
+    assert layer.attend is imvar.sdpa
+    replacement.undo()
+    assert layer.attend == own
