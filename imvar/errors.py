@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 MAX_MESSAGE_LENGTH = 2000  # characters
+URL_USER = re.compile(r"(\bhttps?:/+)[^/@\s'\"]+@")  # pathlib leaves one slash
+URL_QUERY = re.compile(r"(\bhttps?:/[^?\s'\"]*)\?[^\s'\";]+")
 INTERNAL = (
     *(str(Path(module).resolve().parent) for module in (__file__, torch.__file__ or "")),
     contextlib.__file__,  # whose functions run the `with` blocks of imvar
@@ -110,7 +112,11 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters escaped, cut to `MAX_MESSAGE_LENGTH`: names from files are untrusted."""
+    """Return `text` without credentials in URLs, with control characters escaped, cut to `MAX_MESSAGE_LENGTH`.
+
+    Names from files are untrusted.
+    """
+    text = URL_QUERY.sub(r"\1?...", URL_USER.sub(r"\1...@", text))
     text = text if len(text) <= MAX_MESSAGE_LENGTH else f"{text[: MAX_MESSAGE_LENGTH - 200]} ... {text[-200:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 

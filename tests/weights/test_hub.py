@@ -4,6 +4,7 @@ Nothing is patched: what is tested is that imvar, huggingface_hub and its HTTP l
 """
 
 import json
+import re
 import shutil
 import socket
 
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import imvar
+import imvar.cli
 from tests.support.loopback_hub import environment, run, serve
 
 WEIGHTS = {
@@ -299,3 +302,21 @@ def assert_words(text, words):
     assert isinstance(text, str), text
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize("load", ["from_pretrained", "from_single_file"])
+@pytest.mark.parametrize("rest", ["x", "owner/name/blob/main/x.ckpt"])
+def test_credentials_in_a_link_are_not_shown(load, rest):
+    link = f"https://user:hf_SECRET@huggingface.co/{rest}?token=hf_QUERY&download=true"
+    with pytest.raises(imvar.CheckpointError) as error:
+        getattr(imvar.StableDiffusionImageVariationPipeline, load)(link)
+    assert "huggingface.co" in str(error.value)
+    assert not re.search("SECRET|QUERY|user", str(error.value))
+
+
+def test_credentials_in_a_link_are_not_shown_on_the_command_line(capsys, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    link = "https://user:hf_SECRET@huggingface.co/x?token=hf_QUERY"
+    assert imvar.cli.main(["vary", str(tmp_path / "photo.png"), "-o", str(tmp_path), "--checkpoint", link]) == 1
+    assert "huggingface.co" in (shown := capsys.readouterr().err)
+    assert not re.search("SECRET|QUERY", shown)
