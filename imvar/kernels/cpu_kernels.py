@@ -144,7 +144,9 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, packed: PackedWeights | None) -> T
     b, c, h, w = x.shape
     float32 = x.dtype == norm.weight.dtype == torch.float32
     if not (packed and float32 and is_plain_inference(x) and is_channels_last(x)):
-        return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        # F.group_norm refuses groups of one value, which a batch of both halves of guidance would hide from it
+        cudnn = torch.backends.cudnn.enabled
+        return torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, cudnn)
     n_parts = next(n for n in range(min(-(-h * w // MAX_PIXELS_PER_SUM), h), h + 1) if h % n == 0)
     statistics = [
         torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0))  # mean and variance: (2, c)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import imvar
 from imvar.config import to_jsonable
+from tests.reference.conftest import make_reference
 
 SCHEDULERS = ["PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler"]
 PAIRS = {"one image": (1, 1), "two of each of two": (2, 2), "three of one": (1, 3)}
@@ -343,3 +344,12 @@ def test_configs_are_equal(ours, ref):
         to_jsonable(ours.config).items()
         >= (index | {"feature_extractor": ["transformers", "CLIPImageProcessor"]}).items()
     )
+
+
+def test_an_image_of_one_latent_is_made_where_a_group_of_a_norm_has_one_channel(photo, tmp_path):
+    ref = make_reference(norm_num_groups=16, block_out_channels=(16, 16))
+    ref.save_pretrained(tmp_path)
+    ours = imvar.StableDiffusionImageVariationPipeline.from_pretrained(tmp_path)
+    options = {"height": 8, "width": 8, "num_inference_steps": 2, "guidance_scale": 3, "output_type": "np"}
+    images = [pipe(photo, generator=seeded(), **options).images for pipe in (ref, ours)]
+    assert np.abs(images[0] - images[1]).max() < 1e-4
