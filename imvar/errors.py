@@ -46,6 +46,10 @@ class InputTypeError(InputError, TypeError):
     """An argument has a type that is not supported."""
 
 
+class NoMethodError(InputTypeError, AttributeError):
+    """A component lacks a method that is optional for components of its kind."""
+
+
 class CheckpointError(ImvarError, OSError):
     """A checkpoint cannot be found, read, written or used.
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -23,7 +23,7 @@ from ..atomic.file import write_text
 from ..atomic.folder import atomic_folder, break_hard_links, read_consistently
 from ..checks import as_device, as_path, check_int, check_type, parse_to_args
 from ..config import Config
-from ..errors import InputError, InputTypeError, describe, in_checkpoint, invalid, short_repr, warn_user
+from ..errors import InputError, InputTypeError, NoMethodError, describe, in_checkpoint, invalid, short_repr, warn_user
 from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
 from ..models.stock import is_unmodified, top_package
@@ -389,22 +389,28 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
 
     # Settings of the models
 
+    def _configure(self, names: Sequence[str], method: str, *args: Any, **options: Any) -> None:
+        """Call a method of each of these components that has it. Raises `NoMethodError` if none has."""
+        components = [component for name in names if hasattr(component := self.components[name], method)]
+        if not components:
+            raise invalid(NoMethodError, names[0], f"a component with {method}", describe(self.components[names[0]]))
+        for component in components:
+            getattr(component, method)(*args, **options)
+
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Compute the UNet's attention for a few heads at a time: "auto" half, "max" one, a number, or None for all."""
-        self.components["unet"].set_attention_slice(slice_size)
+        self._configure(["unet"], "set_attention_slice", slice_size)
 
     def disable_attention_slicing(self) -> None:
-        self.components["unet"].set_attention_slice(None)
+        self._configure(["unet"], "set_attention_slice", None)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: SDPBackend | Attend | None = None) -> None:
-        """Use PyTorch's memory-efficient attention in UNet and autoencoder, or `attention_op`."""
+        """Use PyTorch's memory-efficient attention, or `attention_op`, in UNet and autoencoder, where they have it."""
         kernel = memory_efficient(attention_op)
-        for name in ("unet", "vae"):
-            self.components[name].enable_xformers_memory_efficient_attention(kernel)
+        self._configure(["unet", "vae"], "enable_xformers_memory_efficient_attention", kernel)
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        for name in ("unet", "vae"):
-            self.components[name].disable_xformers_memory_efficient_attention()
+        self._configure(["unet", "vae"], "disable_xformers_memory_efficient_attention")
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
         """Do nothing: see `fuse_qkv_projections` of the models."""
@@ -414,24 +420,24 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Merge the UNet's skip connections by FreeU (arXiv:2309.11497)."""
-        self.components["unet"].enable_freeu(s1=s1, s2=s2, b1=b1, b2=b2)
+        self._configure(["unet"], "enable_freeu", s1=s1, s2=s2, b1=b1, b2=b2)
 
     def disable_freeu(self) -> None:
-        self.components["unet"].disable_freeu()
+        self._configure(["unet"], "disable_freeu")
 
     def enable_vae_slicing(self) -> None:
         """Decode a batch one image at a time."""
-        self.components["vae"].enable_slicing()
+        self._configure(["vae"], "enable_slicing")
 
     def disable_vae_slicing(self) -> None:
-        self.components["vae"].disable_slicing()
+        self._configure(["vae"], "disable_slicing")
 
     def enable_vae_tiling(self) -> None:
         """Decode large images in overlapping tiles, which changes them a little."""
-        self.components["vae"].enable_tiling()
+        self._configure(["vae"], "enable_tiling")
 
     def disable_vae_tiling(self) -> None:
-        self.components["vae"].disable_tiling()
+        self._configure(["vae"], "disable_tiling")
 
     # Progress bar
 
