@@ -6,6 +6,7 @@ Each takes the name of what it checks, for the error message.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 import os
@@ -235,6 +236,12 @@ def check_same_shape(name: str, value: Any, other: str, like: Tensor) -> None:
     check_device(name, value, other, like)
     if value.shape != like.shape:
         raise invalid(InputError, name, expected, describe(value))
+
+
+def takes_argument(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a function has a parameter of this name, or takes any."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def validated(check: Callable[..., None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -104,6 +104,7 @@ class Call:
         self.cache_interval = check_int("cache_interval", self.cache_interval)
         if self.cache_interval > 1 and not cacheable:
             hint = "above 1 it requires imvar's own UNet2DConditionModel without custom layers or hooks"
+            hint += ", and a predictor that takes it"
             raise invalid(InputError, "cache_interval", "1", str(self.cache_interval), hint)
         pair = self.guidance_interval
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -122,8 +123,8 @@ class Call:
             raise invalid(InputError, "seed", "seed or latents", "both", hint)
 
 
-def check_image_and_size(image: Any, height: int, width: int, callback_steps: int, factor: int) -> None:
-    """Check the type of the images, the size in pixels, a multiple of `factor`, and the callback's interval."""
+def check_images(image: Any) -> None:
+    """Check the type of the images."""
     images = image if isinstance(image, (list, tuple)) else [image]
     if not images:
         raise invalid(InputTypeError, "image", "at least one image", "an empty list")
@@ -140,6 +141,10 @@ def check_image_and_size(image: Any, height: int, width: int, callback_steps: in
             raise invalid(InputError, name, "one image", f"a batch of shape {tuple(element.shape)}", key="image")
     if isinstance(image, Tensor):
         check_normalized(image)
+
+
+def check_size_and_interval(height: int, width: int, callback_steps: int, factor: int) -> None:
+    """Check the size in pixels, a multiple of `factor`, and the callback's interval."""
     for name, size in ("height", height), ("width", width):
         number = as_number(size, operator.index)
         if number is None or not factor <= number <= MAX_SIDE or number % factor:

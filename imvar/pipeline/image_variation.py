@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_float
+from ..checks import check_float, takes_argument
 from ..errors import ImvarError, InputError, InputTypeError, describe, invalid, warn_user
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_uint8
 from ..models.ops import PackedWeights
@@ -23,7 +23,14 @@ from ..outputs import StableDiffusionPipelineOutput
 from ..runtime.denoiser import Denoiser, can_precompute, dtype_of, make_predictor
 from ..runtime.guidance import Predict
 from ..weights.published_config import has_legacy_sample_size
-from .arguments import Call, check_callback_effects, check_image_and_size, check_latents, rename_argument
+from .arguments import (
+    Call,
+    check_callback_effects,
+    check_images,
+    check_latents,
+    check_size_and_interval,
+    rename_argument,
+)
 from .base import PipelineBase
 from .components import (
     FeatureExtractorLike,
@@ -185,9 +192,9 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                             shape = x.shape
                             check_callback_effects(call.callback(i // order, timesteps[i], x), x, shape)
                             if not self._offload:
-                                check_devices(required_components(self.components, call.output_type), may_differ=True)
+                                check_devices(self._used_components(call.output_type), may_differ=True)
                             if denoiser.refresh():
-                                check_components(required_components(self.components, call.output_type))
+                                check_components(self._used_components(call.output_type))
                                 x = x.to(denoiser.context.dtype)
             dtype = denoiser.context.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
@@ -200,16 +207,16 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
 
     def check_call(self, call: Call) -> None:
         """Check the components and arguments of a call, and convert the arguments in place."""
-        components = required_components(self.components, call.output_type)
+        components = self._used_components(call.output_type)
         check_components(components)
         if not self._offload:
             check_devices(components)
-        if isinstance(call.image, Tensor) and call.image.ndim == 3:
+        if isinstance(call.image, Tensor) and call.image.ndim == 3 and not self._overrides("_encode_image"):
             call.image = call.image[None]
         call.height, call.width = self.default_size(call.height, call.width)
         self.check_inputs(call.image, call.height, call.width, call.callback_steps)
         call.check_numbers()
-        images = len(call.image) if isinstance(call.image, (list, tuple, Tensor)) else 1
+        images = len(call.image) if isinstance(call.image, (list, tuple, Tensor, np.ndarray)) else 1
         batch = images * call.num_images_per_prompt
         adds_channels = self._overrides("unet_input")
         channels = self.unet.config.out_channels if adds_channels else self.unet.config.in_channels
@@ -218,7 +225,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         call.unmodified_unet = precomputable and not (adds_channels or self._overrides("predictor"))
         check_compatible(self.components, call.output_type, call.unmodified_unet)
         call.check_options(check_shape=not self._overrides("prepare_latents"))
-        call.check_intervals(precomputable)
+        call.check_intervals(precomputable and takes_argument(self.predictor, "cache_interval"))
         base, stages = StableDiffusionImageVariationPipeline, ("_encode_image", "unet_input", "unet_kwargs")
         methods = {stage: (getattr(type(self), stage), getattr(base, stage)) for stage in stages}
         call.conditions = conditions_by_stage(call.conditions, methods)
@@ -226,8 +233,14 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         call.device = self._execution_device if on_execution_device else device_of(components, self.device)
 
     def _overrides(self, method: str) -> bool:
-        """Return whether a subclass overrides a method of this class."""
-        return getattr(type(self), method) is not getattr(StableDiffusionImageVariationPipeline, method)
+        """Return whether a subclass or this instance overrides a method of this class."""
+        own = getattr(getattr(self, method), "__func__", None)
+        return own is not getattr(StableDiffusionImageVariationPipeline, method)
+
+    def _used_components(self, output_type: Any) -> dict[str, Any]:
+        """Return the components that a call checks; a subclass with its own `_encode_image` may need no encoder."""
+        components = required_components(self.components, output_type)
+        return {n: c for n, c in components.items() if n != "image_encoder" or not self._overrides("_encode_image")}
 
     def default_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in pixels, by default those that the UNet was trained at."""
@@ -247,7 +260,9 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
 
     def check_inputs(self, image: Any, height: int, width: int, callback_steps: int) -> None:
         """Raise `InputError` for an image, a size or an interval that is not supported."""
-        check_image_and_size(image, height, width, callback_steps, factor=max(8, self.vae_scale_factor))
+        if not self._overrides("_encode_image"):
+            check_images(image)
+        check_size_and_interval(height, width, callback_steps, factor=max(8, self.vae_scale_factor))
 
     def prepare_scheduler(self, call: Call) -> tuple[SchedulerLike, Any, dict[str, Any]]:
         """Set the timesteps of this call, and return its scheduler, these, and the options of each step."""
@@ -268,7 +283,11 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
     def _encode_image(
         self, image: Any, device: torch.device, num_images_per_prompt: int, do_classifier_free_guidance: bool
     ) -> Tensor:
-        """Return the context of the UNet, (b n, 1, c); under guidance (2 b n, 1, c), first zeros."""
+        """Return the context of the UNet, (b n, 1, c); under guidance (2 b n, 1, c), first zeros.
+
+        A subclass that overrides this receives `image` unchecked, may do without `image_encoder`, and may return any
+        number of tokens m: (b n, m, c) or (2 b n, m, c). b is the length of a list, tensor or array, 1 otherwise.
+        """
         if not isinstance(image, Tensor):
             if self.feature_extractor is None:
                 hint = "or pass a tensor of normalized pixels as `image`"
@@ -327,7 +346,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
     ) -> Predict:
         """Return the UNet as a function of scaled latents (b n, 4, h, w) and a step: a prediction for each context.
 
-        The denoiser runs what this returns; a subclass may wrap it or return another function.
+        The denoiser runs what this returns; a subclass may wrap it or return another function, and leave out the last
+        two parameters.
         """
         return make_predictor(self.unet, timesteps, context, cache_interval, self.runner, packed)
 
@@ -377,9 +397,12 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         batch = max(MAX_DECODE_PIXELS // (height * width), 1) if unmodified else len(latents)
         batches = [run(part) for part in latents.split(batch)]
         images = batches[0] if len(batches) == 1 else torch.cat(batches)
-        if unmodified and images.shape[2:] != (height, width):
+        if images.shape[2:] != (height, width):
             hint = f"use one that decodes a latent to {self.vae_scale_factor} x {self.vae_scale_factor} pixels"
-            raise invalid(InputError, "vae", f"images of {(height, width)}", f"{tuple(images.shape[2:])}", hint)
+            error = invalid(InputError, "vae", f"images of {(height, width)}", f"{tuple(images.shape[2:])}", hint)
+            if unmodified:
+                raise error
+            warn_user(str(error))  # as in diffusers, a custom one may have its own scale
         return images
 
     def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[bool] | None]:

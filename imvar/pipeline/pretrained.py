@@ -45,7 +45,7 @@ def read_components(
             raise invalid(CheckpointError, folder / INDEX, "a library and a class", got, hint, key=name)
     return {
         name: read_component(folder, name, value, dtypes, disable_mmap, **reading)
-        if name in required or isinstance(value, list)
+        if name in required or name in PARTS or (parameters[name].default is None and is_class_entry(value))
         else read_setting(folder, name, value, parameters[name].default)
         for name, value in index.items()
         if name not in overrides
@@ -66,7 +66,7 @@ def read_component(
     """Return the component that `model_index.json` lists as `value`. Class names are looked up, never imported."""
     if value is None:
         return None
-    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, str) for entry in value):
+    if not is_class_entry(value):
         classes = ", ".join(PARTS.get(name, {})) or "(none)"
         expected = f"a library and one of the classes {classes}"
         raise invalid(CheckpointError, folder / INDEX, expected, short_repr(value), key=name)
@@ -81,6 +81,11 @@ def read_component(
     if reading["variant"] and folder.is_dir():  # without it if the folder has no files of it
         reading["variant"] = select_weights([path.name for path in folder.iterdir()], kind, **reading)[1]
     return kind.read(folder, dtype=dtypes[name], disable_mmap=disable_mmap, **reading)
+
+
+def is_class_entry(value: Any) -> bool:
+    """Return whether an entry of `model_index.json` is a library and a class."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(entry, str) for entry in value)
 
 
 def read_setting(folder: Path, name: str, value: Any, default: Any) -> Any:

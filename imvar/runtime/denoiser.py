@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..checks import takes_argument
 from ..models import UNet2DConditionModel
 from ..models.conditioning import repeat_to_batch
 from ..models.ops import PackedWeights
@@ -42,7 +43,8 @@ class Denoiser:
 
         Args:
             unet: returns the UNet in use now.
-            predictor: builds a predictor from timesteps, a context and, by name, `cache_interval` and `packed`.
+            predictor: builds a predictor from timesteps, a context and, by name, if it takes them,
+                `cache_interval` and `packed`.
             timesteps: (n,), those of the steps.
             context: (b, m, c); under guidance (2 b, m, c), the unconditional one first.
             guidance_scale: None for no guidance.
@@ -76,7 +78,9 @@ class Denoiser:
         """Build the predictors from the UNet in use now."""
         steps = len(self.timesteps)
         packed = PackedWeights(steps)  # shared by both predictors of guidance
-        make = partial(self.predictor, self.timesteps, cache_interval=self.cache_interval, packed=packed)
+        options = {"cache_interval": self.cache_interval, "packed": packed}
+        options = {name: value for name, value in options.items() if takes_argument(self.predictor, name)}
+        make = partial(self.predictor, self.timesteps, **options)
         guided_steps = range(*(round(fraction * steps) for fraction in self.guidance_interval))
         if self.guidance_scale is None:
             self.predict: Predict = make(self.context)
