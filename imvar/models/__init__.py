@@ -7,6 +7,7 @@ from .layers import ResnetBlock, replace_layers
 from .ops import sdpa
 from .safety import CLIPConfig, StableDiffusionSafetyChecker
 from .unet import UNet2DConditionModel
+from .unet_blocks import Transformer, TransformerBlock, concat_skip
 from .vae import AutoencoderKL
 
 __all__ = [
@@ -21,7 +22,10 @@ __all__ = [
     "ResnetBlock",
     "SelfAttention",
     "StableDiffusionSafetyChecker",
+    "Transformer",
+    "TransformerBlock",
     "UNet2DConditionModel",
+    "concat_skip",
     "replace_layers",
     "sdpa",
     "set_attend",

@@ -252,7 +252,9 @@ def set_attend(model: nn.Module, attend: Attend, kind: type[Attention] = Attenti
         if isinstance(layer, kind) and fnmatchcase(name, where)
     ]
     if not places:
-        expected = f"a model with layers of class {kind.__name__} at {where!r}"
+        expected = "a model with imvar's attention layers"
+        if attention_layers(model):
+            expected = f"a model with layers of class {kind.__name__} at {where!r}"
         raise invalid(InputError, "model", expected, type(model).__name__)
     return Replacement.of(places, [attend] * len(places))
 

@@ -198,7 +198,8 @@ class Replacement(int):
     def undo(self) -> None:
         for module, name, value in self.previous:
             if value is None:  # there was only that of the class
-                delattr(module, name)
+                module._modules.pop(name, None)
+                vars(module).pop(name, None)
             else:
                 setattr(module, name, value)
 
@@ -208,8 +209,8 @@ def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Mo
 
     It works on loaded weights: `make` takes what it needs from the layer. What is new in its result gets the layer's
     mode, and the device and dtype of its weights. A layer that is shared by several places stays shared. `where`: a
-    pattern of names as in `named_modules`, such as "up_blocks.1.*". Raises `InputTypeError` for other types, and then
-    replaces nothing.
+    pattern of names as in `named_modules`, such as "up_blocks.1.*". Raises `InputError` for a pattern that matches no
+    module and for other types, and then replaces nothing.
     """
     if not isinstance(model, nn.Module):
         raise invalid(InputTypeError, "model", "a module", short_repr(model))
@@ -218,12 +219,17 @@ def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Mo
     if not callable(make):
         raise invalid(InputTypeError, "make", "a function from a layer to its replacement", short_repr(make))
     check_type("where", where, str)
-    places: list[tuple[nn.Module, str, Any]] = [
-        (parent, name, child)
-        for path, parent in model.named_modules()
+    paths = list(model.named_modules(remove_duplicate=False))
+    if not any(fnmatchcase(path, where) for path, _ in paths):
+        expected = "a pattern that matches a name of named_modules(), such as 'up_blocks.1.*'"
+        raise invalid(InputError, "where", expected, short_repr(where))
+    found = {
+        (parent, name): child
+        for path, parent in paths
         for name, child in parent._modules.items()
         if isinstance(child, old) and fnmatchcase(f"{path}.{name}".removeprefix("."), where)
-    ]
+    }
+    places: list[tuple[nn.Module, str, Any]] = [(*place, child) for place, child in found.items()]
     default, made = first_weight(model), {}
     for layer in dict.fromkeys(child for _, _, child in places):
         made[layer] = new = make(layer)  # type: ignore[arg-type]

@@ -264,6 +264,14 @@ SETTINGS = {
         imvar.UNet2DConditionModel.from_config(DDIMScheduler().config)
     ),
     "attend: expected a function of q, k and v, got None": lambda p: imvar.set_attend(p.unet, None),
+    "kind: expected a class of attention layers, got 'x'": lambda p: imvar.set_attend(p.unet, imvar.sdpa, "x"),
+    "model: expected a model with layers of class PixelAttention at '*', got UNet2DConditionModel": lambda p: (
+        imvar.set_attend(p.unet, imvar.sdpa, kind=imvar.models.PixelAttention)
+    ),
+    "where: expected a pattern that matches a name of named_modules(), such as 'up_blocks.1.*', got 'up.*'": (
+        lambda p: imvar.replace_layers(p.unet, torch.nn.Linear, lambda layer: layer, where="up.*")
+    ),
+    "where: expected a string, got 3": lambda p: imvar.replace_layers(p.unet, torch.nn.Linear, lambda layer: layer, 3),
     "model: expected a module, got str": lambda p: imvar.set_attend("unet", imvar.sdpa),
     "old: expected a class of layers, got 'x'": lambda p: imvar.replace_layers(p.unet, "x", lambda layer: layer),
     "make: expected a function that returns a module, got None for a Linear": lambda p: imvar.replace_layers(

@@ -111,6 +111,70 @@ def test_replace_layers_replaces_every_layer_of_a_class(pipe):
     assert imvar.replace_layers(pipe.unet, torch.nn.LSTM, lambda layer: layer) == 0
 
 
+class QKNormAttention(SelfAttention):
+    """Normalized queries and keys (arXiv:2010.04245)."""
+
+    def __init__(self, *args, **sizes):
+        super().__init__(*args, **sizes)
+        self.norm_q, self.norm_k = (torch.nn.RMSNorm(self.dim // self.heads, eps=1e-6) for _ in range(2))
+
+    def project_qkv(self, hidden_states, context):
+        q, k, v = super().project_qkv(hidden_states, context)
+        return self.norm_q(q), self.norm_k(k), v
+
+
+class Decoupled(CrossAttention):
+    def __init__(self, *args, tokens=1, **sizes):
+        super().__init__(*args, **sizes)
+        self.tokens = tokens
+
+
+def test_an_undo_puts_kernels_with_weights_and_those_of_classes_back(pipe):
+    layers = attention_layers(pipe.unet)
+    imvar.set_attend(pipe.unet, kernel := Tempered(2.0), kind=CrossAttention)
+    layers[0].__class__ = Halved
+    del layers[0].attend
+    replacements = imvar.set_attend(pipe.unet, HeadScales()), imvar.set_attend(pipe.unet, imvar.sdpa, CrossAttention)
+    assert replacements == (8, 4)
+    for replacement in reversed(replacements):
+        replacement.undo()
+    assert layers[0].attend is Halved.attend
+    assert all((layer.attend is kernel) == isinstance(layer, CrossAttention) for layer in layers)
+    assert not any("scales" in name for name in pipe.unet.state_dict())
+
+
+def test_a_layer_is_found_by_each_of_its_names():
+    block = torch.nn.Sequential(torch.nn.SiLU())
+    model = torch.nn.ModuleDict({"a": block, "b": block, "c": torch.nn.Sequential(torch.nn.SiLU())})
+    assert imvar.replace_layers(model, torch.nn.SiLU, lambda layer: torch.nn.ReLU(), where="b.*") == 1
+    assert isinstance(block[0], torch.nn.ReLU)
+    assert isinstance(model["c"][0], torch.nn.SiLU)
+
+
+@torch.no_grad()
+def test_a_subclass_takes_the_weights_of_a_layer(pipe):
+    pipe.to(torch.bfloat16)
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.train()
+    layer.attend, layer.slice_size, x = Tempered(2.0), 1, torch.randn(2, 4, 32, dtype=torch.bfloat16)
+    new = QKNormAttention.from_layer(layer)
+    assert new.attend is layer.attend
+    assert new.training
+    assert new.slice_size == 1
+    assert new.to_q.weight is layer.to_q.weight
+    assert {p.dtype for p in (*new.norm_q.parameters(), *new.norm_k.parameters())} == {torch.bfloat16}
+    assert torch.equal(SelfAttention.from_layer(new)(x), layer(x))
+    halved = Halved.from_layer(layer)
+    assert "attend" not in halved._modules
+    assert torch.equal(SelfAttention.from_layer(halved)(x), halved(x))
+    cross = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    assert Decoupled.from_layer(cross, tokens=3).tokens == 3
+    pixels = pipe.vae.decoder.mid_block.attentions[0]
+    image = torch.randn(1, 16, 4, 4, dtype=torch.bfloat16)
+    assert torch.equal(type("Mine", (type(pixels),), {}).from_layer(pixels)(image), pixels(image))
+    with pytest.raises(imvar.InputTypeError, match="layer: expected an attention layer"):
+        QKNormAttention.from_layer(pipe.unet.conv_in)
+
+
 class Dropped(torch.nn.Module):
     """A layer around another, with dropout and weights of its own."""
 
