@@ -189,13 +189,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                     if i == len(timesteps) - 1 or (i >= warmup_steps and (i + 1) % order == 0):
                         bar.update()
                         if call.callback is not None and i % call.callback_steps == 0:
-                            shape = x.shape
-                            check_callback_effects(call.callback(i // order, timesteps[i], x), x, shape)
-                            if not self._offload:
-                                check_devices(self._used_components(call.output_type), may_differ=True)
-                            if denoiser.refresh():
-                                check_components(self._used_components(call.output_type))
-                                x = x.to(denoiser.context.dtype)
+                            x = self.run_callback(call, denoiser, i // order, timesteps[i], x)
             dtype = denoiser.context.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
 
@@ -350,6 +344,17 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         two parameters.
         """
         return make_predictor(self.unet, timesteps, context, cache_interval, self.runner, packed)
+
+    def run_callback(self, call: Call, denoiser: Denoiser, step: int, timestep: Any, latents: Tensor) -> Tensor:
+        """Run the callback of a call, rebuild the denoiser if it changed the UNet, and return the latents."""
+        shape = latents.shape
+        check_callback_effects(call.callback(step, timestep, latents), latents, shape)  # type: ignore[misc]
+        if not self._offload:
+            check_devices(self._used_components(call.output_type), may_differ=True)
+        if not denoiser.refresh():
+            return latents
+        check_components(self._used_components(call.output_type))
+        return latents.to(denoiser.context.dtype)
 
     def decode_and_judge(
         self,
