@@ -1,15 +1,15 @@
 """Output classes: fields are read by attribute, by key or by index, or unpacked with `to_tuple()`.
 
 As in diffusers and transformers, all but attribute access skip fields that are None. They also skip the fields that
-imvar adds (`ATTRIBUTE_ONLY`), so that code that unpacks the outputs of diffusers keeps working.
+imvar adds (`attribute_only`), so that code that unpacks the outputs of diffusers keeps working.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.utils._pytree import register_pytree_node
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ATTRIBUTE_ONLY = {"attribute_only": True}  # metadata of such a field
-
-
 class Output(dict[str, Any]):
     """Base of all outputs; subclasses are dataclasses.
 
@@ -31,6 +28,8 @@ class Output(dict[str, Any]):
     `type(output)(mapping)`, from a mapping or pairs of field names and values, is how accelerate and DataParallel
     rebuild one.
     """
+
+    attribute_only: ClassVar[tuple[str, ...]] = ()  # rather than metadata, which torch.compile cannot read
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -56,7 +55,7 @@ class Output(dict[str, Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if not self.__dataclass_fields__[name].metadata.get("attribute_only"):  # type: ignore[attr-defined]
+        if name not in self.attribute_only:
             super().pop(name, None) if value is None else super().__setitem__(name, value)
 
     def _refuse_change(self, *_: Any, **__: Any) -> Any:
@@ -89,10 +88,11 @@ class StableDiffusionPipelineOutput(Output):
     `bad_concepts`.
     """
 
+    attribute_only: ClassVar[tuple[str, ...]] = ("seeds", "scores")
     images: list[Image] | np.ndarray | Tensor
     nsfw_content_detected: list[bool] | None = None
-    seeds: list[int] | None = field(default=None, metadata=ATTRIBUTE_ONLY)
-    scores: list[dict[str, Any]] | None = field(default=None, metadata=ATTRIBUTE_ONLY)
+    seeds: list[int] | None = None
+    scores: list[dict[str, Any]] | None = None
 
 
 @dataclass(eq=False)

@@ -461,3 +461,13 @@ def test_upsampling_by_phases():
     kernels, out = polyphase.phase_kernels(conv.weight), torch.empty(2, 8, 10, 14)
     out = polyphase.upsample_conv_by_phases(x, kernels, conv.bias, out)
     assert torch.allclose(out, conv(F.interpolate(x, scale_factor=2.0, mode="nearest")), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@torch.no_grad()
+def test_torch_compile_of_the_unet_gives_one_graph(pipe, tokens):
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor(5), torch.randn(2, tokens, 24)
+    compiled = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(compiled(x, t, context).sample, pipe.unet(x, t, context).sample)
