@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
@@ -67,22 +68,22 @@ class Attention(CallableSlots, nn.Module):
         self.backend: Attend | None = None  # in place of the default kernel; takes precedence over slicing
 
     @property
+    def unsliced_kernel(self) -> Attend:
+        """The layer's own kernel; in place of the default one the backend, or what other code replaced it by."""
+        return self.attend if self.attend is not sdpa else self.backend or F.scaled_dot_product_attention
+
+    @property
     def custom_kernel(self) -> Attend | None:
         """The kernel, unless it is known to weigh the values by a softmax over the keys."""
-        kernel = self.backend or sdpa if self.attend is sdpa else self.attend
+        kernel = self.unsliced_kernel
         return None if kernel is sdpa or isinstance(kernel, SDPAKernel) else kernel
 
     @property
-    def is_sliceable(self) -> bool:
-        """Whether the kernel is known to compute each head of each sample on its own."""
-        return self.attend is sdpa or getattr(self.attend, "sliceable", False)
-
-    @property
     def kernel_in_use(self) -> Attend:
-        """The layer's own kernel, or the backend in place of the default one; sliced if slicing is on."""
-        if self.backend and self.attend is sdpa:
-            return self.backend
-        return sliced(self.slice_size, self.attend) if self.slice_size and self.is_sliceable else self.attend
+        """The kernel, sliced if slicing is on and it computes each head of each sample on its own."""
+        kernel = self.unsliced_kernel
+        sliceable = kernel is sdpa or getattr(kernel, "sliceable", False)
+        return sliced(self.slice_size, kernel) if self.slice_size and sliceable else kernel
 
     def split_heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
@@ -290,7 +291,8 @@ class AttentionMixin:
         layers = attention_layers(self)  # type: ignore[arg-type]
         for layer, size in zip(layers, slice_sizes(slice_size, [layer.heads for layer in layers]), strict=True):
             layer.slice_size = size
-        if whole := sum(layer.slice_size is not None and not layer.is_sliceable for layer in layers):
+        kernels = [(layer.custom_kernel, layer.kernel_in_use) for layer in layers if layer.slice_size]
+        if whole := sum(custom is not None and custom == kernel for custom, kernel in kernels):
             hint = "set sliceable = True on a kernel that computes each head on its own"
             warn_user(f"slice_size: {whole} of {len(layers)} attention layers keep a custom kernel unsliced; {hint}")
 

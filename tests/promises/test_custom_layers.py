@@ -283,3 +283,24 @@ def test_gradient_checkpointing_recomputes_every_block(pipe):
     assert unet.is_gradient_checkpointing
     unet.disable_gradient_checkpointing()
     assert not unet.is_gradient_checkpointing
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_replacement_of_torchs_attention_is_called(pipe, monkeypatch, tokens):
+    """As packages of faster attention kernels do it."""
+    generator, calls, attend = torch.Generator().manual_seed(0), [], F.scaled_dot_product_attention
+    x, context = (torch.randn(2, *shape, generator=generator) for shape in ((4, 8, 8), (tokens, 24)))
+    before = pipe.unet(x, 5, context).sample
+
+    def replacement(q, k, v, **options):
+        calls.append(q.shape)
+        return 0.5 * attend(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", replacement)
+    pipe.unet.set_attention_slice("max") if tokens > 1 else None
+    expected = pipe.unet(x, 5, context).sample
+    assert len(calls) == 8
+    assert not near(expected, before)
+    assert near(make_predictor(pipe.unet, TIMES, context)(x, 1), pipe.unet(x, TIMES[1], context).sample)
+    assert "replacement is a custom kernel" in pipe.unet.why_plain()[0]
