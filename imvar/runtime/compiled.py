@@ -18,6 +18,7 @@ from ..errors import InputError, first_line, invalid, short_repr, warn_user
 from ..kernels import autotune
 from ..models.attention import attention_layers
 from ..models.ops import executing, write_count
+from ..models.stock import IMVAR, top_package
 from ..oom import is_out_of_memory
 from .fp8 import Fp8Linear
 
@@ -36,8 +37,9 @@ class Compiler:
     `inputs` are tensors, also nested in lists and tuples; outputs are the caller's own. The function is compiled for
     each set of shapes, dtypes and devices at first use, and stays compiled for any values. On CUDA a call is then
     recorded as a CUDA graph, once per set, and again after weights or settings of the model were replaced. Where a
-    function cannot be compiled or recorded, a warning says why, once, and it runs eagerly. Threads may share a
-    compiler. `options` are those of `torch.compile`.
+    function cannot be compiled or recorded, a warning says why, once, and it runs eagerly. A custom merge, which may
+    count its calls, is recorded only if it has an attribute `precomputable = True`. Threads may share a compiler.
+    `options` are those of `torch.compile`.
     """
 
     def __init__(self, **options: Any):
@@ -61,7 +63,7 @@ class Compiler:
             for layer in model.modules():
                 if isinstance(layer, Fp8Linear):
                     layer.quantize_weight()  # which compiled code does not
-            if not any(p.is_cuda for p in model.parameters()):
+            if not any(p.is_cuda for p in model.parameters()) or not is_recordable(model):
                 return partial(self.run, function, model)
             if not all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4):
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # for tensor cores
@@ -163,6 +165,12 @@ def is_same_tensor(tensor: Tensor, last: Callable[[], Tensor | None], count: int
 def warn_fallback(verb: str, error: Exception) -> None:
     reason = shorten(f"{type(error).__name__}: {error}", 200)
     warn_user(f"compile: cannot {verb} this model on this machine, so it runs without: {reason}")
+
+
+def is_recordable(model: nn.Module) -> bool:
+    """Return whether a replay is the same as a call, which a custom merge that counts its calls prevents."""
+    merge = getattr(model, "merge", None)
+    return merge is None or top_package(merge) == IMVAR or getattr(merge, "precomputable", False)
 
 
 def graph_key(model: nn.Module) -> tuple[Any, ...]:

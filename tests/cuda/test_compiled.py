@@ -167,3 +167,19 @@ def test_many_pictures_take_no_more_memory_than_the_unet(photo):
         pictures = pipe.decode(torch.randn(number, 4, 64, 64, device="cuda"))
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[2] <= peaks[1] + 2 * pictures.nbytes  # themselves, one by one and together
+
+
+def test_a_merge_that_counts_its_calls(photo):
+    images = []
+    for compiled_run in (False, True):
+        pipe, calls = tiny_pipeline().to("cuda"), []
+        if compiled_run:
+            pipe.compile(backend="eager")
+
+        def merge(h, skip, block, calls=calls):
+            calls.append(block)
+            return torch.cat([h, skip / len(calls)], dim=1)
+
+        pipe.unet.merge = merge
+        images.append(run(pipe, photo))
+    assert (images[0] - images[1]).abs().max() <= 1e-4

@@ -22,7 +22,9 @@ from imvar.kernels.sdpa_backends import CANDIDATES, SDPAKernel, sdpa
 from imvar.models.attention import SelfAttention
 from imvar.models.ops import Conv2d, executing, fastest
 from imvar.runtime import compiled
-from imvar.runtime.compiled import Compiler, CUDAGraphCall, graph_key, is_same_tensor
+from imvar.runtime.compiled import Compiler, CUDAGraphCall, graph_key, is_recordable, is_same_tensor
+from imvar.runtime.precompute import Fingerprint
+from tests.support.random_checkpoint import tiny_pipeline
 
 
 class Counting:
@@ -471,3 +473,44 @@ def test_torch_compile_of_the_unet_gives_one_graph(pipe, tokens):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(compiled(x, t, context).sample, pipe.unet(x, t, context).sample)
+
+
+class CountingMerge:
+    """A merge whose weight depends on how often it was called."""
+
+    calls = 0
+
+    def __call__(self, h, skip, block):
+        self.calls += 1
+        return torch.cat([h, skip / self.calls], dim=1)
+
+
+def test_graphs_depend_on_merges_and_are_not_recorded_of_those_that_may_count(pipe):
+    unet, keys = pipe.unet, set()
+    changes = [
+        lambda: None,
+        lambda: setattr(unet, "merge", CountingMerge()),
+        lambda: setattr(unet, "merge", CountingMerge()),
+        lambda: unet.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        lambda: unet.enable_freeu(0.9, 0.2, 1.2, 1.3),
+    ]
+    for change in changes:
+        fingerprint = Fingerprint(unet)
+        change()
+        assert fingerprint.differs_from(unet) == (change is not changes[0])
+        keys.add(graph_key(unet))
+        assert is_recordable(unet) == (change is changes[0])
+    assert len(keys) == len(changes)
+    unet.merge.precomputable = True
+    assert is_recordable(unet)
+    assert is_recordable(tiny_pipeline().vae)
+
+
+def test_a_merge_that_counts_and_is_set_in_a_callback(pipe, photo):
+    def images(pipe):
+        counting = CountingMerge()
+        return run(pipe, photo, callback=lambda i, t, x: setattr(pipe.unet, "merge", counting) if i == 1 else None)
+
+    plain, compiled_pipe = images(copy.deepcopy(pipe)), copy.deepcopy(pipe)
+    compiled_pipe.compile(backend="eager")
+    assert near(images(compiled_pipe), plain)
