@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .errors import OutOfMemoryError, first_line, invalid
+from .errors import ImvarError, OutOfMemoryError, first_line, invalid
 
 CALL_HINT = (
     "use fewer images at once (num_images_per_prompt, the list `image`), a smaller height and width, torch.float16 "
@@ -21,7 +21,7 @@ def explain_out_of_memory(hint: str = CALL_HINT) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+        if isinstance(error, ImvarError) or not is_out_of_memory(error):
             raise
         got = first_line(error) or type(error).__name__
         raise invalid(OutOfMemoryError, "out of memory", "enough memory for this call", got, hint) from error

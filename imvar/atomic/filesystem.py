@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -19,6 +20,8 @@ except ImportError:  # Windows
     fcntl = None
 
 AT_FDCWD, RENAME_EXCHANGE, RENAME_SWAP = -100, 2, 2
+ABSENT = errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL
+"""Errors for a path that leads to nothing; the last is that of Windows for names such as URLs."""
 LOCK_WARNING = 1  # seconds of waiting for a lock before a warning
 LOCK_TIMEOUT = 60  # seconds of waiting for a lock, while its owner writes nothing, before an error
 LOCK_INTERVAL = 0.01  # seconds between attempts to lock

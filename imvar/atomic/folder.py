@@ -19,6 +19,7 @@ from typing import TypeVar
 from ..errors import CheckpointError, invalid
 from .file import atomic_write, exclusive, explain_os_error, real_path, sync
 from .filesystem import (
+    ABSENT,
     contains_cwd,
     copy_ownership,
     copy_permissions,
@@ -215,8 +216,8 @@ def contents(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in (*folders, *files))
 
 
-def file_stamp(path: Path) -> FileStamp:
-    status = path.lstat()
+def file_stamp(path: Path, follow_links: bool = False) -> FileStamp:
+    status = os.stat(path, follow_symlinks=follow_links)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -275,6 +276,9 @@ def stamps(folder: Path, patterns: Sequence[str]) -> dict[Path, FileStamp]:
     """Return the stamps of the files that match, following symbolic links, of which the hub's cache consists."""
     out = {}
     for path in chain.from_iterable(map(folder.glob, patterns)):
-        with suppress(OSError, RuntimeError):  # removed, or a broken or circular link
-            out[path] = file_stamp(path.resolve())
+        try:
+            out[path] = file_stamp(path, follow_links=True)
+        except OSError as error:  # removed, or a broken or circular link
+            if error.errno not in ABSENT:
+                raise
     return out

@@ -24,6 +24,7 @@ from ..weights.mapped import copy_mapped, mapped_bytes
 from ..weights.model_index import INDEX, PARTS, class_named, default_class
 from ..weights.pretrained import PretrainedModel
 from ..weights.published_config import has_legacy_sample_size
+from ..weights.read_errors import explain_read_error, kind_of
 from ..weights.reading import read_weights
 from ..weights.single_file import EMA, RAW, PartTensors, SingleFile, detect_part
 
@@ -87,7 +88,7 @@ def checkpoint_stamps(paths: Iterable[Path]) -> dict[Path, FileStamp]:
     """Return the stamps of the files in these folders, and of these files, that an inspection reads."""
     out: dict[Path, FileStamp] = {}
     for path in paths:
-        if path.is_dir():
+        if kind_of(path) == "folder":
             places = ("", *(f"{name}/" for name in PARTS))
             out |= stamps(path, [f"{place}*{ending}" for place in places for ending in REPLACEABLE])
         else:
@@ -115,12 +116,14 @@ def inspect_checkpoint(
     source without a known part, and for an incomplete part, naming the tensor.
     """
     source = Path(source)
-    if source.is_dir():
-        inspection = inspect_folder(source, ema, config, only)
-    elif source.exists():
-        inspection = inspect_file(SingleFile.read(source), ema, config, only)
-    else:
+    kind = kind_of(source)
+    if kind is None:
         raise invalid(CheckpointError, source, "a file or folder", "nothing at this path")
+    with explain_read_error(source):
+        if kind == "folder":
+            inspection = inspect_folder(source, ema, config, only)
+        else:
+            inspection = inspect_file(SingleFile.read(source), ema, config, only)
     if not inspection.parts or (only and only not in inspection.parts):
         got = " and ".join(inspection.parts) or "none"
         raise invalid(CheckpointError, source, only or "a part of a checkpoint", got)

@@ -35,6 +35,7 @@ from ..weights.hub import locate
 from ..weights.model_index import INDEX, default_class, index_entry, index_text, unwrap
 from ..weights.options import READ_OPTIONS, filter_kwargs, loading_options, locate_config, resolve_ema, should_write
 from ..weights.pretrained import PretrainedModel
+from ..weights.read_errors import explain_read_error
 from .components import SchedulerLike, device_of
 from .lora import LoraPipelineMixin
 from .offload import Offload
@@ -149,7 +150,8 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
         reading = {"variant": variant, "use_safetensors": use_safetensors}
         folder = locate(pretrained_model_name_or_path, hub, lambda names: files_to_read(names, overrides, **reading))
         read = partial(read_components, folder, parameters, overrides, dtypes, disable_mmap, **reading)
-        components = read_consistently(folder, files_to_read(None, overrides, **reading), read)
+        with explain_read_error(folder):
+            components = read_consistently(folder, files_to_read(None, overrides, **reading), read)
         try:
             pipe = cls(**(components | overrides))
         except InputError as error:

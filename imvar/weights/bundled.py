@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError, InputError, invalid, short_repr
+from .read_errors import kind_of
 
 BUNDLED = ("imvar-emoji",)
 HOME = Path(__file__).resolve().parents[1] / "checkpoints"  # resolved, since some installers link each file
@@ -22,7 +23,7 @@ def bundled_checkpoint(name: str = BUNDLED[0], revision: str | None = None) -> P
         hint = f"{name} comes with imvar and has no other revisions"
         raise invalid(InputError, "revision", "None or 'main'", short_repr(revision), hint)
     folder = HOME / name
-    if not folder.is_dir():
+    if kind_of(folder) != "folder":
         hint = "install imvar again, unpacked"
         raise invalid(CheckpointError, folder, "a complete folder", "an incomplete installation", hint)
     return folder

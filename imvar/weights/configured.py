@@ -16,6 +16,7 @@ from .hub import Hub, locate
 from .json_files import read_json, safe_join
 from .model_index import DIFFUSERS_VERSION, PARTS, class_named, default_class
 from .options import SAVE_OPTIONS, filter_kwargs, loading_options, should_write
+from .read_errors import kind_of
 
 if TYPE_CHECKING:
     from .single_file import SingleFile
@@ -48,7 +49,7 @@ class ConfigFile:
         """
         hub, unused = loading_options(options, revision, cache_dir, local_files_only, token)
         path = as_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
-        if not os.path.isfile(path):
+        if kind_of(path) != "file":
             path = cls.locate_config_file(pretrained_model_name_or_path, subfolder, hub)
         if not return_unused_kwargs:
             filter_kwargs(unused, (), f"{cls.__name__}.load_config")
@@ -164,7 +165,7 @@ class ConfiguredComponent(ConfigFile, Configured):
         component alone; else from the metadata of the weights file.
         """
         path = file.path.with_name(cls.config_name) if folder is None else cls.find_config(folder)
-        is_neighbour = file.is_single_part and file.path.is_file() and path.is_file()
+        is_neighbour = file.is_single_part and kind_of(file.path) == kind_of(path) == "file"
         if folder is not None or (is_neighbour and not cls.foreign_class_name(read_json(path))):
             return read_json(path), path
         return (file.configs[cls.part], file.path) if cls.part in file.configs else None
@@ -173,7 +174,7 @@ class ConfiguredComponent(ConfigFile, Configured):
     def find_config(cls, folder: Path) -> Path:
         """Return this component's config file in `folder`, that of a checkpoint or of the component alone."""
         for place in (folder / cls.part, folder):
-            if (place / cls.config_name).is_file():
+            if kind_of(place / cls.config_name) == "file":
                 path = safe_join(place, cls.config_name)
                 if name := cls.foreign_class_name(read_json(path)):
                     raise invalid(CheckpointError, path, f"the config of the {cls.part}", f"that of a {name}")

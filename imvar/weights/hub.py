@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from ..checks import as_path, check_type
 from ..errors import CheckpointError, InputError, first_line, invalid
 from .bundled import BUNDLED, bundled_checkpoint
+from .read_errors import explain_read_error, kind_of
 
 FileSelector = Callable[[set[str]], list[str]]
 """Function from the names of all files in a repository to the names and patterns of those to fetch."""
@@ -57,13 +58,15 @@ def locate(source: str | Path, hub: Hub, select: FileSelector) -> Path:
     if isinstance(source, str) and not source:
         raise invalid(CheckpointError, "pretrained_model_name_or_path", EXPECTED, "an empty string")
     folder, name = as_path("pretrained_model_name_or_path", source), str(source).rstrip("/")
-    if os.path.isdir(folder):
-        if name in BUNDLED and next(folder.rglob("*.json"), None) is None:
-            got = "a folder without one, which hides the bundled checkpoint of its name"
-            hint = f"pass str(bundled_checkpoint({name!r})) or change the working directory"
-            raise invalid(CheckpointError, folder, "a checkpoint", got, hint)
+    kind = kind_of(folder)
+    if kind == "folder":
+        with explain_read_error(folder):
+            if name in BUNDLED and next(folder.rglob("*.json"), None) is None:
+                got = "a folder without one, which hides the bundled checkpoint of its name"
+                hint = f"pass str(bundled_checkpoint({name!r})) or change the working directory"
+                raise invalid(CheckpointError, folder, "a checkpoint", got, hint)
         return folder
-    if os.path.isfile(folder):
+    if kind == "file":
         raise invalid(CheckpointError, folder, "a folder", "a file", "from_single_file reads files")
     if name in BUNDLED:
         return bundled_checkpoint(name, hub.revision)
@@ -149,9 +152,10 @@ def hub_error(label: str, error: Exception, expected: str) -> CheckpointError:
 def locate_file(source: str | Path, hub: Hub) -> Path:
     """Return the path of a file: `source` itself, or a file on the hub given as a link or as "owner/name/file"."""
     path = as_path("pretrained_model_link_or_path", source)
-    if os.path.isfile(path):
+    kind = kind_of(path)
+    if kind == "file":
         return path
-    if os.path.isdir(path):
+    if kind == "folder":
         raise invalid(CheckpointError, source, "a file", "a folder", "from_pretrained reads folders")
     link = re.fullmatch(
         r"(?:https://(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/"

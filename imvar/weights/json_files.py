@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, describe, first_line, invalid
+from .read_errors import explain_read_error
 
 MAX_JSON_BYTES = 2**21  # of a config, an index or the header of a weights file; imvar's have 100,000 at most
 
@@ -59,7 +60,7 @@ def reject_substitute(magic: bytes, path: Path, expected: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or raise `CheckpointError` that says what it contains instead."""
     reject_substitute(read_magic(path), path, "a JSON file")
-    with path.open("rb") as file:
+    with explain_read_error(path), path.open("rb") as file:
         content = file.read(MAX_JSON_BYTES + 1)
     return parse_json(content, path)
 

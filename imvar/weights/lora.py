@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from ..errors import CheckpointError, InputError, InputTypeError, describe, inva
 from .hub import Hub, locate, names_in
 from .json_files import parse_json, read_json, safe_join
 from .keymap import Dialect, Keymap, Naming, abbreviate
+from .read_errors import explain_read_error, kind_of
 from .reading import read_metadata, read_tensors
 from .writing import is_finite, write_tensors
 
@@ -100,7 +100,7 @@ def find_adapter(
 ) -> Path:
     """Return the path of an adapter's file: `source` itself, or the file in this folder or hub repository."""
     path = as_path("pretrained_model_name_or_path_or_dict", source)
-    if os.path.isfile(path):
+    if kind_of(path) == "file":
         return path
     prefix = f"{subfolder}/" if check_type("subfolder", subfolder, str) else ""
     check_type("use_safetensors", use_safetensors, bool)
@@ -110,7 +110,8 @@ def find_adapter(
     folder = locate(
         source, hub, lambda names: [prefix + choose(names_in(names, prefix) or []), *names.intersection([config])]
     )
-    names = [file.name for file in (folder / prefix).iterdir()] if (folder / prefix).is_dir() else []
+    with explain_read_error(folder):
+        names = [file.name for file in (folder / prefix).iterdir()] if (folder / prefix).is_dir() else []
     try:
         return safe_join(folder / prefix, choose(names))
     except CheckpointError as error:
@@ -137,7 +138,7 @@ def adapter_config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
         return {key.removeprefix("unet."): value for key, value in config.items() if not TEXT_ENCODER.match(key)}
     if not any(key.startswith("base_model.model.") for key in tensors):
         return {}
-    if path.is_file() and path.with_name(PEFT_CONFIG).is_file():
+    if kind_of(path) == kind_of(path.with_name(PEFT_CONFIG)) == "file":
         return read_json(safe_join(path.parent, PEFT_CONFIG))
     if not any(key.endswith(".alpha") for key in tensors):
         warn_user(f"{path}: there is no {PEFT_CONFIG} next to it, so alpha is assumed to equal the rank")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from ..checks import Dtype, as_dtype, as_path, check_type
 from ..errors import InputError, InputTypeError, invalid, short_repr
 from .hub import Hub, locate
+from .read_errors import kind_of
 
 SAVE_OPTIONS = {"safe_serialization", "variant", "max_shard_size", "is_main_process", "save_function"}
 READ_OPTIONS = {"use_safetensors", "low_cpu_mem_usage"}  # no effect on single files
@@ -57,7 +57,7 @@ def locate_config(config: str | Path | None, hub: Hub, subfolder: str | None = N
             raise invalid(InputError, "subfolder", "None without config=", short_repr(subfolder))
         return None
     path = as_path("config", config)
-    folder = path.parent if os.path.isfile(path) else locate(path, hub, lambda _: ["*.json", "*/*.json"])
+    folder = path.parent if kind_of(path) == "file" else locate(path, hub, lambda _: ["*.json", "*/*.json"])
     return folder / (check_type("subfolder", subfolder, str) or "")
 
 

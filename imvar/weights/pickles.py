@@ -18,7 +18,9 @@ from typing import IO, Any
 import torch
 
 from ..errors import CheckpointError, first_line, invalid
+from .read_errors import explain_read_error
 
+ZIP_MAGIC = b"PK\3\4"  # by which torch.load decides, too
 MAX_INSTRUCTIONS = 250_000  # about 8,000 tensors
 MAX_PICKLE_BYTES = 2**24  # of data.pkl, or of the pickles at the beginning of a file in the old format
 MAX_DIRECTORY_BYTES = 2**21  # of the central directory of a zip file
@@ -61,23 +63,28 @@ def unpickle(path: Path, disable_mmap: bool = False, *, allow_training_state: bo
     Raises `CheckpointError` with the first global that is neither part of a dense tensor nor, with
     `allow_training_state`, of the training state in an original checkpoint, which becomes `InertObject`s.
     """
-    try:
-        mapped = zipfile.is_zipfile(path)  # may raise too, for one that claims to continue on another disk
-        with path.open("rb") as file:
-            programs = read_pickle_record(path, file) if mapped else file.read(MAX_PICKLE_BYTES)
-        allowed = (*IGNORED_GLOBALS, BYTES_GLOBAL) if allow_training_state else ()
-        for name in referenced_globals(programs, pickles=1 if mapped else 5):
-            if not TENSOR_GLOBALS.fullmatch(name) and name not in allowed:
-                hint = "nothing but dense tensors is unpickled"
-                raise invalid(CheckpointError, path, EXPECTED, f"a pickle that references {name}", hint)
-        ignored: Any = [(InertObject, name) for name in IGNORED_GLOBALS if allow_training_state]
-        with _safe_globals_lock, torch.serialization.safe_globals(ignored):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not disable_mmap)
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:  # a malformed pickle can lead to any error; torch's advises to run it nevertheless
-        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
-        raise invalid(CheckpointError, path, EXPECTED, f"one cut short or not a pickle of tensors{reason}") from error
+    with explain_read_error(path):
+        try:
+            with path.open("rb") as file:
+                mapped = file.read(4) == ZIP_MAGIC
+                file.seek(0)
+                programs = read_pickle_record(path, file) if mapped else file.read(MAX_PICKLE_BYTES)
+            allowed = (*IGNORED_GLOBALS, BYTES_GLOBAL) if allow_training_state else ()
+            for name in referenced_globals(programs, pickles=1 if mapped else 5):
+                if not TENSOR_GLOBALS.fullmatch(name) and name not in allowed:
+                    hint = "nothing but dense tensors is unpickled"
+                    raise invalid(CheckpointError, path, EXPECTED, f"a pickle that references {name}", hint)
+            ignored: Any = [(InertObject, name) for name in IGNORED_GLOBALS if allow_training_state]
+            with _safe_globals_lock, torch.serialization.safe_globals(ignored):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and not disable_mmap)
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # a malformed pickle can lead to any error; torch's advises to run it nevertheless
+            if isinstance(error, zipfile.BadZipFile) and isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
+            got = f"one cut short or not a pickle of tensors{reason}"
+            raise invalid(CheckpointError, path, EXPECTED, got) from error
 
 
 def read_pickle_record(path: Path, file: IO[bytes]) -> bytes:

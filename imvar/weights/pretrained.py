@@ -29,6 +29,7 @@ from .options import (
     resolve_ema,
     should_write,
 )
+from .read_errors import explain_read_error
 from .reading import read_weights
 
 if TYPE_CHECKING:
@@ -130,7 +131,8 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             return config, read_weights(folder, cls.weights_name, variant, use_safetensors, disable_mmap)
 
         patterns = [cls.config_name, *cls.weights_name.select(None, None, None)]
-        config, (path, tensors) = read_consistently(folder, patterns, read_files)
+        with explain_read_error(folder):
+            config, (path, tensors) = read_consistently(folder, patterns, read_files)
         return cls.from_tensors(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
 
     @classmethod
@@ -339,7 +341,8 @@ def load(
     if dtype == "auto":
         dtype = widest_dtype({tensor.dtype for tensor in values.values()})
     if dtype is not None:
-        values = {name: cast(tensor, dtype, path, keys[name]) for name, tensor in values.items()}
+        with explain_read_error(path):
+            values = {name: cast(tensor, dtype, path, keys[name]) for name, tensor in values.items()}
     model.load_state_dict(values, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if unfilled := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         hint = "compute it in forward, or make it persistent"

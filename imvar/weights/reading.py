@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, first_line, invalid, short_repr
 from .filenames import WeightsName
 from .json_files import MAX_JSON_BYTES, parse_json, read_json, read_magic, reject_substitute, safe_join
+from .read_errors import explain_read_error
 
 MAX_TENSORS = 2**13  # in one file, or in all shards of a part
 PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth")
@@ -28,8 +30,10 @@ def read_weights(
     disable_mmap: bool = False,
 ) -> tuple[Path, dict[str, Tensor]]:
     """Return a part's weights file, or the index of its shards, and the tensors as `read_tensors` does."""
+    with explain_read_error(folder):
+        names = [path.name for path in folder.iterdir()]
     try:
-        name = weights_name.select((path.name for path in folder.iterdir()), variant, use_safetensors)[0]
+        name = weights_name.select(names, variant, use_safetensors)[0]
     except CheckpointError as error:
         raise error.at(folder) from error
     path = safe_join(folder, name)
@@ -116,10 +120,11 @@ def is_safetensors(path: Path) -> bool:
 
 def read_safetensors(path: Path, disable_mmap: bool = False) -> dict[str, Tensor]:
     read_header(path)
-    try:
-        return load(path.read_bytes()) if disable_mmap else load_file(path)
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise invalid(CheckpointError, path, "a safetensors file", f"an error: {first_line(error)}") from error
+    with explain_read_error(path):
+        try:
+            return load(path.read_bytes()) if disable_mmap else load_file(path)
+        except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise invalid(CheckpointError, path, "a safetensors file", f"an error: {first_line(error)}") from error
 
 
 def read_metadata(path: Path) -> Mapping[str, str]:
@@ -132,8 +137,9 @@ def read_header(path: Path) -> dict[str, Any]:
 
     That is the size, duplicate names, and a truncated file.
     """
-    size, expected = path.stat().st_size, "a safetensors file"
-    with path.open("rb") as file:
+    expected = "a safetensors file"
+    with explain_read_error(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         magic = file.read(1)
         if size < 10 or magic != b"{" or length > MAX_JSON_BYTES:
