@@ -63,6 +63,7 @@ def unpickle(path: Path, disable_mmap: bool = False, *, allow_training_state: bo
     Raises `CheckpointError` with the first global that is neither part of a dense tensor nor, with
     `allow_training_state`, of the training state in an original checkpoint, which becomes `InertObject`s.
     """
+    programs = b""
     with explain_read_error(path):
         try:
             with path.open("rb") as file:
@@ -83,8 +84,25 @@ def unpickle(path: Path, disable_mmap: bool = False, *, allow_training_state: bo
             if isinstance(error, zipfile.BadZipFile) and isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
-            got = f"one cut short or not a pickle of tensors{reason}"
-            raise invalid(CheckpointError, path, EXPECTED, got) from error
+            got, hint = f"one cut short or not a pickle of tensors{reason}", ""
+            if (protocol := pickle_protocol(programs)) not in (None, 2, 3):
+                name = protocol if protocol else "0 or 1"
+                got, hint = f"a pickle of protocol {name}", "save it without pickle_protocol, or as safetensors"
+            raise invalid(CheckpointError, path, EXPECTED, got, hint) from error
+
+
+def pickle_protocol(program: bytes) -> int | None:
+    """Return the protocol of a pickle that is whole, without running it, 0 for 0 or 1; None for anything else."""
+    protocol = 0
+    try:
+        for count, (instruction, argument, _) in enumerate(pickletools.genops(program)):
+            if instruction.name == "PROTO":
+                protocol = int(argument or 0)
+            if count == MAX_INSTRUCTIONS:
+                return None
+    except Exception:  # a malformed pickle can lead to any error
+        return None
+    return protocol
 
 
 def read_pickle_record(path: Path, file: IO[bytes]) -> bytes:

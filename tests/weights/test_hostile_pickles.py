@@ -236,3 +236,16 @@ def test_nothing_that_a_pickle_references_is_imported_or_constructed(original, t
     )
     assert done.stdout.strip() == "['a', 'b'] False"
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+@pytest.mark.filterwarnings("ignore:.*pickle protocol")
+def test_the_protocol_of_a_whole_pickle_is_named(tmp_path, protocol, zipped):
+    name = protocol if protocol > 1 else "0 or 1"
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    torch.save({"w": torch.ones(3)}, tmp_path / "a.bin", **options)
+    with pytest.raises(
+        imvar.CheckpointError, match=rf"a\.bin: expected a file of tensors, got a pickle of protocol {name};"
+    ):
+        read_tensors(tmp_path / "a.bin")
