@@ -126,7 +126,7 @@ def read_pickle_record(path: Path, file: IO[bytes]) -> bytes:
 
 def zip_directory_size(file: IO[bytes]) -> int:
     """Return the size of a zip file's central directory in bytes, which `zipfile` would read completely."""
-    file.seek(-98, io.SEEK_END)
+    file.seek(max(file.seek(0, io.SEEK_END) - 98, 0))
     end = file.read()  # the last 22 bytes; before them, in large files, the same in 56 and a pointer to these in 20
     if end[-22:-18] != b"PK\5\6":
         raise zipfile.BadZipFile("no end record")
