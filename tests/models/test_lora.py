@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 
-import diffusers
 import peft
 import pytest
 import torch
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from imvar import InputError, UNet2DConditionModel
 from imvar.models.stock import is_unmodified
-from tests.support.lora import random_lora
+from tests.support.lora import random_lora, random_unet, unet_of_diffusers
 from tests.support.random_checkpoint import TINY_UNET, randomize
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -23,15 +22,12 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 
 @pytest.fixture
 def unet():
-    return randomize(UNet2DConditionModel(**TINY_UNET), 2)
+    return random_unet()
 
 
 @pytest.fixture
 def theirs(unet):
-    """diffusers' UNet with the same weights."""
-    unet_of_diffusers = diffusers.UNet2DConditionModel(**TINY_UNET)
-    unet_of_diffusers.load_state_dict(unet.state_dict())
-    return unet_of_diffusers.eval()
+    return unet_of_diffusers(unet)
 
 
 @torch.no_grad()

@@ -1,7 +1,22 @@
-"""Random LoRA adapters."""
+"""Random LoRA adapters, and a UNet for them in both libraries."""
 
+import diffusers
 import torch
 from torch import nn
+
+from imvar import UNet2DConditionModel
+from tests.support.random_checkpoint import TINY_UNET, randomize
+
+
+def random_unet():
+    return randomize(UNet2DConditionModel(**TINY_UNET), 2)
+
+
+def unet_of_diffusers(unet):
+    """Return diffusers' UNet with the same weights."""
+    reference = diffusers.UNet2DConditionModel(**TINY_UNET)
+    reference.load_state_dict(unet.state_dict())
+    return reference.eval()
 
 
 def random_lora(unet, rank=4, seed=0, where="", prefix="unet.", halves=("lora.down", "lora.up")):

@@ -5,7 +5,6 @@ import json
 import math
 import warnings
 
-import diffusers
 import peft
 import pytest
 import torch
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 
 from imvar import CheckpointError, InputError, UNet2DConditionModel
 from tests.support.loopback_hub import environment, run, serve
-from tests.support.lora import random_lora
+from tests.support.lora import random_lora, random_unet, unet_of_diffusers
 from tests.support.random_checkpoint import TINY_UNET, randomize
 from tests.support.refusals import assert_refused
 
@@ -26,14 +25,12 @@ TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 @pytest.fixture
 def unet():
-    return randomize(UNet2DConditionModel(**TINY_UNET), 2)
+    return random_unet()
 
 
 @pytest.fixture
 def theirs(unet):
-    unet_of_diffusers = diffusers.UNet2DConditionModel(**TINY_UNET)
-    unet_of_diffusers.load_state_dict(unet.state_dict())
-    return unet_of_diffusers
+    return unet_of_diffusers(unet)
 
 
 def assert_same_weights(unet, expected):
