@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend
 from ..checks import check_int, check_type
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from .conditioning import Precomputed
-from .layers import CallableSlots, Replacement, adapt_new, refuse_unsupported
+from .layers import CallableSlots, Replacement, adapt_new, refuse_unsupported, replace_values
 from .ops import Attend, GroupNorm, Linear, SDPAKernel, attention, linear, sdpa
 from .stock import are_stock
 from .validation import check_attention_output
@@ -257,7 +257,7 @@ def set_attend(model: nn.Module, attend: Attend, kind: type[Attention] = Attenti
         if attention_layers(model):
             expected = f"a model with layers of class {kind.__name__} at {where!r}"
         raise invalid(InputError, "model", expected, type(model).__name__)
-    return Replacement.of(places, [attend] * len(places))
+    return replace_values(places, [attend] * len(places))
 
 
 class AttentionMixin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -186,15 +186,6 @@ class Replacement(int):
 
     previous: list[tuple[nn.Module, str, Any]]
 
-    @classmethod
-    def of(cls, previous: list[tuple[nn.Module, str, Any]], values: Iterable[Any]) -> Self:
-        """Set an attribute of each module to a value; `previous` has the modules, the names and the old values."""
-        for (module, name, _), value in zip(previous, values, strict=True):
-            setattr(module, name, value)
-        replacement = cls(len(previous))
-        replacement.previous = previous
-        return replacement
-
     def undo(self) -> None:
         for module, name, value in self.previous:
             if value is None:  # there was only that of the class
@@ -202,6 +193,15 @@ class Replacement(int):
                 vars(module).pop(name, None)
             else:
                 setattr(module, name, value)
+
+
+def replace_values(previous: list[tuple[nn.Module, str, Any]], values: Iterable[Any]) -> Replacement:
+    """Set an attribute of each module to a value; `previous` has the modules, the names and the old values."""
+    for (module, name, _), value in zip(previous, values, strict=True):
+        setattr(module, name, value)
+    replacement = Replacement(len(previous))
+    replacement.previous = previous
+    return replacement
 
 
 def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Module], where: str = "*") -> Replacement:
@@ -237,7 +237,7 @@ def replace_layers(model: nn.Module, old: type[Old], make: Callable[[Old], nn.Mo
             got = f"{short_repr(new)} for a {type(layer).__name__}"
             raise invalid(InputTypeError, "make", "a function that returns a module", got)
         adapt_new(new, layer, default)
-    return Replacement.of(places, [made[child] for _, _, child in places])
+    return replace_values(places, [made[child] for _, _, child in places])
 
 
 def adapt_new(new: nn.Module, old: nn.Module, default: Tensor | None = None) -> None:

@@ -239,9 +239,8 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
                 raise invalid(InputTypeError, name, f"a component for {name}", f"{got}, which is for {part}")
         check_type("safe_serialization", safe_serialization, bool)
         options = {"safe_serialization": safe_serialization, "variant": variant}
-        options |= (
-            {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        )  # each class has its own default
+        if max_shard_size is not None:  # each class has its own default
+            options["max_shard_size"] = max_shard_size
         atomic = ConfiguredComponent.save_pretrained, PretrainedModel.save_pretrained
         with atomic_folder(as_path("save_directory", save_directory)) as new:
             for name, component in components.items():

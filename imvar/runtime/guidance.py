@@ -18,8 +18,9 @@ By name it takes further arguments of the UNet, if the pipeline has any.
 class ClassifierFreeGuidance:
     """Extrapolate from the unconditional to the conditional prediction (equation 6, `scale` is 1 + w there).
 
-    `guided` predicts for the `rows` of both contexts, the unconditional half first. With guidance in an interval of
-    the steps (arXiv:2404.07724), `conditional` predicts for the image's context alone in all but `guided_steps`.
+    `guided` predicts for the `rows` of both contexts, the unconditional half first, in `guided_steps`, an interval of
+    the steps (arXiv:2404.07724); in the others `conditional` predicts for the image's context alone. Either is None
+    where it has no steps.
     """
 
     def __init__(
@@ -34,10 +35,10 @@ class ClassifierFreeGuidance:
         self.rows = rows
 
     def __call__(self, x: Tensor, step: int, **more: Any) -> Tensor:
-        if self.guided is None or (self.conditional is not None and step not in self.guided_steps):
+        if step not in self.guided_steps:
             x, more = tree_map_only(Tensor, self.conditional_half, (x, more))
-            return self.conditional(x, step, **more)  # type: ignore[misc]  # there is one of the two
-        uncond, cond = self.guided(x, step, **more).chunk(2)
+            return self.conditional(x, step, **more)  # type: ignore[misc]
+        uncond, cond = self.guided(x, step, **more).chunk(2)  # type: ignore[misc]
         return uncond + self.scale * (cond - uncond)
 
     def conditional_half(self, x: Tensor) -> Tensor:
