@@ -98,6 +98,14 @@ def test_another_vae(emoji, drawing):
     assert torch.equal(images[:, :, ::4, ::4], images[:, :, 1::4, 3::4])
 
 
+def test_the_tiny_vae_of_diffusers(emoji, drawing):
+    vae = diffusers.AutoencoderTiny().eval()
+    tiny = quiet(StableDiffusionImageVariationPipeline(**(emoji.components | {"vae": vae})))
+    with torch.no_grad():
+        expected = vae.decode(run(tiny, drawing, output_type="latent") / vae.config.scaling_factor).sample
+    assert close(run(tiny, drawing), (expected / 2 + 0.5).clamp(0, 1))
+
+
 def test_the_code_of_the_page_is_that_of_the_script():
     code, page = (ROOT / "scripts/fork.py").read_text(), (ROOT / "docs/forking.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
