@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from imvar import InputError, UNet2DConditionModel
 from imvar.models.stock import is_unmodified
@@ -421,17 +421,3 @@ def test_wrong_arguments_are_refused_by_name(unet):
         UNet2DConditionModel(**TINY_UNET).add_adapter({"r": 4})
     with pytest.raises(InputError, match="weight_name: expected a file name for safe_serialization=True"):
         unet.save_lora_adapter("nowhere", "a", weight_name="lora.bin")
-
-
-def test_the_alpha_in_a_file_is_used_whatever_the_file_is_called(unet, tmp_path):
-    lora, metadata = random_lora(unet), {"lora_adapter_metadata": '{"unet.lora_alpha": 16, "unet.r": 4}'}
-    for name in ("lora.safetensors", "L.SAFETENSORS", "blob"):
-        save_file(lora, tmp_path / name, metadata)
-    plain = output(unet)
-    unet.load_lora_adapter(tmp_path / "lora.safetensors", adapter_name="usual")
-    expected = output(unet)
-    assert not torch.equal(expected, plain)
-    for name in ("L.SAFETENSORS", "blob"):
-        unet.unload_lora()
-        unet.load_lora_adapter(tmp_path / name)
-        assert torch.equal(output(unet), expected)
