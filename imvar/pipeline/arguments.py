@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -48,6 +49,8 @@ class Call:
     seed: Seeds | None
     on_flagged: str
     conditions: Any
+    image_embeds: Tensor | None
+    negative_image_embeds: Tensor | None
 
     # Values that follow from the arguments and the components
 
@@ -69,6 +72,32 @@ class Call:
             "cache_interval": self.cache_interval,
             "refreshable": self.callback is not None,
         }
+
+    @property
+    def images(self) -> int:
+        """The number of images b, or of embeddings in their place."""
+        images = self.image if self.image_embeds is None else self.image_embeds
+        return len(images) if isinstance(images, (list, tuple, Tensor, np.ndarray)) else 1
+
+    def check_embeddings(self, own_encoding: bool) -> None:
+        """Convert embeddings to (b, 1, c). `own_encoding`: whether a subclass encodes images by its own method."""
+        if self.image_embeds is not None:
+            if self.image is not None:
+                raise invalid(InputError, "image_embeds", "image or image_embeds", "both", "leave one of them out")
+            if own_encoding:
+                hint = "pass `image`, as this pipeline has its own _encode_image"
+                raise invalid(InputError, "image_embeds", "none", describe(self.image_embeds), hint)
+            self.image_embeds = as_embeddings("image_embeds", self.image_embeds)
+        if self.negative_image_embeds is not None:
+            if not self.is_guided:
+                hint = "it has an effect only under guidance: pass a guidance_scale above 1"
+                got = f"embeddings with guidance_scale={self.guidance_scale:g}"
+                raise invalid(InputError, "negative_image_embeds", "none", got, hint)
+            self.negative_image_embeds = as_embeddings("negative_image_embeds", self.negative_image_embeds)
+            if len(self.negative_image_embeds) not in (1, self.images):
+                expected = f"one embedding, or one for each of {self.images} images"
+                got = describe(self.negative_image_embeds)
+                raise invalid(InputError, "negative_image_embeds", expected, got)
 
     def check_numbers(self) -> None:
         """Convert numbers to int and float. How many steps and how much noise are possible depends on the scheduler."""
@@ -121,6 +150,24 @@ class Call:
         if self.seeds and self.latents is not None and not drawn_in_steps:
             hint = "leave one of them out, as no step draws noise"
             raise invalid(InputError, "seed", "seed or latents", "both", hint)
+
+
+def as_embeddings(name: str, embeds: Any) -> Tensor:
+    """Return embeddings (b, c) or (b, 1, c) as (b, 1, c), after checking that they are finite floats."""
+    if not isinstance(embeds, Tensor):
+        hint = "pipe.encode_image returns one"
+        raise invalid(InputTypeError, name, "a tensor (b, 1, c) of embeddings", describe(embeds), hint)
+    check_has_data(name, embeds)
+    if embeds.ndim == 2:
+        embeds = embeds[:, None]
+    if embeds.ndim != 3 or embeds.shape[1] != 1 or not embeds.numel():
+        hint = "the model was trained with one token for each image" if embeds.ndim == 3 else ""
+        raise invalid(InputError, name, "a tensor (b, 1, c) of embeddings", describe(embeds), hint)
+    if embeds.dtype not in FLOAT_DTYPES:
+        raise invalid(InputTypeError, name, "floats", str(embeds.dtype))
+    if not embeds.isfinite().all():
+        raise invalid(InputError, name, "finite values", "NaN or infinite values")
+    return embeds
 
 
 def check_images(image: Any) -> None:

@@ -166,15 +166,18 @@ def check_timesteps(scheduler: SchedulerLike) -> None:
         raise invalid(InputTypeError, "scheduler", "a tensor or list of timesteps after set_timesteps", got)
 
 
-def check_context(context: Any, batch: int, unet: Any = None) -> None:
-    """Check that the context is (k batch, m, c), with c the width of cross-attention if `unet` is one of imvar's."""
+def check_context(context: Any, batch: int, unet: Any = None, name: str = "image_encoder") -> None:
+    """Check that the context is (k batch, m, c), with c the width of cross-attention if `unet` is one of imvar's.
+
+    `name`: what it is made from.
+    """
     if not isinstance(context, Tensor) or context.ndim != 3 or not len(context) or len(context) % batch:
         hint = "under guidance half of the batch is zeros"
-        raise invalid(InputTypeError, "image_encoder", f"a context ({batch}, 1, width)", describe(context), hint)
+        raise invalid(InputTypeError, name, f"a context ({batch}, 1, width)", describe(context), hint)
     width = config_value(unet, "cross_attention_dim")
     if width is not None and context.shape[-1] != width:
         expected = f"embeddings as wide as the UNet's cross_attention_dim={width}"
-        raise invalid(InputError, "image_encoder", expected, f"embeddings of width {context.shape[-1]}")
+        raise invalid(InputError, name, expected, f"embeddings of width {context.shape[-1]}")
 
 
 def require_tensor(component: Any, name: str, output: Any, field: str) -> Tensor:

@@ -106,7 +106,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
     @torch.no_grad()
     def __call__(
         self,
-        image: Any,
+        image: Any = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -125,6 +125,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         seed: int | Sequence[int] | None = None,
         on_flagged: str = "black",
         conditions: Mapping[str, Any] | None = None,
+        image_embeds: Tensor | None = None,
+        negative_image_embeds: Tensor | None = None,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Return variations of one image or of several.
 
@@ -155,6 +157,9 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                 cells; "keep"; or "raise" for a `FlaggedError`.
             conditions: further inputs by name, for a subclass whose `unet_input`, `unet_kwargs` or `_encode_image`
                 has parameters of these names.
+            image_embeds: embeddings (b, 1, c) or (b, c) in place of b images, such as those of `encode_image`.
+            negative_image_embeds: what guidance leads away from, in the place of zeros: embeddings (b, 1, c) or (b, c)
+                of b images, or one for all.
 
         Returns:
             `images`, and `nsfw_content_detected`, a flag each, or None without a safety checker; by attribute alone
@@ -169,11 +174,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             self.check_call(call)
             scheduler, timesteps, step_options = self.prepare_scheduler(call)
 
-            own = call.conditions
-            context = self._encode_image(
-                call.image, call.device, call.num_images_per_prompt, call.is_guided, **own["_encode_image"]
-            )
-            check_context(context, call.shape[0] * (1 + call.is_guided), self.unet if call.unmodified_unet else None)
+            own, context = call.conditions, self.prepare_context(call)
             size = *call.shape[:2], call.height, call.width
             x = self.prepare_latents(*size, context.dtype, call.device, call.generator, call.latents)
 
@@ -197,21 +198,38 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         result = StableDiffusionPipelineOutput(images, flags, call.seeds, getattr(flags, "scores", None))
         return result if call.return_dict else (images, flags)
 
+    @torch.no_grad()
+    def encode_image(self, images: Any) -> Tensor:
+        """Return the embeddings (b, 1, c) of images, for `image_embeds` of a call: one token for each image.
+
+        `images`: as `image` of a call. Raises `InputError`.
+        """
+        if isinstance(images, Tensor) and images.ndim == 3:
+            images = images[None]
+        check_components({"image_encoder": self.components["image_encoder"]})
+        with rename_argument("image", "images"):
+            check_images(images)
+        with self._offload or contextlib.nullcontext(), explain_out_of_memory():
+            return self.encode_pixels(images, self._execution_device)
+
     # The stages of a call, in their order. Subclasses may override each.
 
     def check_call(self, call: Call) -> None:
         """Check the components and arguments of a call, and convert the arguments in place."""
-        components = self._used_components(call.output_type)
+        components = self._used_components(call)
         check_components(components)
         if not self._offload:
             check_devices(components)
         if isinstance(call.image, Tensor) and call.image.ndim == 3 and not self._overrides("_encode_image"):
             call.image = call.image[None]
         call.height, call.width = self.default_size(call.height, call.width)
-        self.check_inputs(call.image, call.height, call.width, call.callback_steps)
+        if call.image_embeds is None:
+            self.check_inputs(call.image, call.height, call.width, call.callback_steps)
+        else:
+            self.check_size(call.height, call.width, call.callback_steps)
         call.check_numbers()
-        images = len(call.image) if isinstance(call.image, (list, tuple, Tensor, np.ndarray)) else 1
-        batch = images * call.num_images_per_prompt
+        call.check_embeddings(own_encoding=self._overrides("_encode_image"))
+        batch = call.images * call.num_images_per_prompt
         adds_channels = self._overrides("unet_input")
         channels = self.unet.config.out_channels if adds_channels else self.unet.config.in_channels
         call.shape = self.latents_shape(batch, channels, call.height, call.width)
@@ -231,10 +249,11 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         own = getattr(getattr(self, method), "__func__", None)
         return own is not getattr(StableDiffusionImageVariationPipeline, method)
 
-    def _used_components(self, output_type: Any) -> dict[str, Any]:
+    def _used_components(self, call: Call) -> dict[str, Any]:
         """Return the components that a call checks; a subclass with its own `_encode_image` may need no encoder."""
-        components = required_components(self.components, output_type)
-        return {n: c for n, c in components.items() if n != "image_encoder" or not self._overrides("_encode_image")}
+        components = required_components(self.components, call.output_type)
+        encodes = call.image_embeds is None and not self._overrides("_encode_image")
+        return {name: c for name, c in components.items() if encodes or name != "image_encoder"}
 
     def default_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in pixels, by default those that the UNet was trained at."""
@@ -256,6 +275,10 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         """Raise `InputError` for an image, a size or an interval that is not supported."""
         if not self._overrides("_encode_image"):
             check_images(image)
+        self.check_size(height, width, callback_steps)
+
+    def check_size(self, height: int, width: int, callback_steps: int) -> None:
+        """Raise `InputError` for a size or an interval that is not supported."""
         check_size_and_interval(height, width, callback_steps, factor=max(8, self.vae_scale_factor))
 
     def prepare_scheduler(self, call: Call) -> tuple[SchedulerLike, Any, dict[str, Any]]:
@@ -274,6 +297,26 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             check_float("eta", eta)
         return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in parameters}
 
+    def prepare_context(self, call: Call) -> Tensor:
+        """Return the context of the UNet, (b n, m, c); under guidance (2 b n, m, c), the unconditional half first."""
+        n, own = call.num_images_per_prompt, call.conditions["_encode_image"]
+        if call.image_embeds is None:
+            context = self._encode_image(call.image, call.device, n, call.is_guided, **own)
+        else:
+            embeds = call.image_embeds.repeat_interleave(n, dim=0)
+            context = embeds.to(call.device, dtype_of(self.unet, embeds.dtype))
+            context = torch.cat([torch.zeros_like(context), context]) if call.is_guided else context
+        name = "image_encoder" if call.image_embeds is None else "image_embeds"
+        check_context(context, call.shape[0] * (1 + call.is_guided), self.unet if call.unmodified_unet else None, name)
+        if call.negative_image_embeds is None:
+            return context
+        conditional = context.chunk(2)[1]
+        negative = call.negative_image_embeds.expand(call.images, -1, -1).repeat_interleave(n, dim=0).to(conditional)
+        if negative.shape != conditional.shape:
+            expected, got = f"embeddings of shape {tuple(conditional.shape)}", describe(negative)
+            raise invalid(InputError, "negative_image_embeds", expected, got)
+        return torch.cat([negative, conditional])
+
     def _encode_image(
         self, image: Any, device: torch.device, num_images_per_prompt: int, do_classifier_free_guidance: bool
     ) -> Tensor:
@@ -282,6 +325,12 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         A subclass that overrides this receives `image` unchecked, may do without `image_encoder`, and may return any
         number of tokens m: (b n, m, c) or (2 b n, m, c). b is the length of a list, tensor or array, 1 otherwise.
         """
+        context = self.encode_pixels(image, device).repeat_interleave(num_images_per_prompt, dim=0)  # b 1 c -> bn 1 c
+        context = context.to(dtype_of(self.unet, context.dtype))
+        return torch.cat([torch.zeros_like(context), context]) if do_classifier_free_guidance else context
+
+    def encode_pixels(self, image: Any, device: torch.device) -> Tensor:
+        """Return the embeddings (b, 1, c) of images or of normalized pixels (b, 3, h, w)."""
         if not isinstance(image, Tensor):
             if self.feature_extractor is None:
                 hint = "or pass a tensor of normalized pixels as `image`"
@@ -294,9 +343,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             output = self.image_encoder(image.to(device=device, dtype=dtype))
         embeds = require_tensor(self.image_encoder, "image_encoder", output, "image_embeds")
         check_all_finite("image embeddings", embeds, self.image_encoder, "pixels too large")
-        context = embeds[:, None].repeat_interleave(num_images_per_prompt, dim=0)  # b c -> bn 1 c
-        context = context.to(dtype_of(self.unet, dtype))
-        return torch.cat([torch.zeros_like(context), context]) if do_classifier_free_guidance else context
+        return embeds[:, None]
 
     def prepare_latents(
         self,
@@ -350,10 +397,10 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         shape = latents.shape
         check_callback_effects(call.callback(step, timestep, latents), latents, shape)  # type: ignore[misc]
         if not self._offload:
-            check_devices(self._used_components(call.output_type), may_differ=True)
+            check_devices(self._used_components(call), may_differ=True)
         if not denoiser.refresh():
             return latents
-        check_components(self._used_components(call.output_type))
+        check_components(self._used_components(call))
         return latents.to(denoiser.context.dtype)
 
     def decode_and_judge(
