@@ -1,6 +1,7 @@
 """Image variations with Stable Diffusion, in pure PyTorch."""
 
 from . import fork_safety as fork_safety  # registers what a forked child does first
+from .embeddings import augment, load_image_embeds, mix, save_image_embeds, slerp
 from .errors import CheckpointError, FlaggedError, ImvarError, InputError, InputTypeError, OutOfMemoryError
 from .image import CLIPImageProcessor, VaeImageProcessor
 from .image.load_image import load_image
@@ -44,12 +45,17 @@ __all__ = [
     "StableDiffusionSafetyChecker",
     "UNet2DConditionModel",
     "VaeImageProcessor",
+    "augment",
     "bundled_checkpoint",
     "bundled_examples",
     "keep_freed_memory",
     "load_image",
+    "load_image_embeds",
+    "mix",
     "replace_layers",
+    "save_image_embeds",
     "sdpa",
     "set_attend",
+    "slerp",
     "sliced",
 ]

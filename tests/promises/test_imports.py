@@ -20,7 +20,7 @@ FLOORS = {
             ["weights"],
             ["kernels"],
             ["models"],
-            ["schedulers", "image", "runtime"],
+            ["schedulers", "image", "runtime", "embeddings"],
             ["conversion", "pipeline"],
             ["contact_sheet"],
             ["__init__"],
