@@ -311,9 +311,13 @@ class LoraMixin(PretrainedModel):
         weights = super().weights_to_save()
         if hasattr(self, "peft_config"):
             warn_user("save_pretrained: adapters are not saved; save_lora_adapter() saves them")
-            wrapped = tuple(f"{name}." for name, layer in self.named_modules() if hasattr(layer, "get_base_layer"))
-            own = {name for name in weights if ".base_layer." in name or not name.startswith(wrapped)}
-            weights = {name.replace(".base_layer.", "."): weights[name] for name in weights if name in own}
+            modules = {f"{name}.".replace("_orig_mod.", ""): module for name, module in self.named_modules()}
+            wrapped = tuple(name for name, module in modules.items() if hasattr(module, "get_base_layer"))
+            weights = {
+                name.replace(".base_layer.", "."): weight
+                for name, weight in weights.items()
+                if ".base_layer." in name or not name.startswith(wrapped)
+            }
         if self._adapters and not self._adapters.fused:
             self.check_unchanged()
             warn_user("save_pretrained: the weights without the loaded adapters are saved; fuse_lora() adds them")
@@ -323,8 +327,8 @@ class LoraMixin(PretrainedModel):
     def train(self, mode: bool = True) -> Self:
         """Set training mode. Raises `InputError` if weights that adapters were added to require a gradient."""
         if mode and self._adapters and not self._adapters.fused:
-            layers = adaptable_layers(self)
-            if any(layers[name].weight.requires_grad for name in self._adapters.originals):
+            weights = {name: layer.weight for name, layer in adaptable_layers(self).items()}
+            if any(weights[name].requires_grad for name in self._adapters.originals.keys() & weights):
                 got, hint = ", ".join(self._adapters.layers), "call unload_lora(), fuse_lora() or requires_grad_(False)"
                 raise invalid(InputError, "train", "a model without loaded adapters", got, hint)
         return super().train(mode)

@@ -242,4 +242,5 @@ def write_lora(
         expected = f"a file name for safe_serialization={safe_serialization}, such as x{ending}"
         raise invalid(InputError, "weight_name", expected, short_repr(name))
     metadata = {CONFIG_KEY: json.dumps(config, indent=2, sort_keys=True, default=sorted)} if config else None
+    tensors = {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}  # without torch.compile's
     write_tensors(folder / name, tensors, metadata=metadata, dtype=dtype)

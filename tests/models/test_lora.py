@@ -228,6 +228,13 @@ def test_training_weights_with_adapters_is_refused(unet):
     assert unet.train().training
 
 
+def test_training_without_a_layer_that_has_an_adapter_is_refused_by_the_other_layers(unet):
+    unet.load_lora_adapter(random_lora(unet, where="attn") | random_lora(unet, where="conv_in"), adapter_name="a")
+    unet.conv_in = torch.nn.Identity()
+    with pytest.raises(InputError, match="train: expected a model without loaded adapters, got a"):
+        unet.train()
+
+
 def test_saving_writes_the_weights_without_adapters_and_warns(unet, tmp_path):
     before = snapshot(unet)
     unet.load_lora_adapter(random_lora(unet))
@@ -361,6 +368,18 @@ def test_saving_a_model_with_an_adapter_for_training_writes_its_own_weights(unet
     with pytest.warns(UserWarning, match="adapters are not saved"):
         unet.save_pretrained(tmp_path)
     assert is_same(UNet2DConditionModel.from_pretrained(tmp_path), before)
+
+
+def test_saving_a_model_whose_block_is_compiled_writes_the_names_without_the_wrapper(unet, tmp_path):
+    fresh, before = copy.deepcopy(unet), snapshot(unet)
+    unet.mid_block = torch.compile(unet.mid_block, backend="eager")
+    trainable(unet)
+    unet.save_lora_adapter(tmp_path / "lora")
+    with pytest.warns(UserWarning, match="adapters are not saved"):
+        unet.save_pretrained(tmp_path / "unet")
+    assert is_same(UNet2DConditionModel.from_pretrained(tmp_path / "unet"), before)
+    fresh.load_lora_adapter(tmp_path / "lora")
+    torch.testing.assert_close(output(fresh), output(unet), **CLOSE)
 
 
 def test_adapters_for_training_and_loaded_ones_do_not_mix(unet, theirs):
