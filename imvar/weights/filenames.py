@@ -10,6 +10,12 @@ from ..checks import check_type
 from ..errors import CheckpointError, InputError, invalid, short_repr
 
 
+def weights_endings(use_safetensors: bool | None) -> tuple[str, ...]:
+    """Return the endings of the files to read: safetensors before pickles, or one of them alone."""
+    check_type("use_safetensors", use_safetensors, bool)
+    return {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
+
+
 @dataclass(frozen=True)
 class WeightsName:
     """Names of the weights files of a component, by format, without variant and ending."""
@@ -38,8 +44,7 @@ class WeightsName:
 
         `names` of all files; None returns the patterns of all files that there may be.
         """
-        check_type("use_safetensors", use_safetensors, bool)
-        endings = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
+        endings = weights_endings(use_safetensors)
         if names is None:
             return [f"{self.basename(ending, None)}*.{ending}*" for ending in endings]
         names = set(names)

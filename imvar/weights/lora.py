@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import as_number, as_path, check_has_data, check_type
-from ..errors import CheckpointError, InputError, InputTypeError, describe, invalid, short_repr, warn_user
+from ..checks import as_number, as_path, check_type
+from ..errors import CheckpointError, InputError, describe, invalid, short_repr, warn_user
+from .filenames import weights_endings
 from .hub import Hub, locate, names_in
 from .json_files import parse_json, read_json, safe_join
 from .keymap import Dialect, Keymap, Naming, abbreviate
 from .read_errors import explain_read_error, kind_of
-from .reading import read_metadata, read_tensors
+from .reading import IN_MEMORY, check_tensors, read_metadata, read_tensors
 from .writing import is_finite, write_tensors
 
+SOURCE = "pretrained_model_name_or_path_or_dict"  # the argument
 OPTIONS = {"weight_name", "subfolder", "use_safetensors", "revision", "cache_dir", "local_files_only", "token"}
 CONFIG_KEY, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"  # where diffusers and peft store alpha
 NAMES = [f"{name}.{ending}" for ending in ("safetensors", "bin") for name in ("pytorch_lora_weights", "adapter_model")]
@@ -75,12 +77,8 @@ def read_lora(
     tensor.
     """
     if isinstance(source, Mapping):
-        path, tensors, metadata = Path("(tensors in memory)"), dict(source), {}
-        for key, tensor in tensors.items():
-            if not isinstance(key, str) or not isinstance(tensor, Tensor):
-                expected, got = "a path or a dictionary of str to tensor", f"{short_repr(key)}: {describe(tensor)}"
-                raise invalid(InputTypeError, "pretrained_model_name_or_path_or_dict", expected, got)
-            check_has_data(key, tensor)
+        check_tensors(SOURCE, source, "a path or a dictionary of str to tensor")
+        path, tensors, metadata = IN_MEMORY, source, {}
     else:
         path = find_adapter(source, Hub(**hub), weight_name, subfolder, use_safetensors)
         tensors, metadata = read_tensors(path), read_metadata(path)
@@ -90,8 +88,9 @@ def read_lora(
         warn_user(f"{path}: this LoRA was made for text prompts, not for image embeddings{ignored}")
     # copies, as a file may be overwritten and a dictionary may hold the weights of a training
     tensors = {key: tensors[key].detach().to("cpu", copy=True) for key in tensors.keys() - set(text)}
-    if check_type("prefix", prefix, str) and any(key.startswith(f"{prefix}.") for key in tensors):
-        tensors = {key.removeprefix(f"{prefix}."): t for key, t in tensors.items() if key.startswith(f"{prefix}.")}
+    if check_type("prefix", prefix, str):
+        begin = f"{prefix}."
+        tensors = {key.removeprefix(begin): t for key, t in tensors.items() if key.startswith(begin)} or tensors
     return parse_layers(tensors, adapter_config(path, tensors, metadata), keymap, weights, path)
 
 
@@ -99,30 +98,30 @@ def find_adapter(
     source: str | Path, hub: Hub, weight_name: str | None, subfolder: str | None, use_safetensors: bool | None
 ) -> Path:
     """Return the path of an adapter's file: `source` itself, or the file in this folder or hub repository."""
-    path = as_path("pretrained_model_name_or_path_or_dict", source)
+    path = as_path(SOURCE, source)
     if kind_of(path) == "file":
         return path
     prefix = f"{subfolder}/" if check_type("subfolder", subfolder, str) else ""
-    check_type("use_safetensors", use_safetensors, bool)
-    endings = {None: (".safetensors", ".bin"), True: (".safetensors",), False: (".bin",)}[use_safetensors]
-    choose = partial(choose_file, check_type("weight_name", weight_name, str), endings)
-    config = prefix + PEFT_CONFIG
-    folder = locate(
-        source, hub, lambda names: [prefix + choose(names_in(names, prefix) or []), *names.intersection([config])]
-    )
+    choose = partial(choose_file, check_type("weight_name", weight_name, str), weights_endings(use_safetensors))
+
+    def adapter_files(names: set[str]) -> list[str]:
+        return [prefix + choose(names_in(names, prefix) or []), *names.intersection([prefix + PEFT_CONFIG])]
+
+    folder = locate(source, hub, adapter_files) / prefix
     with explain_read_error(folder):
-        names = [file.name for file in (folder / prefix).iterdir()] if (folder / prefix).is_dir() else []
+        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     try:
-        return safe_join(folder / prefix, choose(names))
+        name = choose(names)
     except CheckpointError as error:
-        raise error.at(error.path or folder / prefix) from error
+        raise error.at(folder) from error
+    return safe_join(folder, name)
 
 
 def choose_file(weight_name: str | None, endings: tuple[str, ...], names: list[str]) -> str:
     """Return `weight_name`, or the file with the usual name, or the only one with one of these endings."""
     if weight_name is not None:
         return weight_name
-    by_ending = [sorted(n for n in names if n.endswith(ending) and "/" not in n) for ending in endings]
+    by_ending = [sorted(n for n in names if n.endswith(f".{ending}") and "/" not in n) for ending in endings]
     there = next(filter(None, by_ending), [])
     files = [name for name in NAMES if name in there][:1] or there
     if len(files) != 1:
@@ -135,7 +134,7 @@ def adapter_config(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     """Return the config of peft that goes with a file: in diffusers' metadata, or next to peft's own files."""
     if CONFIG_KEY in metadata:
         config = parse_json(metadata[CONFIG_KEY].encode(), path, CONFIG_KEY)
-        return {key.removeprefix("unet."): value for key, value in config.items() if not TEXT_ENCODER.match(key)}
+        return {key.removeprefix("unet."): value for key, value in config.items()}
     if not any(key.startswith("base_model.model.") for key in tensors):
         return {}
     if kind_of(path) == kind_of(path.with_name(PEFT_CONFIG)) == "file":
@@ -154,8 +153,8 @@ def parse_layers(
     unknown = []
     for key, tensor in sorted(tensors.items()):
         suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
-        name = PREFIX.sub("", key.removesuffix(suffix), count=1)
-        layer = spellings.get(name.replace(".processor.", "."))
+        name = PREFIX.sub("", key.removesuffix(suffix), count=1).replace(".processor.", ".")
+        layer = spellings.get(f"{name}.0" if name.endswith(".to_out") else name)  # as diffusers' first format has it
         if layer is None or not suffix:
             unknown.append(key)
         elif (role := SUFFIXES[suffix]) in found[layer]:
@@ -172,13 +171,9 @@ def parse_layers(
 
 def layer_spellings(keymap: Keymap, layers: Mapping[str, Any]) -> dict[str, str]:
     """Return the layers by every name that files have for them; kohya's have underscores for dots."""
-    spellings: dict[str, str] = {}
-    for layer in layers:
-        for naming in Naming(Dialect.PUBLISHED), Naming(Dialect.ORIGINAL):
-            for source in keymap.sources(layer, naming):
-                names = {source.name, source.name.removesuffix(".0")} if layer.endswith("to_out.0") else {source.name}
-                spellings |= {spelling: layer for name in names for spelling in (name, name.replace(".", "_"))}
-    return spellings
+    namings = Naming(Dialect.PUBLISHED), Naming(Dialect.ORIGINAL)
+    names = {source.name: layer for layer in layers for naming in namings for source in keymap.sources(layer, naming)}
+    return {name.replace(".", "_"): layer for name, layer in names.items()} | names
 
 
 def parse_layer(

@@ -13,11 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, first_line, invalid, short_repr
+from ..checks import check_has_data
+from ..errors import CheckpointError, InputTypeError, describe, first_line, invalid, short_repr
 from .filenames import WeightsName
 from .json_files import MAX_JSON_BYTES, parse_json, read_json, read_magic, reject_substitute, safe_join
 from .read_errors import explain_read_error
 
+IN_MEMORY = Path("(tensors in memory)")  # in errors, instead of a file
 MAX_TENSORS = 2**13  # in one file, or in all shards of a part
 PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth")
 
@@ -160,6 +162,14 @@ def read_header(path: Path) -> dict[str, Any]:
     if end > size:
         raise invalid(CheckpointError, path, expected, f"one cut short at {size} bytes of {end}")
     return header
+
+
+def check_tensors(name: str, entries: Mapping[Any, Any], expected: str) -> None:
+    """Check the dictionary of tensors that the argument `name` may be instead of a path; `expected` has both."""
+    for key, tensor in entries.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise invalid(InputTypeError, name, expected, f"{short_repr(key)}: {describe(tensor)}")
+        check_has_data(key, tensor)
 
 
 def require_names(entries: Any, path: Path) -> dict[str, Any]:

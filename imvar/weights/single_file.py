@@ -15,13 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_has_data
-from ..errors import CheckpointError, InputError, InputTypeError, describe, invalid, short_repr
+from ..errors import CheckpointError, InputError, describe, invalid, short_repr
 from . import key_tables as tables
 from .hub import Hub, locate_file
 from .json_files import parse_json
 from .keymap import Dialect, Keymap, Naming, abbreviate
-from .reading import read_checkpoint, read_metadata
+from .reading import IN_MEMORY, check_tensors, read_checkpoint, read_metadata
 
 CONFIGS_KEY = "imvar.settings"  # metadata of an original-layout file written by imvar: the config of each part, as JSON
 
@@ -112,13 +111,9 @@ class SingleFile:
     def from_source(cls, source: str | Path | Mapping[str, Tensor], hub: Hub, disable_mmap: bool = False) -> SingleFile:
         """Return a local file, one on the hub, or a dictionary of tensors."""
         if isinstance(source, Mapping):
-            name = "pretrained_model_link_or_path_or_dict"
-            for key, tensor in source.items():
-                if not isinstance(key, str) or not isinstance(tensor, Tensor):
-                    got = f"{short_repr(key)}: {describe(tensor)}"
-                    raise invalid(InputTypeError, name, "a path, a link or a dictionary of str to tensor", got)
-                check_has_data(key, tensor)
-            return cls(Path("(tensors in memory)"), source)
+            expected = "a path, a link or a dictionary of str to tensor"
+            check_tensors("pretrained_model_link_or_path_or_dict", source, expected)
+            return cls(IN_MEMORY, source)
         return cls.read(locate_file(source, hub), disable_mmap)
 
     @classmethod
