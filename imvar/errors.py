@@ -1,6 +1,7 @@
 """Exceptions and warnings of imvar, and the one form of their messages: `name: expected X, got Y; hint`.
 
-`InputError` is also a `ValueError` and `CheckpointError` also an `OSError`, so existing `except` clauses keep working.
+`InputError` is also a `ValueError` and `CheckpointError` also an `OSError`, a `ValueError` and a `RuntimeError`, so
+existing `except` clauses keep working: diffusers and transformers raise all three while loading.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ class NoMethodError(InputTypeError, AttributeError):
     """A component lacks a method that is optional for components of its kind."""
 
 
-class CheckpointError(ImvarError, OSError):
+class CheckpointError(ImvarError, OSError, ValueError, RuntimeError):
     """A checkpoint cannot be found, read, written or used.
 
     Attributes: `reason`, the message without file and key; `path`, the file or folder; `key`, the tensor or config
