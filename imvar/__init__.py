@@ -3,7 +3,7 @@
 from . import fork_safety as fork_safety  # registers what a forked child does first
 from .embeddings import augment, load_image_embeds, mix, save_image_embeds, slerp
 from .errors import CheckpointError, FlaggedError, ImvarError, InputError, InputTypeError, OutOfMemoryError
-from .image import CLIPImageProcessor, VaeImageProcessor
+from .image import CLIPImageProcessor, VaeImageProcessor, make_image_grid
 from .image.load_image import load_image
 from .malloc import keep_freed_memory
 from .models import (
@@ -51,6 +51,7 @@ __all__ = [
     "keep_freed_memory",
     "load_image",
     "load_image_embeds",
+    "make_image_grid",
     "mix",
     "replace_layers",
     "save_image_embeds",

@@ -1,6 +1,7 @@
 """Image processors: preprocessing for CLIP, pre- and postprocessing for the VAE, and reading image files."""
 
 from .clip import BatchFeature, CLIPImageProcessor, CLIPImageProcessorConfig
+from .grid import make_image_grid
 from .vae import VaeImageProcessor, VaeImageProcessorConfig, numpy_to_pil, to_uint8
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "CLIPImageProcessorConfig",
     "VaeImageProcessor",
     "VaeImageProcessorConfig",
+    "make_image_grid",
     "numpy_to_pil",
     "to_uint8",
 ]
