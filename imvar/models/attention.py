@@ -23,6 +23,7 @@ from ..errors import InputError, InputTypeError, describe, invalid, short_repr, 
 from .conditioning import Precomputed
 from .layers import CallableSlots, Replacement, adapt_new, refuse_unsupported, replace_values
 from .ops import Attend, GroupNorm, Linear, SDPAKernel, attention, linear, sdpa
+from .regions import RegionalContext
 from .stock import are_stock
 from .validation import check_attention_output
 
@@ -206,8 +207,11 @@ class CrossAttention(QKVAttention):
         """Return the output (b, 1, dim), the same at every position, for a context (b, 1, context_dim)."""
         return self.to_out(self.to_v(context))
 
-    def precompute(self, context: Tensor) -> Precomputed | Tensor:
+    def precompute(self, context: Tensor | RegionalContext) -> Precomputed | Tensor | RegionalContext:
         """Return the output where it does not depend on the query, else the context."""
+        if isinstance(context, RegionalContext):
+            ignores_query = self.ignores_query(context.contexts[0])
+            return Precomputed(context.attend(self.single_token_output)) if ignores_query else context
         return Precomputed(self.single_token_output(context)) if self.ignores_query(context) else context
 
 

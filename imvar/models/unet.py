@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ from .layers import (
 )
 from .lora import LoraMixin
 from .ops import Conv2d, GroupNorm, norm_act
+from .regions import RegionLayout
 from .stock import IMVAR, reasons_for_plain, top_package
 from .unet_blocks import DownBlock, MidBlock, Transformer, UpBlock, concat_skip, precompute_with
 from .validation import check_residuals, check_unet_inputs
@@ -202,9 +203,27 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         return key_tables.unet(up, self.config.layers_per_block)
 
     @property
+    def named_blocks(self) -> dict[str, Any]:
+        """All blocks by name, in the order in which they run."""
+        down, up = self.down_blocks.named_children(), self.up_blocks.named_children()
+        return {
+            **{f"down_blocks.{i}": block for i, block in down},
+            "mid_block": self.mid_block,
+            **{f"up_blocks.{i}": block for i, block in up},
+        }
+
+    @property
     def blocks(self) -> list[Any]:
         """All blocks, in the order in which they run."""
-        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return list(self.named_blocks.values())
+
+    @property
+    def attention_levels(self) -> dict[str, int]:
+        """The names of the blocks with attention, and how often the sides of the latents are halved for them."""
+        last = len(self.down_blocks) - 1
+        levels = [*range(last + 1), last, *reversed(range(last + 1))]
+        blocks = zip(self.named_blocks.items(), levels, strict=True)
+        return {name: level for (name, block), level in blocks if block.transformers}
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """Timesteps (n,) to embeddings (n, time_dim)."""
@@ -216,10 +235,20 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
         temb = self.embed_time(timesteps)
         return Precomputed([Precomputed([precompute_with(r, temb) for r in block.resnets]) for block in self.blocks])
 
-    def precompute_context(self, context: Tensor) -> Precomputed:
-        """Attend to a context (b, m, c) in each transformer, as far as that does not depend on the latents."""
+    def precompute_context(self, context: Tensor, regions: RegionLayout | None = None) -> Precomputed:
+        """Attend to a context (b, m, c) in each transformer, as far as that does not depend on the latents.
+
+        `regions` lays out the tokens of the context over the latents. Raises `InputError` for a scale that names a
+        block without attention, and for a layer whose output would still depend on the latents.
+        """
+        contexts: Mapping[str, Any] = dict.fromkeys(self.named_blocks, context)
+        if regions is not None:
+            contexts = regions.by_block(context, self.attention_levels)
         return Precomputed(
-            [Precomputed([precompute_with(t, context) for t in block.transformers]) for block in self.blocks]
+            [
+                Precomputed([precompute_with(transformer, contexts[name]) for transformer in block.transformers])
+                for name, block in self.named_blocks.items()
+            ]
         )
 
     def why_plain(self) -> list[str]:

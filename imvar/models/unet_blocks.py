@@ -9,11 +9,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..errors import InputError, invalid
 from ..outputs import Transformer2DModelOutput
 from .attention import CrossAttention, SelfAttention
 from .conditioning import Precomputed, entry, repeat_to_batch
 from .layers import FeedForward, GradientCheckpointingMixin, ResnetBlock, refuse_unsupported
 from .ops import Conv2d, GroupNorm
+from .regions import RegionalContext
 from .stock import are_stock, is_stock
 
 BlockMerge = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +34,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def precompute(self, context: Tensor) -> Precomputed:
+    def precompute(self, context: Tensor | RegionalContext) -> Precomputed:
         """Attend to a context, if that does not depend on the latents, and fuse the projections of self-attention."""
         fuse = isinstance(self.attn1, SelfAttention) and is_stock(self.attn1)
         return Precomputed(precompute_with(self.attn2, context), self.attn1.fused_qkv() if fuse else ())
@@ -83,7 +85,7 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = Conv2d(channels, channels, 1)
 
-    def precompute(self, context: Tensor) -> Precomputed:
+    def precompute(self, context: Tensor | RegionalContext) -> Precomputed:
         return Precomputed([precompute_with(block, context) for block in self.transformer_blocks])
 
     def forward(
@@ -197,9 +199,13 @@ class UpBlock(GradientCheckpointingMixin, UNetBlock):
         return x if self.upsamplers is None else self.maybe_checkpoint(self.upsamplers[0], x, upsample_size)
 
 
-def precompute_with(layer: Any, conditioning: Tensor) -> Any:
-    """Return what a stock layer precomputes; for any other the plain conditioning."""
-    return layer.precompute(conditioning) if is_stock(layer) and hasattr(layer, "precompute") else conditioning
+def precompute_with(layer: Any, conditioning: Tensor | RegionalContext) -> Any:
+    """Return what a stock layer precomputes; for any other the plain conditioning, which cannot be regions."""
+    out = layer.precompute(conditioning) if is_stock(layer) and hasattr(layer, "precompute") else conditioning
+    if isinstance(out, RegionalContext):
+        got = f"{type(layer).__name__}, which needs the query or is custom"
+        raise invalid(InputError, "regions", "layers with the same output at every position", got)
+    return out
 
 
 def concat_skip(h: Tensor, skip: Tensor, block: int | None = None) -> Tensor:

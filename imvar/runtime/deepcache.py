@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models.conditioning import Precomputed, repeat_to_batch
 from ..models.layers import refuse_unsupported
 from ..models.ops import PackedWeights, executing, norm_act
+from ..models.regions import RegionLayout
 from ..models.validation import RESIDUALS
 from .precompute import PrecomputedUNet, Runner, at_step
 
@@ -33,8 +34,9 @@ class DeepCacheUNet(PrecomputedUNet):
         interval: int,
         runner: Runner = partial,
         packed: PackedWeights | None = None,
+        regions: RegionLayout | None = None,
     ):
-        super().__init__(unet, timesteps, context, packed=packed)
+        super().__init__(unet, timesteps, context, packed=packed, regions=regions)
         self.predict_and_cache = runner(predict_and_cache, unet)
         self.predict_from_cache = runner(predict_from_cache, unet)
         self.interval, self.last_full_step = interval, -interval

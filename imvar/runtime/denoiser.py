@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..checks import takes_argument
+from ..errors import InputError, describe, invalid
 from ..models import UNet2DConditionModel
 from ..models.conditioning import repeat_to_batch
 from ..models.ops import PackedWeights
+from ..models.regions import RegionLayout
 from ..models.validation import RESIDUALS
 from .deepcache import DeepCacheUNet
 from .guidance import ClassifierFreeGuidance, Predict
@@ -38,23 +40,25 @@ class Denoiser:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         cache_interval: int = 1,
         refreshable: bool = False,
+        regions: RegionLayout | None = None,
     ):
         """Build the denoiser.
 
         Args:
             unet: returns the UNet in use now.
             predictor: builds a predictor from timesteps, a context and, by name, if it takes them,
-                `cache_interval` and `packed`.
+                `cache_interval` and `packed`; by name also `regions`, which are passed only if there are any.
             timesteps: (n,), those of the steps.
             context: (b, m, c); under guidance (2 b, m, c), the unconditional one first.
             guidance_scale: None for no guidance.
             guidance_interval: first and last fraction of the steps with guidance.
             cache_interval: interval of DeepCache in steps; 1 disables it.
             refreshable: whether `refresh()` will be called. Comparing the UNet with its state at first takes time.
+            regions: the layout of the context's m tokens over the latents; None for one token.
         """
         self.unet, self.predictor, self.timesteps, self.context = unet, predictor, timesteps, context
         self.guidance_scale, self.guidance_interval = guidance_scale, guidance_interval
-        self.cache_interval, self.refreshable = cache_interval, refreshable
+        self.cache_interval, self.refreshable, self.regions = cache_interval, refreshable, regions
         self.prepare()
 
     def __call__(self, x: Tensor, step: int, **more: Any) -> Tensor:
@@ -80,6 +84,8 @@ class Denoiser:
         packed = PackedWeights(steps)  # shared by both predictors of guidance
         options = {"cache_interval": self.cache_interval, "packed": packed}
         options = {name: value for name, value in options.items() if takes_argument(self.predictor, name)}
+        if self.regions is not None:
+            options["regions"] = self.regions
         make = partial(self.predictor, self.timesteps, **options)
         guided_steps = range(*(round(fraction * steps) for fraction in self.guidance_interval))
         if self.guidance_scale is None:
@@ -101,15 +107,19 @@ def make_predictor(
     cache_interval: int = 1,
     runner: Runner = partial,
     packed: PackedWeights | None = None,
+    regions: RegionLayout | None = None,
 ) -> Predict:
     """Return the UNet as a function of latents and step, precomputed if it is imvar's own and unmodified.
 
-    The function takes further arguments of the UNet by name, such as the residuals of a ControlNet.
+    The function takes further arguments of the UNet by name, such as the residuals of a ControlNet. Raises `InputError`
+    for regions with a UNet that cannot be precomputed.
     """
+    if regions is not None:
+        check_takes_regions(unet)
     if can_precompute(unet):
         if cache_interval > 1:
-            return DeepCacheUNet(unet, timesteps, context, cache_interval, runner, packed)
-        return PrecomputedUNet(unet, timesteps, context, runner, packed)
+            return DeepCacheUNet(unet, timesteps, context, cache_interval, runner, packed, regions)
+        return PrecomputedUNet(unet, timesteps, context, runner, packed, regions)
 
     def call_unet(x: Tensor, step: int, **more: Any) -> Tensor:
         def repeat(t: Tensor) -> Tensor:
@@ -124,6 +134,14 @@ def make_predictor(
 def can_precompute(unet: Any) -> bool:
     """Return whether a UNet is imvar's own, without custom layers, kernels or hooks."""
     return isinstance(unet, UNet2DConditionModel) and not unet.why_plain()
+
+
+def check_takes_regions(unet: Any) -> None:
+    """Check that a UNet can be precomputed, as regions have to be."""
+    if not can_precompute(unet):
+        reasons = unet.why_plain()[:3] if isinstance(unet, UNet2DConditionModel) else [describe(unet)]
+        expected = "imvar's own UNet2DConditionModel without hooks, custom layers or kernels"
+        raise invalid(InputError, "regions", expected, ", ".join(reasons))
 
 
 def dtype_of(component: Any, default: torch.dtype) -> torch.dtype:

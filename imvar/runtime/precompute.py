@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.conditioning import Precomputed
 from ..models.ops import PackedWeights, executing, write_count
+from ..models.regions import RegionLayout
 from ..models.stock import is_unmodified
 
 Runner = Callable[[Callable[..., Any], Any], Callable[..., Any]]
@@ -23,8 +24,8 @@ class PrecomputedUNet:
 
     It holds the projected timestep embeddings, one row per step, the output of cross-attention to a single token, and
     the fused q/k/v weights of self-attention. `timesteps`: (n,), those of the loop; `context`: (k b, m, c), k contexts
-    per sample: all samples with their first context, then all with their second. Several of one loop may share
-    `packed`.
+    per sample: all samples with their first context, then all with their second. `regions` lays out the m tokens over
+    the latents. Several of one loop may share `packed`.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class PrecomputedUNet:
         context: Tensor,
         runner: Runner = partial,
         packed: PackedWeights | None = None,
+        regions: RegionLayout | None = None,
     ):
         timesteps = torch.as_tensor(timesteps, device=context.device)
-        self.times, self.context = unet.precompute_time(timesteps), unet.precompute_context(context)
+        self.times, self.context = unet.precompute_time(timesteps), unet.precompute_context(context, regions)
         self.predict, self.packed = runner(predict, unet), packed or PackedWeights(len(timesteps))
 
     def __call__(self, x: Tensor, step: int, **more: Any) -> Tensor:
