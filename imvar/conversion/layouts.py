@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..atomic.file import atomic_file, write_text
 from ..atomic.folder import ReadFiles, atomic_folder
-from ..errors import CheckpointError, InputError, invalid
+from ..errors import CheckpointError, InputError, invalid, warn_user
 from ..weights.configured import ConfiguredComponent
 from ..weights.keymap import PUBLISHED, Naming
 from ..weights.model_index import INDEX, PARTS, index_text
 from ..weights.reading import read_checkpoint, read_weights
 from ..weights.single_file import CONFIGS_KEY, ORIGINAL_NAMINGS
-from ..weights.writing import OnBytes, WrittenFile, rounded, value_range, warn_zeroed, write_tensors, write_weights
+from ..weights.writing import OnBytes, WrittenFile, value_range, write_tensors, write_weights
 from .inspect import InspectedPart
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -74,14 +74,13 @@ class Layout(ABC):
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By part, the tensors to write under their new names, before the cast, on the meta device."""
-        return {
-            name: part.keymap.to_file(
-                {key: tensor.to("meta") for key, tensor in part.component.state_dict().items()}, self.naming(name)
-            )
-            for name, part in self.parts.items()
-            if part.source
-        }
+        """By part, the tensors to write under their new names, on the meta device."""
+        tensors = {}
+        for name, part in self.parts.items():
+            if part.source:
+                state = {key: tensor.to("meta") for key, tensor in part.component.state_dict().items()}
+                tensors[name] = self.to_target_dtype(part.keymap.to_file(state, self.naming(name)))
+        return tensors
 
     @cached_property
     def members(self) -> dict[str, dict[str, list[str]]]:
@@ -93,19 +92,19 @@ class Layout(ABC):
         return members
 
     def read_values(self, part: str, name: str) -> Tensor:
-        """Return a tensor to write by its new name, before the cast. Raises as `InspectedPart.read_tensor` does."""
+        """Return a tensor to write by its new name. Raises as `InspectedPart.read_tensor` does."""
         inspected = self.parts[part]
         tensors = {member: inspected.read_tensor(member) for member in self.members[part][name]}
-        return inspected.keymap.to_file(tensors, self.naming(part))[name]
+        return self.to_target_dtype(inspected.keymap.to_file(tensors, self.naming(part)))[name]
+
+    def to_target_dtype(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors in the dtype to write."""
+        return {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in tensors.items()}
 
     @property
     def total_bytes(self) -> int:
         """The size of all tensors to write."""
-        return sum(self.written_bytes(tensor) for tensors in self.tensors.values() for tensor in tensors.values())
-
-    def written_bytes(self, tensor: Tensor) -> int:
-        """Return the size of a tensor after the cast."""
-        return tensor.numel() * (self.dtype or tensor.dtype).itemsize
+        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
 
     def check_target(self) -> None:
         """Raise `CheckpointError` if the target has a part of another checkpoint that would stay among the new ones."""
@@ -164,10 +163,14 @@ class Layout(ABC):
                     fitting = [name for name in ("bf16", "fp32") if largest <= torch.finfo(DTYPES[name]).max]
                     got = f"{self.dtype}, which cannot hold {largest:g} of {key} in {source.path}"
                     raise invalid(InputError, "dtype", " or ".join(fitting or ["keep"]), got)
-                if self.dtype and largest and not rounded(largest, self.dtype):
+                if self.dtype and largest and torch.tensor(largest, dtype=torch.float64).to(self.dtype) == 0:
                     zeroed[f"{key} of {source.path}"] = None
-                on_bytes(self.written_bytes(tensor))
-        warn_zeroed(list(zeroed), self.dtype)
+                on_bytes(tensor.numel() * (self.dtype or tensor.dtype).itemsize)
+        if zeroed:
+            first, *others = zeroed
+            first += f" and {len(others)} more" if others else ""
+            hint = "use torch.bfloat16 or torch.float32"
+            warn_user(f"{first}: all values are too small for {self.dtype} and become zero; {hint}")
 
     def verify(self, path: Path, on_bytes: OnBytes) -> None:
         """Read back the temporary `path`. Raises `CheckpointError` naming a tensor that differs in a bit."""
@@ -175,10 +178,10 @@ class Layout(ABC):
             written = self.read_back(part, path)
             for name in tensors:
                 tensor = self.read_values(part, name)
-                if name not in written or not is_identical(written[name], tensor.to(self.dtype or tensor.dtype)):
+                if name not in written or not is_identical(written[name], tensor):
                     expected, got = "the values that were written", "others when reading back"
                     raise invalid(CheckpointError, self.path, expected, got, "the new files were removed", key=name)
-                on_bytes(self.written_bytes(tensor))
+                on_bytes(tensor.nbytes)
 
 
 class DiffusersLayout(Layout):
@@ -208,11 +211,9 @@ class DiffusersLayout(Layout):
                         part.component.weights_name,
                         self.tensors[name],
                         read=partial(self.read_values, name),
-                        dtype=self.dtype,
                         max_shard_size=self.max_shard_size,
                         on_bytes=on_bytes,
                         digest=True,
-                        zeroed=[],  # `check_values` has warned
                     )
                     written += [replace(file, path=self.path / name / file.path.name) for file in weights]
             if self.parts.keys() >= REQUIRED_PARTS:
@@ -258,11 +259,9 @@ class OriginalLayout(Layout):
                 new,
                 tensors,
                 read=lambda name: self.read_values(parts[name], name),
-                dtype=self.dtype,
                 on_bytes=on_bytes,
                 digest=True,
                 metadata=metadata,
-                zeroed=[],  # `check_values` has warned
             )
             if verify:
                 self.verify(new, on_bytes)

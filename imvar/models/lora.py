@@ -129,11 +129,10 @@ class LoraMixin(PretrainedModel):
             config = self.peft_config[name].to_dict()  # type: ignore[union-attr, operator]
         write_lora(
             as_path("save_directory", save_directory),
-            tensors,
+            {name: tensor.float() if upcast_before_saving else tensor for name, tensor in tensors.items()},
             config,
             weight_name=weight_name,
             safe_serialization=safe_serialization,
-            dtype=torch.float32 if upcast_before_saving else None,
         )
 
     def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:

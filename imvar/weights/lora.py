@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checks import as_number, as_path, check_type
@@ -227,7 +226,6 @@ def write_lora(
     *,
     weight_name: str | None,
     safe_serialization: bool,
-    dtype: torch.dtype | None = None,
 ) -> None:
     """Write an adapter atomically, by default to `pytorch_lora_weights`, with peft's config as metadata."""
     check_type("safe_serialization", safe_serialization, bool)
@@ -238,4 +236,4 @@ def write_lora(
         raise invalid(InputError, "weight_name", expected, short_repr(name))
     metadata = {CONFIG_KEY: json.dumps(config, indent=2, sort_keys=True, default=sorted)} if config else None
     tensors = {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}  # without torch.compile's
-    write_tensors(folder / name, tensors, metadata=metadata, dtype=dtype)
+    write_tensors(folder / name, tensors, metadata=metadata)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..atomic.file import atomic_write, write_text
-from ..errors import InputError, InputTypeError, invalid, short_repr, warn_user
+from ..errors import InputError, InputTypeError, invalid, short_repr
 from .filenames import WeightsName
 
 DTYPES = {
@@ -61,26 +61,20 @@ def write_weights(
     variant: str | None = None,
     safe_serialization: bool = True,
     max_shard_size: int | str | None = None,
-    dtype: torch.dtype | None = None,
-    on_bytes: OnBytes | None = None,
-    digest: bool = False,
-    read: Callable[[str], Tensor] | None = None,
-    zeroed: list[str] | None = None,
+    **options: Any,
 ) -> list[WrittenFile]:
     """Write a part's tensors to `folder`, sharded if they are large, and remove the files that they replace.
 
-    Floating-point tensors are cast to `dtype`, if given. `read` and `zeroed` are as in `write_tensors`. This alone is
-    not atomic: call it within `atomic_folder`.
+    `options` are those of `write_tensors`. This alone is not atomic: call it within `atomic_folder`.
     """
     ending = "safetensors" if safe_serialization else "bin"
     parts = huggingface_hub.split_state_dict_into_shards_factory(  # imports huggingface_hub's other modules
         dict(tensors),
         max_shard_size=size_in_bytes(max_shard_size),
-        get_storage_size=lambda tensor: tensor.numel() * written_dtype(tensor, dtype).itemsize,
+        get_storage_size=lambda tensor: tensor.numel() * tensor.itemsize,
         filename_pattern=f"{weights_name.basename(ending, variant)}{{suffix}}.{ending}",
     )
     files = parts.filename_to_tensors or {weights_name.file(ending, variant): []}
-    options: dict[str, Any] = {"dtype": dtype, "on_bytes": on_bytes, "digest": digest, "read": read, "zeroed": zeroed}
     written = [
         write_tensors(folder / name, {key: tensors[key] for key in keys}, **options) for name, keys in files.items()
     ]
@@ -102,36 +96,29 @@ def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     *,
-    dtype: torch.dtype | None = None,
     on_bytes: OnBytes | None = None,
     metadata: Mapping[str, str] | None = None,
     digest: bool = False,
     read: Callable[[str], Tensor] | None = None,
-    zeroed: list[str] | None = None,
 ) -> WrittenFile:
-    """Write one file atomically, in the format of its ending; floating-point tensors are cast to `dtype`, if given.
+    """Write one file atomically, in the format of its ending.
 
-    A safetensors file is identical to that of safetensors' `save_file`, which requires all tensors on the CPU in the
-    final dtype, a second copy of the model. Here each tensor is moved, cast and written in turn. Tensors that share
-    memory are written separately. `read` returns the values of each tensor when it is written; the `tensors` may be on
-    the meta device then. The names of tensors that become zero by the cast are added to `zeroed`; without that list, a
-    warning names the first.
+    A safetensors file is identical to that of safetensors' `save_file`, which requires a copy of all tensors on the
+    CPU. Here each tensor is moved there and written in turn. Tensors that share memory are written separately. `read`
+    returns the values of each tensor when it is written; the `tensors` may be on the meta device then.
     """
     read = read or tensors.__getitem__
-    zeros: list[str] = [] if zeroed is None else zeroed
 
     def values(name: str) -> Tensor:
-        return cast_for_writing(name, read(name), dtype, zeros)
+        return move_to_cpu(name, read(name))
 
     def write_file(temporary: Path) -> WrittenFile:
         with temporary.open("wb") as file:
             writer = HashingWriter(file, on_bytes, hashlib.sha256() if digest else None)
             if path.suffix == ".safetensors":
-                write_safetensors(writer, tensors, values, dtype, metadata or {})
+                write_safetensors(writer, tensors, values, metadata or {})
             else:
                 write_pickle(writer, {name: values(name) for name in tensors})
-            if zeroed is None:
-                warn_zeroed(zeros, dtype)
         return WrittenFile(path, len(tensors), writer.bytes, writer.hash.hexdigest() if writer.hash else None)
 
     return atomic_write(path, write_file)
@@ -172,22 +159,20 @@ def write_safetensors(
     writer: HashingWriter,
     tensors: Mapping[str, Tensor],
     values: Callable[[str], Tensor],
-    dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
     """Write the length of the header, the header and the tensors: widest dtype first, then by name."""
-    dtypes = {name: written_dtype(tensor, dtype) for name, tensor in tensors.items()}
     order = {supported: place for place, supported in enumerate(DTYPES)}
-    for name, written in dtypes.items():
-        if written not in order:
-            raise invalid(InputTypeError, name, "a dtype that safetensors has", str(written), "save as a pickle")
-    names = sorted(tensors, key=lambda name: (order[dtypes[name]], name.encode()))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in order:
+            raise invalid(InputTypeError, name, "a dtype that safetensors has", str(tensor.dtype), "save as a pickle")
+    names = sorted(tensors, key=lambda name: (order[tensors[name].dtype], name.encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in names:
-        start, end = end, end + tensors[name].numel() * dtypes[name].itemsize
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": DTYPES[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
+        tensor, start = tensors[name], end
+        end = start + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     writer.write(len(text).to_bytes(8, "little") + text)
@@ -211,41 +196,12 @@ def write_pickle(writer: HashingWriter, tensors: Mapping[str, Tensor]) -> None:
         raise
 
 
-def written_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-
-
-def cast_for_writing(name: str, tensor: Tensor, dtype: torch.dtype | None, zeroed: list[str]) -> Tensor:
-    """Return a contiguous tensor on the CPU in the dtype to write.
-
-    Raises `InputError` if values become infinite; adds the name to `zeroed` if all values become zero.
-    """
+def move_to_cpu(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU, contiguous. Raises `InputError` if it is not dense or has no values."""
     if tensor.is_meta or tensor.layout != torch.strided:
         got = "one on the meta device" if tensor.is_meta else f"one with layout {tensor.layout}"
         raise invalid(InputError, name, "a dense tensor with values", got)
-    cast = tensor.detach().to("cpu", written_dtype(tensor, dtype)).contiguous()
-    if cast.dtype != tensor.dtype:
-        largest = max(map(abs, value_range(tensor)))
-        if math.isfinite(largest) and not math.isfinite(rounded(largest, cast.dtype)):
-            got = f"values up to {largest:g}"
-            raise invalid(InputError, name, f"values within {cast.dtype}", got, "use torch.bfloat16 or torch.float32")
-        if largest and not rounded(largest, cast.dtype):
-            zeroed.append(name)
-    return cast
-
-
-def rounded(value: float, dtype: torch.dtype) -> float:
-    return torch.tensor(value, dtype=torch.float64).to(dtype).item()
-
-
-def warn_zeroed(names: Sequence[str], dtype: torch.dtype | None) -> None:
-    """Warn about tensors that became zero in `dtype`, naming the first."""
-    if names:
-        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warn_user(
-            f"{names[0]}{others}: all values are too small for {dtype} and become zero; use torch.bfloat16 or "
-            "torch.float32"
-        )
+    return tensor.detach().cpu().contiguous()
 
 
 def is_finite(tensor: Tensor) -> bool:
