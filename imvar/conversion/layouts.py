@@ -163,7 +163,8 @@ class Layout(ABC):
                     fitting = [name for name in ("bf16", "fp32") if largest <= torch.finfo(DTYPES[name]).max]
                     got = f"{self.dtype}, which cannot hold {largest:g} of {key} in {source.path}"
                     raise invalid(InputError, "dtype", " or ".join(fitting or ["keep"]), got)
-                if self.dtype and largest and torch.tensor(largest, dtype=torch.float64).to(self.dtype) == 0:
+                value = torch.tensor(largest, dtype=torch.float64, device="cpu")
+                if self.dtype and largest and value.to(self.dtype) == 0:
                     zeroed[f"{key} of {source.path}"] = None
                 on_bytes(tensor.numel() * (self.dtype or tensor.dtype).itemsize)
         if zeroed:

@@ -38,7 +38,7 @@ def to_pixel_values(
     batch = list(images) if isinstance(images, (list, tuple)) else [images]
     if not batch:
         raise invalid(InputTypeError, "images", "at least one PIL image", f"an empty {type(images).__name__}")
-    mean_, std_ = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+    mean_, std_ = (torch.from_numpy(np.array(values, np.float32)[:, None, None]) for values in (mean, std))
     pixel_values = []
     for i, image in enumerate(batch):
         name = f"images[{i}]" if isinstance(images, (list, tuple)) else "images"

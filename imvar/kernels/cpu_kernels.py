@@ -46,8 +46,9 @@ def is_plain_inference(x: Tensor) -> bool:
 @cache
 def has_onednn_ops(dtype: torch.dtype) -> bool:
     """Return whether these operators exist and compute what they should."""
-    conv, x = nn.Conv2d(3, 4, 1, dtype=dtype), torch.ones(2, 3, 1, 1, dtype=dtype)
-    weight, bias = torch.ones(4, 3, 1, 1, dtype=dtype), torch.ones(4, dtype=dtype)
+    with torch.device("cpu"):
+        conv, x = nn.Conv2d(3, 4, 1, dtype=dtype), torch.ones(2, 3, 1, 1, dtype=dtype)
+        weight, bias = torch.ones(4, 3, 1, 1, dtype=dtype), torch.ones(4, dtype=dtype)
     try:
         linear_out = onednn_linear(x.flatten(1), weight.flatten(1), bias)
         conv_out = onednn_conv(x, pack_conv_weight(weight, conv), bias, conv)

@@ -70,7 +70,7 @@ class TransformerBlock(nn.Module):
         out = attn.single_token_output(context)  # type: ignore[arg-type]
         if torch.is_grad_enabled():
             unused = (*self.norm2.parameters(), *attn.to_q.parameters(), *attn.to_k.parameters())
-            out = out + 0 * sum((parameter.sum() for parameter in unused), start=torch.zeros(()))
+            out = out + 0 * sum((parameter.sum() for parameter in unused), start=torch.zeros((), device=out.device))
         return out
 
 

@@ -185,7 +185,8 @@ class VariancePreserving(Scheduler):
 
     def make_tables(self) -> None:
         super().make_tables()
-        self.final_alpha_cumprod = torch.tensor(1.0) if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+        one = torch.ones((), device="cpu")
+        self.final_alpha_cumprod = one if self.config.set_alpha_to_one else self.alphas_cumprod[0]
 
     @property
     def stride(self) -> int:

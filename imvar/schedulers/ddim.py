@@ -71,7 +71,7 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
 
     def make_tables(self) -> None:
         super().make_tables()
-        self.timesteps = torch.arange(len(self)).flip(0)
+        self.timesteps = torch.arange(len(self), device="cpu").flip(0)
         usable = self.alphas_cumprod[-1] != 1 and self.alphas_cumprod[0] != 0
         self.check_betas(usable, "betas that leave noise and signal", "no noise, or no signal, at every timestep")
 

@@ -14,17 +14,17 @@ from ..errors import InputError, invalid
 
 
 def make_betas(config: Any) -> Tensor:
-    """Return the betas, the variance that each training timestep adds: (num_train_timesteps,) float32."""
+    """Return the betas, the variance that each training timestep adds: (num_train_timesteps,) float32, on the CPU."""
     start, end, steps = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.trained_betas is not None:
-        return torch.tensor(np.asarray(config.trained_betas), dtype=torch.float32)
+        return torch.tensor(np.asarray(config.trained_betas), dtype=torch.float32, device="cpu")
     if config.beta_schedule == "linear":
-        return torch.linspace(start, end, steps, dtype=torch.float32)
+        return torch.linspace(start, end, steps, dtype=torch.float32, device="cpu")
     if config.beta_schedule == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32, device="cpu") ** 2
     t = np.arange(steps + 1) / steps
     alpha = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2  # equation 17 of arXiv:2102.09672
-    return torch.tensor(np.minimum(1 - alpha[1:] / alpha[:-1], 0.999), dtype=torch.float32)
+    return torch.tensor(np.minimum(1 - alpha[1:] / alpha[:-1], 0.999), dtype=torch.float32, device="cpu")
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
