@@ -19,7 +19,7 @@ from .models import (
     sliced,
 )
 from .outputs import StableDiffusionPipelineOutput
-from .pipeline import StableDiffusionImageVariationPipeline
+from .pipeline import Region, StableDiffusionImageVariationPipeline
 from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
 from .weights.bundled import bundled_checkpoint, bundled_examples
 
@@ -40,6 +40,7 @@ __all__ = [
     "LMSDiscreteScheduler",
     "OutOfMemoryError",
     "PNDMScheduler",
+    "Region",
     "StableDiffusionImageVariationPipeline",
     "StableDiffusionPipelineOutput",
     "StableDiffusionSafetyChecker",

@@ -32,16 +32,9 @@ class RegionLayout:
     scales: Sequence[Scale]
     size: tuple[int, int]
 
-    def check_blocks(self, names: Collection[str]) -> None:
-        """Check that scales name blocks with attention only, which have these names."""
-        for scale in self.scales:
-            if isinstance(scale, Mapping) and (others := [name for name in scale if name not in names]):
-                got = ", ".join(map(short_repr, others))
-                raise invalid(InputError, "scale", f"blocks with attention: {', '.join(names)}", got)
-
     def by_block(self, context: Tensor, levels: Mapping[str, int]) -> dict[str, RegionalContext]:
         """Return the context of each block with attention, given how often the latents are halved for it."""
-        self.check_blocks(levels)
+        check_scales(self.scales, levels)
         contexts = [context[:, i : i + 1].contiguous() for i in range(context.shape[1])]
         by_block = {}
         for block, level in levels.items():
@@ -81,6 +74,14 @@ class RegionalContext:
         if self.weights.shape[1] == 1:
             return single_token_output(weighted_mean(self.contexts, self.weights))
         return weighted_mean(map(single_token_output, self.contexts), self.weights)
+
+
+def check_scales(scales: Iterable[Scale], blocks: Collection[str]) -> None:
+    """Check that all names in scales are among those of the `blocks` with attention."""
+    for scale in scales:
+        if isinstance(scale, Mapping) and (others := [name for name in scale if name not in blocks]):
+            got = ", ".join(map(short_repr, others))
+            raise invalid(InputError, "scale", f"blocks with attention: {', '.join(blocks)}", got)
 
 
 def composite(opacities: Tensor) -> Tensor:

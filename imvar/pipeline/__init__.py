@@ -1,5 +1,6 @@
 """The image variation pipeline."""
 
 from .image_variation import StableDiffusionImageVariationPipeline
+from .regions import Region
 
-__all__ = ["StableDiffusionImageVariationPipeline"]
+__all__ = ["Region", "StableDiffusionImageVariationPipeline"]

@@ -18,7 +18,9 @@ from torch import Tensor
 from ..checks import FLOAT_DTYPES, as_number, check_finite, check_float, check_has_data, check_int
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from ..image.read import exif_orientation
+from ..models.regions import RegionLayout
 from ..noise import Generators, Seeds, check_generator, per_image_seeds, seed_generators
+from .regions import Region, as_regions, join_tokens, lay_out
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ON_FLAGGED = ("black", "blur", "keep", "raise")
@@ -49,12 +51,13 @@ class Call:
     seed: Seeds | None
     on_flagged: str
     conditions: Any
-    image_embeds: Tensor | None
+    image_embeds: Any
     negative_image_embeds: Tensor | None
 
     # Values that follow from the arguments and the components
 
     seeds: list[int] | None = None
+    regions: list[Region] | None = None
     shape: tuple[int, int, int, int] = field(init=False)  # of the latents
     device: torch.device = field(init=False)
     unmodified_unet: bool = field(init=False)  # no hook or override sits between the latents and the UNet
@@ -71,7 +74,13 @@ class Call:
             "guidance_interval": self.guidance_interval,
             "cache_interval": self.cache_interval,
             "refreshable": self.callback is not None,
+            "regions": self.layout,
         }
+
+    @property
+    def layout(self) -> RegionLayout | None:
+        """How the tokens of regions share the latents."""
+        return None if self.regions is None else lay_out(self.regions, self.shape[2:])
 
     @property
     def images(self) -> int:
@@ -80,14 +89,21 @@ class Call:
         return len(images) if isinstance(images, (list, tuple, Tensor, np.ndarray)) else 1
 
     def check_embeddings(self, own_encoding: bool) -> None:
-        """Convert embeddings to (b, 1, c). `own_encoding`: whether a subclass encodes images by its own method."""
+        """Convert embeddings to (b, 1, c), or those of k regions to (b, k + 1, c), the last one zeros.
+
+        `own_encoding`: whether a subclass encodes images by its own method.
+        """
         if self.image_embeds is not None:
             if self.image is not None:
                 raise invalid(InputError, "image_embeds", "image or image_embeds", "both", "leave one of them out")
             if own_encoding:
                 hint = "pass `image`, as this pipeline has its own _encode_image"
                 raise invalid(InputError, "image_embeds", "none", describe(self.image_embeds), hint)
-            self.image_embeds = as_embeddings("image_embeds", self.image_embeds)
+            if isinstance(self.image_embeds, (Region, list, tuple)):
+                self.regions = as_regions(self.image_embeds)
+                self.image_embeds = join_tokens(self.regions)
+            else:
+                self.image_embeds = as_embeddings("image_embeds", self.image_embeds)
         if self.negative_image_embeds is not None:
             if not self.is_guided:
                 hint = "it has an effect only under guidance: pass a guidance_scale above 1"

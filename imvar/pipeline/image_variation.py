@@ -16,11 +16,12 @@ from ..checks import check_float, takes_argument
 from ..errors import ImvarError, InputError, InputTypeError, describe, invalid, warn_user
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_uint8
 from ..models.ops import PackedWeights
+from ..models.regions import RegionLayout, check_scales
 from ..models.stock import is_unmodified
 from ..noise import randn
 from ..oom import explain_out_of_memory
 from ..outputs import StableDiffusionPipelineOutput
-from ..runtime.denoiser import Denoiser, can_precompute, dtype_of, make_predictor
+from ..runtime.denoiser import Denoiser, can_precompute, check_takes_regions, dtype_of, make_predictor
 from ..runtime.guidance import Predict
 from ..weights.published_config import has_legacy_sample_size
 from .arguments import (
@@ -50,6 +51,7 @@ from .components import (
     required_components,
 )
 from .conditions import conditions_by_stage
+from .regions import Region
 from .safety_policy import judge
 
 MAX_DECODE_PIXELS = 2**18  # pixels that are decoded at a time: those of 512 x 512
@@ -125,7 +127,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         seed: int | Sequence[int] | None = None,
         on_flagged: str = "black",
         conditions: Mapping[str, Any] | None = None,
-        image_embeds: Tensor | None = None,
+        image_embeds: Tensor | Region | Sequence[Region] | None = None,
         negative_image_embeds: Tensor | None = None,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Return variations of one image or of several.
@@ -157,7 +159,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                 cells; "keep"; or "raise" for a `FlaggedError`.
             conditions: further inputs by name, for a subclass whose `unet_input`, `unet_kwargs` or `_encode_image`
                 has parameters of these names.
-            image_embeds: embeddings (b, 1, c) or (b, c) in place of b images, such as those of `encode_image`.
+            image_embeds: embeddings (b, 1, c) or (b, c) in place of b images, such as those of `encode_image`; or a
+                `Region` or a list of them, for embeddings that vary by region and by block of the UNet.
             negative_image_embeds: what guidance leads away from, in the place of zeros: embeddings (b, 1, c) or (b, c)
                 of b images, or one for all.
 
@@ -238,11 +241,23 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         check_compatible(self.components, call.output_type, call.unmodified_unet)
         call.check_options(check_shape=not self._overrides("prepare_latents"))
         call.check_intervals(precomputable and takes_argument(self.predictor, "cache_interval"))
+        if call.regions is not None:
+            self.check_regions(call.regions)
         base, stages = StableDiffusionImageVariationPipeline, ("_encode_image", "unet_input", "unet_kwargs")
         methods = {stage: (getattr(type(self), stage), getattr(base, stage)) for stage in stages}
         call.conditions = conditions_by_stage(call.conditions, methods)
         on_execution_device = "vae" in components or self._offload
         call.device = self._execution_device if on_execution_device else device_of(components, self.device)
+
+    def check_regions(self, regions: Sequence[Region]) -> None:
+        """Check that regions reach the UNet, and that the blocks in their scales have attention."""
+        unet = self.components["unet"]
+        with rename_argument("regions", "image_embeds"):
+            check_takes_regions(unet)
+        if not takes_argument(self.predictor, "regions") or self._overrides("unet_kwargs"):
+            expected = "a pipeline whose predictor takes `regions`, and without its own unet_kwargs"
+            raise invalid(InputError, "image_embeds", expected, f"regions for {type(self).__name__}")
+        check_scales([region.scale for region in regions], unet.attention_levels)
 
     def _overrides(self, method: str) -> bool:
         """Return whether a subclass or this instance overrides a method of this class."""
@@ -312,6 +327,9 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             return context
         conditional = context.chunk(2)[1]
         negative = call.negative_image_embeds.expand(call.images, -1, -1).repeat_interleave(n, dim=0).to(conditional)
+        if call.regions is not None and negative.shape[2] == conditional.shape[2]:
+            conditional = torch.cat([conditional[:, :-1], negative], dim=1)
+            negative = negative.expand_as(conditional)
         if negative.shape != conditional.shape:
             expected, got = f"embeddings of shape {tuple(conditional.shape)}", describe(negative)
             raise invalid(InputError, "negative_image_embeds", expected, got)
@@ -383,14 +401,20 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         return {}
 
     def predictor(
-        self, timesteps: Any, context: Tensor, cache_interval: int = 1, packed: PackedWeights | None = None
+        self,
+        timesteps: Any,
+        context: Tensor,
+        cache_interval: int = 1,
+        packed: PackedWeights | None = None,
+        regions: RegionLayout | None = None,
     ) -> Predict:
         """Return the UNet as a function of scaled latents (b n, 4, h, w) and a step: a prediction for each context.
 
         The denoiser runs what this returns; a subclass may wrap it or return another function, and leave out the last
-        two parameters.
+        three parameters. `regions` is passed only in calls that have any: how the tokens of the context share the
+        latents.
         """
-        return make_predictor(self.unet, timesteps, context, cache_interval, self.runner, packed)
+        return make_predictor(self.unet, timesteps, context, cache_interval, self.runner, packed, regions)
 
     def run_callback(self, call: Call, denoiser: Denoiser, step: int, timestep: Any, latents: Tensor) -> Tensor:
         """Run the callback of a call, rebuild the denoiser if it changed the UNet, and return the latents."""
