@@ -50,11 +50,9 @@ class InspectedPart:
     def locations(self) -> dict[str, Source]:
         """By name of the model's tensors, where the file stores them."""
         assert self.source
-        stored, naming = self.source.tensors, self.source.naming
-        return {
-            name: next(source for source in self.keymap.sources(name, naming) if source.name in stored)
-            for name in self.component.state_dict()
-        }
+        naming, stored = self.source.naming, self.source.tensors
+        names = self.component.state_dict()
+        return {name: source for name in names if (source := self.keymap.find_source(name, naming, stored))}
 
     def read_tensor(self, name: str) -> Tensor:
         """Return a copy of the model's tensor `name`, from the file.

@@ -51,9 +51,10 @@ class ConfigFile:
         path = as_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         if kind_of(path) != "file":
             path = cls.locate_config_file(pretrained_model_name_or_path, subfolder, hub)
-        if not return_unused_kwargs:
-            filter_kwargs(unused, (), f"{cls.__name__}.load_config")
-        return (read_json(path), unused) if return_unused_kwargs else read_json(path)
+        if return_unused_kwargs:
+            return read_json(path), unused
+        filter_kwargs(unused, (), f"{cls.__name__}.load_config")
+        return read_json(path)
 
     @classmethod
     def locate_config_file(cls, source: str | Path, subfolder: str | None, hub: Hub) -> Path:

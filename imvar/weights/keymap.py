@@ -8,7 +8,7 @@ therefore saved under the module that they belong to, and found there again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -150,6 +150,10 @@ class Keymap:
         original = row.original or name
         dotted = naming.dialect is Dialect.ORIGINAL
         return [Source(naming.prefix + (original if dotted else original.replace(".", "")), row.transform)]
+
+    def find_source(self, name: str, naming: Naming, stored: Container[str]) -> Source | None:
+        """Return where a file with tensors of the names `stored` has the model's tensor `name`; None if it has not."""
+        return next((source for source in self.sources(name, naming) if source.name in stored), None)
 
     def droppable_pattern(self, key: str, naming: Naming = PUBLISHED) -> str | None:
         """Return the pattern by which a file may hold this tensor without the model needing it, if any."""

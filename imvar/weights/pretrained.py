@@ -331,7 +331,7 @@ def load(
             raise
         got = f"those of the {other[0]} ({error.reason})"
         raise invalid(CheckpointError, path, f"weights of the {model.part}", got, key=error.key) from None
-    keys = {name: next(s.name for s in model.keymap.sources(name, naming) if s.name in tensors) for name in values}
+    keys = {name: source.name for name in values if (source := model.keymap.find_source(name, naming, tensors))}
     for name, tensor in values.items():
         key, shape = keys[name], tuple(expected[name].shape)
         if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:  # which has two values in a byte

@@ -80,18 +80,17 @@ class PartTensors:
 
     def has_any(self, keymap: Keymap, *names: str) -> bool:
         """Return whether any of the model's tensors `names` is there."""
-        return any(source.name in self.tensors for name in names for source in keymap.sources(name, self.naming))
+        return any(keymap.find_source(name, self.naming, self.tensors) for name in names)
 
     def dim_size(self, keymap: Keymap, name: str, dim: int = 0) -> int:
         """Return the size of a dimension of the model's tensor `name`. Raises `CheckpointError` if there is none."""
-        sources = keymap.sources(name, self.naming)
-        for source in sources:
-            if source.name in self.tensors:
-                shape = source.transform.load(self.tensors[source.name]).shape
-                if dim < len(shape):
-                    return shape[dim]
+        source = keymap.find_source(name, self.naming, self.tensors)
+        shape = source.transform.load(self.tensors[source.name]).shape if source else ()
+        if dim < len(shape):
+            return shape[dim]
         expected = f"a tensor with {dim + 1} dimensions or more, to infer the config from"
-        raise invalid(CheckpointError, self.path, expected, "none", "pass config=", key=sources[0].name)
+        key = keymap.sources(name, self.naming)[0].name
+        raise invalid(CheckpointError, self.path, expected, "none", "pass config=", key=key)
 
 
 @dataclass(frozen=True)
