@@ -28,7 +28,7 @@ from .layers import replace_layers
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtypes by size in bytes
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoadedAdapters:
     """The loaded adapters of a model, by name: their layers, their scales, and which are active.
 
@@ -71,7 +71,7 @@ class LoadedAdapters:
 class LoraMixin(PretrainedModel):
     """The adapters of a model, by the methods of diffusers' `PeftAdapterMixin`."""
 
-    _adapters: LoadedAdapters | None = None
+    _adapters = LoadedAdapters()
 
     def load_lora_adapter(
         self,
@@ -116,8 +116,7 @@ class LoraMixin(PretrainedModel):
     ) -> None:
         """Write one adapter, and its alpha, to `pytorch_lora_weights.safetensors` or `weight_name` in a folder."""
         (name,) = self.check_adapter_names(adapter_name)
-        if self._adapters:
-            layers = self._adapters.layers[name]
+        if layers := self._adapters.layers.get(name):
             tensors = {f"{layer}.lora_A.weight": update.down for layer, update in layers.items()}
             tensors |= {f"{layer}.lora_B.weight": update.up for layer, update in layers.items()}
             ranks = {f"^{layer}": len(update.down) for layer, update in layers.items()}
@@ -141,7 +140,7 @@ class LoraMixin(PretrainedModel):
         Until `unload_lora` the model runs without its faster paths. Raises `InputError` if peft is not installed.
         """
         peft = import_peft()
-        if self._adapters:
+        if self._adapters.layers:
             hint = "call unload_lora() first, after fuse_lora() to keep them in the weights"
             raise invalid(InputError, "add_adapter", "a model without loaded adapters", "one with", hint)
         if not isinstance(adapter_config, peft.PeftConfig):
@@ -172,19 +171,19 @@ class LoraMixin(PretrainedModel):
             layer.set_adapter(names)
             for name, scale in scales.items():
                 layer.set_scale(name, scale)
-        if self._adapters:
+        if self._adapters.layers:
             self.update_weights(replace(self.unfused(), active=names, scales=self._adapters.scales | scales))
 
     def active_adapters(self) -> list[str]:
         """Return the names of the active adapters. Raises `InputError` if there is no adapter."""
         self.check_adapter_names([])
-        return list(self._adapters.active if self._adapters else self.trainable_layers()[0].active_adapters)
+        return list(self._adapters.active if self._adapters.layers else self.trainable_layers()[0].active_adapters)
 
     def enable_lora(self, enabled: bool = True) -> None:
         """Use the active adapters again after `disable_lora`."""
         for layer in self.trainable_layers():
             layer.enable_adapters(enabled)
-        if self._adapters:
+        if self._adapters.layers:
             self.update_weights(replace(self.unfused(), enabled=enabled))
 
     def disable_lora(self) -> None:
@@ -200,7 +199,7 @@ class LoraMixin(PretrainedModel):
         if not left:
             self.unfused()
             return self.unload_lora()
-        if self._adapters:
+        if self._adapters.layers:
             active = [name for name in self._adapters.active if name in left]
             if not active:
                 warn_user(f"delete_adapters: the active adapters were deleted; {left[0]} becomes active")
@@ -224,7 +223,8 @@ class LoraMixin(PretrainedModel):
             if factor != 1:
                 layer.scale_layer(factor)
             layer.merge(safe_merge=safe_fusing, adapter_names=names)
-        if loaded := self._adapters:
+        loaded = self._adapters
+        if loaded.layers:
             scales = loaded.scales | {name: factor * loaded.scales[name] for name in loaded.active}
             names = (loaded.active if loaded.enabled else []) if names is None else names
             fused = {name: scales[name] for name in names} | loaded.fused
@@ -234,24 +234,23 @@ class LoraMixin(PretrainedModel):
         """Undo `fuse_lora`, except for its `lora_scale`."""
         for layer in self.trainable_layers():
             layer.unmerge()
-        if self._adapters:
-            self.update_weights(replace(self._adapters, fused={}))
+        self.update_weights(replace(self._adapters, fused={}))
 
     def unload_lora(self) -> None:
         """Remove all adapters: the weights are bit for bit the original ones; those that are fused stay in them."""
         if hasattr(self, "peft_config"):
-            tuner_layer = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
+            tuner_layer = import_peft().tuners.tuners_utils.BaseTunerLayer
             replace_layers(self, tuner_layer, lambda layer: layer.get_base_layer())
             del self.peft_config
-        if self._adapters and not self._adapters.fused:
+        if not self._adapters.fused:
             self.update_weights(LoadedAdapters(originals=self._adapters.originals))
-        self._adapters = None
+        self._adapters = LoadedAdapters()
 
     # What these methods share
 
     def adapter_names(self) -> list[str]:
         """Return the names of all adapters."""
-        return list(self._adapters.layers if self._adapters else getattr(self, "peft_config", ()))
+        return list(self._adapters.layers or getattr(self, "peft_config", ()))
 
     def check_adapter_names(self, names: str | Sequence[str]) -> list[str]:
         """Return names of adapters as a list. Raises `InputError` for an unknown one, and if there is no adapter."""
@@ -272,16 +271,16 @@ class LoraMixin(PretrainedModel):
 
     def unfused(self) -> LoadedAdapters:
         """Return the loaded adapters. Raises `InputError` if some are fused, as that would change their meaning."""
-        if self._adapters and self._adapters.fused:
+        if self._adapters.fused:
             got, hint = ", ".join(self._adapters.fused), "call unfuse_lora() first, or unload_lora() to keep them"
             raise invalid(InputError, "adapters", "no fused adapters", got, hint)
-        return self._adapters or LoadedAdapters()
+        return self._adapters
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def update_weights(self, new: LoadedAdapters) -> None:
         """Write the weights with the adapters as in `new`: all of them or, after an error, none."""
-        old, layers = self._adapters or LoadedAdapters(), adaptable_layers(self)
+        old, layers = self._adapters, adaptable_layers(self)
         if not old.checksums or new.added() != old.added():
             self.check_unchanged()
             names = {name for adapter in new.layers.values() for name in adapter}
@@ -299,7 +298,7 @@ class LoraMixin(PretrainedModel):
     def check_unchanged(self) -> None:
         """Raise `InputError` if something else wrote to the weights since the adapters were added to them."""
         layers = adaptable_layers(self)
-        for name, expected in (self._adapters.checksums if self._adapters else {}).items():
+        for name, expected in self._adapters.checksums.items():
             if name not in layers or checksum(layers[name].weight) != expected:
                 hint = "to keep the weights as they are, call fuse_lora(), then unload_lora() or unload_lora_weights()"
                 raise invalid(InputError, f"{name}.weight", "what the adapters were added to", "a changed weight", hint)
@@ -317,7 +316,7 @@ class LoraMixin(PretrainedModel):
                 for name, weight in weights.items()
                 if ".base_layer." in name or not name.startswith(wrapped)
             }
-        if self._adapters and not self._adapters.fused:
+        if self._adapters.layers and not self._adapters.fused:
             self.check_unchanged()
             warn_user("save_pretrained: the weights without the loaded adapters are saved; fuse_lora() adds them")
             weights |= {f"{name}.weight": original for name, original in self._adapters.originals.items()}
@@ -325,7 +324,7 @@ class LoraMixin(PretrainedModel):
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode. Raises `InputError` if weights that adapters were added to require a gradient."""
-        if mode and self._adapters and not self._adapters.fused:
+        if mode and not self._adapters.fused:
             weights = {name: layer.weight for name, layer in adaptable_layers(self).items()}
             if any(weights[name].requires_grad for name in self._adapters.originals.keys() & weights):
                 got, hint = ", ".join(self._adapters.layers), "call unload_lora(), fuse_lora() or requires_grad_(False)"
@@ -334,12 +333,12 @@ class LoraMixin(PretrainedModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Self:
         """Where `fn` casts, cast the weights without adapters and add these again, as if loaded afterwards."""
-        originals = self._adapters.originals if self._adapters else {}
+        originals = self._adapters.originals
         casts = any(fn(original.new_empty(0)).dtype != original.dtype for original in originals.values())
         if casts:
             self.check_unchanged()
         super()._apply(fn, *args, **options)
-        if casts and self._adapters:
+        if casts:
             layers = adaptable_layers(self)
             originals = {name: original.to(layers[name].weight.dtype) for name, original in originals.items()}
             self._adapters = replace(self._adapters, originals=originals, checksums={})
