@@ -107,8 +107,7 @@ def save_image_embeds(path: str | Path, image_embeds: Tensor) -> None:
     from .weights.writing import write_tensors  # see weights/__init__.py
 
     path = embeds_path(path)
-    check_embeds("image_embeds", image_embeds)
-    write_tensors(path, {IMAGE_EMBEDS: as_tokens(image_embeds)})
+    write_tensors(path, {IMAGE_EMBEDS: as_embeddings("image_embeds", image_embeds)})
 
 
 def load_image_embeds(path: str | Path) -> Tensor:
@@ -123,10 +122,9 @@ def load_image_embeds(path: str | Path) -> Tensor:
         names = short_repr(sorted(tensors))
         raise invalid(CheckpointError, path, f"one tensor, {IMAGE_EMBEDS}", f"tensors {names}", key=IMAGE_EMBEDS)
     try:
-        check_embeds(IMAGE_EMBEDS, tensors[IMAGE_EMBEDS])
+        return as_embeddings(IMAGE_EMBEDS, tensors[IMAGE_EMBEDS])
     except InputError as error:
         raise in_checkpoint(error, path) from error
-    return as_tokens(tensors[IMAGE_EMBEDS])
 
 
 def embeds_path(path: Any) -> Path:
@@ -137,9 +135,18 @@ def embeds_path(path: Any) -> Path:
     return real_path(path)
 
 
-def as_tokens(image_embeds: Tensor) -> Tensor:
-    """Return embeddings (b, c) or (b, 1, c) as (b, 1, c)."""
-    return image_embeds[:, None] if image_embeds.ndim == 2 else image_embeds
+def as_embeddings(name: str, value: Any) -> Tensor:
+    """Return embeddings (b, c) or (b, 1, c) as (b, 1, c), checked by `check_embeds`."""
+    check_embeds(name, value)
+    return value[:, None] if value.ndim == 2 else value
+
+
+def cast_embeds(name: str, embeds: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return finite embeddings of any number of tokens on `device` in `dtype`; raise `InputError` if they overflow."""
+    cast = embeds.to(device, dtype)
+    if not cast.isfinite().all():
+        raise invalid(InputError, name, f"values within {dtype}", f"values up to {float(embeds.abs().max()):g}")
+    return cast
 
 
 def check_embeds(name: str, value: Any, like: Tensor | None = None) -> None:

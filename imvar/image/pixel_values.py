@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from contextlib import suppress
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,22 +15,34 @@ from torch.nn import functional as F
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from .read import to_rgb
 
-PREPROCESS = ("clip", "card", "training")
+PREPROCESS = ("clip", "card", "training")  # "clip": by the feature extractor
+
+
+def pixel_format(feature_extractor: Any) -> tuple[tuple[int, int], Any, Any]:
+    """Return height and width, mean and standard deviation of the pixel values that a feature extractor returns."""
+    with suppress(AttributeError, KeyError, TypeError):
+        sides = feature_extractor.crop_size if feature_extractor.do_center_crop else feature_extractor.size
+        size = int(sides["height"]), int(sides["width"])
+        if feature_extractor.do_normalize:
+            return size, feature_extractor.image_mean, feature_extractor.image_std
+    expected = "one that returns a height and width, normalized by image_mean and image_std"
+    got = "None" if feature_extractor is None else f"another {describe(feature_extractor)}"
+    raise invalid(InputError, "feature_extractor", expected, got, "pass preprocess='clip'")
 
 
 def to_pixel_values(
     images: Image.Image | Sequence[Image.Image],
     preprocess: Literal["card", "training"],
     size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
 ) -> Tensor:
     """Return PIL images as the pixel values (b, 3, h, w) float32 that the model was trained with.
 
     `preprocess`: "card" is the code on the model card of sd-image-variations-diffusers (version 2.0), torchvision's
     `Resize(size, BICUBIC, antialias=False)` of values in [0, 1]; "training" is that of the training, which aligns the
     corners, on values in [-1, 1]. Both resize to `size`, height and width, without cropping, and normalize by `mean`
-    and `std`, 3 each. Computed on the CPU.
+    and `std`, one number or three. Computed on the CPU.
 
     Raises `InputError` for images that cannot be read, or another word.
     """
@@ -38,7 +51,7 @@ def to_pixel_values(
     batch = list(images) if isinstance(images, (list, tuple)) else [images]
     if not batch:
         raise invalid(InputTypeError, "images", "at least one PIL image", f"an empty {type(images).__name__}")
-    mean_, std_ = (torch.from_numpy(np.array(values, np.float32)[:, None, None]) for values in (mean, std))
+    mean_, std_ = (torch.from_numpy(np.array(values, np.float32).reshape(-1, 1, 1)) for values in (mean, std))
     pixel_values = []
     for i, image in enumerate(batch):
         name = f"images[{i}]" if isinstance(images, (list, tuple)) else "images"

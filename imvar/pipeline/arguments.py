@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..checks import FLOAT_DTYPES, as_number, check_finite, check_float, check_has_data, check_int
+from ..embeddings import as_embeddings
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from ..image.read import exif_orientation
 from ..models.regions import RegionLayout
@@ -168,24 +169,6 @@ class Call:
             raise invalid(InputError, "seed", "seed or latents", "both", hint)
 
 
-def as_embeddings(name: str, embeds: Any) -> Tensor:
-    """Return embeddings (b, c) or (b, 1, c) as (b, 1, c), after checking that they are finite floats."""
-    if not isinstance(embeds, Tensor):
-        hint = "pipe.encode_image returns one"
-        raise invalid(InputTypeError, name, "a tensor (b, 1, c) of embeddings", describe(embeds), hint)
-    check_has_data(name, embeds)
-    if embeds.ndim == 2:
-        embeds = embeds[:, None]
-    if embeds.ndim != 3 or embeds.shape[1] != 1 or not embeds.numel():
-        hint = "the model was trained with one token for each image" if embeds.ndim == 3 else ""
-        raise invalid(InputError, name, "a tensor (b, 1, c) of embeddings", describe(embeds), hint)
-    if embeds.dtype not in FLOAT_DTYPES:
-        raise invalid(InputTypeError, name, "floats", str(embeds.dtype))
-    if not embeds.isfinite().all():
-        raise invalid(InputError, name, "finite values", "NaN or infinite values")
-    return embeds
-
-
 def check_images(image: Any) -> None:
     """Check the type of the images."""
     images = image if isinstance(image, (list, tuple)) else [image]
@@ -195,7 +178,8 @@ def check_images(image: Any) -> None:
         name = "image" if element is image else f"image[{i}]"
         if not isinstance(element, (Image, Tensor)) and not (element is not image and hasattr(element, "__array__")):
             expected = "a PIL image, a list of them or a tensor (b, 3, h, w) of normalized pixels"
-            raise invalid(InputTypeError, name, expected, describe(element), key="image")
+            hint = "pass image or image_embeds" if image is None else ""
+            raise invalid(InputTypeError, name, expected, describe(element), hint, key="image")
         if isinstance(element, Image):
             if exif_orientation(element) in range(2, 9):  # as in diffusers
                 hint = "apply it with imvar.load_image or PIL.ImageOps.exif_transpose"

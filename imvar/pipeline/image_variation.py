@@ -6,15 +6,17 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import check_float, takes_argument
+from ..embeddings import cast_embeds
 from ..errors import ImvarError, InputError, InputTypeError, describe, invalid, warn_user
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_uint8
+from ..image.pixel_values import PREPROCESS, pixel_format, to_pixel_values
 from ..models.ops import PackedWeights
 from ..models.regions import RegionLayout, check_scales
 from ..models.stock import is_unmodified
@@ -29,6 +31,7 @@ from .arguments import (
     check_callback_effects,
     check_images,
     check_latents,
+    check_option,
     check_size_and_interval,
     rename_argument,
 )
@@ -202,18 +205,32 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         return result if call.return_dict else (images, flags)
 
     @torch.no_grad()
-    def encode_image(self, images: Any) -> Tensor:
+    def encode_image(self, image: Any, preprocess: Literal["clip", "card", "training"] = "clip") -> Tensor:
         """Return the embeddings (b, 1, c) of images, for `image_embeds` of a call: one token for each image.
 
-        `images`: as `image` of a call. Raises `InputError`.
+        Args:
+            image: as `image` of a call, PIL images if `preprocess` is not "clip".
+            preprocess: "clip", by `feature_extractor`, as a call does: the result gives the same variations as `image`;
+                "card" or "training", without antialiasing and cropping, as the published model's card or its training
+                (`imvar.image.pixel_values`). The card calls the difference big.
+
+        Returns:
+            a tensor in the encoder's dtype, on its device.
+
+        Raises:
+            InputError: an argument or component is not supported.
         """
-        if isinstance(images, Tensor) and images.ndim == 3:
-            images = images[None]
-        check_components({"image_encoder": self.components["image_encoder"]})
-        with rename_argument("image", "images"):
-            check_images(images)
+        encoder = {"image_encoder": self.components["image_encoder"]}
+        check_components(encoder)
+        check_option("preprocess", preprocess, PREPROCESS)
+        image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
+        check_images(image)
+        if preprocess != "clip":
+            with rename_argument("images", "image"):
+                image = to_pixel_values(image, preprocess, *pixel_format(self.feature_extractor))
+        device = self._execution_device if self._offload else device_of(encoder, self.device)
         with self._offload or contextlib.nullcontext(), explain_out_of_memory():
-            return self.encode_pixels(images, self._execution_device)
+            return self.encode_pixels(image, device)
 
     # The stages of a call, in their order. Subclasses may override each.
 
@@ -318,15 +335,17 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         if call.image_embeds is None:
             context = self._encode_image(call.image, call.device, n, call.is_guided, **own)
         else:
-            embeds = call.image_embeds.repeat_interleave(n, dim=0)
-            context = embeds.to(call.device, dtype_of(self.unet, embeds.dtype))
+            dtype = dtype_of(self.unet, call.image_embeds.dtype)
+            context = cast_embeds("image_embeds", call.image_embeds, call.device, dtype).repeat_interleave(n, dim=0)
             context = torch.cat([torch.zeros_like(context), context]) if call.is_guided else context
         name = "image_encoder" if call.image_embeds is None else "image_embeds"
         check_context(context, call.shape[0] * (1 + call.is_guided), self.unet if call.unmodified_unet else None, name)
         if call.negative_image_embeds is None:
             return context
         conditional = context.chunk(2)[1]
-        negative = call.negative_image_embeds.expand(call.images, -1, -1).repeat_interleave(n, dim=0).to(conditional)
+        to = conditional.device, conditional.dtype
+        negative = cast_embeds("negative_image_embeds", call.negative_image_embeds, *to)
+        negative = negative.expand(call.images, -1, -1).repeat_interleave(n, dim=0)
         if call.regions is not None and negative.shape[2] == conditional.shape[2]:
             conditional = torch.cat([conditional[:, :-1], negative], dim=1)
             negative = negative.expand_as(conditional)

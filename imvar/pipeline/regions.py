@@ -13,7 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..checks import check_float, check_has_data
-from ..embeddings import as_tokens, check_embeds
+from ..embeddings import as_embeddings
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from ..models.regions import RegionLayout, Scale
 
@@ -47,9 +47,8 @@ class Region:
     scale: Scale = 1.0
 
     def __post_init__(self) -> None:
-        check_embeds("image_embeds", self.image_embeds)
         values = {
-            "image_embeds": as_tokens(self.image_embeds),
+            "image_embeds": as_embeddings("image_embeds", self.image_embeds),
             "mask": None if self.mask is None else as_mask("mask", self.mask),
             "scale": as_scale(self.scale),
         }
