@@ -12,7 +12,9 @@ from PIL import Image, ImageFont
 
 import imvar
 from imvar import cli
-from imvar.cli import unique_names
+from imvar.cli import checkpoint as cli_checkpoint
+from imvar.cli import render
+from imvar.cli.sources import unique_names
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, SheetRow, contact_sheet, fit_text, size_on_sheet
 from imvar.conversion import convert
 from imvar.image.load_image import load_image
@@ -88,11 +90,13 @@ def test_an_original_file_is_a_checkpoint(run, checkpoint, photo, tmp_path, caps
 
 
 def test_ddim_does_not_clip(checkpoint):
-    pipe = cli.load_pipeline(str(checkpoint), None, "ddim", torch.float32)
+    pipe = cli_checkpoint.load_pipeline(str(checkpoint), None, "ddim", torch.float32)
     assert type(pipe.scheduler) is imvar.DDIMScheduler
     assert pipe.scheduler.config.clip_sample is False
     assert pipe.scheduler.config.steps_offset == 1
-    assert type(cli.load_pipeline(str(checkpoint), None, None, torch.float32).scheduler) is imvar.PNDMScheduler
+    assert (
+        type(cli_checkpoint.load_pipeline(str(checkpoint), None, None, torch.float32).scheduler) is imvar.PNDMScheduler
+    )
 
 
 def test_flagged_images_are_reported(run, photo, tmp_path, capsys, monkeypatch):
@@ -179,7 +183,7 @@ def test_nothing_is_computed_if_nothing_can_be_written(run, photo, tmp_path, cap
     (tmp_path / "out" / "contact-sheet.png").mkdir(parents=True)
     assert run(photo) == 1
     assert "contact-sheet.png: expected an output file, got a folder" in capsys.readouterr().err
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(render.os, "access", lambda path, mode: path != tmp_path)
     assert run(photo, out="other/inner") == 1
     assert f"no permission to write in {tmp_path}" in capsys.readouterr().err
     assert not any(path.is_file() for path in tmp_path.rglob("*.png"))
@@ -187,7 +191,7 @@ def test_nothing_is_computed_if_nothing_can_be_written(run, photo, tmp_path, cap
 
 def test_out_of_memory(run, photo, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "load_pipeline", lambda *_: torch.empty(2**60))
+        patch.setattr(render, "load_pipeline", lambda *_: torch.empty(2**60))
         assert run(photo) == 1
     assert capsys.readouterr().err.startswith("imvar: out of memory; use --batch 1")
 
@@ -251,11 +255,11 @@ def test_as_a_module():
 def test_half_precision_only_on_devices_that_support_it(monkeypatch):
     cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(cli, "has_bfloat16", lambda native=native: native)
-        assert cli.pick_dtype("auto", cpu) is dtype
-    assert cli.pick_dtype("auto", cuda) is torch.float16
-    assert cli.pick_dtype("auto", mps) is torch.float32
-    assert cli.pick_dtype("bfloat16", cpu) is torch.bfloat16
+        monkeypatch.setattr(cli_checkpoint, "has_bfloat16", lambda native=native: native)
+        assert cli_checkpoint.pick_dtype("auto", cpu) is dtype
+    assert cli_checkpoint.pick_dtype("auto", cuda) is torch.float16
+    assert cli_checkpoint.pick_dtype("auto", mps) is torch.float32
+    assert cli_checkpoint.pick_dtype("bfloat16", cpu) is torch.bfloat16
 
 
 def test_exif_orientation_is_applied(tmp_path):

@@ -1,0 +1,85 @@
+"""Types of command line arguments: each parses a text, or raises `ArgumentTypeError` with what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import short_repr
+from ..noise import MAX_SEED
+from .checkpoint import SCHEDULERS
+
+
+def int_arg(text: str, low: int = 1, high: int = 10**6) -> int:
+    """Parse an integer from `low` to `high`."""
+    if not text.isdecimal() or len(text) > 19 or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"expected an integer from {low} to {high}, got {short_repr(text)}")
+    return int(text)
+
+
+seed_arg = partial(int_arg, low=0, high=MAX_SEED)
+count_arg = partial(int_arg, low=2)  # of images with two ends
+
+
+def float_arg(text: str) -> float:
+    """Parse a finite number."""
+    try:
+        if math.isfinite(number := float(text)):
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a finite number, got {short_repr(text)}")
+
+
+def size_arg(text: str) -> tuple[int, int]:
+    """Parse height and width: "512" is (512, 512), "384x512" is (384, 512)."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) in range(8, 2**16, 8) for side in sides):
+        expected = "512 or 384x512 (height first), multiples of 8 below 65536"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {short_repr(text)}")
+    return int(sides[0]), int(sides[-1])
+
+
+def weighted_arg(text: str) -> tuple[Path, float]:
+    """Parse a path and its weight: "fox.png=0.7"."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or not path:
+        raise argparse.ArgumentTypeError(f"expected PHOTO=WEIGHT such as fox.png=0.7, got {short_repr(text)}")
+    return Path(path), float_arg(weight)
+
+
+def axis_arg(text: str) -> tuple[str, list[Any]]:
+    """Parse an option and its values: "guidance=1,3,7.5", or "seed=0..5" for 0 to 5."""
+    name, _, values = text.partition("=")
+    if name not in AXES or not values:
+        names = ", ".join(AXES)
+        raise argparse.ArgumentTypeError(f"expected one of {names} and values, as in seed=0..5, got {short_repr(text)}")
+    parse = AXES[name]
+    first, is_range, last = values.partition("..")
+    if is_range and parse in (int_arg, seed_arg):
+        low, high = parse(first), parse(last)
+        if not low <= high < low + MAX_AXIS:
+            expected = f"{name}=LOW..HIGH of at most {MAX_AXIS} values"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {short_repr(text)}")
+        return name, list(range(low, high + 1))
+    return name, [parse(value) for value in values.split(",")]
+
+
+def scheduler_arg(text: str) -> str:
+    """Parse the name of a scheduler."""
+    if text not in SCHEDULERS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(SCHEDULERS)}, got {short_repr(text)}")
+    return text
+
+
+MAX_AXIS = 100  # values
+AXES = {
+    "guidance": float_arg,
+    "seed": seed_arg,
+    "steps": int_arg,
+    "scheduler": scheduler_arg,
+}
+"""What `imvar grid` varies along rows and columns: the names of options, with their types."""

@@ -1,0 +1,144 @@
+"""Make the images of a command, save and report them, and save the contact sheet."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from ..atomic.file import atomic_write
+from ..contact_sheet import SheetRow, contact_sheet
+from ..errors import InputError, invalid
+from ..image.load_image import load_image
+from ..weights.bundled import bundled_examples
+from .checkpoint import CHECKPOINT, EMOJI, is_emoji, load_pipeline, pick_device, pick_dtype, set_scheduler
+from .commands import Cell
+from .sources import read_source, read_sources
+
+EMOJI_NOTICE = (
+    f"{EMOJI} was trained on drawings in the style of emoji, of objects, animals, food, vehicles and faces, not on "
+    f"photographs; for those use --checkpoint {CHECKPOINT}, a download of 6 GB"
+)
+EMOJI_SIZE = (64, 64)
+STEPS, EMOJI_STEPS = 50, 20
+FLAG_NOTES = {"black": " and replaced by a black image", "blur": " and blurred", "keep": ""}
+ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+"""Options of the command line whose arguments of the pipeline have other names."""
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """Run a command; device, photos and names are checked before the checkpoint is loaded."""
+    emoji = is_emoji(args.checkpoint)
+    apply_defaults(args, emoji)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    sources = read_sources(args.photos)
+    negative = read_source(args.negative, "negative") if args.negative else None
+    shared = shared_options(args)
+    rows = args.rows_of(args, sources)
+    outputs = [args.out / f"{cell.stem}.png" for row in rows for cell in row.cells]
+    sheet = args.out / "contact-sheet.png"
+    inputs = [*args.photos, *(path for path in (args.negative, args.init, args.mask) if path)]
+    check_folder(args.out)
+    check_overwrites(inputs, [sheet, *outputs])
+    if emoji:
+        print(f"imvar: {EMOJI_NOTICE}", file=sys.stderr)
+        if args.size[0] and args.size != EMOJI_SIZE:
+            print(
+                f"imvar: {EMOJI} was trained at 64x64 pixels; at other sizes its images rarely show an object, and "
+                "larger ones take longer",
+                file=sys.stderr,
+            )
+    pipe = load_pipeline(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if negative:
+        shared["negative_image_embeds"] = negative.embed(pipe)
+
+    sheet_rows = [SheetRow(row.name, row.photo) for row in rows]
+    for row, sheet_row in zip(rows, sheet_rows, strict=True):
+        pipe.set_progress_bar_config(desc=row.name)
+        for cell, image, flagged in images_of(pipe, row.cells, shared, args.batch):
+            path, note = args.out / f"{cell.stem}.png", ", flagged" if flagged else ""
+            atomic_write(path, partial(image.save, format="PNG"))
+            sheet_row.variations.append((cell.caption + note, image))
+            print(f"{path}{note} by the safety checker{FLAG_NOTES[args.on_flagged]}" if flagged else path)
+
+    scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
+    footer = f"{args.steps} step{'s' * (args.steps > 1)} of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
+    atomic_write(sheet, partial(contact_sheet(sheet_rows, footer).save, format="PNG"))
+    print(sheet, "(the photos with their variations)")
+    if pipe.safety_checker is None:
+        print("imvar: this checkpoint has no safety checker; the images were not checked", file=sys.stderr)
+
+
+def shared_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the pipeline for all images."""
+    options = {
+        "height": args.size[0],
+        "width": args.size[1],
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "on_flagged": args.on_flagged,
+    }
+    if args.init:
+        options |= {"init_image": load_image(args.init), "strength": args.strength}
+    if args.mask:
+        options |= {"mask_image": load_image(args.mask), "paste": True}
+    return options
+
+
+def images_of(
+    pipe: Any, cells: Sequence[Cell], shared: dict[str, Any], batch: int
+) -> Iterator[tuple[Cell, Image, bool]]:
+    """Yield each cell, its image and the safety checker's flag; cells that differ by seed are computed together."""
+    for (condition, options), group in groupby(cells, key=lambda cell: (cell.condition, cell.options)):
+        if scheduler := options.get("scheduler"):
+            set_scheduler(pipe, scheduler)
+        own = {ARGUMENTS.get(name, name): value for name, value in options.items() if name != "scheduler"}
+        while together := list(islice(group, batch)):
+            seeds = [cell.seed for cell in together]
+            output = pipe(**condition(pipe), **(shared | own), num_images_per_prompt=len(seeds), seed=seeds)
+            yield from zip(together, output.images, output.nsfw_content_detected or [False] * len(seeds), strict=True)
+
+
+def check_overwrites(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """Raise `InputError` if an output would overwrite an input, or has the name of a folder."""
+    sources = {os.path.realpath(path) for path in inputs}
+    for path in outputs:
+        if (is_photo := os.path.realpath(path) in sources) or path.is_dir():
+            got = "one of the photos" if is_photo else "a folder"
+            raise invalid(InputError, path, "an output file", got, "use another -o FOLDER")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `InputError` if the output folder cannot be created or written to."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise invalid(InputError, "-o", "a folder", f"{folder} (it, or one of its parents, is a file)")
+    if not os.access(existing, os.W_OK):
+        raise invalid(InputError, "-o", "a writable folder", f"{folder} (no permission to write in {existing})")
+
+
+def apply_defaults(args: argparse.Namespace, emoji: bool) -> None:
+    """Fill in the options whose defaults depend on the checkpoint: photos, steps and dtype."""
+    if args.photos is None:  # those of `imvar mix`
+        args.photos, args.weights = map(list, zip(*args.weighted, strict=True))
+    args.steps = args.steps or (EMOJI_STEPS if emoji else STEPS)
+    if emoji and args.dtype == "auto":  # for the same images as from the Python API, on any machine
+        args.dtype = "float32"
+    if emoji and not args.photos:
+        args.photos = list(bundled_examples(EMOJI).values())
+    if not args.photos:
+        path = Path(EMOJI).absolute()
+        shadowed = f"; {path} takes precedence over the bundled checkpoint" if args.checkpoint == EMOJI else ""
+        args.usage_error(
+            f"PHOTO: expected at least one, got none; name one, or use --checkpoint {EMOJI}, which has example "
+            f"drawings{shadowed}"
+        )
