@@ -98,7 +98,10 @@ DEFAULTS = "_use_default_values"  # diffusers' key for the fields that were not 
 
 
 class InheritedSetattr(type):
-    """Metaclass whose classes inherit `__setattr__` and `__delattr__`, which a frozen dataclass would define again."""
+    """Metaclass whose classes inherit `__setattr__` and `__delattr__`, which `@dataclass(frozen=True)` would replace.
+
+    The subclasses of a frozen dataclass are frozen too; `config.field = value` registers the value nevertheless.
+    """
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if name not in ("__setattr__", "__delattr__"):
@@ -291,7 +294,7 @@ class Configured:
         return vars(self)["config"]
 
     def _assign_config(self, settings: Mapping[str, Any]) -> None:
-        """Register the entries of a mapping that differ, whatever its `_use_default_values` lists."""
+        """Register the entries of a mapping that differ, those in its `_use_default_values` too."""
         if (mapping := as_settings(settings)) is None:
             raise invalid(InputTypeError, "config", "a config or a dictionary", describe(settings))
         old = self.config

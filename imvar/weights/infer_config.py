@@ -129,7 +129,7 @@ def infer_vae(part: PartTensors) -> dict[str, Any]:
 def infer_clip(part: PartTensors) -> dict[str, Any]:
     """Return the config of the vision tower and projection of an image encoder or a safety checker."""
     layers = max(count_tensors(part, template.format) for template in CLIP[part.naming.dialect])
-    # The safety checker's rows serve both parts: they are the image encoder's, and know the doubled prefix as well.
+    # The safety checker's rows serve both parts: the image encoder's, with the doubled prefix as well.
     keymap = tables.safety_checker(layers)
     width = part.dim_size(keymap, "vision_model.embeddings.class_embedding")
     patch = part.dim_size(keymap, "vision_model.embeddings.patch_embedding.weight", 2)

@@ -58,7 +58,7 @@ def reject_substitute(magic: bytes, path: Path, expected: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or raise `CheckpointError` that says what it contains instead."""
+    """Return the object in a JSON file, or raise `CheckpointError` with what it contains instead."""
     reject_substitute(read_magic(path), path, "a JSON file")
     with explain_read_error(path), path.open("rb") as file:
         content = file.read(MAX_JSON_BYTES + 1)

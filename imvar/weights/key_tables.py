@@ -58,7 +58,7 @@ CLIP_LAYER = [
 
 
 def unet(up: Sequence[bool], layers: int) -> Keymap:
-    """`unet/diffusion_pytorch_model.*`. `up` says which up blocks have attention.
+    """`unet/diffusion_pytorch_model.*`. `up`: for each up block, whether it has attention.
 
     Each of `layers` resnets of a block (one more in up blocks) may be followed by a transformer. The original numbers
     resnets, downsamplers and upsamplers consecutively, so a block's first number depends on the blocks before it.

@@ -1,9 +1,9 @@
 """The engine that translates tensor names between the published layout, older spellings and the original files.
 
-A model's own names are the published ones. A row of the table says what one module or tensor is called elsewhere. We
-always start from the model's names and look up their spelling, so no name is ever parsed: the row with the longest
-matching prefix decides, and the rest of the name is the same on both sides. A fork's additional parameters are
-therefore saved under the module that they belong to, and found there again.
+A model's own names are the published ones. A row of the table has the other names of one module or tensor. Every
+lookup starts from the model's names, so no name is parsed: the row with the longest matching prefix decides, and the
+rest of the name is the same on both sides. A fork's additional parameters are therefore saved under the module that
+they belong to, and found there again.
 """
 
 from __future__ import annotations
