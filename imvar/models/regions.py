@@ -50,7 +50,8 @@ class RegionLayout:
         (k + 1, 1) where they are the same at all positions.
         """
         scales = [scale.get(block, 0.0) if isinstance(scale, Mapping) else scale for scale in self.scales]
-        weights = composite(self.masks * torch.tensor(scales, dtype=torch.float32)[:, None, None])
+        opacities = torch.stack([mask * scale for mask, scale in zip(self.masks, scales, strict=True)])
+        weights = composite(opacities)
         if torch.equal(weights, weights[:, :1, :1].expand_as(weights)):
             return weights[:, :1, 0]
         return F.adaptive_avg_pool2d(weights, size).flatten(1)

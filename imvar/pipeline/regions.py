@@ -109,7 +109,7 @@ def join_tokens(regions: Sequence[Region]) -> Tensor:
 
 def lay_out(regions: Sequence[Region], size: tuple[int, int]) -> RegionLayout:
     """Return the layout of regions over latents (h, w)."""
-    masks = [torch.ones(1, 1) if region.mask is None else region.mask for region in regions]
+    masks = [torch.ones(1, 1, device="cpu") if region.mask is None else region.mask for region in regions]
     finest = [max(sides) for sides in zip(*(mask.shape for mask in masks), strict=True)]
     resized = [F.interpolate(mask[None, None], finest, mode="nearest-exact")[0, 0] for mask in masks]
     return RegionLayout(torch.stack(resized), [region.scale for region in regions], size)

@@ -2,6 +2,7 @@
 
     python scripts/benchmark [CASE ...] [--checkpoint FOLDER] [--dtype bf16] [--threads 2] [--rounds 5]
     python scripts/benchmark profile [--dtype bf16]    # imvar's CPU time per kind of layer
+    python scripts/benchmark regions [--dtype bf16]    # a step with regions against a plain one, both of imvar
 
 CASE: unet vae clip safety pipeline load import scaling (default: all but scaling). Without --checkpoint, one of full
 size with random weights is written to the work folder, 5.8 GB, and reused; `--tiny` writes a tiny one, to check that
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +36,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 from benchmark.cases import CASES, DTYPES, Case, Libraries
 from benchmark.memory import peak_memory, private_memory
 from benchmark.profiling import profile_table
+from benchmark.regions import regions_table
 from tests.support.published_checkpoint import write_checkpoint
 
 HEADER = ("case", "diffusers", "imvar", "ratio", "spread", "memory, diffusers", "memory, imvar", "difference")
@@ -150,7 +153,7 @@ def arguments() -> argparse.Namespace:
         prog="benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("cases", nargs="*", metavar="CASE", choices=[*CASES, "profile", []], help=" ".join(CASES))
+    add("cases", nargs="*", metavar="CASE", choices=[*CASES, "profile", "regions", []], help=" ".join(CASES))
     add("--checkpoint", type=Path, help="a folder in the published layout, with safetensors")
     add("--work", type=Path, default=Path("out/benchmark"), help="where a checkpoint is written without --checkpoint")
     add("--tiny", action="store_true", help="a tiny checkpoint, to check that everything runs")
@@ -200,8 +203,9 @@ def main() -> None:
         print(f"writing {folder}", file=sys.stderr)
         write_checkpoint(folder, tiny=args.tiny, endings=(".safetensors",))
     libraries, results, settings = Libraries(folder, args), [], environment(args)
-    if args.cases == ["profile"]:
-        print(profile_table(libraries))
+    if args.cases in (["profile"], ["regions"]):
+        timed = partial(time_call, device=args.device)
+        print(profile_table(libraries) if args.cases == ["profile"] else regions_table(libraries, timed))
         print(", ".join(f"{name} {value}" for name, value in settings.items()))
         return
     for name in args.cases:

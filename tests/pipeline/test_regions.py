@@ -168,6 +168,14 @@ def test_masks_of_several_sizes_go_together(pipe):
     assert torch.equal(run(pipe, [Region(a), Region(b, LEFT), Region(c, top)]), expected)
 
 
+def test_a_default_device_moves_no_mask(pipe):
+    a, b = embeddings(2)
+    expected = run(pipe, [Region(a), Region(b, LEFT, {"mid_block": 1})])
+    with torch.device("meta"):
+        regions = [Region(a), Region(b, LEFT.numpy(), {"mid_block": 1})]
+        assert torch.equal(run(pipe, regions), expected)
+
+
 def test_a_region_keeps_its_values_and_can_be_copied(pipe):
     mask, scale, (embed,) = LEFT.clone(), {"mid_block": 1}, embeddings(1)
     region = Region(embed, mask, scale)

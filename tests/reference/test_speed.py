@@ -90,6 +90,13 @@ def test_profile(tmp_path, dtype):
         assert {"linear layers", "convolution", "attention", "norms, SiLU", "the rest"} <= {row[0] for row in parts}
 
 
+def test_the_cost_of_regions(tmp_path):
+    """A ratio for each pair of steps: their median is between the lowest and the highest."""
+    row = benchmark(tmp_path, "regions").splitlines()[2]
+    median, lowest, highest = (float(cell) for cell in row.split("|")[4:7])
+    assert 0 < lowest <= median <= highest
+
+
 @pytest.mark.parametrize("options", [["nonsense"], ["unet", "--dtype", "int8"]])
 def test_unknown_options_are_refused(options):
     result = subprocess.run([sys.executable, BENCHMARK, *options], capture_output=True, text=True, check=False)
