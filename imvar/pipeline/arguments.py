@@ -15,12 +15,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..checks import FLOAT_DTYPES, as_number, check_finite, check_float, check_has_data, check_int
+from ..checks import FLOAT_DTYPES, MAX_FLOAT, as_number, check_finite, check_float, check_has_data, check_int
 from ..embeddings import as_embeddings
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from ..image.read import exif_orientation
 from ..models.regions import RegionLayout
 from ..noise import Generators, Seeds, check_generator, per_image_seeds, seed_generators
+from ..runtime.guidance import NO_GUIDANCE, scale_by_step
 from .regions import Region, as_regions, join_tokens, lay_out
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -38,7 +39,7 @@ class Call:
     height: int
     width: int
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | Sequence[float]
     num_images_per_prompt: int
     eta: float
     generator: Generators | None
@@ -54,6 +55,7 @@ class Call:
     conditions: Any
     image_embeds: Any
     negative_image_embeds: Tensor | None
+    guidance_rescale: float
 
     # Values that follow from the arguments and the components
 
@@ -62,10 +64,7 @@ class Call:
     shape: tuple[int, int, int, int] = field(init=False)  # of the latents
     device: torch.device = field(init=False)
     unmodified_unet: bool = field(init=False)  # no hook or override sits between the latents and the UNet
-
-    @property
-    def is_guided(self) -> bool:
-        return self.guidance_scale > 1
+    is_guided: bool = field(init=False)  # in any step
 
     @property
     def denoising(self) -> dict[str, Any]:
@@ -73,6 +72,7 @@ class Call:
         return {
             "guidance_scale": self.guidance_scale if self.is_guided else None,
             "guidance_interval": self.guidance_interval,
+            "guidance_rescale": self.guidance_rescale,
             "cache_interval": self.cache_interval,
             "refreshable": self.callback is not None,
             "regions": self.layout,
@@ -106,10 +106,6 @@ class Call:
             else:
                 self.image_embeds = as_embeddings("image_embeds", self.image_embeds)
         if self.negative_image_embeds is not None:
-            if not self.is_guided:
-                hint = "it has an effect only under guidance: pass a guidance_scale above 1"
-                got = f"embeddings with guidance_scale={self.guidance_scale:g}"
-                raise invalid(InputError, "negative_image_embeds", "none", got, hint)
             self.negative_image_embeds = as_embeddings("negative_image_embeds", self.negative_image_embeds)
             if len(self.negative_image_embeds) not in (1, self.images):
                 expected = f"one embedding, or one for each of {self.images} images"
@@ -120,13 +116,30 @@ class Call:
         """Convert numbers to int and float. How many steps and how much noise are possible depends on the scheduler."""
         self.height, self.width, self.callback_steps = int(self.height), int(self.width), int(self.callback_steps)
         self.num_inference_steps = check_int("num_inference_steps", self.num_inference_steps)
-        self.guidance_scale = check_finite("guidance_scale", self.guidance_scale)
-        if self.guidance_scale < 0:
-            hint = "pass 1 for no guidance"
-            raise invalid(InputError, "guidance_scale", "a number from 0", short_repr(self.guidance_scale), hint)
+        if callable(self.guidance_scale):
+            expected = "a number, or a function of the fraction of steps done"
+            check_function("guidance_scale", self.guidance_scale, (0.0,), expected)
+        else:
+            self.guidance_scale = check_scale("guidance_scale", self.guidance_scale)
+        self.guidance_rescale = check_float("guidance_rescale", self.guidance_rescale)
         self.eta = check_finite("eta", self.eta)
         n = 1 if self.num_images_per_prompt is None else self.num_images_per_prompt
         self.num_images_per_prompt = check_int("num_images_per_prompt", n, high=MAX_IMAGES_PER_PROMPT)
+
+    def plan_guidance(self, steps: int) -> None:
+        """Evaluate a scale that is a function for each of the `steps`, and find out whether any of them is guided."""
+        if callable(scale := self.guidance_scale):
+            scales = ((f"guidance_scale in step {i} of {steps}", scale(i / steps)) for i in range(steps))
+            self.guidance_scale = [check_scale(name, value) for name, value in scales]
+        self.is_guided = max(scale_by_step(self.guidance_scale, self.guidance_interval, steps)) > NO_GUIDANCE
+        needs_guidance = {
+            "negative_image_embeds": self.negative_image_embeds is not None,
+            "guidance_rescale": self.guidance_rescale > 0,
+        }
+        for name, is_given in needs_guidance.items():
+            if is_given and not self.is_guided:
+                hint = "it has an effect only under guidance: pass a guidance_scale above 1"
+                raise invalid(InputError, name, "a step with guidance, or no such argument", "no such step", hint)
 
     def check_options(self, check_shape: bool) -> None:
         """Check the other arguments except `image`. `check_shape`: whether `latents` must have the shape of `self`."""
@@ -230,6 +243,15 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         raise invalid(InputError, "latents", "finite floats", "NaN or infinite values")
 
 
+def check_scale(name: str, value: Any) -> float:
+    """Return a guidance scale as a float."""
+    scale = as_number(value)
+    if scale is None or not 0 <= scale <= MAX_FLOAT:
+        kind, hint = InputTypeError if scale is None else InputError, "pass 1 for no guidance"
+        raise invalid(kind, name, "a finite number from 0", short_repr(value), hint, key="guidance_scale")
+    return scale
+
+
 def check_option(name: str, value: Any, options: Sequence[str]) -> None:
     """Check that a string is one of `options`."""
     if not isinstance(value, str) or value not in options:
@@ -242,20 +264,24 @@ DEFERRED = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isa
 
 def check_callback(callback: Any) -> None:
     """Check that a callback takes a step, a timestep and latents, and runs when it is called."""
-    function = callback
+    check_function("callback", callback, (0, 0, None), "a function (step, timestep, latents)")
+
+
+def check_function(name: str, value: Any, arguments: tuple[Any, ...], expected: str) -> None:
+    """Check that a function takes these positional arguments, and runs when it is called."""
+    function = value
     while isinstance(function, partial):
         function = function.func
     try:
         fits = callable(function) and not any(kind(f) for kind in DEFERRED for f in (function, function.__call__))
         if fits:
-            inspect.signature(callback, follow_wrapped=False).bind(0, 0, None)
+            inspect.signature(value, follow_wrapped=False).bind(*arguments)
     except TypeError:
         fits = False
     except ValueError:  # functions written in C may have no signature
         return
     if not fits:
-        expected = "a function (step, timestep, latents), neither async nor a generator"
-        raise invalid(InputTypeError, "callback", expected, short_repr(callback))
+        raise invalid(InputTypeError, name, f"{expected}, neither async nor a generator", short_repr(value))
 
 
 def check_callback_effects(returned: Any, latents: Tensor, shape: Sequence[int]) -> None:

@@ -115,7 +115,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | Callable[[float], float] = 7.5,
         num_images_per_prompt: int | None = 1,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -132,6 +132,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         conditions: Mapping[str, Any] | None = None,
         image_embeds: Tensor | Region | Sequence[Region] | None = None,
         negative_image_embeds: Tensor | None = None,
+        guidance_rescale: float = 0.0,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Return variations of one image or of several.
 
@@ -140,8 +141,9 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                 normalized as by `feature_extractor`.
             height, width: in pixels, multiples of 8; by default the size that the UNet was trained at.
             num_inference_steps: number of denoising steps.
-            guidance_scale: w of arXiv:2207.12598, equation 6 (as 1 + w); no guidance up to 1. The published model's
-                card suggests 3.
+            guidance_scale: w of arXiv:2207.12598, equation 6 (as 1 + w); no guidance up to 1, which takes half the
+                time. The published model's card suggests 3. A function f of the fraction of steps done is evaluated
+                before the first one, as f(i / n) for call i of the n calls of the UNet, from 0.
             num_images_per_prompt: n variations of each image, in the order a a b b.
             eta: 0 to 1, the share of fresh noise in each step of DDIM (arXiv:2010.02502, equation 16); PNDM and LMS
                 ignore it.
@@ -166,6 +168,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                 `Region` or a list of them, for embeddings that vary by region and by block of the UNet.
             negative_image_embeds: what guidance leads away from, in the place of zeros: embeddings (b, 1, c) or (b, c)
                 of b images, or one for all.
+            guidance_rescale: 0 to 1, how far to restore the contrast that a high `guidance_scale` raises
+                (arXiv:2305.08891, equations 15 and 16; 0.7 there).
 
         Returns:
             `images`, and `nsfw_content_detected`, a flag each, or None without a safety checker; by attribute alone
@@ -179,6 +183,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         with self.per_call_scheduler(), self._offload or contextlib.nullcontext(), explain_out_of_memory():
             self.check_call(call)
             scheduler, timesteps, step_options = self.prepare_scheduler(call)
+            call.plan_guidance(len(timesteps))
 
             own, context = call.conditions, self.prepare_context(call)
             size = *call.shape[:2], call.height, call.width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..models.ops import PackedWeights
 from ..models.regions import RegionLayout
 from ..models.validation import RESIDUALS
 from .deepcache import DeepCacheUNet
-from .guidance import ClassifierFreeGuidance, Predict
+from .guidance import NO_GUIDANCE, ClassifierFreeGuidance, Predict, scale_by_step
 from .precompute import Fingerprint, PrecomputedUNet, Runner
 
 
@@ -36,8 +36,9 @@ class Denoiser:
         timesteps: Any,
         context: Tensor,
         *,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
         cache_interval: int = 1,
         refreshable: bool = False,
         regions: RegionLayout | None = None,
@@ -50,14 +51,16 @@ class Denoiser:
                 `cache_interval` and `packed`; by name also `regions`, which are passed only if there are any.
             timesteps: (n,), those of the steps.
             context: (b, m, c); under guidance (2 b, m, c), the unconditional one first.
-            guidance_scale: None for no guidance.
+            guidance_scale: for all steps, or one for each; None for no guidance.
             guidance_interval: first and last fraction of the steps with guidance.
+            guidance_rescale: 0 to 1, as in `ClassifierFreeGuidance`.
             cache_interval: interval of DeepCache in steps; 1 disables it.
             refreshable: whether `refresh()` will be called. Comparing the UNet with its state at first takes time.
             regions: the layout of the context's m tokens over the latents; None for one token.
         """
         self.unet, self.predictor, self.timesteps, self.context = unet, predictor, timesteps, context
         self.guidance_scale, self.guidance_interval = guidance_scale, guidance_interval
+        self.guidance_rescale = guidance_rescale
         self.cache_interval, self.refreshable, self.regions = cache_interval, refreshable, regions
         self.prepare()
 
@@ -87,14 +90,14 @@ class Denoiser:
         if self.regions is not None:
             options["regions"] = self.regions
         make = partial(self.predictor, self.timesteps, **options)
-        guided_steps = range(*(round(fraction * steps) for fraction in self.guidance_interval))
         if self.guidance_scale is None:
             self.predict: Predict = make(self.context)
         else:
-            guided = make(self.context) if guided_steps else None
-            conditional = make(self.context.chunk(2)[1]) if len(guided_steps) < steps else None
+            scales = scale_by_step(self.guidance_scale, self.guidance_interval, steps)
+            guided = make(self.context) if max(scales) > NO_GUIDANCE else None
+            conditional = make(self.context.chunk(2)[1]) if min(scales) <= NO_GUIDANCE else None
             rows = len(self.context)
-            self.predict = ClassifierFreeGuidance(guided, conditional, self.guidance_scale, guided_steps, rows)
+            self.predict = ClassifierFreeGuidance(guided, conditional, scales, rows, self.guidance_rescale)
         self.built_from = self.unet()
         can_change = self.refreshable and isinstance(self.built_from, nn.Module)
         self.fingerprint = Fingerprint(self.built_from) if can_change else None
