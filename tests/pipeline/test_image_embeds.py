@@ -10,8 +10,10 @@ from torch import Tensor
 
 from imvar import (
     CheckpointError,
+    DDIMScheduler,
     InputError,
     InputTypeError,
+    LMSDiscreteScheduler,
     Region,
     StableDiffusionImageVariationPipeline,
     load_image_embeds,
@@ -97,6 +99,54 @@ def test_a_weighted_sum_of_one_embedding_is_its_image(pipe, photos):
     assert torch.equal(run(pipe, image_embeds=mix([(a, 1), (b, 0)])), run(pipe, image_embeds=a))
     between = run(pipe, image_embeds=mix([(a, 0.5), (b, 0.5)]))
     assert not torch.equal(between, run(pipe, image_embeds=a))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_interval": 2, "num_inference_steps": 4},
+        {"guidance_interval": (0.0, 0.5)},
+        {"height": 72, "width": 40},
+        {"generator": torch.Generator(), "seed": None},
+        {"latents": torch.ones(2, 4, 16, 16), "seed": None},
+        {"eta": 0.5, "scheduler": DDIMScheduler},
+        {"scheduler": LMSDiscreteScheduler},
+        {"setting": lambda pipe: pipe.enable_attention_slicing(1)},
+        {"setting": lambda pipe: pipe.enable_model_cpu_offload(device="cpu:0")},
+        {"setting": lambda pipe: pipe.unet.register_forward_hook(lambda *_: None)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_under_other_options_too(pipe, photos, options):
+    options = dict(options)
+    options.pop("setting", lambda pipe: None)(pipe)
+    if scheduler := options.pop("scheduler", None):
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    outputs = []
+    for image in ({"image": photos}, {"image_embeds": pipe.encode_image(photos)}):
+        if "generator" in options:
+            options["generator"].manual_seed(5)
+        outputs.append(run(pipe, **image, **options))
+    assert torch.equal(*outputs)
+
+
+def test_an_offloaded_encoder_moves_to_encode_and_back(pipe, photo, monkeypatch):
+    """It is on the meta device in between in this test, where nothing can be computed."""
+    expected, plain, weights = pipe.encode_image(photo), torch.nn.Module.to, {}
+
+    def to(module, device):
+        if str(device) == "cpu":
+            weights[module] = module.state_dict()
+            return plain(module, "meta")
+        module.load_state_dict(weights.pop(module), assign=True)
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    pipe.enable_model_cpu_offload(device="cpu:0")
+    for preprocess in ("clip", "clip", "card"):
+        embeds = pipe.encode_image(photo, preprocess)
+        assert {next(module.parameters()).device.type for module in pipe.modules.values()} == {"meta"}
+        assert torch.equal(embeds, expected) == (preprocess == "clip")
 
 
 def test_a_callback_needs_no_encoder(pipe, photo):
