@@ -21,7 +21,7 @@ from ..errors import InputError, InputTypeError, describe, invalid, short_repr
 from ..noise import check_generator
 from ..weights.configured import ConfiguredComponent
 from ..weights.model_index import PARTS
-from .timesteps import make_betas
+from .timesteps import make_betas, zero_terminal_snr
 
 # Prediction types, section 4 of arXiv:2202.00512: x = signal x0 + noise eps, v = signal eps - noise x0
 
@@ -65,6 +65,11 @@ class SchedulerConfig(Config):
     beta_end: float = 0.02
     beta_schedule: str = one_of("linear", "scaled_linear", "squaredcos_cap_v2")
     trained_betas: Sequence[float] | np.ndarray | None = None  # (num_train_timesteps,), overrides beta_schedule
+
+    @property
+    def rescales_betas(self) -> bool:
+        """Whether `rescale_betas_zero_snr` is a field of this class, not of another scheduler's config, and True."""
+        return bool(vars(self).get("rescale_betas_zero_snr"))
 
     def check(self) -> None:
         super().check()
@@ -157,7 +162,8 @@ class Scheduler(ConfiguredComponent):
         return [PARTS[self.part][name] for name in self._compatibles]
 
     def make_betas(self) -> Tensor:
-        return make_betas(self.config)
+        betas = make_betas(self.config)
+        return zero_terminal_snr(betas) if self.config.rescales_betas else betas
 
     def check_betas(self, usable: Any, expected: str, got: str) -> None:
         """Raise `InputError` about the betas unless they are usable."""

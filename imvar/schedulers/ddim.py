@@ -14,7 +14,7 @@ from ..errors import InputError, invalid
 from ..noise import Generators, randn
 from ..outputs import DenoisedOutput
 from .common import SchedulerConfig, VariancePreserving, check_noise_inputs, check_step_inputs, to_eps, to_x0
-from .timesteps import integer_timesteps, make_betas, zero_terminal_snr
+from .timesteps import integer_timesteps
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma: Tensor | float = 0.0) -> Tensor:
@@ -74,10 +74,6 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         self.timesteps = torch.arange(len(self), device="cpu").flip(0)
         usable = self.alphas_cumprod[-1] != 1 and self.alphas_cumprod[0] != 0
         self.check_betas(usable, "betas that leave noise and signal", "no noise, or no signal, at every timestep")
-
-    def make_betas(self) -> Tensor:
-        betas = make_betas(self.config)
-        return zero_terminal_snr(betas) if self.config.rescale_betas_zero_snr else betas
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Set `timesteps` to 1 to `num_train_timesteps` sampling timesteps: (n,) int64 on `device`.

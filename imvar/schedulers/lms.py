@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import as_device, check_float, check_int, validated
+from ..checks import check_int, validated
 from ..config import one_of
-from ..errors import InputError, invalid, short_repr, warn_user
 from ..outputs import DenoisedOutput
-from .common import Scheduler, SchedulerConfig, check_noise_inputs, check_step_inputs
-from .timesteps import beta_sigmas, exponential_sigmas, karras_sigmas, space_timesteps, to_timesteps
-
-
-def to_denoised(kind: str, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-    """Convert a model output at x = x_0 + sigma noise to the predicted x_0."""
-    if kind == "epsilon":
-        return x - sigma * output
-    if kind == "v_prediction":
-        return output * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
-    return output
-
+from .common import SchedulerConfig, check_step_inputs
+from .sigma_space import SigmaSpaceScheduler, check_spacing, to_denoised
+from .timesteps import karras_sigmas
 
 # 21-point Gauss-Kronrod quadrature on [-1, 1]: the nodes from 0 up, largest first, with their weights
 KRONROD = np.array(
@@ -64,13 +54,6 @@ def lagrange(tau: np.ndarray, past: np.ndarray, j: int) -> np.ndarray:
     return np.prod((tau[:, None] - others) / (past[j] - others), axis=1)
 
 
-SIGMA_SPACINGS = {
-    "use_karras_sigmas": karras_sigmas,
-    "use_exponential_sigmas": exponential_sigmas,
-    "use_beta_sigmas": beta_sigmas,
-}
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class LMSDiscreteConfig(SchedulerConfig):
     """Config of `LMSDiscreteScheduler`: fields, order and defaults of `scheduler_config.json`."""
@@ -84,94 +67,34 @@ class LMSDiscreteConfig(SchedulerConfig):
 
     def check(self) -> None:
         super().check()
-        if (n := sum(getattr(self, name) for name in SIGMA_SPACINGS)) > 1:
-            names = ", ".join(SIGMA_SPACINGS)
-            raise invalid(InputError, names, "at most one to be True", str(n), key="use_karras_sigmas")
+        check_spacing(self)
 
 
-class LMSDiscreteScheduler(Scheduler, part="scheduler"):
+class LMSDiscreteScheduler(SigmaSpaceScheduler, part="scheduler"):
     """LMS: linear multistep method on the slopes dx/dsigma of x = x_0 + sigma noise, of order 4 by default.
 
-    Takes the fields of `LMSDiscreteConfig`. Attributes: `sigmas`, (n + 1,) float32, the noise level of each timestep
-    and 0 at the end; `derivatives`, the last slopes; `step_index`, the index of the next step, None before the first;
-    `begin_index`, the index of the first step, None to find it by its timestep.
+    Takes the fields of `LMSDiscreteConfig`. Attributes: those of `SigmaSpaceScheduler`; `derivatives`, the last slopes.
     """
 
     config_class = LMSDiscreteConfig
 
     def make_tables(self) -> None:
         super().make_tables()
-        self.train_sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy()
-        self.is_scale_input_called = False
         self.set_timesteps(len(self))
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Set `timesteps` to 1 to `num_train_timesteps` sampling timesteps and `sigmas` to theirs, and reset the run.
 
-        `timesteps`: (n,) float32 on `device`, fractional if the spacing is. `sigmas` stays on the CPU. Raises
-        `InputTypeError` or `InputError` for any other number.
+        `timesteps`: (n,) float32 on `device`, fractional if the spacing is. Raises `InputTypeError` or `InputError` for
+        any other number.
         """
-        config, timesteps = self.config, space_timesteps(self.config, num_inference_steps).astype(np.float32)
-        sigmas = np.interp(timesteps, np.arange(len(self)), self.train_sigmas)
-        usable = bool((np.isfinite(sigmas) & (sigmas > 0)).all())
-        expected = f"betas that give {type(self).__name__} finite noise levels above 0"
-        self.check_betas(usable, expected, f"noise levels from {sigmas.min():g} to {sigmas.max():g}")
-        if respace := next((space for name, space in SIGMA_SPACINGS.items() if config[name]), None):
-            high, low = sigmas[0], sigmas[-1]
-            if respace is not karras_sigmas:  # from an Euler scheduler's config, used where diffusers uses them
-                high, low = (
-                    check_float(name, config.get(name) or level, low=1e-9, high=1e9)
-                    for name, level in (("sigma_max", high), ("sigma_min", low))
-                )
-            sigmas = respace(high, low, len(timesteps))
-            timesteps = to_timesteps(sigmas, self.train_sigmas)
-        self.num_inference_steps = len(timesteps)
-        self.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
-        self.timesteps = torch.from_numpy(timesteps.astype(np.float32)).to(as_device("device", device))
-        self.step_index: int | None = None
-        self.begin_index: int | None = None
+        timesteps, sigmas = self.respace(*self.space_levels(num_inference_steps))
+        self.start_run(timesteps.astype(np.float32), sigmas, device=device)
         self.derivatives: Sequence[Tensor] = []
 
-    @property
-    def init_noise_sigma(self) -> Tensor:
-        """Standard deviation of the initial noise, 0-d."""
-        highest = self.sigmas.max()
-        return (highest**2 + 1) ** 0.5 if self.config.timestep_spacing == "leading" else highest
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start the next run at this index of `timesteps` instead of finding it by value."""
-        self.begin_index = check_int("begin_index", begin_index, low=0, high=len(self.timesteps) - 1)
-
-    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """Return the index of a timestep in `timesteps`, or in another schedule; if it repeats, the second.
-
-        Raises `InputError` for a timestep that is not in it.
-        """
-        timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        indices = (timesteps == check_float("timestep", timestep, high=math.inf)).nonzero().flatten().tolist()
-        if not indices:
-            expected = f"one of scheduler.timesteps, from {timesteps[0]:g} down to {timesteps[-1]:g}"
-            raise invalid(InputError, "timestep", expected, f"{float(timestep):g}")
-        return indices[:2][-1]
-
-    def find_step_index(self, timestep: float | Tensor) -> int:
-        """Return the index of the current step: the first is found by its timestep, the others are counted."""
-        if self.step_index is None:
-            self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
-        self.check_steps_left(self.step_index)
-        due = self.timesteps[self.step_index]
-        on_cpu = all(not isinstance(t, Tensor) or t.device.type == "cpu" for t in (due, timestep))  # else it would sync
-        is_found = self.begin_index is None and on_cpu
-        if is_found and abs(check_float("timestep", timestep, high=math.inf) - float(due)) >= 1:
-            hint = "pass scheduler.timesteps in order"
-            raise invalid(InputError, "timestep", f"the next timestep, {due:g}", short_repr(timestep), hint)
-        return self.step_index
-
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
-        """Return `sample` at unit variance, the UNet's input. Must be called before every step."""
-        sigma = self.sigmas[self.find_step_index(timestep)]
-        self.is_scale_input_called = True
-        return sample / (sigma**2 + 1) ** 0.5
+    def sigma_range(self, spacing: Any, sigmas: np.ndarray) -> tuple[float, float]:
+        # as in diffusers, `sigma_max` and `sigma_min` of an Euler scheduler's config are not those of Karras sigmas
+        return (sigmas[0], sigmas[-1]) if spacing is karras_sigmas else super().sigma_range(spacing, sigmas)
 
     def slope_weights(self, index: int, order: int) -> list[float]:
         """Return the coefficients of the last `order` slopes in the step of this index, the newest first."""
@@ -192,8 +115,7 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         `order`: how many of the last slopes are used, 1 or more. Raises `InputError` for a timestep that is not in
         `timesteps`, or after the last. Warns if `scale_model_input` was never called.
         """
-        if not self.is_scale_input_called:
-            warn_user("step: scale_model_input was not called, so the model's input may have had the wrong scale")
+        self.check_input_was_scaled()
         order, i = check_int("order", order), self.find_step_index(timestep)
         sigma = self.sigmas[i]
         x0 = to_denoised(self.config.prediction_type, model_output, sample, sigma)
@@ -203,17 +125,3 @@ class LMSDiscreteScheduler(Scheduler, part="scheduler"):
         prev = sample + sum(weight * slope for weight, slope in weighted)
         self.step_index = i + 1
         return DenoisedOutput(prev, x0) if return_dict else (prev, x0)
-
-    @validated(check_noise_inputs)
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return x_0 + sigma noise, both (b, ...), at `timesteps`, (b,), each one of `self.timesteps`.
-
-        After `set_begin_index` the noise level is that of the current step instead, as in image-to-image.
-        """
-        timesteps = torch.as_tensor(timesteps).flatten()
-        if self.begin_index is None:
-            indices = [self.index_for_timestep(t) for t in timesteps]
-        else:
-            indices = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
-        sigma = self.sigmas.to(original_samples.device, original_samples.dtype)[indices]
-        return original_samples + noise * sigma.view(-1, *[1] * (original_samples.ndim - 1))
