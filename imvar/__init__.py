@@ -20,7 +20,15 @@ from .models import (
 )
 from .outputs import StableDiffusionPipelineOutput
 from .pipeline import Region, StableDiffusionImageVariationPipeline
-from .schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from .schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
 from .weights.bundled import bundled_checkpoint, bundled_examples
 
 __version__ = "0.1.0"
@@ -33,6 +41,10 @@ __all__ = [
     "CLIPVisionModelWithProjection",
     "CheckpointError",
     "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
     "FlaggedError",
     "ImvarError",
     "InputError",

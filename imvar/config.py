@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -228,10 +229,14 @@ class Config(OwnedDict):
         return json_text(self.to_dict())
 
 
+UNCLIPPED = "lambda_min_clipped", -math.inf  # a default of the published format; it is written as -Infinity
+
+
 def json_text(settings: Mapping[str, Any]) -> str:
     """Return the text of a config file. Raises `InputError` for a value that JSON cannot represent, such as NaN."""
     try:
-        return json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        json.dumps({name: v for name, v in settings.items() if (name, v) != UNCLIPPED}, sort_keys=True, allow_nan=False)
+        return json.dumps(settings, indent=2, sort_keys=True) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
         name = next((name for name, value in settings.items() if not is_json_serializable(name, value)), "config")
         got = f"{short_repr(settings.get(name))} ({error})"
@@ -240,6 +245,8 @@ def json_text(settings: Mapping[str, Any]) -> str:
 
 def is_json_serializable(name: Any, value: Any) -> bool:
     """Return whether an entry of a config can be written as JSON."""
+    if (name, value) == UNCLIPPED:
+        return True
     try:
         json.dumps({name: value}, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError):

@@ -8,7 +8,15 @@ import torch
 
 from ..errors import InputError, invalid, short_repr
 from ..pipeline import StableDiffusionImageVariationPipeline
-from ..schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from ..schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
 
 CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
 EMOJI = "imvar-emoji"
@@ -17,6 +25,10 @@ SCHEDULERS = {  # with config changes: some published configs leave clip_sample 
     "ddim": (DDIMScheduler, {"clip_sample": False}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # as published
     "lms": (LMSDiscreteScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler-ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "dpm++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
 }
 
 

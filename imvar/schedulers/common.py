@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import check_float, check_floating, check_has_data, check_int, check_same_shape, validated
 from ..config import Config, one_of
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
-from ..noise import check_generator
+from ..noise import check_generator, randn
 from ..weights.configured import ConfiguredComponent
 from ..weights.model_index import PARTS
 from .timesteps import make_betas, zero_terminal_snr
@@ -117,6 +117,15 @@ def check_noise_inputs(scheduler: Any, original_samples: Any, noise: Any, timest
         raise invalid(InputError, "timesteps", expected, describe(timesteps))
 
 
+def given_noise(variance_noise: Tensor | None, generator: Any, like: Tensor) -> Tensor:
+    """Return the noise of a step: `variance_noise`, or noise of the shape and dtype of `like` from `generator`."""
+    if variance_noise is None:
+        return randn(like.shape, generator, dtype=like.dtype, device=like.device)
+    if generator is not None:
+        raise invalid(InputError, "variance_noise, generator", "one of them", "both", key="variance_noise")
+    return variance_noise
+
+
 class Scheduler(ConfiguredComponent):
     """Base class of the schedulers: the noise schedule of training, and the state of a sampling run.
 
@@ -128,7 +137,15 @@ class Scheduler(ConfiguredComponent):
     config_name = "scheduler_config.json"
     config_class = SchedulerConfig
     has_compatibles = True
-    _compatibles: ClassVar = ["DDIMScheduler", "LMSDiscreteScheduler", "PNDMScheduler"]
+    _compatibles: ClassVar = [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+    ]
     order = 1
     num_inference_steps: int | None = None
     timesteps: Any = None
@@ -182,24 +199,14 @@ class Scheduler(ConfiguredComponent):
 
 
 class VariancePreserving(Scheduler):
-    """Base class of DDIM and PNDM: x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) noise, at integer timesteps.
-
-    `final_alpha_cumprod` is the alpha after the last step: 1, or that of timestep 0 without `set_alpha_to_one`.
-    """
+    """Base class of DDIM, PNDM and DDPM: x_t = sqrt(alpha) x_0 + sqrt(1 - alpha) noise, at integer timesteps."""
 
     init_noise_sigma = 1.0
 
-    def make_tables(self) -> None:
-        super().make_tables()
-        one = torch.ones((), device="cpu")
-        self.final_alpha_cumprod = one if self.config.set_alpha_to_one else self.alphas_cumprod[0]
-
-    @property
-    def stride(self) -> int:
-        """Training timesteps per sampling step; the distance to the next entry of `timesteps` may differ."""
-        if self.num_inference_steps is None:
-            raise invalid(InputError, "num_inference_steps", "a call of set_timesteps before step", "none")
-        return self.config.num_train_timesteps // self.num_inference_steps
+    def check_some_noise_and_signal(self) -> None:
+        """Raise `InputError` for betas that leave no noise, or no signal, at every timestep."""
+        usable = self.alphas_cumprod[-1] != 1 and self.alphas_cumprod[0] != 0
+        self.check_betas(usable, "betas that leave noise and signal", "no noise, or no signal, at every timestep")
 
     def timestep_index(self, timestep: Any) -> int:
         """Return a timestep, a number or one-element tensor, as an int. Raises `InputError` if it is out of range."""
@@ -208,9 +215,17 @@ class VariancePreserving(Scheduler):
         is_integral = isinstance(timestep, float) and timestep.is_integer()
         return check_int("timestep", int(timestep) if is_integral else timestep, low=0, high=len(self) - 1)
 
-    def alpha(self, timestep: int) -> Tensor:
-        """Return the alpha of a timestep, 0-d; below 0 that after the last step."""
-        return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod
+    def check_signal(self, t: int) -> None:
+        """Raise `InputError` for a timestep without signal if x_0 is its quotient and nothing limits it."""
+        config = self.config
+        if (
+            self.alphas_cumprod[t] == 0
+            and config.prediction_type == "epsilon"
+            and not (config.thresholding or config.clip_sample)
+        ):
+            expected = "a timestep with some signal, by which prediction_type='epsilon' divides"
+            hint = "use 'v_prediction' or timestep_spacing='leading'"
+            raise invalid(InputError, "timestep", expected, f"{t}, which has none", hint)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Return `sample`: the UNet's input is not scaled."""
@@ -235,3 +250,26 @@ class VariancePreserving(Scheduler):
         alpha = self.alphas_cumprod.to(x.device, x.dtype)[timesteps.to(x.device)]
         alpha = alpha.view(-1, *[1] * (x.ndim - 1))  # b -> b 1 1 1
         return alpha**0.5, (1 - alpha) ** 0.5
+
+
+class StridedScheduler(VariancePreserving):
+    """Base class of DDIM and PNDM, whose steps go down one stride, whatever the next entry of `timesteps` is.
+
+    `final_alpha_cumprod` is the alpha after the last step: 1, or that of timestep 0 without `set_alpha_to_one`.
+    """
+
+    def make_tables(self) -> None:
+        super().make_tables()
+        one = torch.ones((), device="cpu")
+        self.final_alpha_cumprod = one if self.config.set_alpha_to_one else self.alphas_cumprod[0]
+
+    @property
+    def stride(self) -> int:
+        """Training timesteps per sampling step."""
+        if self.num_inference_steps is None:
+            raise invalid(InputError, "num_inference_steps", "a call of set_timesteps before step", "none")
+        return self.config.num_train_timesteps // self.num_inference_steps
+
+    def alpha(self, timestep: int) -> Tensor:
+        """Return the alpha of a timestep, 0-d; below 0 that after the last step."""
+        return self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 
 from ..checks import as_device, check_float, validated
 from ..config import one_of
-from ..errors import InputError, invalid
-from ..noise import Generators, randn
+from ..noise import Generators
 from ..outputs import DenoisedOutput
-from .common import SchedulerConfig, VariancePreserving, check_noise_inputs, check_step_inputs, to_eps, to_x0
+from .common import SchedulerConfig, StridedScheduler, check_noise_inputs, check_step_inputs, given_noise, to_eps, to_x0
+from .thresholding import check_limits, limit_denoised
 from .timesteps import integer_timesteps
 
 
@@ -25,18 +24,6 @@ def ddim_step(x0: Tensor, eps: Tensor, alpha_prev: Tensor, sigma: Tensor | float
 def ddim_sigma(alpha: Tensor, alpha_prev: Tensor, eta: float) -> Tensor:
     """Return the standard deviation of the random term, equation 16: 0 at eta 0, DDPM's at eta 1."""
     return eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
-
-
-def dynamic_threshold(x0: Tensor, ratio: float, limit: float) -> Tensor:
-    """Dynamic thresholding, section 2.3 of arXiv:2205.11487.
-
-    Clip each sample of x_0 to the `ratio` quantile of its absolute values, at least 1 and at most `limit`, and divide
-    by it.
-    """
-    x = x0 if x0.dtype == torch.float64 else x0.float()  # torch.quantile does not support half precision
-    bound = x.flatten(1).abs().quantile(ratio, dim=1).clamp(1, limit)
-    bound = bound.view(-1, *[1] * (x.ndim - 1))  # b -> b 1 1 1
-    return (x.clamp(-bound, bound) / bound).to(x0.dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,12 +43,10 @@ class DDIMConfig(SchedulerConfig):
 
     def check(self) -> None:
         super().check()
-        check_float("dynamic_thresholding_ratio", self.dynamic_thresholding_ratio)
-        check_float("clip_sample_range", self.clip_sample_range, high=math.inf)
-        check_float("sample_max_value", self.sample_max_value, high=math.inf)
+        check_limits(self)
 
 
-class DDIMScheduler(VariancePreserving, part="scheduler"):
+class DDIMScheduler(StridedScheduler, part="scheduler"):
     """DDIM, arXiv:2010.02502: deterministic at eta 0, ancestral sampling as in DDPM at eta 1.
 
     A step depends on its timestep alone, not on earlier steps. Takes the fields of `DDIMConfig`.
@@ -72,8 +57,7 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
     def make_tables(self) -> None:
         super().make_tables()
         self.timesteps = torch.arange(len(self), device="cpu").flip(0)
-        usable = self.alphas_cumprod[-1] != 1 and self.alphas_cumprod[0] != 0
-        self.check_betas(usable, "betas that leave noise and signal", "no noise, or no signal, at every timestep")
+        self.check_some_noise_and_signal()
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Set `timesteps` to 1 to `num_train_timesteps` sampling timesteps: (n,) int64 on `device`.
@@ -105,28 +89,15 @@ class DDIMScheduler(VariancePreserving, part="scheduler"):
         config, t = self.config, self.timestep_index(timestep)
         alpha, alpha_prev = self.alpha(t), self.alpha(t - self.stride)
         sigma = ddim_sigma(alpha, alpha_prev, eta) if check_float("eta", eta) else 0.0
-        if alpha == 0 and config.prediction_type == "epsilon" and not (config.thresholding or config.clip_sample):
-            expected = "a timestep with some signal, by which prediction_type='epsilon' divides"
-            hint = "use 'v_prediction' or timestep_spacing='leading'"
-            raise invalid(InputError, "timestep", expected, f"{t}, which has none", hint)
-
-        x0 = to_x0(config.prediction_type, model_output, sample, alpha)
+        self.check_signal(t)
+        x0 = limit_denoised(config, to_x0(config.prediction_type, model_output, sample, alpha))
         eps = to_eps(config.prediction_type, model_output, sample, alpha)
-        if config.thresholding:
-            x0 = dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        elif config.clip_sample:
-            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
         if use_clipped_model_output:
             eps = to_eps("sample", x0, sample, alpha)
 
         prev = ddim_step(x0, eps, alpha_prev, sigma)
         if eta > 0:
-            if variance_noise is None:
-                like = {"dtype": model_output.dtype, "device": model_output.device}
-                variance_noise = randn(model_output.shape, generator, **like)
-            elif generator is not None:
-                raise invalid(InputError, "variance_noise, generator", "one of them", "both", key="variance_noise")
-            prev = prev + sigma * variance_noise
+            prev = prev + sigma * given_noise(variance_noise, generator, model_output)
         return DenoisedOutput(prev, x0) if return_dict else (prev, x0)
 
     @validated(check_noise_inputs)

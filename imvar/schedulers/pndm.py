@@ -15,7 +15,7 @@ from ..checks import as_device, validated
 from ..config import one_of
 from ..errors import InputError, invalid
 from ..outputs import SchedulerOutput
-from .common import SchedulerConfig, VariancePreserving, check_step_inputs, to_eps
+from .common import SchedulerConfig, StridedScheduler, check_step_inputs, to_eps
 from .timesteps import integer_timesteps
 
 RUNGE_KUTTA_WEIGHTS = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
@@ -52,7 +52,7 @@ class PNDMConfig(SchedulerConfig):
     steps_offset: int = 0  # added to the timesteps of leading spacing
 
 
-class PNDMScheduler(VariancePreserving, part="scheduler"):
+class PNDMScheduler(StridedScheduler, part="scheduler"):
     """PNDM, arXiv:2202.09778: pseudo linear multistep (PLMS) on the last four predictions.
 
     There are two ways to obtain the first four. The paper takes three pseudo Runge-Kutta steps (PRK) of four

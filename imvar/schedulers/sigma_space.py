@@ -14,6 +14,7 @@ from ..errors import InputError, invalid, short_repr, warn_user
 from .common import Scheduler, check_noise_inputs
 from .timesteps import beta_sigmas, exponential_sigmas, karras_sigmas, space_timesteps, to_timesteps
 
+MAX_SIGMA = 1e9
 SIGMA_SPACINGS = {
     "use_karras_sigmas": karras_sigmas,
     "use_exponential_sigmas": exponential_sigmas,
@@ -35,6 +36,12 @@ def check_spacing(config: Any) -> None:
     if (n := sum(bool(getattr(config, name)) for name in SIGMA_SPACINGS)) > 1:
         names = ", ".join(SIGMA_SPACINGS)
         raise invalid(InputError, names, "at most one to be True", str(n), key="use_karras_sigmas")
+
+
+def check_no_spacing(config: Any, name: str) -> None:
+    """Check that a config has none of `SIGMA_SPACINGS`, next to the argument `name`, which chooses the levels."""
+    if spacing := next((key for key in SIGMA_SPACINGS if config[key]), None):
+        raise invalid(InputError, name, f"None with {spacing}=True", "timesteps", "pass num_inference_steps")
 
 
 class SigmaSpaceScheduler(Scheduler):
@@ -98,8 +105,9 @@ class SigmaSpaceScheduler(Scheduler):
         They may be those of another scheduler's config, as in diffusers.
         """
         bounds = ("sigma_max", sigmas[0]), ("sigma_min", sigmas[-1])
-        high, low = (check_float(name, self.config.get(name) or level, low=1e-9, high=1e9) for name, level in bounds)
-        return high, low
+        return tuple(  # type: ignore[return-value]
+            check_float(name, self.config.get(name) or level, 1 / MAX_SIGMA, MAX_SIGMA) for name, level in bounds
+        )
 
     @property
     def last_sigma(self) -> float:
@@ -130,8 +138,12 @@ class SigmaSpaceScheduler(Scheduler):
 
     def find_step_index(self, timestep: float | Tensor) -> int:
         """Return the index of the current step: the first is found by its timestep, the others are counted."""
-        if self.step_index is None:
-            self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+        if self.step_index is None and self.begin_index is not None:
+            self.step_index = self.begin_index
+        elif self.step_index is None:
+            index = self.index_for_timestep(timestep)
+            # the second of equal timesteps, but of the first timestep, which rounding may repeat, the first
+            self.step_index = 0 if self.timesteps[index] == self.timesteps[0] else index
         self.check_steps_left(self.step_index)
         due = self.timesteps[self.step_index]
         on_cpu = all(not isinstance(t, Tensor) or t.device.type == "cpu" for t in (due, timestep))  # else it would sync

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int
-from ..errors import InputError, invalid
+from ..errors import InputError, InputTypeError, invalid, short_repr
 
 
 def make_betas(config: Any) -> Tensor:
@@ -35,26 +35,49 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([alpha[:1], alpha[1:] / alpha[:-1]])
 
 
-def space_timesteps(config: Any, steps: int) -> np.ndarray:
-    """Return `steps` sampling timesteps, descending: table 2 of arXiv:2305.08891. Fractional for linspace."""
-    total = config.num_train_timesteps
-    steps = check_int("num_inference_steps", steps, high=total)
-    if config.timestep_spacing == "linspace":
-        return np.linspace(0, total - 1, steps)[::-1]
-    if config.timestep_spacing == "leading":
-        return np.arange(steps)[::-1] * (total // steps) + config.steps_offset
+def space_timesteps(config: Any, steps: int, skipped: int = 0) -> np.ndarray:
+    """Return `steps` sampling timesteps, descending: table 2 of arXiv:2305.08891. Fractional for linspace.
+
+    `skipped`: leave out as many at the end of the spacing, except of trailing, whose end is above 0.
+    """
+    total, spacing = config.num_train_timesteps, config.timestep_spacing
+    steps = check_int("num_inference_steps", steps, high=total - skipped if spacing == "leading" else total)
+    if spacing == "linspace":
+        return np.linspace(0, total - 1, steps + skipped)[::-1][:steps]
+    if spacing == "leading":
+        return np.arange(steps + skipped)[::-1][:steps] * (total // (steps + skipped)) + config.steps_offset
     return np.arange(total, 0, -total / steps).round()[:steps] - 1  # rounding may give one more, timestep -1
 
 
-def integer_timesteps(config: Any, steps: int) -> np.ndarray:
+def integer_timesteps(config: Any, steps: int, skipped: int = 0) -> np.ndarray:
     """Return `space_timesteps` rounded to integers. Raises `InputError` if the first is above the last of training."""
     total = config.num_train_timesteps
-    timesteps = space_timesteps(config, steps).round().astype(np.int64)
+    timesteps = space_timesteps(config, steps, skipped).round().astype(np.int64)
     if timesteps[0] >= total:
         got = f"{len(timesteps)}, whose first timestep is {timesteps[0]} with steps_offset={config.steps_offset}"
         expected = f"steps within the training timesteps 0 to {total - 1}"
         raise invalid(InputError, "num_inference_steps", expected, got, "use fewer steps")
     return timesteps
+
+
+def check_one_schedule(**given: Any) -> None:
+    """Check that one of the arguments of `set_timesteps` that choose the schedule is given, at most."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise invalid(InputError, ", ".join(given), "one of them", " and ".join(names), key=names[0])
+
+
+def descending(name: str, values: Any, high: float, least: int = 1) -> np.ndarray:
+    """Return a caller's timesteps or noise levels, at least `least` descending numbers from 0 to `high`, as float64."""
+    expected = f"a list of {least} or more descending numbers from 0 to {high:g}"
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise invalid(InputTypeError, name, expected, short_repr(values)) from error
+    is_list = array.ndim == 1 and len(array) >= least
+    if not is_list or not (np.diff(array) < 0).all() or not 0 <= array[-1] <= array[0] <= high:
+        raise invalid(InputError, name, expected, short_repr(values))
+    return array
 
 
 # Spacings of the noise levels: numpy, float64, descending

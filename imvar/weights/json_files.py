@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..config import UNCLIPPED
 from ..errors import CheckpointError, describe, first_line, invalid
 from .read_errors import explain_read_error
 
@@ -85,6 +86,8 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in out:
             raise ValueError(f"the duplicate key {key[:200]!r}")
+        if (key, value) == (UNCLIPPED[0], "-Infinity"):
+            value = UNCLIPPED[1]
         if number := first_not_finite(value):
             raise ValueError(f"{number[:20]} for {key[:200]}, which is not a finite number")
         out[key] = value

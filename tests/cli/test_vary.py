@@ -228,7 +228,7 @@ def test_a_name_that_the_terminal_cannot_encode(run, photo, tmp_path):
         [],
         ["draw"],
         ["vary"],
-        ["vary", "x.jpg", "--scheduler", "euler"],
+        ["vary", "x.jpg", "--scheduler", "heun"],
         ["vary", "x.jpg", "--size", "500"],
         ["vary", "x.jpg", "--size", "64x64x64"],
         ["vary", "x.jpg", "-n", "0"],

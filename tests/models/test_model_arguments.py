@@ -12,7 +12,17 @@ import torch
 from PIL import Image
 
 import imvar
-from imvar import DDIMScheduler, InputError, InputTypeError, LMSDiscreteScheduler, PNDMScheduler
+from imvar import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    InputError,
+    InputTypeError,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
 from imvar.noise import randn
 from tests.support.random_checkpoint import PUBLISHED_SCHEDULER, tiny_pipeline
 
@@ -322,7 +332,15 @@ def step(kind, output=x, sample=x, t=None, **options):
     return scheduler.step(output, scheduler.timesteps[0] if t is None else t, sample, **options)
 
 
-KINDS = DDIMScheduler, PNDMScheduler, LMSDiscreteScheduler
+KINDS = (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
 narrow = x[..., :8]
 SCHEDULERS = {
     f"{kind.__name__}: {words}": lambda _, kind=kind, call=call: call(kind)

@@ -14,7 +14,15 @@ from imvar.conversion import convert
 from imvar.kernels import cpu_kernels
 from tests.support.random_checkpoint import TINY_UNET, TINY_VAE, randomize
 
-SCHEDULERS = [imvar.DDIMScheduler, imvar.PNDMScheduler, imvar.LMSDiscreteScheduler]
+SCHEDULERS = [
+    imvar.DDIMScheduler,
+    imvar.DDPMScheduler,
+    imvar.DPMSolverMultistepScheduler,
+    imvar.EulerAncestralDiscreteScheduler,
+    imvar.EulerDiscreteScheduler,
+    imvar.LMSDiscreteScheduler,
+    imvar.PNDMScheduler,
+]
 
 
 @contextlib.contextmanager
@@ -81,6 +89,7 @@ def test_a_scheduler_computes_on_the_cpu(on_meta, kind, checkpoint):
 
     def run(scheduler):
         scheduler.set_timesteps(5)
+        torch.manual_seed(0)
         result = sample
         for t in scheduler.timesteps:
             result = scheduler.step(output, t, scheduler.scale_model_input(result, t)).prev_sample

@@ -20,7 +20,16 @@ MODELS = [
     imvar.CLIPVisionModelWithProjection,
     imvar.StableDiffusionSafetyChecker,
 ]
-SETTINGS = [imvar.PNDMScheduler, imvar.DDIMScheduler, imvar.LMSDiscreteScheduler, imvar.CLIPImageProcessor]
+SETTINGS = [
+    imvar.PNDMScheduler,
+    imvar.DDIMScheduler,
+    imvar.LMSDiscreteScheduler,
+    imvar.DDPMScheduler,
+    imvar.DPMSolverMultistepScheduler,
+    imvar.EulerAncestralDiscreteScheduler,
+    imvar.EulerDiscreteScheduler,
+    imvar.CLIPImageProcessor,
+]
 UNET = "diffusion_pytorch_model.safetensors"
 
 

@@ -16,11 +16,20 @@ from torch import Tensor
 import imvar.schedulers
 from imvar.schedulers.timesteps import beta_quantile
 
-NAMES = ["DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"]
+NAMES = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+]
+SIGMA_SPACINGS = ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"]
 SPACINGS = ["leading", "linspace", "trailing"]
 SHAPE = (2, 4, 3, 3)
 # diffusers' LMS calls scipy's adaptive quadrature on float32 tensors; the others agree to the last bit
-TOLERANCE = {"DDIMScheduler": 0.0, "PNDMScheduler": 0.0, "LMSDiscreteScheduler": 1e-6}
+TOLERANCE = dict.fromkeys(NAMES, 0.0) | {"LMSDiscreteScheduler": 1e-6}
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
 
@@ -35,6 +44,10 @@ def one_thread():
 
 def pair(name: str, **settings):
     return getattr(imvar.schedulers, name)(**settings), getattr(diffusers, name)(**settings)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def difference(our: Tensor, ref: Tensor) -> float:
@@ -53,15 +66,20 @@ def compare_runs(
     ref.set_timesteps(steps)
     assert our.timesteps.dtype == ref.timesteps.dtype
     assert our.timesteps.tolist() == ref.timesteps.tolist()
+    if steps > 1 and hasattr(ref, "set_begin_index") and ref.timesteps[0] == ref.timesteps[1]:
+        ref.set_begin_index(0)  # else it starts at the second of them and runs out of steps
+    if hasattr(ref, "sigmas"):
+        assert torch.equal(our.sigmas, ref.sigmas)
     assert our.num_inference_steps == ref.num_inference_steps
     assert torch.equal(torch.as_tensor(our.init_noise_sigma), torch.as_tensor(ref.init_noise_sigma))
 
     network = torch.Generator().manual_seed(0)
     our_x = ref_x = torch.randn(SHAPE, generator=network).to(dtype) * ref.init_noise_sigma
     our_options, ref_options = dict(options), dict(options)
+    if "generator" in inspect.signature(ref.step).parameters:
+        our_options["generator"], ref_options["generator"] = seeded(1), seeded(1)
     if eta is not None:
-        our_options |= {"eta": eta, "generator": torch.Generator().manual_seed(1)}
-        ref_options |= {"eta": eta, "generator": torch.Generator().manual_seed(1)}
+        our_options["eta"] = ref_options["eta"] = eta
     for t in ref.timesteps:
         eps = torch.randn(SHAPE, generator=network).to(dtype)
         our_out = eps + 0.1 * our.scale_model_input(our_x, t)  # a model output that depends on its input
@@ -79,8 +97,7 @@ def compare_runs(
     ("name", "prediction"),
     [
         *product(NAMES, ["epsilon", "v_prediction"]),
-        ("DDIMScheduler", "sample"),
-        ("LMSDiscreteScheduler", "sample"),
+        *product([n for n in NAMES if n not in ("PNDMScheduler", "EulerAncestralDiscreteScheduler")], ["sample"]),
     ],
 )
 def test_a_run(name, spacing, prediction, steps):
@@ -91,9 +108,24 @@ def test_a_run(name, spacing, prediction, steps):
         compare_runs(name, steps, settings)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 14, 15, 50])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sigmas", SIGMA_SPACINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_a_run_over_spaced_sigmas(name, prediction, sigmas, spacing, steps):
+    settings = {"timestep_spacing": spacing, "prediction_type": prediction, "beta_schedule": "scaled_linear"}
+    compare_runs(name, steps, settings | {sigmas: True})
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "settings"),
     [
+        ("DDPMScheduler", 1000, {}),
+        ("DPMSolverMultistepScheduler", 999, {"timestep_spacing": "leading"}),
+        ("DPMSolverMultistepScheduler", 999, {}),
+        ("EulerDiscreteScheduler", 1000, {"use_karras_sigmas": True}),
+        ("EulerAncestralDiscreteScheduler", 999, {}),
         ("DDIMScheduler", 999, {}),
         ("DDIMScheduler", 1000, {"timestep_spacing": "trailing"}),
         ("PNDMScheduler", 999, {"timestep_spacing": "linspace"}),
@@ -136,6 +168,52 @@ OPTIONS = [
         ],
     ),
     *product(
+        ["DDPMScheduler"],
+        [
+            {"variance_type": "fixed_small_log"},
+            {"variance_type": "fixed_large", "steps_offset": 1, "clip_sample": False},
+            {"clip_sample_range": 0.3},
+            {"thresholding": True, "sample_max_value": 3.0, "dynamic_thresholding_ratio": 0.7},
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        ],
+    ),
+    *product(
+        ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"],
+        [
+            {"final_sigmas_type": "sigma_min"},
+            {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True},
+        ],
+    ),
+    *product(
+        ["EulerDiscreteScheduler"],
+        [{name: True, "sigma_min": 0.1, "sigma_max": 9.0} for name in SIGMA_SPACINGS],
+    ),
+    *product(
+        ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"],
+        [
+            {"rescale_betas_zero_snr": True},
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+            {"timestep_spacing": "leading", "steps_offset": 1},
+        ],
+    ),
+    *product(
+        ["DPMSolverMultistepScheduler"],
+        [
+            {"solver_order": 1},
+            {"solver_type": "heun"},
+            {"solver_type": "bh2"},
+            {"algorithm_type": "deis", "final_sigmas_type": "sigma_min"},
+            {"lower_order_final": False},
+            {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
+            {"euler_at_final": True, "final_sigmas_type": "sigma_min"},
+            {"thresholding": True, "sample_max_value": 3.0},
+            {"use_karras_sigmas": True, "beta_schedule": "squaredcos_cap_v2"},
+            {"algorithm_type": "sde-dpmsolver++"},
+            {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "use_karras_sigmas": True},
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 1, "prediction_type": "v_prediction"},
+        ],
+    ),
+    *product(
         NAMES,
         [
             {"beta_schedule": "linear"},
@@ -167,6 +245,13 @@ def test_an_option(name, settings, steps):
         ("PNDMScheduler", {"skip_prk_steps": True}),
         ("PNDMScheduler", {}),
         ("LMSDiscreteScheduler", {}),
+        ("DDPMScheduler", {}),
+        ("DDPMScheduler", {"variance_type": "fixed_small_log", "prediction_type": "v_prediction"}),
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("EulerAncestralDiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}),
+        ("DPMSolverMultistepScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "v_prediction", "algorithm_type": "sde-dpmsolver++"}),
     ],
 )
 def test_other_dtypes(name, settings, dtype):
@@ -186,18 +271,78 @@ def test_ddim_noise_by_one_generator_per_row_and_by_variance_noise():
     ref.set_timesteps(5)
     x, out, noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
 
-    def seeded(*seeds: int):
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-
     for seeds in [(1,), (1, 2)]:
-        got = our.step(out, 600, x, eta=0.5, generator=seeded(*seeds)).prev_sample
-        assert torch.equal(got, ref.step(out, 600, x, eta=0.5, generator=seeded(*seeds)).prev_sample)
+        got, want = (
+            side.step(out, 600, x, eta=0.5, generator=list(map(seeded, seeds))).prev_sample for side in (our, ref)
+        )
+        assert torch.equal(got, want)
     got = our.step(out, 600, x, eta=0.5, variance_noise=noise).prev_sample
     assert torch.equal(got, ref.step(out, 600, x, eta=0.5, variance_noise=noise).prev_sample)
     torch.manual_seed(3)
     got = our.step(out, 600, x, eta=0.5).prev_sample  # no generator: the global one
     torch.manual_seed(3)
     assert torch.equal(got, ref.step(out, 600, x, eta=0.5).prev_sample)
+
+
+NOISY = {
+    "DDPMScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},
+}
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2), None])
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_by_one_generator_or_one_per_row(name, seeds):
+    x, out = torch.randn(2, *SHAPE, generator=seeded(0))
+    results = []
+    for side in pair(name, **NOISY[name]):
+        side.set_timesteps(5)
+        side.scale_model_input(x, side.timesteps[0])
+        torch.manual_seed(3)  # of the global generator, without another
+        results.append(side.step(out, side.timesteps[0], x, seeds and list(map(seeded, seeds))).prev_sample)
+    assert torch.equal(*results)
+
+
+def test_the_noise_of_the_sde_as_an_argument():
+    x, out, noise = torch.randn(3, *SHAPE, generator=seeded(0))
+    results = []
+    for side in pair("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"):
+        side.set_timesteps(5)
+        results.append(side.step(out, side.timesteps[0], x, variance_noise=noise).prev_sample)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "options", [{"s_churn": 2.0}, {"s_churn": 100, "s_noise": 1.1}, {"s_churn": 2.0, "s_tmin": 0.5, "s_tmax": 20.0}]
+)
+def test_churn_of_euler(options, prediction):
+    compare_runs("EulerDiscreteScheduler", 9, {"prediction_type": prediction}, **options)
+
+
+SCHEDULES = [
+    ("DDPMScheduler", {}, {"timesteps": [999, 850, 645, 233, 24]}),
+    ("DPMSolverMultistepScheduler", {}, {"timesteps": [999, 850, 645, 233, 24]}),
+    ("EulerDiscreteScheduler", {}, {"timesteps": [999, 850.5, 645, 233, 24]}),
+    ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, {"timesteps": [999, 850, 645, 233, 24]}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {"sigmas": [14.615, 3.861, 1.396, 0.399, 0.0]}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "schedule"), SCHEDULES)
+def test_a_schedule_of_ones_own(name, settings, schedule):
+    our, ref = pair(name, **settings)
+    our.set_timesteps(**schedule)
+    ref.set_timesteps(**schedule)
+    assert our.timesteps.dtype == ref.timesteps.dtype
+    assert torch.equal(our.timesteps, ref.timesteps)
+    our_x = ref_x = torch.randn(SHAPE, generator=seeded(0)) * ref.init_noise_sigma
+    for t in ref.timesteps:
+        our_out, ref_out = our.scale_model_input(our_x, t).sin(), ref.scale_model_input(ref_x, t).sin()
+        our_x = our.step(our_out, t, our_x, generator=seeded(1)).prev_sample
+        ref_x = ref.step(ref_out, t, ref_x, generator=seeded(1)).prev_sample
+        assert torch.equal(our_x, ref_x)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
@@ -222,18 +367,20 @@ def test_lms_tables_and_coefficients(settings):
             assert our.get_lms_coefficient(order, 6, back) == pytest.approx(want, rel=1e-7)
 
 
-@pytest.mark.parametrize("spacing", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
-def test_lms_uses_the_sigma_bounds_of_an_euler_config(spacing):
+@pytest.mark.parametrize("name", ["LMSDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("spacing", SIGMA_SPACINGS)
+def test_the_sigma_bounds_of_an_euler_config(spacing, name):
     euler = {"sigma_min": 0.1, "sigma_max": 9.0, spacing: True}
-    our, ref = (side.LMSDiscreteScheduler.from_config(euler) for side in (imvar.schedulers, diffusers))
+    our, ref = (getattr(side, name).from_config(euler) for side in (imvar.schedulers, diffusers))
     our.set_timesteps(6)
     ref.set_timesteps(6)
     assert torch.equal(our.sigmas, ref.sigmas)
     assert torch.equal(our.timesteps, ref.timesteps)
 
 
-def test_lms_from_the_middle():
-    our, ref = pair("LMSDiscreteScheduler", beta_schedule="scaled_linear")
+@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(getattr(diffusers, n), "set_begin_index")])
+def test_from_the_middle(name):
+    our, ref = pair(name, beta_schedule="scaled_linear")
     for side in (our, ref):
         side.set_timesteps(10)
         side.set_begin_index(4)
@@ -242,9 +389,11 @@ def test_lms_from_the_middle():
     our_x, ref_x = our.add_noise(x, noise, when), ref.add_noise(x, noise, when)
     assert torch.equal(our_x, ref_x)
     for t in ref.timesteps[4:]:
+        torch.manual_seed(1)
         our_x = our.step(our.scale_model_input(our_x, t), t, our_x).prev_sample
+        torch.manual_seed(1)
         ref_x = ref.step(ref.scale_model_input(ref_x, t), t, ref_x).prev_sample
-        assert difference(our_x, ref_x) <= 1e-6
+        assert difference(our_x, ref_x) <= TOLERANCE[name]
         assert (our.step_index, our.begin_index) == (ref.step_index, ref.begin_index)
         assert torch.equal(our.add_noise(x, noise, when), ref.add_noise(x, noise, when))
 
@@ -255,10 +404,24 @@ def test_add_noise_and_velocity(name, dtype):
     our, ref = pair(name, timestep_spacing="leading")
     x, noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
     when = torch.tensor([900, 3])
+    if name == "DPMSolverMultistepScheduler":
+        our.set_timesteps(500)
+        ref.set_timesteps(500)
+        when = ref.timesteps[[50, 498]]
     assert torch.equal(our.add_noise(x, noise, when), ref.add_noise(x, noise, when))
     assert hasattr(our, "get_velocity") == hasattr(ref, "get_velocity")
-    if hasattr(ref, "get_velocity"):
+    if hasattr(ref, "get_velocity") and name != "EulerDiscreteScheduler":
         assert torch.equal(our.get_velocity(x, noise, when), ref.get_velocity(x, noise, when))
+
+
+def test_noise_levels_that_diffusers_reads_in_the_opposite_order():
+    """DPM-Solver's of training before the first run, and those of the target of Euler: here they are those of DDIM."""
+    x, noise = torch.randn(2, *SHAPE, generator=seeded(0))
+    when = torch.tensor([900, 3])
+    ddim = imvar.DDIMScheduler()
+    (dpm, _), (euler, _) = pair("DPMSolverMultistepScheduler"), pair("EulerDiscreteScheduler")
+    torch.testing.assert_close(dpm.add_noise(x, noise, when), ddim.add_noise(x, noise, when))
+    torch.testing.assert_close(euler.get_velocity(x, noise, when), ddim.get_velocity(x, noise, when))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -318,7 +481,7 @@ def test_every_number_of_steps(name, spacing):
     """Except those where rounding adds a timestep -1 to `trailing` in diffusers, pure noise at the end."""
     our, ref = pair(name, timestep_spacing=spacing)
     n_negative = 0
-    for steps in range(4, 1001, 3):
+    for steps in range(4, 1000, 3):
         our.set_timesteps(steps)
         ref.set_timesteps(steps)
         if ref.timesteps.min() == -1:
@@ -347,6 +510,10 @@ GIVEN = [
     ("PNDMScheduler", {"skip_prk_steps": True, "timestep_spacing": "trailing", "beta_end": 0.012}),
     ("LMSDiscreteScheduler", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
     ("DDIMScheduler", {"timestep_spacing": "leading", "set_alpha_to_one": True}),  # defaults, but given
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_max": 9.0, "final_sigmas_type": "sigma_min"}),
+    ("EulerAncestralDiscreteScheduler", {"prediction_type": "v_prediction"}),
+    ("DPMSolverMultistepScheduler", {"solver_type": "heun", "solver_order": 1, "use_karras_sigmas": True}),
+    ("DDPMScheduler", {"variance_type": "fixed_large", "clip_sample": False}),
 ]
 
 
@@ -356,6 +523,8 @@ GIVEN = [
         ["PNDMScheduler", "DDIMScheduler"],
         ["LMSDiscreteScheduler", "PNDMScheduler", "DDIMScheduler"],
         ["DDIMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "LMSDiscreteScheduler"],
+        ["EulerDiscreteScheduler", "DDPMScheduler"],
+        ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"],
     ],
 )
 @pytest.mark.parametrize(("name", "settings"), GIVEN)
@@ -392,6 +561,27 @@ def test_files_load_in_the_other_library(name, settings, loader, tmp_path):
     assert settings_of(ours_in_diffusers) == settings_of(theirs_in_imvar)
     assert torch.equal(ours_in_diffusers.betas, theirs_in_imvar.betas)
     assert torch.equal(theirs_in_imvar.betas, our.betas)
+
+
+OTHERS = [
+    "DDIMParallelScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMEulerScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "UniPCMultistepScheduler",
+    *NAMES,
+]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_scheduler_reads_the_saved_config_of_every_other(name, tmp_path):
+    """A file has all fields, also those that were defaults, so they are those of the other class."""
+    getattr(diffusers, name)().save_pretrained(tmp_path)
+    for reader in NAMES:
+        ours, theirs = (getattr(library, reader).from_pretrained(tmp_path) for library in (imvar, diffusers))
+        assert settings_of(ours) == settings_of(theirs)
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "LMSDiscreteScheduler"])

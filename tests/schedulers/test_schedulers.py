@@ -13,11 +13,24 @@ import torch
 
 from imvar.errors import CheckpointError, InputError, InputTypeError
 from imvar.noise import randn
-from imvar.schedulers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler
+from imvar.schedulers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
 from imvar.schedulers.common import to_eps, to_x0
-from imvar.schedulers.ddim import ddim_sigma, ddim_step, dynamic_threshold
+from imvar.schedulers.ddim import ddim_sigma, ddim_step
+from imvar.schedulers.ddpm import posterior_mean, posterior_sigma
+from imvar.schedulers.dpm_solver import dpm_solver_step, signal_and_sigma
+from imvar.schedulers.euler import euler_step
+from imvar.schedulers.euler_ancestral import ancestral_sigmas
 from imvar.schedulers.lms import lms_weights
 from imvar.schedulers.pndm import adams_bashforth, transfer
+from imvar.schedulers.thresholding import dynamic_threshold
 from imvar.schedulers.timesteps import beta_quantile, make_betas, zero_terminal_snr
 
 ALL = [
@@ -25,8 +38,17 @@ ALL = [
     pytest.param(PNDMScheduler, {"set_alpha_to_one": True}, id="pndm"),
     pytest.param(PNDMScheduler, {"set_alpha_to_one": True, "skip_prk_steps": True}, id="plms"),
     pytest.param(LMSDiscreteScheduler, {}, id="lms"),
+    pytest.param(EulerDiscreteScheduler, {}, id="euler"),
+    pytest.param(DPMSolverMultistepScheduler, {}, id="dpm"),
+    pytest.param(DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, id="dpm-karras"),
 ]
-CLASSES = [DDIMScheduler, PNDMScheduler, LMSDiscreteScheduler]
+NOISY = [
+    pytest.param(DDPMScheduler, {"clip_sample": False}, id="ddpm"),
+    pytest.param(EulerAncestralDiscreteScheduler, {}, id="euler-a"),
+    pytest.param(DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, id="sde-dpm"),
+]
+SIGMA_SPACE = [EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler]  # with scaled inputs
+CLASSES = [DDIMScheduler, DDPMScheduler, PNDMScheduler, DPMSolverMultistepScheduler, *SIGMA_SPACE]
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,6 +60,7 @@ def network(x: torch.Tensor, t: Any) -> torch.Tensor:
 
 
 def run(scheduler: Any, x: torch.Tensor, timesteps: Any = None) -> torch.Tensor:
+    torch.manual_seed(len(x))
     for t in scheduler.timesteps if timesteps is None else timesteps:
         x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x).prev_sample
     return x
@@ -122,6 +145,52 @@ def test_beta_quantile():
     np.testing.assert_allclose(beta_quantile(p, 0.5), np.sin(np.pi / 2 * p) ** 2, atol=1e-13)  # arcsine
 
 
+def test_euler_is_ddim_at_eta_0():
+    """In the coordinates x / sqrt(alpha), whose noise level is sigma."""
+    x0, eps = noise(seed=1).double(), noise(seed=2).double()
+    alpha, alpha_prev = torch.tensor([0.3, 0.6], dtype=torch.float64)
+    sigma, sigma_next = (((1 - a) / a) ** 0.5 for a in (alpha, alpha_prev))
+    euler = euler_step(x0 + sigma * eps, x0, sigma, sigma_next)
+    torch.testing.assert_close(euler, ddim_step(x0, eps, alpha_prev) / alpha_prev**0.5)
+
+
+def test_dpm_solver_of_order_1_is_ddim_and_its_sde_is_ddpm():
+    x, x0, fresh = (noise(seed=i).double() for i in (1, 2, 3))
+    alpha, alpha_prev = torch.tensor([0.3, 0.6], dtype=torch.float64)
+    levels = [((1 - a) / a) ** 0.5 for a in (alpha_prev, alpha)]
+    ddim = ddim_step(x0, to_eps("sample", x0, x, alpha), alpha_prev)
+    torch.testing.assert_close(dpm_solver_step(x, [x0], levels), ddim)
+    ddpm = posterior_mean(x0, x, alpha, alpha_prev) + posterior_sigma("fixed_small", alpha, alpha_prev) * fresh
+    torch.testing.assert_close(dpm_solver_step(x, [x0], levels, noise=fresh), ddpm)
+
+
+@pytest.mark.parametrize("is_heun", [False, True])
+def test_dpm_solver_of_order_2_follows_a_line(is_heun):
+    """If x_0 is linear in lambda, heun is exact, and the midpoint rule has an error of the third order."""
+    errors = []
+    for h in (0.2, 0.1):
+        lambdas = torch.tensor([0.5 + h, 0.5, 0.5 - h], dtype=torch.float64)
+        levels = list((-lambdas).exp())
+        x0s = [torch.ones(1, dtype=torch.float64) * (2 + 3 * x) for x in lambdas]
+        alpha, sigma = signal_and_sigma(levels[1])
+        x = 0.7 * alpha + sigma
+        got = dpm_solver_step(x, x0s[1:], levels, is_heun)
+        # the ODE in y = x / sigma is dy/dlambda = exp(lambda) x_0
+        integral = (lambdas.exp() * (2 + 3 * lambdas - 3))[0] - (lambdas.exp() * (2 + 3 * lambdas - 3))[1]
+        want = signal_and_sigma(levels[0])[1] * (x / sigma + integral)
+        errors.append((got - want).abs().item())
+    assert errors[0] < (1e-12 if is_heun else 1e-2)
+    assert is_heun or errors[1] < errors[0] / 6
+
+
+def test_ancestral_levels_add_up():
+    sigma, sigma_next = torch.tensor([5.0, 2.0])
+    down, up = ancestral_sigmas(sigma, sigma_next)
+    torch.testing.assert_close(down**2 + up**2, sigma_next**2)
+    for low in torch.logspace(-6, 0, 200):
+        assert all(level.isfinite() for level in ancestral_sigmas(torch.tensor(157.4), low))
+
+
 def test_zero_terminal_snr_ends_in_noise_and_begins_as_before():
     betas = make_betas(DDIMScheduler(beta_schedule="scaled_linear").config)
     rescaled = zero_terminal_snr(betas)
@@ -159,7 +228,7 @@ def scheduler_input(scheduler, x, t):
     return x
 
 
-@pytest.mark.parametrize(("cls", "settings"), ALL)
+@pytest.mark.parametrize(("cls", "settings"), [*ALL, *NOISY])
 def test_steps_write_into_no_argument(cls, settings):
     scheduler = cls(**settings)
     scheduler.set_timesteps(6)
@@ -173,7 +242,7 @@ def test_steps_write_into_no_argument(cls, settings):
 
 
 @pytest.mark.parametrize("copies", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
-@pytest.mark.parametrize(("cls", "settings"), ALL)
+@pytest.mark.parametrize(("cls", "settings"), [*ALL, *NOISY])
 def test_a_copy_in_the_middle_of_a_run_is_independent(cls, settings, copies):
     scheduler, x = cls(**settings), noise()
     scheduler.set_timesteps(7)
@@ -187,7 +256,7 @@ def test_a_copy_in_the_middle_of_a_run_is_independent(cls, settings, copies):
     assert len(scheduler.timesteps) > 5
 
 
-@pytest.mark.parametrize(("cls", "settings"), ALL)
+@pytest.mark.parametrize(("cls", "settings"), [*ALL, *NOISY])
 def test_a_second_run_equals_the_first(cls, settings):
     scheduler = cls(**settings)
     scheduler.set_timesteps(5)
@@ -201,7 +270,7 @@ def test_a_second_run_equals_the_first(cls, settings):
     assert torch.equal(run(scheduler, noise()), first)
 
 
-@pytest.mark.parametrize(("cls", "settings"), ALL)
+@pytest.mark.parametrize(("cls", "settings"), [*ALL, *NOISY])
 def test_a_timestep_may_be_a_tensor_or_a_number(cls, settings):
     scheduler, ends = cls(**settings), []
     for kind in (lambda t: t, lambda t: t.item(), float, lambda t: t[None], lambda t: t.double()):
@@ -210,16 +279,19 @@ def test_a_timestep_may_be_a_tensor_or_a_number(cls, settings):
     assert all(torch.equal(end, ends[0]) for end in ends)
 
 
-@pytest.mark.parametrize(("cls", "settings"), ALL)
+@pytest.mark.parametrize(("cls", "settings"), [*ALL, *NOISY])
 def test_a_step_as_a_tuple(cls, settings):
     scheduler = cls(**settings)
     scheduler.set_timesteps(5)
     t, twin = scheduler.timesteps[0], copy.copy(scheduler)
     scheduler.scale_model_input(noise(), t)
     twin.scale_model_input(noise(), t)
+    torch.manual_seed(0)
     result = scheduler.step(noise(seed=1), t, noise())
+    torch.manual_seed(0)
     as_tuple = twin.step(noise(seed=1), t, noise(), return_dict=False)
-    assert len(as_tuple) == len(result.to_tuple()) == (1 if cls is PNDMScheduler else 2)
+    has_x0 = cls not in (PNDMScheduler, DPMSolverMultistepScheduler)
+    assert len(as_tuple) == len(result.to_tuple()) == 1 + has_x0
     assert all(torch.equal(a, b) for a, b in zip(as_tuple, result.to_tuple(), strict=True))
 
 
@@ -240,6 +312,9 @@ def test_pndm_timesteps():
         (DDIMScheduler, {}),
         (PNDMScheduler, {"skip_prk_steps": True}),
         (LMSDiscreteScheduler, {}),
+        (EulerDiscreteScheduler, {}),
+        (DPMSolverMultistepScheduler, {}),
+        (DDPMScheduler, {}),
     ],
 )
 def test_trailing_spacing_has_the_given_number_of_steps(cls, settings, steps):
@@ -250,8 +325,9 @@ def test_trailing_spacing_has_the_given_number_of_steps(cls, settings, steps):
     assert scheduler.timesteps.min() > 0
 
 
-def test_lms_warns_when_the_input_was_never_scaled():
-    scheduler = LMSDiscreteScheduler()
+@pytest.mark.parametrize("cls", SIGMA_SPACE)
+def test_a_warning_when_the_input_was_never_scaled(cls):
+    scheduler = cls()
     scheduler.set_timesteps(3)
     with pytest.warns(UserWarning, match="scale_model_input"):
         scheduler.step(noise(), scheduler.timesteps[0], noise())
@@ -298,7 +374,7 @@ def test_bad_numbers_of_steps(cls, steps, error):
     assert scheduler.timesteps is before
 
 
-@pytest.mark.parametrize("cls", [DDIMScheduler, PNDMScheduler])
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler, PNDMScheduler])
 def test_an_offset_past_the_last_training_timestep(cls):
     scheduler = cls(timestep_spacing="leading", steps_offset=1)
     scheduler.set_timesteps(500)
@@ -408,7 +484,7 @@ def test_a_step_before_set_timesteps(step):
 def test_bad_timesteps(cls, timestep, error):
     scheduler = cls()
     scheduler.set_timesteps(10)
-    if cls is LMSDiscreteScheduler:  # fractions are valid, if they are in `timesteps`
+    if hasattr(scheduler, "sigmas"):  # fractions are valid, if they are in `timesteps`
         error = InputError
         scheduler.scale_model_input(noise(), scheduler.timesteps[0])
         scheduler.set_timesteps(10)
