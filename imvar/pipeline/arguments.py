@@ -56,6 +56,10 @@ class Call:
     image_embeds: Any
     negative_image_embeds: Tensor | None
     guidance_rescale: float
+    init_image: Any
+    strength: float | None
+    mask_image: Any
+    paste: bool
 
     # Values that follow from the arguments and the components
 
@@ -65,6 +69,12 @@ class Call:
     device: torch.device = field(init=False)
     unmodified_unet: bool = field(init=False)  # no hook or override sits between the latents and the UNet
     is_guided: bool = field(init=False)  # in any step
+    skipped_steps: int = 0  # those of num_inference_steps before the start from an image
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that are run."""
+        return self.num_inference_steps - self.skipped_steps
 
     @property
     def denoising(self) -> dict[str, Any]:
@@ -194,13 +204,18 @@ def check_images(image: Any) -> None:
             hint = "pass image or image_embeds" if image is None else ""
             raise invalid(InputTypeError, name, expected, describe(element), hint, key="image")
         if isinstance(element, Image):
-            if exif_orientation(element) in range(2, 9):  # as in diffusers
-                hint = "apply it with imvar.load_image or PIL.ImageOps.exif_transpose"
-                warn_user(f"{name}: its EXIF orientation is ignored; {hint}")
+            warn_about_orientation(name, element)
         elif element is not image and getattr(element, "ndim", 3) > 3:
             raise invalid(InputError, name, "one image", f"a batch of shape {tuple(element.shape)}", key="image")
     if isinstance(image, Tensor):
         check_normalized(image)
+
+
+def warn_about_orientation(name: str, image: Image) -> None:
+    """Warn that an image's EXIF orientation is ignored, as in diffusers."""
+    if exif_orientation(image) in range(2, 9):
+        hint = "apply it with imvar.load_image or PIL.ImageOps.exif_transpose"
+        warn_user(f"{name}: its EXIF orientation is ignored; {hint}")
 
 
 def check_size_and_interval(height: int, width: int, callback_steps: int, factor: int) -> None:

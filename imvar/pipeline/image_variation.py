@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +21,6 @@ from ..image.pixel_values import PREPROCESS, pixel_format, to_pixel_values
 from ..models.ops import PackedWeights
 from ..models.regions import RegionLayout, check_scales
 from ..models.stock import is_unmodified
-from ..noise import randn
 from ..oom import explain_out_of_memory
 from ..outputs import StableDiffusionPipelineOutput
 from ..runtime.denoiser import Denoiser, can_precompute, check_takes_regions, dtype_of, make_predictor
@@ -30,7 +30,6 @@ from .arguments import (
     Call,
     check_callback_effects,
     check_images,
-    check_latents,
     check_option,
     check_size_and_interval,
     rename_argument,
@@ -56,6 +55,17 @@ from .components import (
 from .conditions import conditions_by_stage
 from .regions import Region
 from .safety_policy import judge
+from .start_image import (
+    KeptPixels,
+    Start,
+    check_start,
+    draw_noise,
+    encodes_start,
+    kept_pixels,
+    skip_steps,
+    start_from,
+    starts_from_noise,
+)
 
 MAX_DECODE_PIXELS = 2**18  # pixels that are decoded at a time: those of 512 x 512
 
@@ -133,6 +143,10 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         image_embeds: Tensor | Region | Sequence[Region] | None = None,
         negative_image_embeds: Tensor | None = None,
         guidance_rescale: float = 0.0,
+        init_image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        paste: bool = False,
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Return variations of one image or of several.
 
@@ -170,6 +184,18 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                 of b images, or one for all.
             guidance_rescale: 0 to 1, how far to restore the contrast that a high `guidance_scale` raises
                 (arXiv:2305.08891, equations 15 and 16; 0.7 there).
+            init_image: image to start from, instead of noise: PIL images, arrays or tensors as `VaeImageProcessor`
+                takes, resized to height x width, or latents (k, 4, height / 8, width / 8). One for all variations, one
+                for each image, or one for each variation. Encoded to the mode of its latents, so a seed keeps its
+                noise. `image` is still what the variations show.
+            strength: 0 to 1, the share of the steps that are run, rounded down, from the init_image with the noise
+                of the first of them (arXiv:2108.01073). By default 0.8, with a mask_image 1. Strength 1 starts from
+                noise alone. `guidance_interval`, `cache_interval` and `callback` count the steps that are run.
+            mask_image: PIL images, arrays or tensors in [0, 1], (h, w) or (k, 1, h, w), as many as of init_image. From
+                0.5, white, is repainted; the latents of the rest are kept from the init_image (arXiv:2206.02779). It is
+                resized to height x width, and to the latents by nearest neighbour; so there are no soft edges.
+            paste: put the pixels that the mask_image keeps back exactly, as decoding changes them a little. "pt" is
+                then float32.
 
         Returns:
             `images`, and `nsfw_content_detected`, a flag each, or None without a safety checker; by attribute alone
@@ -183,21 +209,23 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         with self.per_call_scheduler(), self._offload or contextlib.nullcontext(), explain_out_of_memory():
             self.check_call(call)
             scheduler, timesteps, step_options = self.prepare_scheduler(call)
+            timesteps = skip_steps(call, scheduler, timesteps)
             call.plan_guidance(len(timesteps))
 
             own, context = call.conditions, self.prepare_context(call)
-            size = *call.shape[:2], call.height, call.width
-            x = self.prepare_latents(*size, context.dtype, call.device, call.generator, call.latents)
+            start = self.prepare_start(call, scheduler, timesteps, context.dtype)
+            x = start.latents
 
             order = getattr(scheduler, "order", 1)  # calls of the UNet for a step
-            warmup_steps = len(timesteps) - call.num_inference_steps * order
+            warmup_steps = len(timesteps) - call.steps * order
             denoiser = Denoiser(lambda: self.unet, self.predictor, timesteps, context, **call.denoising)
-            with self.progress_bar(total=call.num_inference_steps) as bar:
+            with self.progress_bar(total=call.steps) as bar:
                 for i, t in enumerate(timesteps.cpu() if isinstance(timesteps, Tensor) else timesteps):
                     sample = self.unet_input(scheduler.scale_model_input(x, t), t, **own["unet_input"])
                     eps = denoiser(sample, i, **self.unet_kwargs(sample, t, denoiser.context, **own["unet_kwargs"]))
                     output = scheduler.step(eps, t, x, **step_options)
                     x = require_tensor(scheduler, "scheduler", output, "prev_sample").to(x.dtype)
+                    x = start.replace_kept(scheduler, x, i)
                     if i == len(timesteps) - 1 or (i >= warmup_steps and (i + 1) % order == 0):
                         bar.update()
                         if call.callback is not None and i % call.callback_steps == 0:
@@ -205,7 +233,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             dtype = denoiser.context.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
 
-            images, flags = self.decode_and_judge(x, call.output_type, call.device, dtype, call.on_flagged, call.seeds)
+            judging = call.output_type, call.device, dtype, call.on_flagged, call.seeds
+            images, flags = self.decode_and_judge(x, *judging, **kept_pixels(call))
         result = StableDiffusionPipelineOutput(images, flags, call.seeds, getattr(flags, "scores", None))
         return result if call.return_dict else (images, flags)
 
@@ -262,6 +291,9 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         call.unmodified_unet = precomputable and not (adds_channels or self._overrides("predictor"))
         check_compatible(self.components, call.output_type, call.unmodified_unet)
         call.check_options(check_shape=not self._overrides("prepare_latents"))
+        check_start(call, self.components["vae"], self.vae_scale_factor)
+        if call.paste and not takes_argument(self.decode_and_judge, "kept"):
+            raise invalid(InputError, "paste", "False", "True with a decode_and_judge that has no parameter `kept`")
         call.check_intervals(precomputable and takes_argument(self.predictor, "cache_interval"))
         if call.regions is not None:
             self.check_regions(call.regions)
@@ -289,6 +321,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
     def _used_components(self, call: Call) -> dict[str, Any]:
         """Return the components that a call checks; a subclass with its own `_encode_image` may need no encoder."""
         components = required_components(self.components, call.output_type)
+        if encodes_start(call):
+            components["vae"] = self.components["vae"]
         encodes = call.image_embeds is None and not self._overrides("_encode_image")
         return {name: c for name, c in components.items() if encodes or name != "image_encoder"}
 
@@ -400,13 +434,33 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
     ) -> Tensor:
         """Return the first latents: noise (b, c, height / 8, width / 8), scaled as the scheduler needs it."""
         shape = self.latents_shape(batch_size, num_channels_latents, height, width)
-        if latents is None:
-            latents = randn(shape, generator, device=device, dtype=dtype)
+        return draw_noise(shape, generator, latents, dtype, device) * self.scheduler.init_noise_sigma
+
+    def prepare_start(self, call: Call, scheduler: SchedulerLike, timesteps: Any, dtype: torch.dtype) -> Start:
+        """Return the first latents, and those that `mask_image` keeps."""
+        size = *call.shape[:2], call.height, call.width
+        prepare = partial(self.prepare_latents, *size, dtype, call.device, call.generator, call.latents)
+        if starts_from_noise(call):
+            return Start(prepare())
+        if self._overrides("prepare_latents"):
+            latents = prepare()
+            noise = latents / scheduler.init_noise_sigma
         else:
-            check_latents(latents, shape)
-            latents = latents.to(device=device, dtype=dtype)
-            check_latents(latents, shape)  # again, as they may overflow in this dtype
-        return latents * self.scheduler.init_noise_sigma
+            noise = draw_noise(call.shape, call.generator, call.latents, dtype, call.device)
+            latents = noise * scheduler.init_noise_sigma
+        x0 = call.init_image
+        if encodes_start(call):
+            x0 = self.encode(self.image_processor.normalize(x0).to(call.device))
+        return start_from(call, scheduler, timesteps, x0, noise, latents)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode images (b, 3, 8 h, 8 w) in [-1, 1] to the mode of their latents (b, 4, h, w), scaled as the UNet's."""
+        vae: Any = self.vae
+        output = vae.encode(pixels.to(dtype_of(vae, pixels.dtype)))
+        is_posterior = hasattr(output, "latent_dist")
+        latents = output.latent_dist.mode() if is_posterior else require_tensor(vae, "vae", output, "latents")
+        check_all_finite("latents of the init_image", latents, vae)
+        return latents * vae.config.scaling_factor
 
     def unet_input(self, sample: Tensor, timestep: Any) -> Tensor:
         """Return what the UNet receives in place of the scaled latents (b n, 4, h, w): by default these.
@@ -459,14 +513,20 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         dtype: torch.dtype,
         on_flagged: str = "black",
         seeds: list[int] | None = None,
+        kept: KeptPixels | None = None,
     ) -> tuple[Any, list[bool] | None]:
-        """Decode the last latents, check the images, and return them and their flags."""
+        """Decode the last latents, paste `kept` pixels, check the images, and return them and their flags."""
         check_all_finite("latents after the last step", latents, self.unet, "guidance_scale or latents too large")
         if output_type == "latent":
             return latents, None
         pixels = self.decode_finite(latents)
+        if kept is not None:
+            pixels = kept.paste(pixels)
         checker_output = self.run_safety_checker(pixels.clone(), device, dtype)
         images, flags, is_centred = judge(pixels, checker_output, on_flagged, seeds)
+        if kept is not None:
+            in_range = self.image_processor.postprocess(images, "pt", do_denormalize=is_centred)
+            images, is_centred = kept.paste_exactly(images, is_centred, in_range), [False] * len(images)
         return self.image_processor.postprocess(images, output_type, do_denormalize=is_centred), flags
 
     def decode_finite(self, latents: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ SHARED = {
     "from_layer": "build a layer of this class from another, with its weights",
     "from_pretrained": "load from a folder or the hub",
     "from_single_file": "load from one file in the original layout",
+    "encode": "images to latents",
     "fuse_qkv_projections": "diffusers' switch for what is fused already",
     "fuse_lora": "make LoRA adapters part of the weights",
     "get_velocity": "the target of v-prediction",
