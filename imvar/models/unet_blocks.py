@@ -124,6 +124,11 @@ class UNetBlock(nn.Module):
         self.resnets = nn.ModuleList(resnets)
 
     @property
+    def has_cross_attention(self) -> bool:
+        """Whether `forward` takes a context: what a UNet's forward of one's own checks, as diffusers' does."""
+        return hasattr(self, "attentions")
+
+    @property
     def transformers(self) -> list[Any]:
         return list(getattr(self, "attentions", ()))
 

@@ -932,3 +932,31 @@ def test_sequential_offload_is_model_offload(ours, photo):
         ours.enable_sequential_cpu_offload(device="cpu")
     assert ours._offload is not None
     assert np.array_equal(call(ours, photo), before)
+
+
+def own_forward(unet, x, t, context):
+    """The blocks called one after the other, as in copies of diffusers' forward that return features."""
+    temb, h = unet.time_embedding(unet.time_proj(t)), unet.conv_in(x)
+    skips = (h,)
+    for block in unet.down_blocks:
+        attends = hasattr(block, "has_cross_attention") and block.has_cross_attention
+        h, more = block(hidden_states=h, temb=temb, **({"encoder_hidden_states": context} if attends else {}))
+        skips += more
+    h = unet.mid_block(h, temb, encoder_hidden_states=context, attention_mask=None, cross_attention_kwargs=None)
+    for block in unet.up_blocks:
+        n = len(block.resnets)
+        used, skips = skips[-n:], skips[:-n]
+        options = {"upsample_size": skips[-1].shape[2:] if skips else None}
+        if hasattr(block, "has_cross_attention") and block.has_cross_attention:
+            options["encoder_hidden_states"] = context
+        h = block(hidden_states=h, temb=temb, res_hidden_states_tuple=used, **options)
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_forward_of_ones_own_over_the_blocks(ours, ref, tokens):
+    x, context = torch.randn(2, 4, 8, 8, generator=seeded()), torch.randn(2, tokens, 24, generator=seeded(6))
+    with torch.no_grad():
+        outputs = [own_forward(pipe.unet, x, torch.tensor([3, 500]), context) for pipe in (ours, ref)]
+        assert_equal(*outputs)
+        assert_equal(outputs[0], ours.unet(x, torch.tensor([3, 500]), context).sample)
