@@ -150,8 +150,12 @@ class Config(OwnedDict):
 
     @classmethod
     def from_args(cls, *args: Any, **settings: Any) -> Self:
-        """Return a config from constructor arguments; an unknown keyword is a `TypeError`."""
+        """Return a config from constructor arguments; an unknown keyword is a `TypeError`.
+
+        Keywords that begin with "_", which `**config` of another component has, are ignored, as in diffusers.
+        """
         signature = inspect.signature(cls)
+        settings = {name: value for name, value in settings.items() if not name.startswith("_")}
         try:
             arguments = signature.bind(*args, **settings).arguments
         except TypeError as error:  # an unknown name, a repeated one, or too many arguments

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..atomic.folder import atomic_folder, read_consistently
 from ..checks import Dtype, as_path, check_type
-from ..errors import CheckpointError, invalid, warn_user
+from ..errors import CheckpointError, InputError, invalid, short_repr, warn_user
 from .configured import ConfiguredComponent
 from .filenames import DIFFUSERS, TRANSFORMERS, WeightsName
 from .hub import locate, names_in
@@ -233,12 +233,15 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = "10GB",
+        state_dict: Mapping[str, Tensor] | None = None,
         **options: Any,
     ) -> None:
         """Write config and weights into a folder, which is created if needed, in diffusers' format.
 
         The write is atomic, even if the process is killed; `atomic/folder.py` explains how, and where it cannot be.
         In a distributed run, only the main process writes. `save_function` is diffusers' and has no effect.
+        `state_dict`: tensors to write in place of the model's, such as `accelerator.get_state_dict(unet)`. Raises
+        `InputError` if their names are not those of the model.
         """
         from .writing import write_weights  # imported here to keep `import imvar` fast
 
@@ -246,12 +249,17 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         if not should_write(is_main_process):
             return
         check_type("safe_serialization", safe_serialization, bool)
+        weights = self.weights_to_save()
+        if state_dict is not None:
+            if wrong := weights.keys() ^ dict(state_dict).keys():
+                raise invalid(InputError, "state_dict", "a tensor for each name of the model's", short_repr(min(wrong)))
+            weights = dict(state_dict)
         with atomic_folder(as_path("save_directory", save_directory)) as new:
             super().save_pretrained(new)
             write_weights(
                 new,
                 self.weights_name,
-                self.keymap.to_file(self.weights_to_save()),
+                self.keymap.to_file(weights),
                 variant=variant,
                 safe_serialization=safe_serialization,
                 max_shard_size=max_shard_size,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -836,7 +837,32 @@ def test_a_moving_average_is_saved_and_resumed(ours, ref, tmp_path):
         assert torch.equal(parameter, resumed[1].state_dict()[name]), name
 
 
+@pytest.mark.parametrize("part", ["unet", "image_encoder"])
+def test_the_state_dict_of_accelerate_is_saved(ours, ref, tmp_path, part):
+    """The recipe of accelerate's documentation, where sharded weights have to be gathered first."""
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(getattr(ours, part))
+    tensors = {name: tensor * 0.5 for name, tensor in accelerator.get_state_dict(model).items()}
+    options = {"is_main_process": accelerator.is_main_process, "save_function": accelerator.save}
+    accelerator.unwrap_model(model).save_pretrained(tmp_path, state_dict=tensors, **options)
+    loaded = type(getattr(ref, part)).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    name = tensors.popitem()[0]
+    with pytest.raises(InputError, match=f"state_dict: .*{name}"):
+        accelerator.unwrap_model(model).save_pretrained(tmp_path, state_dict=tensors)
+
+
 # Attributes
+
+
+def test_the_config_of_a_component_as_keywords(ours, ref):
+    for name in "unet", "vae", "scheduler":
+        kind, config = type(getattr(ours, name)), getattr(ours, name).config
+        for settings in config, getattr(ref, name).config:
+            new = kind(**settings).config
+            assert all(new[key] == value for key, value in config.items() if key[:1] != "_")
+        with pytest.raises(TypeError, match="no_such_field"):
+            kind(**config, no_such_field=1)
 
 
 def test_settings_are_attributes(ours, ref):
