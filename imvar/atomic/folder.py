@@ -7,12 +7,13 @@ exchanged in one system call. Open and mapped files stay valid.
 from __future__ import annotations
 
 import errno
+import fnmatch
+import glob
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -272,10 +273,27 @@ def read_consistently(folder: Path, patterns: Sequence[str], read: Callable[[], 
     return use_consistently(folder, partial(stamps, folder, patterns), read_and_check)
 
 
-def stamps(folder: Path, patterns: Sequence[str]) -> dict[Path, FileStamp]:
+def matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    """Yield the paths that match a pattern, whose wildcards are in its last part, and all paths without wildcards.
+
+    `Path.glob` would skip folders without permission, as if they were empty. Raises `OSError` for them.
+    """
+    for place, _, pattern in (pattern.rpartition("/") for pattern in patterns):
+        names = [pattern]
+        if glob.has_magic(pattern):
+            try:
+                names = fnmatch.filter(os.listdir(folder / place), pattern)
+            except OSError as error:
+                if error.errno not in ABSENT:
+                    raise
+                names = []
+        yield from (folder / place / name for name in names)
+
+
+def stamps(folder: Path, patterns: Iterable[str]) -> dict[Path, FileStamp]:
     """Return the stamps of the files that match, following symbolic links, of which the hub's cache consists."""
     out = {}
-    for path in chain.from_iterable(map(folder.glob, patterns)):
+    for path in matching(folder, patterns):
         try:
             out[path] = file_stamp(path, follow_links=True)
         except OSError as error:  # removed, or a broken or circular link

@@ -85,12 +85,12 @@ class InspectedPart:
 def checkpoint_stamps(paths: Iterable[Path]) -> dict[Path, FileStamp]:
     """Return the stamps of the files in these folders, and of these files, that an inspection reads."""
     out: dict[Path, FileStamp] = {}
+    places = ("", *(f"{name}/" for name in PARTS))
+    patterns = [f"{place}*{ending}" for place in places for ending in REPLACEABLE]
     for path in paths:
-        if kind_of(path) == "folder":
-            places = ("", *(f"{name}/" for name in PARTS))
-            out |= stamps(path, [f"{place}*{ending}" for place in places for ending in REPLACEABLE])
-        else:
-            out |= stamps(path.parent, [glob.escape(path.name), "config.json"])
+        with explain_read_error(path):
+            is_folder = kind_of(path) == "folder"
+            out |= stamps(path, patterns) if is_folder else stamps(path.parent, [glob.escape(path.name), "config.json"])
     return out
 
 
@@ -160,13 +160,13 @@ def inspect_folder(folder: Path, ema: str, config: Path | None, only: str | None
     """Inspect a folder in diffusers' layout, or that of one model."""
     if ema != "auto":
         raise invalid(InputError, "ema", "'auto' for a folder, which has one set of UNet weights", short_repr(ema))
-    folders = [part for part in PARTS if (folder / part).is_dir()]
+    folders = [part for part in PARTS if kind_of(folder / part) == "folder"]
     if not folders:
         tensors = find_weights(folder)
         if tensors is None or not tensors.part:
             raise invalid(CheckpointError, folder, "folders of parts, such as unet/, or the weights of one", "neither")
         return Inspection(folder, "the folder of one part", {tensors.part: inspect_model(tensors, folder, config)})
-    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    index = read_json(folder / INDEX) if kind_of(folder / INDEX) == "file" else {}
     disabled = [part for part in folders if index.get(part) == [None, None]]
     listed = {name for name, value in index.items() if isinstance(value, list)}
     unknown = sorted(listed.union(path.parent.name for path in folder.glob("*/*.json")) - PARTS.keys())
@@ -200,7 +200,7 @@ def inspect_model(tensors: PartTensors, folder: Path, config: Path | None) -> In
     """Inspect a model in `folder`; without a config file it is inferred from `tensors`."""
     model_cls, naming, warning = default_class(tensors.part), tensors.naming, None
     path = config_path(model_cls, folder, config)
-    if path.is_file():
+    if kind_of(path) == "file":
         settings = model_cls.read_config(path)
     else:
         path = tensors.path

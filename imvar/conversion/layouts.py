@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..atomic.file import atomic_file, write_text
-from ..atomic.folder import ReadFiles, atomic_folder
+from ..atomic.folder import ReadFiles, atomic_folder, matching
 from ..errors import CheckpointError, InputError, invalid, warn_user
 from ..weights.configured import ConfiguredComponent
 from ..weights.keymap import PUBLISHED, Naming
 from ..weights.model_index import INDEX, PARTS, index_text
+from ..weights.read_errors import explain_read_error, kind_of
 from ..weights.reading import read_checkpoint, read_weights
 from ..weights.single_file import CONFIGS_KEY, ORIGINAL_NAMINGS
 from ..weights.writing import OnBytes, WrittenFile, value_range, write_tensors, write_weights
@@ -108,7 +109,8 @@ class Layout(ABC):
 
     def check_target(self) -> None:
         """Raise `CheckpointError` if the target has a part of another checkpoint that would stay among the new ones."""
-        old = [self.path / name for name in PARTS if name not in self.parts and (self.path / name).is_dir()]
+        others = [self.path / name for name in PARTS if name not in self.parts]
+        old = [path for path in others if kind_of(path) == "folder"]
         if old and len(self.parts) > 1:
             expected, got = "no part of another checkpoint among the new ones", "one that would not be replaced"
             hint = "choose another target, or pass fill= (--fill)"
@@ -130,17 +132,18 @@ class Layout(ABC):
     @property
     def kept_weights(self) -> list[Path]:
         """Weights in a target folder that are neither replaced nor part of the new checkpoint, such as variants."""
-        return [
-            path
-            for name, part in self.parts.items()
-            if part.source
-            for path in sorted((self.path / name).glob("*"))
-            if part.component.weights_name.is_preserved(path.name)
-        ]
+        with explain_read_error(self.path):
+            return [
+                path
+                for name, part in self.parts.items()
+                if part.source
+                for path in sorted(matching(self.path / name, ["*"]))
+                if part.component.weights_name.is_preserved(path.name)
+            ]
 
     def check_space(self) -> None:
         """Raise `CheckpointError` if the disk is too full."""
-        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if kind_of(path))
         free = shutil.disk_usage(existing).free
         if self.total_bytes > free:
             expected, got = f"{self.total_bytes} bytes of free disk space", f"{free} bytes"
@@ -192,7 +195,7 @@ class DiffusersLayout(Layout):
 
     @staticmethod
     def check_path(path: Path) -> None:
-        if path.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".pt") or path.is_file():
+        if path.suffix.lower() in (".safetensors", ".ckpt", ".bin", ".pt") or kind_of(path) == "file":
             hint = "to='original' (--to original) writes one file"
             raise invalid(InputError, "target", "a folder", f"a file, {str(path)!r}", hint)
 
@@ -237,7 +240,7 @@ class OriginalLayout(Layout):
 
     @staticmethod
     def check_path(path: Path) -> None:
-        if path.suffix != ".safetensors" or path.is_dir():
+        if path.suffix != ".safetensors" or kind_of(path) == "folder":
             raise invalid(InputError, "target", "a .safetensors file for to='original'", repr(str(path)))
 
     def accepts(self, part: InspectedPart) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..atomic.folder import matching
 from ..checks import Dtype, as_dtype
 from ..errors import CheckpointError, InputTypeError, invalid, short_repr, warn_user
 from ..weights.hub import names_in
@@ -21,6 +22,7 @@ from ..weights.model_index import (
     default_class,
 )
 from ..weights.pretrained import PretrainedModel
+from ..weights.read_errors import kind_of
 
 
 def read_components(
@@ -35,7 +37,8 @@ def read_components(
     required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     index = dict.fromkeys(UNLISTED_PARTS) | read_index(safe_join(folder, INDEX), parameters)
     variant = reading["variant"]
-    if variant and not any(f".{variant}." in path.name for path in folder.glob("*/*")):
+    in_folders = [f"{name}/*" for name, value in index.items() if is_class_entry(value)]
+    if variant and not any(f".{variant}." in path.name for path in matching(folder, in_folders)):
         raise invalid(CheckpointError, folder, f"files of variant={variant!r}", "none")
     missing = required - overrides.keys() - index.keys()
     empty = {name for name in required - overrides.keys() - missing - {*OPTIONAL_COMPONENTS} if index[name] is None}
@@ -78,7 +81,7 @@ def read_component(
     folder = safe_join(folder, name)
     if not issubclass(kind, PretrainedModel):
         return kind.from_pretrained(folder)
-    if reading["variant"] and folder.is_dir():  # without it if the folder has no files of it
+    if reading["variant"] and kind_of(folder) == "folder":  # without it if the folder has no files of it
         reading["variant"] = select_weights([path.name for path in folder.iterdir()], kind, **reading)[1]
     return kind.read(folder, dtype=dtypes[name], disable_mmap=disable_mmap, **reading)
 

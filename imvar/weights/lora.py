@@ -108,7 +108,7 @@ def find_adapter(
 
     folder = locate(source, hub, adapter_files) / prefix
     with explain_read_error(folder):
-        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        names = [file.name for file in folder.iterdir()] if kind_of(folder) == "folder" else []
     try:
         name = choose(names)
     except CheckpointError as error:
