@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from ..image.read import exif_orientation
 from ..models.regions import RegionLayout
 from ..noise import Generators, Seeds, check_generator, per_image_seeds, seed_generators
 from ..runtime.guidance import NO_GUIDANCE, scale_by_step
+from .callbacks import check_callback, check_function, check_tensor_inputs
 from .regions import Region, as_regions, join_tokens, lay_out
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -60,6 +59,8 @@ class Call:
     strength: float | None
     mask_image: Any
     paste: bool
+    callback_on_step_end: Callable[[Any, int, Any, dict[str, Tensor]], Any] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
 
     # Values that follow from the arguments and the components
 
@@ -84,7 +85,7 @@ class Call:
             "guidance_interval": self.guidance_interval,
             "guidance_rescale": self.guidance_rescale,
             "cache_interval": self.cache_interval,
-            "refreshable": self.callback is not None,
+            "refreshable": self.callback is not None or self.callback_on_step_end is not None,
             "regions": self.layout,
         }
 
@@ -145,6 +146,7 @@ class Call:
         needs_guidance = {
             "negative_image_embeds": self.negative_image_embeds is not None,
             "guidance_rescale": self.guidance_rescale > 0,
+            "callback_on_step_end_tensor_inputs": "negative_image_embeds" in self.callback_on_step_end_tensor_inputs,
         }
         for name, is_given in needs_guidance.items():
             if is_given and not self.is_guided:
@@ -162,6 +164,15 @@ class Call:
             raise invalid(InputTypeError, "return_dict", "True or False", short_repr(self.return_dict))
         if self.callback is not None:
             check_callback(self.callback)
+            if self.callback_on_step_end is not None:
+                hint = "leave one of them out"
+                raise invalid(InputError, "callback", "callback or callback_on_step_end", "both", hint)
+        names = self.callback_on_step_end_tensor_inputs
+        if self.callback_on_step_end is not None:
+            expected = "a function (pipe, step, timestep, callback_kwargs)"
+            check_function("callback_on_step_end", self.callback_on_step_end, (None, 0, 0, {}), expected)
+            names = getattr(self.callback_on_step_end, "tensor_inputs", names)  # of diffusers' PipelineCallback
+        self.callback_on_step_end_tensor_inputs = check_tensor_inputs(names)
         if self.seed is not None:
             if self.generator is not None:
                 raise invalid(InputError, "seed", "seed or generator", "both", "leave one of them out")
@@ -272,40 +283,6 @@ def check_option(name: str, value: Any, options: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in options:
         kind = InputError if isinstance(value, str) else InputTypeError
         raise invalid(kind, name, f"one of {', '.join(map(repr, options))}", short_repr(value))
-
-
-DEFERRED = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
-
-
-def check_callback(callback: Any) -> None:
-    """Check that a callback takes a step, a timestep and latents, and runs when it is called."""
-    check_function("callback", callback, (0, 0, None), "a function (step, timestep, latents)")
-
-
-def check_function(name: str, value: Any, arguments: tuple[Any, ...], expected: str) -> None:
-    """Check that a function takes these positional arguments, and runs when it is called."""
-    function = value
-    while isinstance(function, partial):
-        function = function.func
-    try:
-        fits = callable(function) and not any(kind(f) for kind in DEFERRED for f in (function, function.__call__))
-        if fits:
-            inspect.signature(value, follow_wrapped=False).bind(*arguments)
-    except TypeError:
-        fits = False
-    except ValueError:  # functions written in C may have no signature
-        return
-    if not fits:
-        raise invalid(InputTypeError, name, f"{expected}, neither async nor a generator", short_repr(value))
-
-
-def check_callback_effects(returned: Any, latents: Tensor, shape: Sequence[int]) -> None:
-    """Check that a callback has run, by what it returned, and that its latents still have this shape."""
-    if inspect.iscoroutine(returned) or inspect.isgenerator(returned) or inspect.isasyncgen(returned):
-        got = f"one that returned a {describe(returned)}"
-        raise invalid(InputTypeError, "callback", "a function that runs when it is called", got)
-    if latents.shape != shape:
-        raise invalid(InputError, "callback", f"latents of shape {tuple(shape)} after it", describe(latents))
 
 
 @contextmanager

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -40,12 +38,10 @@ from .components import SchedulerLike, device_of
 from .lora import LoraPipelineMixin
 from .offload import Offload
 from .pretrained import dtypes_by_component, files_to_read, read_components
+from .running import RunningCall, all_calls, innermost_call, run_call
 
 if TYPE_CHECKING:
     from ..runtime.compiled import Compiler
-
-_active_calls: ContextVar[tuple[tuple[Any, Any], ...]] = ContextVar("imvar_active_calls", default=())
-"""The pipelines that this thread or task is calling, innermost last, each with the scheduler of that call."""
 
 
 class PipelineBase(LoraPipelineMixin, ConfigFile):
@@ -261,30 +257,43 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
     @property
     def scheduler(self) -> SchedulerLike:
         """The scheduler; during a call, that call's copy."""
-        return next((scheduler for pipe, scheduler in reversed(_active_calls.get()) if pipe is self), self._scheduler)
+        return call.scheduler if (call := innermost_call(self)) else self._scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: SchedulerLike) -> None:
         self._scheduler = scheduler
 
-    @contextmanager
-    def per_call_scheduler(self) -> Iterator[None]:
-        """Within the context and in this thread alone, let `scheduler` be a shallow copy, for one call to step.
+    def per_call_scheduler(self) -> AbstractContextManager[RunningCall]:
+        """Within the context and in this thread alone, let `scheduler` be a shallow copy, for one call to step."""
+        return run_call(self, self._scheduler)
 
-        A scheduler with a monkeypatched method is used without a copy: the patch may hold a reference to it.
+    def interrupt(self) -> None:
+        """End all calls of this pipeline that are running now, in any thread, after their current steps.
+
+        They return the images that they have: those of the x_0 predicted in the last step, not the noisy latents. A
+        call that has taken all its steps returns as usual, and later calls run as usual. Setting
+        `pipe._interrupt = True` in a callback, as for diffusers, ends that call alone.
         """
-        scheduler = self._scheduler
-        patched = any(callable(getattr(type(scheduler), name, None)) for name in getattr(scheduler, "__dict__", ()))
-        try:
-            own = scheduler if patched else copy.copy(scheduler)
-        except Exception:  # not every third-party scheduler can be copied, such as a proxy of another one
-            own = scheduler
-        before = _active_calls.get()
-        try:
-            _active_calls.set((*before, (self, own)))
-            yield
-        finally:
-            _active_calls.set(before)
+        for call in all_calls(self):
+            call.interrupted = True
+
+    @property
+    def _interrupt(self) -> bool:
+        """Whether the call that this thread is in will end early; set by others, the same as `interrupt()`."""
+        call = innermost_call(self)
+        return call is not None and call.interrupted
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        if call := innermost_call(self):
+            call.interrupted = bool(value)
+        elif value:
+            self.interrupt()
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the call that this thread is in, 0 outside of one."""
+        return call.num_timesteps if (call := innermost_call(self)) else 0
 
     # Device and dtype
 

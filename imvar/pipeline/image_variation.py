@@ -28,13 +28,13 @@ from ..runtime.guidance import Predict
 from ..weights.published_config import has_legacy_sample_size
 from .arguments import (
     Call,
-    check_callback_effects,
     check_images,
     check_option,
     check_size_and_interval,
     rename_argument,
 )
 from .base import PipelineBase
+from .callbacks import TENSOR_INPUTS, changed_tensors, check_callback_effects, step_tensor
 from .components import (
     FeatureExtractorLike,
     ImageEncoderLike,
@@ -66,6 +66,7 @@ from .start_image import (
     start_from,
     starts_from_noise,
 )
+from .steps import take_step
 
 MAX_DECODE_PIXELS = 2**18  # pixels that are decoded at a time: those of 512 x 512
 
@@ -87,6 +88,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
     _optional_components: ClassVar = ["safety_checker"]
     _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
     model_cpu_offload_seq: ClassVar = "image_encoder->unet->vae"
+    _callback_tensor_inputs: ClassVar = list(TENSOR_INPUTS)
 
     def __init__(
         self,
@@ -147,6 +149,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         strength: float | None = None,
         mask_image: Any = None,
         paste: bool = False,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Tensor]], Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
         """Return variations of one image or of several.
 
@@ -196,6 +200,12 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                 resized to height x width, and to the latents by nearest neighbour; so there are no soft edges.
             paste: put the pixels that the mask_image keeps back exactly, as decoding changes them a little. "pt" is
                 then float32.
+            callback_on_step_end: called as callback_on_step_end(pipe, i, t, tensors) after each call i of the UNet.
+                It returns a dictionary, and those of its tensors that are not the same continue the run: `latents`
+                (b n, 4, height / 8, width / 8), `image_embeds` and, under guidance, `negative_image_embeds`, both
+                (b n, m, c). `pipe._interrupt = True` in it ends the call with the x_0 predicted in this step.
+            callback_on_step_end_tensor_inputs: names of the tensors that it receives: these, or
+                `pred_original_sample`, the x_0 predicted in this step, which must not change.
 
         Returns:
             `images`, and `nsfw_content_detected`, a flag each, or None without a safety checker; by attribute alone
@@ -206,7 +216,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             OutOfMemoryError: with the options that need less. ImvarError: a result is not finite, with a likely cause.
         """
         call = Call(**{name: value for name, value in locals().items() if name != "self"})
-        with self.per_call_scheduler(), self._offload or contextlib.nullcontext(), explain_out_of_memory():
+        with self.per_call_scheduler() as running, self._offload or contextlib.nullcontext(), explain_out_of_memory():
             self.check_call(call)
             scheduler, timesteps, step_options = self.prepare_scheduler(call)
             timesteps = skip_steps(call, scheduler, timesteps)
@@ -220,16 +230,18 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             warmup_steps = len(timesteps) - call.steps * order
             denoiser = Denoiser(lambda: self.unet, self.predictor, timesteps, context, **call.denoising)
             with self.progress_bar(total=call.steps) as bar:
-                for i, t in enumerate(timesteps.cpu() if isinstance(timesteps, Tensor) else timesteps):
-                    sample = self.unet_input(scheduler.scale_model_input(x, t), t, **own["unet_input"])
+                for i, t in running.until_interrupted(timesteps):
+                    scaled = scheduler.scale_model_input(x, t)
+                    sample = self.unet_input(scaled, t, **own["unet_input"])
                     eps = denoiser(sample, i, **self.unet_kwargs(sample, t, denoiser.context, **own["unet_kwargs"]))
-                    output = scheduler.step(eps, t, x, **step_options)
-                    x = require_tensor(scheduler, "scheduler", output, "prev_sample").to(x.dtype)
-                    x = start.replace_kept(scheduler, x, i)
+                    x, x0 = take_step(scheduler, eps, t, x, scaled, step_options)
+                    x, x0 = start.replace_kept(scheduler, x, i), partial(start.replace_kept_in_x0, x0)
+                    x = self.run_callback_on_step_end(call, denoiser, i, timesteps[i], x, x0)
                     if i == len(timesteps) - 1 or (i >= warmup_steps and (i + 1) % order == 0):
                         bar.update()
                         if call.callback is not None and i % call.callback_steps == 0:
                             x = self.run_callback(call, denoiser, i // order, timesteps[i], x)
+            x = x0() if running.ended_early else x
             dtype = denoiser.context.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
 
@@ -495,9 +507,31 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         return make_predictor(self.unet, timesteps, context, cache_interval, self.runner, packed, regions)
 
     def run_callback(self, call: Call, denoiser: Denoiser, step: int, timestep: Any, latents: Tensor) -> Tensor:
-        """Run the callback of a call, rebuild the denoiser if it changed the UNet, and return the latents."""
+        """Run the `callback` of a call, and return the latents."""
         shape = latents.shape
-        check_callback_effects(call.callback(step, timestep, latents), latents, shape)  # type: ignore[misc]
+        returned = call.callback(step, timestep, latents)  # type: ignore[misc]
+        check_callback_effects("callback", returned, latents, shape)
+        return self.after_callback(call, denoiser, latents)
+
+    def run_callback_on_step_end(
+        self, call: Call, denoiser: Denoiser, step: int, timestep: Any, latents: Tensor, x0: Callable[[], Tensor]
+    ) -> Tensor:
+        """Run the `callback_on_step_end` of a call, if it has one; apply what it changed, and return the latents."""
+        if call.callback_on_step_end is None:
+            return latents
+        shape, embeds = latents.shape, ["negative_image_embeds"] * call.is_guided + ["image_embeds"]
+        own = partial(step_tensor, latents=latents, x0=x0, context=denoiser.context, is_guided=call.is_guided)
+        given = {name: own(name) for name in call.callback_on_step_end_tensor_inputs}
+        given = {name: value if value is latents else value.clone() for name, value in given.items()}
+        returned = call.callback_on_step_end(self, step, timestep, dict(given))
+        check_callback_effects("callback_on_step_end", returned, latents, shape)
+        changed = changed_tensors(returned, given, own)
+        if changed.keys() & embeds:
+            denoiser.replace_context(torch.cat([changed.get(name, own(name)) for name in embeds]))
+        return self.after_callback(call, denoiser, changed.get("latents", latents))
+
+    def after_callback(self, call: Call, denoiser: Denoiser, latents: Tensor) -> Tensor:
+        """Rebuild the denoiser if a callback changed the UNet, and return the latents in its dtype."""
         if not self._offload:
             check_devices(self._used_components(call), may_differ=True)
         if not denoiser.refresh():

@@ -7,7 +7,7 @@ latents outside the mask are replaced by those of the image, noised to the level
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +184,11 @@ class Start:
         last = step + 1 == len(self.timesteps)
         known = self.x0 if last else noised(scheduler, self.x0, self.noise, self.timesteps[step + 1])
         return torch.where(self.repaint, x, known.to(x))
+
+    def replace_kept_in_x0(self, predicted_x0: Callable[[], Tensor]) -> Tensor:
+        """Return the x_0 predicted in a step, the kept latents replaced by those of the image."""
+        x0 = predicted_x0()
+        return x0 if self.repaint is None else torch.where(self.repaint, x0, self.x0.to(x0))
 
 
 def skip_steps(call: Call, scheduler: Any, timesteps: Any) -> Any:

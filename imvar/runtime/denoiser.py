@@ -76,10 +76,14 @@ class Denoiser:
         unet = self.unet()
         if unet is self.built_from and not (self.fingerprint and self.fingerprint.differs_from(unet)):
             return False
-        del self.predict  # frees what it holds of the weights before the same is computed again
-        self.context = self.context.to(dtype_of(unet, self.context.dtype))
-        self.prepare()
+        self.replace_context(self.context.to(dtype_of(unet, self.context.dtype)))
         return True
+
+    def replace_context(self, context: Tensor) -> None:
+        """Rebuild everything for another context of the same shape."""
+        del self.predict  # frees what it holds of the weights before the same is computed again
+        self.context = context
+        self.prepare()
 
     def prepare(self) -> None:
         """Build the predictors from the UNet in use now."""
