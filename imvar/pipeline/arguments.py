@@ -69,7 +69,7 @@ class Call:
     shape: tuple[int, int, int, int] = field(init=False)  # of the latents
     device: torch.device = field(init=False)
     unmodified_unet: bool = field(init=False)  # no hook or override sits between the latents and the UNet
-    is_guided: bool = field(init=False)  # in any step
+    is_guided: bool = field(init=False)  # whether the context has both halves of guidance
     skipped_steps: int = 0  # those of num_inference_steps before the start from an image
 
     @property
@@ -142,14 +142,16 @@ class Call:
         if callable(scale := self.guidance_scale):
             scales = ((f"guidance_scale in step {i} of {steps}", scale(i / steps)) for i in range(steps))
             self.guidance_scale = [check_scale(name, value) for name, value in scales]
-        self.is_guided = max(scale_by_step(self.guidance_scale, self.guidance_interval, steps)) > NO_GUIDANCE
+        intervals = (0.0, 1.0), self.guidance_interval
+        scales = [max(scale_by_step(self.guidance_scale, interval, steps)) for interval in intervals]
+        self.is_guided, has_guided_steps = (scale > NO_GUIDANCE for scale in scales)
         needs_guidance = {
             "negative_image_embeds": self.negative_image_embeds is not None,
             "guidance_rescale": self.guidance_rescale > 0,
             "callback_on_step_end_tensor_inputs": "negative_image_embeds" in self.callback_on_step_end_tensor_inputs,
         }
         for name, is_given in needs_guidance.items():
-            if is_given and not self.is_guided:
+            if is_given and not has_guided_steps:
                 hint = "it has an effect only under guidance: pass a guidance_scale above 1"
                 raise invalid(InputError, name, "a step with guidance, or no such argument", "no such step", hint)
 

@@ -58,16 +58,24 @@ def test_steps_with_a_scale_up_to_1_run_unguided_also_within_an_interval(pipe, p
     assert rows == [1, 2, 1, 2]
 
 
-@pytest.mark.parametrize("unguided", [{"guidance_scale": lambda done: 1.0}, {"guidance_interval": (0, 0)}])
-def test_a_run_without_a_guided_step_is_an_unguided_run(pipe, photo, unguided):
+def test_a_run_without_a_guided_step_is_an_unguided_run(pipe, photo):
     expected, contexts = run(pipe, photo, guidance_scale=1), []
     encode = pipe._encode_image
     pipe._encode_image = lambda *args: contexts.append(encode(*args)) or contexts[-1]
-    assert torch.equal(run(pipe, photo, **unguided), expected)
+    assert torch.equal(run(pipe, photo, guidance_scale=lambda done: 1.0), expected)
     assert [len(context) for context in contexts] == [1]
-    for name, value in ("negative_image_embeds", torch.zeros(1, 1, 32)), ("guidance_rescale", 0.7):
-        with pytest.raises(InputError, match=f"{name}: .*only under guidance"):
-            run(pipe, photo, **unguided, **{name: value})
+    assert torch.equal(run(pipe, photo, guidance_interval=(0, 0)), expected)
+
+
+@pytest.mark.parametrize(
+    "unguided", [{"guidance_scale": 1}, {"guidance_scale": lambda done: 1.0}, {"guidance_interval": (0, 0)}]
+)
+@pytest.mark.parametrize(
+    ("name", "value"), [("negative_image_embeds", torch.zeros(1, 1, 24)), ("guidance_rescale", 0.7)]
+)
+def test_what_needs_guidance_is_refused_without_a_guided_step(pipe, photo, unguided, name, value):
+    with pytest.raises(InputError, match=f"{name}: .*only under guidance"):
+        run(pipe, photo, **unguided, **{name: value})
 
 
 async def never_awaited(done):
