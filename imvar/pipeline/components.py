@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Protocol
@@ -74,6 +75,9 @@ PROTOCOLS = {  # and imvar's own class for it, for error messages
     "safety_checker": (SafetyCheckerLike, "a StableDiffusionSafetyChecker or None"),
     "feature_extractor": (FeatureExtractorLike, "a CLIPImageProcessor"),
 }
+
+
+BATCHED_TIMESTEPS = ("DDPMWuerstchenScheduler",)  # classes of diffusers whose signature does not show it
 
 
 def required_members(protocol: type) -> list[str]:
@@ -164,6 +168,17 @@ def check_timesteps(scheduler: SchedulerLike) -> None:
     if timesteps is None or not len(timesteps):
         got = f"timesteps={short_repr(timesteps)} of {type(scheduler).__name__}"
         raise invalid(InputTypeError, "scheduler", "a tensor or list of timesteps after set_timesteps", got)
+
+
+def check_step(scheduler: SchedulerLike, options: Mapping[str, Any]) -> None:
+    """Check that a step of the scheduler can do with a model output, a timestep, a sample and the `options`."""
+    name, expected = type(scheduler).__name__, "one whose step takes a model output, a timestep and a sample"
+    if name in BATCHED_TIMESTEPS:
+        raise invalid(InputTypeError, "scheduler", expected, f"{name}, whose step takes a timestep per sample")
+    try:
+        inspect.signature(scheduler.step).bind(None, None, None, **options)
+    except TypeError as error:  # of the arguments
+        raise invalid(InputTypeError, "scheduler", expected, f"{name} ({error} of its step)") from error
 
 
 def check_context(context: Any, batch: int, unet: Any = None, name: str = "image_encoder") -> None:

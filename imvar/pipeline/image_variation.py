@@ -47,6 +47,7 @@ from .components import (
     check_context,
     check_devices,
     check_feature_extractor,
+    check_step,
     check_timesteps,
     device_of,
     require_tensor,
@@ -370,6 +371,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         scheduler.set_timesteps(call.num_inference_steps, device=call.device)
         check_timesteps(scheduler)
         step_options = self.prepare_extra_step_kwargs(call.generator, call.eta)
+        check_step(scheduler, step_options)
         call.check_seeds_are_used(step_options)
         return scheduler, scheduler.timesteps, step_options
 
