@@ -216,8 +216,8 @@ def check_uint8_range(low: float, high: float, images: np.ndarray | Tensor) -> N
 
 def _as_batch(image: np.ndarray | Tensor) -> Tensor:
     """Convert an array (h w c) or (b h w c), or a tensor (c h w) or (b c h w), to a tensor b c h w."""
-    if image.ndim not in (3, 4):
-        raise invalid(InputError, "image", "3 axes for one image or 4 for a batch", describe(image))
+    if image.ndim not in (3, 4) or 0 in image.shape:
+        raise invalid(InputError, "image", "3 axes for one image or 4 for a batch, none empty", describe(image))
     if isinstance(image, Tensor):
         check_has_data("image", image)
     elif image.dtype.kind not in "fiu":

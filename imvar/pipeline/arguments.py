@@ -296,5 +296,6 @@ def rename_argument(inner: str, outer: str) -> Iterator[None]:
         message = str(error)
         if message.startswith(inner):
             error.args = (outer + message[len(inner) :],)
-            error.key = outer if error.key == inner else error.key
+            if error.key and error.key.startswith(inner):
+                error.key = outer + error.key[len(inner) :]
         raise

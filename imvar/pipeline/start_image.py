@@ -222,7 +222,7 @@ def start_from(call: Call, scheduler: Any, timesteps: Any, x0: Tensor, noise: Te
 
 def noised(scheduler: Any, x0: Tensor, noise: Tensor, timestep: Any) -> Tensor:
     """Return x0 with the noise of a timestep, in its dtype."""
-    return scheduler.add_noise(x0, noise, torch.as_tensor(timestep).reshape(1)).to(x0.dtype)
+    return scheduler.add_noise(x0, noise, torch.as_tensor(timestep, device=x0.device).reshape(1)).to(x0.dtype)
 
 
 def kept_pixels(call: Call) -> dict[str, Any]:
