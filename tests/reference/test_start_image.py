@@ -57,9 +57,9 @@ def scheduler_pair(name, **changes):
     return getattr(imvar if name in OURS else diffusers, name).from_config(theirs.config), theirs
 
 
-def compare(pair, name, pipeline, x0, seed=5, n=1, **options):
+def compare(pair, name, pipeline, x0, seed=5, n=1, changes=(), **options):
     ours, components = pair
-    ours.scheduler, scheduler = scheduler_pair(name)
+    ours.scheduler, scheduler = scheduler_pair(name, **dict(changes))
     theirs = getattr(diffusers, pipeline)(**components, scheduler=scheduler, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     context = torch.randn(len(x0), 1, 24, generator=torch.Generator().manual_seed(9))
@@ -92,6 +92,12 @@ def test_a_start_image_gives_the_latents_of_image_to_image(pair, x0, name, stren
 @pytest.mark.parametrize("name", OURS + THEIRS)
 def test_a_mask_gives_the_latents_of_inpainting(pair, x0, mask, name, strength):
     compare(pair, name, "StableDiffusionInpaintPipeline", x0, strength=strength, mask_image=mask)
+
+
+def test_the_first_of_two_equal_timesteps_is_found_by_its_index(pair, x0):
+    """At the last two of 60 steps, both at timestep 0, of different noise levels."""
+    name, options = "DPMSolverMultistepScheduler", {"num_inference_steps": 60, "strength": 2.01 / 60}
+    compare(pair, name, "StableDiffusionImg2ImgPipeline", x0, changes={"use_karras_sigmas": True}, **options)
 
 
 @pytest.mark.parametrize("n", [1, 2])
