@@ -38,7 +38,7 @@ from .components import SchedulerLike, device_of
 from .lora import LoraPipelineMixin
 from .offload import Offload
 from .pretrained import dtypes_by_component, files_to_read, read_components
-from .running import RunningCall, all_calls, innermost_call, run_call
+from .running import RunningCall, innermost_call, interrupt_calls, run_call
 
 if TYPE_CHECKING:
     from ..runtime.compiled import Compiler
@@ -50,6 +50,8 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
     config_name = INDEX
     name_or_path: str | Path | None = None
     """The first argument of `from_pretrained`, if the pipeline was loaded by it."""
+
+    _interrupted_outside = False  # what `_interrupt` was set to outside of a call
 
     def __init__(self) -> None:
         self._component_names: list[str] = []
@@ -274,21 +276,22 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
         call that has taken all its steps returns as usual, and later calls run as usual. Setting
         `pipe._interrupt = True` in a callback, as for diffusers, ends that call alone.
         """
-        for call in all_calls(self):
-            call.interrupted = True
+        interrupt_calls(self)
 
     @property
     def _interrupt(self) -> bool:
-        """Whether the call that this thread is in will end early; set by others, the same as `interrupt()`."""
+        """Whether the call that this thread is in ends early. Setting it outside of one is the same as `interrupt`."""
         call = innermost_call(self)
-        return call is not None and call.interrupted
+        return self._interrupted_outside if call is None else call.interrupted
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
         if call := innermost_call(self):
             call.interrupted = bool(value)
-        elif value:
-            self.interrupt()
+            return
+        self._interrupted_outside = bool(value)  # for a subclass whose own __call__ reads it
+        if value:
+            interrupt_calls(self)
 
     @property
     def num_timesteps(self) -> int:

@@ -65,6 +65,8 @@ def innermost_call(pipe: Any) -> RunningCall | None:
     return next((call for call in reversed(_in_this_thread.get()) if call.pipe is pipe), None)
 
 
-def all_calls(pipe: Any) -> list[RunningCall]:
-    """Return the calls of a pipeline that are running now, in any thread."""
-    return [call for call in tuple(_in_all_threads) if call.pipe is pipe]
+def interrupt_calls(pipe: Any) -> None:
+    """Interrupt the calls of a pipeline that are running now, in any thread."""
+    for call in tuple(_in_all_threads):
+        if call.pipe is pipe:
+            call.interrupted = True

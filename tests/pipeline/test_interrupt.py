@@ -86,7 +86,28 @@ def test_without_a_call_nothing_happens(pipe, photo):
     pipe.interrupt()
     pipe._interrupt = True
     assert torch.equal(run(pipe, photo), expected)
-    assert pipe._interrupt is False
+
+
+def test_a_subclass_with_a_loop_of_its_own_reads_what_was_set(pipe):
+    class Own(type(pipe)):
+        @property
+        def interrupt(self):
+            return self._interrupt
+
+        def __call__(self, callback):
+            self._interrupt, steps = False, []
+            for i in range(4):
+                if self.interrupt:
+                    continue
+                steps.append(i)
+                callback(self, i)
+            return steps
+
+    def stop(pipe, i):
+        pipe._interrupt = i == 1
+
+    own = Own(**pipe.components)
+    assert [own(stop), own(stop)] == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("way", ["callback", "callback_on_step_end", "method"])
@@ -151,6 +172,23 @@ def test_an_interrupt_before_the_first_step_finishes_that_step(pipe, photo):
     expected, encode = predictions(pipe, photo), pipe.encode_pixels
     pipe.encode_pixels = lambda *args: [pipe.interrupt(), encode(*args)][1]
     assert torch.equal(run(pipe, photo), expected[0])
+
+
+def test_inpainting_that_is_interrupted_keeps_what_the_mask_keeps(pipe, photo):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    kept, mask = torch.randn(1, 4, 16, 16), torch.zeros(128, 128)
+    mask[:, 64:] = 1
+    seen = []
+
+    def stop(pipe, i, t, tensors):
+        seen.append(tensors["pred_original_sample"])
+        pipe._interrupt = i == 1
+
+    options = {"init_image": kept, "mask_image": mask, "callback_on_step_end": stop}
+    made = run(pipe, photo, **options, callback_on_step_end_tensor_inputs=["pred_original_sample"])
+    assert torch.equal(made, seen[1])
+    assert torch.equal(made[..., :8], kept[..., :8])
+    assert not torch.allclose(made[..., 8:], kept[..., 8:], atol=0.1)
 
 
 def test_a_call_that_fails_is_not_running(pipe, photo):
