@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from ..checks import check_float, takes_argument
+from ..checks import check_float, check_tensor, takes_argument
 from ..embeddings import cast_embeds
 from ..errors import ImvarError, InputError, InputTypeError, describe, invalid, warn_user
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_uint8
@@ -29,6 +30,7 @@ from ..weights.published_config import has_legacy_sample_size
 from .arguments import (
     Call,
     check_images,
+    check_latents,
     check_option,
     check_size_and_interval,
     rename_argument,
@@ -54,6 +56,7 @@ from .components import (
     required_components,
 )
 from .conditions import conditions_by_stage
+from .preview import fit_to_random_latents, linear_decode, state_of_weights
 from .regions import Region
 from .safety_policy import judge
 from .start_image import (
@@ -90,6 +93,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
     _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
     model_cpu_offload_seq: ClassVar = "image_encoder->unet->vae"
     _callback_tensor_inputs: ClassVar = list(TENSOR_INPUTS)
+
+    _linear_decoder: tuple[Any, Tensor] | None = None  # that of `preview`, and the state of the VAE's weights for it
 
     def __init__(
         self,
@@ -242,7 +247,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                         bar.update()
                         if call.callback is not None and i % call.callback_steps == 0:
                             x = self.run_callback(call, denoiser, i // order, timesteps[i], x)
-            x = x0() if running.ended_early else x
+            x = x0() if running.ended_early else x  # type: ignore[possibly-undefined]
             dtype = denoiser.context.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
 
@@ -278,6 +283,35 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         device = self._execution_device if self._offload else device_of(encoder, self.device)
         with self._offload or contextlib.nullcontext(), explain_out_of_memory():
             return self.encode_pixels(image, device)
+
+    @torch.no_grad()
+    def preview(self, latents: Tensor) -> list[Image]:
+        """Return approximate images of latents, at once: of one pixel for each latent, by a linear decoder.
+
+        The first preview fits the decoder to `vae`, with about as much time as the VAE needs for a few small images; a
+        VAE with other weights is fitted again. The safety checker does not see previews.
+
+        Args:
+            latents: (b, c, h, w) or (c, h, w), such as the `pred_original_sample` of a `callback_on_step_end`. Those
+                that are still noisy show noise.
+
+        Returns:
+            b images of width w and height h.
+
+        Raises:
+            InputError: the latents or the VAE are not supported.
+        """
+        vae: Any = self.components["vae"]
+        check_components({"vae": vae})
+        latents = latents[None] if isinstance(latents, Tensor) and latents.ndim == 3 else latents
+        check_tensor("latents", latents, "b", getattr(vae.config, "latent_channels", "c"), "h", "w")
+        check_latents(latents, latents.shape)
+        state = state_of_weights(vae)
+        if self._linear_decoder is None or self._linear_decoder[0] != state:
+            with self._offload or contextlib.nullcontext(), explain_out_of_memory():
+                self._linear_decoder = state, fit_to_random_latents(self.decode_on_cpu, latents.shape[1])
+        images = linear_decode(latents.to("cpu", torch.float32), self._linear_decoder[1])
+        return self.image_processor.postprocess(images, "pil")
 
     # The stages of a call, in their order. Subclasses may override each.
 
@@ -599,6 +633,15 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
             if unmodified:
                 raise error
             warn_user(str(error))  # as in diffusers, a custom one may have its own scale
+        return images
+
+    def decode_on_cpu(self, latents: Tensor) -> Tensor:
+        """Decode latents without compiling, for tensors in float32 on the CPU."""
+        vae: Any = self.components["vae"]
+        device = self._execution_device if self._offload else device_of({"vae": vae}, self.device)
+        latents = (latents / vae.config.scaling_factor).to(device, dtype_of(vae, latents.dtype))
+        images = decode_with(vae, latents).to("cpu", torch.float32)
+        check_all_finite("decoded images", images, vae)
         return images
 
     def run_safety_checker(self, image: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, list[bool] | None]:

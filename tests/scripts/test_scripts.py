@@ -20,6 +20,7 @@ def run(script, *options):
         "benchmark_convert.py",
         "evaluate_approximations.py",
         "evaluate_emoji.py",
+        "fit_preview.py",
         "gallery.py",
         "mutation_test.py",
         "soak.py",
