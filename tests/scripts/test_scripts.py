@@ -1,11 +1,16 @@
 """The scripts start, and their smallest jobs run."""
 
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from sampler_figure import SAMPLERS
 
+SVG = "{http://www.w3.org/2000/svg}"
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -23,6 +28,7 @@ def run(script, *options):
         "fit_preview.py",
         "gallery.py",
         "mutation_test.py",
+        "sampler_figure.py",
         "soak.py",
         "train_emoji",
         "verify_reference.py",
@@ -30,6 +36,24 @@ def run(script, *options):
 )
 def test_help(script):
     assert "usage:" in run(script, "--help")
+
+
+def test_the_figure_of_the_samplers(tmp_path):
+    """It continues with what a stopped run has left, and draws a line for each sampler, labels apart."""
+    options = ["--out", tmp_path, "-n", "1", "--steps", "1", "2", "--reference-steps", "3"]
+    table = run("sampler_figure.py", *options)
+    distances = json.loads((tmp_path / "distances.json").read_text())
+    assert len(table.splitlines()) == len(SAMPLERS) + 2
+    assert all(0 < value < 100 for values in distances.values() for value in values.values())
+    svg = ElementTree.fromstring((tmp_path / "samplers.svg").read_text())
+    names = {label.text.rpartition(",")[0]: float(label.get("y")) for label in svg.iter(f"{SVG}text") if label.text}
+    assert set(SAMPLERS) <= names.keys()
+    assert len(list(svg.iter(f"{SVG}polyline"))) == len(SAMPLERS)
+    heights = sorted(names[name] for name in SAMPLERS)
+    assert all(b - a >= 16 for a, b in itertools.pairwise(heights))
+    distances["DDIM"]["2"] = 12.34
+    (tmp_path / "distances.json").write_text(json.dumps(distances))
+    assert "12.34" in run("sampler_figure.py", *options)
 
 
 def test_fuzzing_in_child_processes():
