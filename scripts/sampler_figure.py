@@ -4,8 +4,8 @@
 
 The reference is DPM-Solver++(2M) with 400 steps. Distances are mean absolute differences of pixels in levels of 255,
 averaged over n bundled examples, at guidance 3, from the same noise. Samplers that add noise in each step (dashed)
-converge to other images, so their distance stays; Karras sigmas are dotted. Prints a Markdown table and writes OUT/samplers.svg. A run that was
-stopped continues with what is in OUT.
+converge to other images, so their distance stays; Karras sigmas are dotted. Prints a Markdown table and writes
+OUT/samplers.svg. A run that was stopped continues with what is in OUT.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 import imvar
-from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
+from imvar import StableDiffusionImageVariationPipeline, schedulers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -52,7 +52,8 @@ def interrupt(*_: Any) -> None:
 
 def random_call(pipe: Any, photo: Image.Image, rng: random.Random, side: int) -> str:
     """Call the pipeline with random settings, some of them invalid, and return the outcome."""
-    pipe.scheduler = rng.choice([PNDMScheduler, DDIMScheduler, LMSDiscreteScheduler]).from_config(pipe.scheduler.config)
+    kind = getattr(schedulers, rng.choice(schedulers.__all__))
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
     rng.choice(
         [
             pipe.enable_attention_slicing,

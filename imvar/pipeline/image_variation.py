@@ -169,8 +169,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                 time. The published model's card suggests 3. A function f of the fraction of steps done is evaluated
                 before the first one, as f(i / n) for call i of the n calls of the UNet, from 0.
             num_images_per_prompt: n variations of each image, in the order a a b b.
-            eta: 0 to 1, the share of fresh noise in each step of DDIM (arXiv:2010.02502, equation 16); PNDM and LMS
-                ignore it.
+            eta: 0 to 1, the share of fresh noise in each step of DDIM (arXiv:2010.02502, equation 16); other
+                schedulers ignore it.
             generator: one for all variations, or a list of one each. Noise is drawn on its device.
             seed: instead of a generator: s for s + k in variation k, or a list of one each, 0 to 2^63 - 1. A seed
                 gives the same variation in any batch, up to rounding, from the same noise on any device.

@@ -12,7 +12,13 @@ from imvar import InputError, InputTypeError, StableDiffusionImageVariationPipel
 from imvar.runtime.deepcache import DeepCacheUNet
 from tests.support.random_checkpoint import PUBLISHED_SCHEDULER
 
-SCHEDULERS = ["PNDMScheduler", "DDIMScheduler", "LMSDiscreteScheduler", "EulerAncestralDiscreteScheduler"]
+SCHEDULERS = [
+    "PNDMScheduler",
+    "DDIMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+]
 
 
 def run(pipe, image, **options):

@@ -9,19 +9,11 @@ import torch
 from PIL import Image
 
 import imvar
+from imvar import schedulers
 from tests.support.random_checkpoint import PUBLISHED_SCHEDULER
 
-OURS = ["DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"]
-THEIRS = [
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DDPMScheduler",
-    "UniPCMultistepScheduler",
-    "KDPM2DiscreteScheduler",
-    "DEISMultistepScheduler",
-]
+OURS = schedulers.__all__
+THEIRS = ["HeunDiscreteScheduler", "UniPCMultistepScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"]
 STRENGTHS = [0.3, 0.6, 0.9, 1.0]
 STEPS = 10
 
