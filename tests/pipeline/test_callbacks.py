@@ -1,5 +1,7 @@
 """`callback_on_step_end`, beside diffusers' text pipeline on the same weights where both have it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import diffusers
 import numpy as np
 import pytest
@@ -292,3 +294,68 @@ def test_latents_of_another_dtype_are_cast(pipe, photo):
     double = run(pipe, photo, callback_on_step_end=lambda _, i, t, x: {"latents": x["latents"].double()})
     assert double.dtype == torch.float32
     assert np.array_equal(double, run(pipe, photo))
+
+
+def steered(pipe, photo, **options):
+    """Run with everything that changes guidance, latents and embeddings from step to step."""
+
+    def steer(_, i, t, tensors):
+        if i == 1:
+            tensors["image_embeds"].mul_(0.5)
+        return {"latents": tensors["latents"] * 0.99}
+
+    options |= {"guidance_scale": lambda done: 3 if done < 0.5 else 1, "guidance_rescale": 0.5}
+    options |= {"callback_on_step_end": steer, "callback_on_step_end_tensor_inputs": ["latents", "image_embeds"]}
+    return run(pipe, photo, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: pipe.enable_attention_slicing("max"),
+        lambda pipe: pipe.unet.register_forward_hook(lambda *_: None),  # and so without precomputation
+    ],
+    ids=["offload", "slicing", "hook"],
+)
+def test_all_of_it_under_other_switches(pipe, photo, change):
+    expected = steered(pipe, photo)
+    assert (expected - run(pipe, photo)).abs().max() > 1e-3
+    change(pipe)
+    assert torch.allclose(steered(pipe, photo), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_all_of_it_in_threads_that_share_the_pipeline(pipe, photo):
+    expected, plain = steered(pipe, photo), run(pipe, photo)
+    with ThreadPoolExecutor(4) as pool:
+        results = [pool.submit(function, pipe, photo) for function in (steered, run) * 4]
+    assert all(torch.equal(result.result(), expected) for result in results[::2])
+    assert all(torch.equal(result.result(), plain) for result in results[1::2])
+
+
+def test_the_embeddings_of_regions_are_tokens_that_may_change(pipe, photo):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    one, other = pipe.encode_image(photo), pipe.encode_image(photo.rotate(90))
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    shapes, latents = [], []
+
+    def callback(_, i, t, tensors):
+        shapes.append(tuple(tensors["image_embeds"].shape))
+        latents.append(tensors["latents"])
+        if i == 0:
+            tensors["image_embeds"][:, 1] = other[:, 0]
+            return tensors
+        return None
+
+    names = ["latents", "image_embeds"]
+    made = run(
+        pipe,
+        image_embeds=[imvar.Region(one), imvar.Region(one, mask=left)],
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=names,
+    )
+    restart = lambda _, i, t, tensors: {"latents": latents[0]} if i == 0 else {}  # noqa: E731
+    regions = [imvar.Region(one), imvar.Region(other, mask=left)]
+    assert shapes == [(1, 3, one.shape[-1])] * 4
+    assert torch.equal(made, run(pipe, image_embeds=regions, callback_on_step_end=restart))

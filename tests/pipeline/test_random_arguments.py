@@ -73,6 +73,14 @@ def is_image(value: Any) -> bool:
 
 SIZES = st.one_of(st.sampled_from([None, 64, 72, np.int64(80)]), st.sampled_from([0, 7, 65, -64, 2**20]), OTHERS)
 REALS = st.one_of(st.floats(-2, 9), st.integers(-1, 9), OTHERS)
+TENSOR_INPUTS = "latents", "pred_original_sample", "image_embeds"
+
+
+def falling(done: float) -> float:
+    """A guidance scale from 3 down to 1."""
+    return 3 - 2 * done
+
+
 ARGUMENTS: dict[str, tuple[Any, Any]] = {  # strategy, and whether a value is valid
     "image": (
         st.one_of(
@@ -105,7 +113,8 @@ ARGUMENTS: dict[str, tuple[Any, Any]] = {  # strategy, and whether a value is va
     "height": (SIZES, is_size),
     "width": (SIZES, is_size),
     "num_inference_steps": (integers(1, 4), lambda v: is_int(v, 1, 1000)),
-    "guidance_scale": (REALS, lambda v: is_real(v, low=0)),
+    "guidance_scale": (st.one_of(REALS, st.just(falling)), lambda v: v is falling or is_real(v, low=0)),
+    "guidance_rescale": (st.one_of(st.floats(0, 1), REALS), lambda v: is_real(v, 0, 1)),
     "num_images_per_prompt": (integers(1, 2), lambda v: v is None or is_int(v, 1, 2**16)),
     "eta": (st.one_of(st.floats(0, 1), REALS), is_real),
     "seed": (st.one_of(st.integers(0, 2**63 - 9), st.sampled_from([[1], [1, 2], (3,), range(2)]), HUGE, OTHERS), None),
@@ -116,6 +125,14 @@ ARGUMENTS: dict[str, tuple[Any, Any]] = {  # strategy, and whether a value is va
     "return_dict": (st.one_of(st.booleans(), OTHERS), lambda v: isinstance(v, bool)),
     "callback": (st.one_of(st.none(), st.just(lambda *_: None), OTHERS), lambda v: v is None or callable(v)),
     "callback_steps": (integers(1, 3), lambda v: is_int(v, 1, INF)),
+    "callback_on_step_end": (
+        st.one_of(st.none(), st.just(lambda *_: {}), OTHERS),
+        lambda v: v is None or callable(v),
+    ),
+    "callback_on_step_end_tensor_inputs": (
+        st.one_of(st.sampled_from([TENSOR_INPUTS, ["latents"], ["latent"], "latents", [["latents"]]]), OTHERS),
+        lambda v: isinstance(v, (list, tuple)) and all(name in TENSOR_INPUTS for name in v),
+    ),
     "guidance_interval": (
         st.one_of(st.sampled_from([(0, 1), [0.2, 0.8], (1, 0), (0, NAN), (0,), (-1, 1), (0, "1")]), OTHERS),
         is_interval,
@@ -163,6 +180,9 @@ def pipes():
 def test_any_arguments(pipes, names, which, data):
     counter, pipe = pipes[0], pipes[1][which]
     options = {name: data.draw(ARGUMENTS[name][0], label=name) for name in sorted(names)}
+    scale = options.get("guidance_scale", 3)
+    if "guidance_interval" in options or (is_real(scale) and scale <= 1):
+        options.pop("guidance_rescale", None)  # refused if no step is guided
     call = {"image": RGB, "num_inference_steps": 1, "output_type": "np"} | options
     wrong = {name for name, value in options.items() if ARGUMENTS[name][1] and not ARGUMENTS[name][1](value)}
     if not wrong & {"num_images_per_prompt", "image"}:
@@ -172,6 +192,8 @@ def test_any_arguments(pipes, names, which, data):
         wrong.add("eta")
     if not (is_int(call.get("cache_interval", 1), 1, 1)):
         wrong.add("cache_interval")  # refused, as the UNet has a hook in this test
+    if call.get("callback") is not None and call.get("callback_on_step_end") is not None:
+        wrong.add("callback")
     steps = counter.steps
     if wrong:
         with pytest.raises(InputError) as caught:
