@@ -7,10 +7,10 @@ replaced, and sliced only if it has an attribute `sliceable = True`: it computes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,13 @@ from torch.nn.attention import SDPBackend
 from ..checks import check_int, check_type
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
 from .conditioning import Precomputed
-from .layers import CallableSlots, Replacement, adapt_new, refuse_unsupported, replace_values
+from .layers import CallableSlots, Replacement, UnreadAttributes, adapt_new, refuse_unsupported, replace_values
 from .ops import Attend, GroupNorm, Linear, SDPAKernel, attention, linear, sdpa
 from .regions import RegionalContext
 from .stock import are_stock
 from .validation import check_attention_output
+
+PROCESSOR_HINT = "set_attend replaces kernels, and replace_layers layers"
 
 
 def sliced(size: int, attend: Attend = sdpa) -> Attend:
@@ -96,11 +98,20 @@ class Attention(CallableSlots, nn.Module):
         return rearrange(out, "b h n d -> b n (h d)")
 
 
-class QKVAttention(Attention):
+class QKVAttention(UnreadAttributes, Attention):
     """Attention with the projections `to_q`, `to_k`, `to_v` and `to_out`: the UNet's and the autoencoder's.
 
     A subclass may override a step: `project_qkv`, `attend_heads` or `project_out`.
     """
+
+    unread_: ClassVar[Mapping[str, str]] = {
+        "processor": PROCESSOR_HINT,
+        **dict.fromkeys(("norm_q", "norm_k", "norm_cross"), "override project_qkv in a subclass, for replace_layers"),
+        **dict.fromkeys(
+            ("rescale_output_factor", "residual_connection", "spatial_norm"),
+            "override project_out in a subclass, for replace_layers",
+        ),
+    }
 
     def __init__(
         self,
@@ -135,6 +146,23 @@ class QKVAttention(Attention):
             setattr(new, name, getattr(layer, name))
         adapt_new(new, layer)
         return new
+
+    @property
+    def scale(self) -> float:
+        """The factor of the dot products of queries and keys in the default kernel."""
+        return (self.dim // self.heads) ** -0.5
+
+    def head_to_batch_dim(self, x: Tensor) -> Tensor:
+        """Split the heads of (b, n, dim) as samples: (b h, n, d), for a forward of one's own."""
+        return rearrange(x, "b n (h d) -> (b h) n d", h=self.heads)
+
+    def batch_to_head_dim(self, x: Tensor) -> Tensor:
+        """Join heads that were split as samples: (b h, n, d) to (b, n, dim)."""
+        return rearrange(x, "(b h) n d -> b n (h d)", h=self.heads)
+
+    def set_processor(self, processor: Any) -> None:
+        """Raise `InputError`."""
+        raise invalid(InputError, "set_processor", "no processor", short_repr(processor), PROCESSOR_HINT)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -273,8 +301,9 @@ class AttentionMixin:
         except AttributeError:
             if name not in ("attn_processors", "set_attn_processor"):
                 raise
-            hint = "set_attend replaces kernels, and replace_layers layers"
-            raise AttributeError(f"{type(self).__name__} has no {name}: there are no processors; {hint}") from None
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}: there are no processors; {PROCESSOR_HINT}"
+            ) from None
 
     def set_default_attn_processor(self) -> None:
         """Call `disable_xformers_memory_efficient_attention`; layers and their own kernels stay."""

@@ -16,12 +16,37 @@ from ..checks import FLOAT_DTYPES, check_type
 from ..errors import InputError, InputTypeError, invalid, short_repr
 from .conditioning import Precomputed, repeat_to_batch
 from .ops import Conv2d, GroupNorm, Linear, gelu_gate, norm_act, upsample_conv
+from .stock import IMVAR, top_package
 
 Old = TypeVar("Old", bound=nn.Module)
 
 
-class ResnetBlock(nn.Module):
+class UnreadAttributes:
+    """Refuses to set the attributes that change the output of diffusers' layers and that these layers do not read.
+
+    `unread_` maps their names to a hint. A subclass outside of imvar may give them a meaning.
+    """
+
+    unread_: ClassVar[Mapping[str, str]] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.unread_ and top_package(type(self)) == IMVAR:
+            where, expected = f"{type(self).__name__}.{name}", "an attribute that this layer reads"
+            raise invalid(InputError, where, expected, short_repr(value), self.unread_[name])
+        super().__setattr__(name, value)
+
+
+class ResnetBlock(UnreadAttributes, nn.Module):
     """Norm, SiLU, convolution, twice, around a residual. The autoencoder's blocks take no timestep embedding."""
+
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "upsample": None,
+        "downsample": None,
+        "time_embedding_norm": "default",
+        "output_scale_factor": 1.0,
+        "skip_time_act": False,
+    }
+    unread_ = dict.fromkeys(fixed, "replace its forward, or the layer by replace_layers")
 
     def __init__(self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_dim: int = 0):
         super().__init__()
@@ -33,6 +58,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.nonlinearity = nn.SiLU()
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        vars(self).update(self.fixed)  # for a forward of one's own, as written for diffusers' layer
 
     def precompute(self, temb: Tensor) -> Precomputed:
         """Project timestep embeddings (n, time_dim) to shifts (n, out_channels, 1, 1)."""

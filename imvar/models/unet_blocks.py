@@ -13,7 +13,7 @@ from ..errors import InputError, invalid
 from ..outputs import Transformer2DModelOutput
 from .attention import CrossAttention, SelfAttention
 from .conditioning import Precomputed, entry, repeat_to_batch
-from .layers import FeedForward, GradientCheckpointingMixin, ResnetBlock, refuse_unsupported
+from .layers import FeedForward, GradientCheckpointingMixin, ResnetBlock, UnreadAttributes, refuse_unsupported
 from .ops import Conv2d, GroupNorm
 from .regions import RegionalContext
 from .stock import are_stock, is_stock
@@ -179,7 +179,9 @@ class MidBlock(UNetBlock):
         return self.layer(1, x, temb, encoder_hidden_states)
 
 
-class UpBlock(GradientCheckpointingMixin, UNetBlock):
+class UpBlock(UnreadAttributes, GradientCheckpointingMixin, UNetBlock):
+    unread_ = dict.fromkeys(("s1", "s2", "b1", "b2"), "call enable_freeu of the UNet")
+
     def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], upsample: nn.Module | None):
         super().__init__(resnets, attentions)
         self.upsamplers = None if upsample is None else nn.ModuleList([upsample])

@@ -842,7 +842,7 @@ def test_a_moving_average_is_saved_and_resumed(ours, ref, tmp_path):
 @pytest.mark.parametrize("part", ["unet", "image_encoder"])
 def test_the_state_dict_of_accelerate_is_saved(ours, ref, tmp_path, part):
     """The recipe of accelerate's documentation, where sharded weights have to be gathered first."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = accelerator.prepare(getattr(ours, part))
     tensors = {name: tensor * 0.5 for name, tensor in accelerator.get_state_dict(model).items()}
     options = {"is_main_process": accelerator.is_main_process, "save_function": accelerator.save}
@@ -988,3 +988,73 @@ def test_a_forward_of_ones_own_over_the_blocks(ours, ref, tokens):
         outputs = [own_forward(pipe.unet, x, torch.tensor([3, 500]), context) for pipe in (ours, ref)]
         assert_equal(*outputs)
         assert_equal(outputs[0], ours.unet(x, torch.tensor([3, 500]), context).sample)
+
+
+def own_attention(layer):
+    """A forward that is written with the names of diffusers' layer, as in Plug-and-Play and MasaCtrl."""
+
+    def forward(hidden_states, encoder_hidden_states=None, attention_mask=None, **options):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = layer.to_q(hidden_states), layer.to_k(context), layer.to_v(context)
+        q, k, v = (layer.head_to_batch_dim(x) for x in (q, k, v))
+        attended = (q @ k.mT * layer.scale).softmax(-1).square() @ v
+        return layer.to_out[0](layer.batch_to_head_dim(attended))
+
+    return forward
+
+
+def own_resnet(layer):
+    def forward(input_tensor, temb, *args, **options):
+        assert layer.upsample is layer.downsample is None
+        assert layer.time_embedding_norm == "default"
+        h = layer.conv1(layer.nonlinearity(layer.norm1(input_tensor)))
+        h = layer.norm2(h + layer.time_emb_proj(layer.nonlinearity(temb))[:, :, None, None])
+        h = layer.conv2(layer.dropout(layer.nonlinearity(h)))
+        x = input_tensor if layer.conv_shortcut is None else layer.conv_shortcut(input_tensor)
+        return (x + 0.5 * h) / layer.output_scale_factor
+
+    return forward
+
+
+def test_forwards_of_layers_with_the_names_of_diffusers(ours, ref, photo):
+    before = call(ours, photo)
+    for pipe in ours, ref:
+        for name, layer in pipe.unet.named_modules():
+            if name.endswith("attn1"):
+                layer.forward = own_attention(layer)
+        resnet = pipe.unet.up_blocks[1].resnets[1]
+        resnet.forward = own_resnet(resnet)
+    assert_equal(call(ours, photo), call(ref, photo))
+    assert not np.allclose(call(ours, photo), before, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value", "way"),
+    [
+        ("mid_block.resnets.0", "output_scale_factor", 1.4, "replace_layers"),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1", "rescale_output_factor", 2.0, "project_out"),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1", "norm_q", torch.nn.Identity(), "project_qkv"),
+        ("mid_block.attentions.0.transformer_blocks.0.attn2", "processor", lambda *qkv: 0, "set_attend"),
+        ("up_blocks.0", "b1", 1.4, "enable_freeu"),
+    ],
+)
+def test_an_attribute_that_counts_in_layers_of_diffusers_is_not_ignored(ours, path, name, value, way):
+    with pytest.raises(InputError, match=f"{name}: .*{way}"):
+        setattr(ours.unet.get_submodule(path), name, value)
+    with pytest.raises(InputError, match=r"set_processor: .*set_attend"):
+        ours.vae.decoder.mid_block.attentions[0].set_processor(None)
+
+
+def test_a_subclass_of_a_layer_may_give_it_any_attribute(ours, photo):
+    class NormedAttention(imvar.models.SelfAttention):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.norm_q = torch.nn.LayerNorm(self.dim // self.heads)
+
+        def project_qkv(self, *args):
+            q, k, v = super().project_qkv(*args)
+            return self.norm_q(q), k, v
+
+    before = call(ours, photo)
+    imvar.replace_layers(ours.unet, imvar.models.SelfAttention, NormedAttention.from_layer)
+    assert not np.allclose(call(ours, photo), before, atol=0.01)
