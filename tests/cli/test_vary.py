@@ -99,6 +99,12 @@ def test_ddim_does_not_clip(checkpoint):
     )
 
 
+@pytest.mark.parametrize("name", cli_checkpoint.SCHEDULERS)
+def test_each_scheduler_runs(run, photo, tmp_path, name):
+    assert run(photo, "-n", 1, "--scheduler", name) == 0
+    assert pixels(tmp_path / "out" / "a photo-0.png").std() > 1
+
+
 def test_flagged_images_are_reported(run, photo, tmp_path, capsys, monkeypatch):
     def check(self, images, clip_input):
         return images * torch.tensor([1.0, 0.0])[:, None, None, None], [False, True]

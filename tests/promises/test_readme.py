@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/forking.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/forking.md", "docs/control.md"]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 PATH = re.compile(r"`((?:imvar|scripts|tests|docs)/[\w./-]+|[a-z_]+/[\w/-]+\.\w+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
