@@ -1,5 +1,7 @@
 """Every scheduler of diffusers in imvar's pipeline: it runs as in diffusers' pipeline, or is refused by name."""
 
+import json
+
 import diffusers
 import pytest
 import torch
@@ -72,6 +74,26 @@ def test_a_scheduler_that_runs(ours, ref, photo, name, library):
     latents, expected = latents_of(ours, photo), latents_of(ref, photo)
     assert expected.abs().max() > 0.1
     assert (latents - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_saved_pipeline_has_the_scheduler_in_both_libraries(ours, ref, photo, name, tmp_path):
+    """Also DPM-Solver's, whose file has a number that is not finite; and another scheduler reads and keeps it."""
+    for pipe, library in ((ours, imvar), (ref, diffusers)):
+        pipe.scheduler = getattr(library, name).from_config(config_of(pipe, name))
+        pipe.save_pretrained(tmp_path / library.__name__)
+    for folder in tmp_path.iterdir():
+        pipes = [
+            library.StableDiffusionImageVariationPipeline.from_pretrained(folder) for library in (imvar, diffusers)
+        ]
+        assert [type(pipe.scheduler).__name__ for pipe in pipes] == [name, name]
+        assert (latents_of(pipes[0], photo) - latents_of(pipes[1], photo)).abs().max() <= 1e-4
+    files = []
+    for library in (imvar, diffusers):  # with the fields of the other class
+        lms = library.LMSDiscreteScheduler.from_pretrained(tmp_path / "diffusers", subfolder="scheduler")
+        lms.save_pretrained(tmp_path / "lms")
+        files.append(json.loads((tmp_path / "lms" / "scheduler_config.json").read_text()))
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("name", REFUSED)

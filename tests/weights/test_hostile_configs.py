@@ -24,6 +24,8 @@ from tests.support.refusals import CLASSES, LFS, assert_part_refused, assert_ref
         (b"\xef\xbb\xbf{}", "BOM"),
         (b'{"a": "\xff"}', "utf-8"),
         (b'{"a": NaN}', "got an error: NaN for a, which is not a finite number"),
+        (b'{"lambda_min_clipped": Infinity}', "Infinity for lambda_min_clipped, which is not a finite number"),
+        (b'{"a": -Infinity}', "got an error: -Infinity for a, which is not a finite number"),
         (b'{"a": [[1, 1e999]]}', "got an error: 1e999 for a, which is not a finite number"),
         (b'{"a": ' + b"1" * 10**5 + b"}", "expected valid JSON, got an error"),
         (b'{"a": ' * 10**5, "expected valid JSON, got an error"),

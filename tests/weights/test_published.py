@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import imvar
+from imvar import schedulers
 from imvar.weights import load
 from imvar.weights.model_index import PARTS
 from tests.support.published_checkpoint import PUBLISHED, Checkpoint, draw, key_list
@@ -95,12 +96,13 @@ def test_saved_names_are_the_current_names(part):
 
 
 @pytest.mark.parametrize("revision", SCHEDULERS)
-@pytest.mark.parametrize("scheduler", [imvar.PNDMScheduler, imvar.DDIMScheduler, imvar.LMSDiscreteScheduler])
-def test_schedulers_keep_the_given_config(scheduler, revision):
+@pytest.mark.parametrize("name", schedulers.__all__)
+def test_schedulers_keep_the_given_config(name, revision):
+    scheduler = getattr(imvar, name)
     given = settings(revision, "scheduler/scheduler_config.json")
     config = scheduler.from_pretrained(PUBLISHED / revision, subfolder="scheduler").config
     assert all(config[key] == value for key, value in given.items() if key != "_class_name")
-    if scheduler is imvar.DDIMScheduler:
+    if name in ("DDIMScheduler", "DDPMScheduler"):
         assert config.clip_sample is (revision != "main")
 
 
