@@ -24,8 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SCHEDULERS = {  # with config changes: some published configs leave clip_sample on, which degrades latents
     "ddim": (DDIMScheduler, {"clip_sample": False}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # as published
-    "lms": (LMSDiscreteScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {"use_karras_sigmas": False}),
+    "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
     "euler-ancestral": (EulerAncestralDiscreteScheduler, {}),
     "dpm++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),

@@ -83,6 +83,17 @@ def test_grid_of_schedulers_and_steps(run, pipe, photos):
     assert np.array_equal(images["fox-scheduler-lms-steps-3.png"], expected)
 
 
+def test_a_scheduler_in_a_grid_does_not_depend_on_those_before_it(run, pipe, photos):
+    names = ["dpm++", "ddpm", "euler-ancestral", "euler", "lms", "pndm", "ddim"]
+    images = run("grid", photos[0], "--rows", f"scheduler={','.join(names)}", "--columns", "steps=4")
+    again = run("grid", photos[0], "--rows", f"scheduler={','.join(reversed(names))}", "--columns", "steps=4")
+    assert len(images) == len(names)
+    assert all(np.array_equal(images[name], again[name]) for name in images)
+    pipe.scheduler = imvar.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    (expected,) = call(pipe, image=imvar.load_image(photos[0]), num_inference_steps=4)
+    assert np.array_equal(images["fox-scheduler-dpm++-steps-4.png"], expected)
+
+
 def test_an_embedding_may_stand_for_a_photo(run, pipe, photos, tmp_path):
     file = tmp_path / "saved.safetensors"
     imvar.save_image_embeds(file, embed(pipe, photos[0]))
