@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError, invalid
 from ..kernels import autotune, cpu_kernels, polyphase
 from ..kernels.cpu_kernels import linear
 from ..kernels.packed_weights import PackedWeights, write_count
 from ..kernels.sdpa_backends import CANDIDATES, Attend, SDPAKernel, sdpa
-from .stock import GLOBAL_HOOKS, is_stock, is_unmodified
+from .stock import GLOBAL_HOOKS, are_stock, is_unmodified
 
 __all__ = ["Attend", "PackedWeights", "SDPAKernel", "linear", "sdpa", "write_count"]
 
@@ -89,17 +90,35 @@ def fastest(name: str, candidates: tuple[Callable[..., Tensor], ...], *inputs: T
     return candidates[0](*inputs)
 
 
+LINEAR, CONV2D, CONV_FORWARD, GROUP_NORM = (
+    nn.Linear.forward,
+    nn.Conv2d.forward,
+    nn.Conv2d._conv_forward,
+    nn.GroupNorm.forward,
+)  # another function in their place, for every layer of the process, is called
+
+
 class Linear(nn.Linear):
     """`nn.Linear` with faster CPU kernels."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if nn.Linear.forward is not LINEAR:
+            return super().forward(input)
         return linear(input, self.weight, self.bias)
+
+    def _set_qconfig(self, qconfig: Any) -> None:
+        hint = "set layer.__class__ = torch.nn.Linear for each first"
+        raise invalid(InputError, "quantization", "layers of class torch.nn.Linear", "imvar's subclass", hint)
+
+    qconfig = property(None, _set_qconfig, doc="Set by torch.ao.quantization, which skips subclasses without a word.")
 
 
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` with faster CPU kernels."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if nn.Conv2d.forward is not CONV2D:
+            return super().forward(input)
         return cpu_kernels.conv2d(self, input, packed_weights())
 
 
@@ -107,6 +126,8 @@ class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` that keeps its precision in the channels_last memory format."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if nn.GroupNorm.forward is not GROUP_NORM:
+            return super().forward(input)
         return cpu_kernels.group_norm(self, input, packed_weights())
 
 
@@ -142,7 +163,8 @@ def upsample_conv(conv: nn.Module, x: Tensor) -> Tensor:
     def plain(x: Tensor) -> Tensor:
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-    if not isinstance(conv, nn.Conv2d) or not is_stock(conv) or not polyphase.is_same_3x3(conv):
+    replaced = nn.Conv2d.forward is not CONV2D or nn.Conv2d._conv_forward is not CONV_FORWARD
+    if not isinstance(conv, nn.Conv2d) or replaced or not are_stock(conv) or not polyphase.is_same_3x3(conv):
         return plain(x)
     if cpu_kernels.fused_upsample_pays(conv, x, packed := packed_weights()):
         return cpu_kernels.upsample_conv(conv, x, packed)

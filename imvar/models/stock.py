@@ -24,7 +24,13 @@ GLOBAL_HOOKS = nn.modules.module._global_forward_pre_hooks, nn.modules.module._g
 
 def is_stock(layer: nn.Module) -> bool:
     """Return whether a layer's class and forward are PyTorch's or imvar's, and nothing on it changes its output."""
-    return top_package(type(layer)) in OWN and top_package(type(layer).forward) in OWN and change_of(layer) is None
+    return is_stock_class(type(layer)) and change_of(layer) is None
+
+
+def is_stock_class(kind: type[nn.Module]) -> bool:
+    """Return whether a class and its forward are PyTorch's or imvar's; not if it quantizes a batch as a whole."""
+    own = top_package(kind) in OWN and top_package(kind.forward) in OWN
+    return own and not kind.__module__.startswith("torch.ao.")
 
 
 def are_stock(*layers: nn.Module) -> bool:
@@ -84,8 +90,8 @@ def reason_of_class(kind: type[nn.Module]) -> str | None:
         for name, method in vars(base).items() if top_package(base) in OWN else ():
             if isinstance(method, FunctionType) and top_package(method) not in OWN:
                 return f"{base.__name__}.{name} was replaced"
-    stock = top_package(kind) in OWN and top_package(kind.forward) in OWN
-    return None if stock or getattr(kind, "precomputable", False) else f"{kind.__name__} is a custom class"
+    known = is_stock_class(kind) or getattr(kind, "precomputable", False)
+    return None if known else f"{kind.__name__} is a custom class"
 
 
 def reason_of_kernel(layer: nn.Module) -> str | None:

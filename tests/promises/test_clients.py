@@ -1058,3 +1058,54 @@ def test_a_subclass_of_a_layer_may_give_it_any_attribute(ours, photo):
     before = call(ours, photo)
     imvar.replace_layers(ours.unet, imvar.models.SelfAttention, NormedAttention.from_layer)
     assert not np.allclose(call(ours, photo), before, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (torch.nn.Linear, "forward"),
+        (torch.nn.GroupNorm, "forward"),
+        (torch.nn.Conv2d, "forward"),
+        (torch.nn.Conv2d, "_conv_forward"),
+    ],
+)
+def test_a_method_that_is_replaced_for_all_layers_of_torch_is_called(ours, ref, photo, monkeypatch, kind, method):
+    """As web interfaces do for LoRA, or to normalise in float32."""
+    original, before = getattr(kind, method), call(ours, photo, height=64, width=64)
+    monkeypatch.setattr(kind, method, lambda self, x, *args: 1.2 * original(self, x + 0.1, *args))
+    images = [call(pipe, photo, height=64, width=64) for pipe in (ours, ref)]
+    assert_equal(*images)
+    assert not np.allclose(images[0], before, atol=0.01)
+
+
+def test_a_hook_on_all_modules_gets_every_convolution(ours, ref, photo):
+    def hook(layer, args):
+        return (args[0] + 0.5,) if isinstance(layer, torch.nn.Conv2d) else None
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        assert_equal(*(call(pipe, photo, height=64, width=64) for pipe in (ours, ref)))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_linear_layers_are_quantized_or_refused(ours, ref, photo):
+    """The quantization of PyTorch skips subclasses without a word."""
+
+    def quantized(unet):
+        return torch.ao.quantization.quantize_dynamic(unet, {torch.nn.Linear}, dtype=torch.qint8)
+
+    before = call(ours, photo)
+    with pytest.raises(InputError, match=r"quantization: .* layer.__class__ = torch.nn.Linear"):
+        quantized(ours.unet)
+    for layer in ours.unet.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.__class__ = torch.nn.Linear
+    assert_equal(call(ours, photo), before)
+    for pipe in ours, ref:
+        pipe.unet = quantized(pipe.unet)
+    images = [call(pipe, photo) for pipe in (ours, ref)]
+    assert_equal(*images)
+    assert not np.allclose(images[0], before, atol=1e-3)
+    assert "a custom class" in ours.unet.why_plain()[0]
