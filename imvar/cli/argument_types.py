@@ -81,5 +81,7 @@ AXES = {
     "seed": seed_arg,
     "steps": int_arg,
     "scheduler": scheduler_arg,
+    "strength": float_arg,
+    "rescale": float_arg,
 }
 """What `imvar grid` varies along rows and columns: the names of options, with their types."""

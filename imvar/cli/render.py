@@ -29,7 +29,7 @@ EMOJI_NOTICE = (
 EMOJI_SIZE = (64, 64)
 STEPS, EMOJI_STEPS = 50, 20
 FLAG_NOTES = {"black": " and replaced by a black image", "blur": " and blurred", "keep": ""}
-ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "rescale": "guidance_rescale"}
 """Options of the command line whose arguments of the pipeline have other names."""
 
 
@@ -89,6 +89,8 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.init:
         options |= {"init_image": load_image(args.init), "strength": args.strength}
+    elif args.strength is not None:
+        args.usage_error("--strength: expected --init with it, got none")
     if args.mask:
         options |= {"mask_image": load_image(args.mask), "paste": True}
     return options

@@ -140,3 +140,19 @@ def test_grid_refuses_one_option_for_rows_and_columns(checkpoint, photos, tmp_pa
     args = ["grid", str(photos[0]), "--rows", "seed=1,2", "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]
     assert cli.main(args) == 1
     assert "--columns: expected another option than --rows seed" in capsys.readouterr().err
+
+
+def test_grid_of_strengths_and_rescales(run, pipe, photos):
+    init = photos[1]
+    images = run("grid", photos[0], "--rows", "strength=0.5,1", "--columns", "rescale=0,0.7", "--init", init)
+    assert len(images) == 4
+    options = {"init_image": imvar.load_image(init), "strength": 0.5, "guidance_rescale": 0.7}
+    expected = call(pipe, image=imvar.load_image(photos[0]), **options)
+    assert np.array_equal(images["fox-strength-0.5-rescale-0.7.png"], expected[0])
+
+
+def test_strength_without_an_init_image_is_refused(checkpoint, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["vary", str(photos[0]), "--strength", "0.5", "--checkpoint", str(checkpoint), "-o", str(tmp_path)])
+    assert end.value.code == 2
+    assert "--strength: expected --init with it, got none" in capsys.readouterr().err
