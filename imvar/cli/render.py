@@ -19,7 +19,7 @@ from ..errors import InputError, invalid
 from ..image.load_image import load_image
 from ..weights.bundled import bundled_examples
 from .checkpoint import CHECKPOINT, EMOJI, is_emoji, load_pipeline, pick_device, pick_dtype, set_scheduler
-from .commands import Cell
+from .commands import Cell, Row
 from .sources import read_source, read_sources
 
 EMOJI_NOTICE = (
@@ -70,12 +70,21 @@ def run_command(args: argparse.Namespace) -> None:
             sheet_row.variations.append((cell.caption + note, image))
             print(f"{path}{note} by the safety checker{FLAG_NOTES[args.on_flagged]}" if flagged else path)
 
-    scheduler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
-    footer = f"{args.steps} step{'s' * (args.steps > 1)} of {scheduler}, guidance {args.guidance:g}, {args.checkpoint}"
-    atomic_write(sheet, partial(contact_sheet(sheet_rows, footer).save, format="PNG"))
+    atomic_write(sheet, partial(contact_sheet(sheet_rows, footer_of(args, pipe, rows)).save, format="PNG"))
     print(sheet, "(the photos with their variations)")
     if pipe.safety_checker is None:
         print("imvar: this checkpoint has no safety checker; the images were not checked", file=sys.stderr)
+
+
+def footer_of(args: argparse.Namespace, pipe: Any, rows: Sequence[Row]) -> str:
+    """Return the settings that all images share, for the foot of the contact sheet."""
+    settings = {
+        "steps": f"{args.steps} step{'s' * (args.steps > 1)}",
+        "scheduler": type(pipe.scheduler).__name__.removesuffix("Scheduler"),
+        "guidance": f"guidance {args.guidance:g}",
+    }
+    varied = {name for row in rows for cell in row.cells for name in cell.options}
+    return ", ".join([*(text for name, text in settings.items() if name not in varied), args.checkpoint])
 
 
 def shared_options(args: argparse.Namespace) -> dict[str, Any]:

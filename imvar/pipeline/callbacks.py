@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,23 @@ def check_tensor_inputs(names: Any) -> list[str]:
         hint = "to change guidance, pass a function as guidance_scale" if "prompt_embeds" in unknown else ""
         raise invalid(InputError, name, f"names among {', '.join(TENSOR_INPUTS)}", short_repr(unknown[0]), hint)
     return list(names)
+
+
+@contextmanager
+def refuse_new_guidance_scale(pipe: Any) -> Iterator[None]:
+    """Raise `InputError` if the code within sets `pipe._guidance_scale`, which has an effect in diffusers alone."""
+    missing = object()
+    before = vars(pipe).get("_guidance_scale", missing)
+    yield
+    after = vars(pipe).get("_guidance_scale", missing)
+    if after is before:
+        return
+    if before is missing:
+        del pipe._guidance_scale
+    else:
+        pipe._guidance_scale = before
+    expected, hint = "a function that leaves pipe._guidance_scale", "pass a function as guidance_scale"
+    raise invalid(InputError, "callback_on_step_end", expected, f"one that set it to {short_repr(after)}", hint)
 
 
 def step_tensor(name: Any, latents: Tensor, x0: Callable[[], Tensor], context: Tensor, is_guided: bool) -> Tensor:

@@ -36,7 +36,7 @@ from .arguments import (
     rename_argument,
 )
 from .base import PipelineBase
-from .callbacks import TENSOR_INPUTS, changed_tensors, check_callback_effects, step_tensor
+from .callbacks import TENSOR_INPUTS, changed_tensors, check_callback_effects, refuse_new_guidance_scale, step_tensor
 from .components import (
     FeatureExtractorLike,
     ImageEncoderLike,
@@ -559,7 +559,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         own = partial(step_tensor, latents=latents, x0=x0, context=denoiser.context, is_guided=call.is_guided)
         given = {name: own(name) for name in call.callback_on_step_end_tensor_inputs}
         given = {name: value if value is latents else value.clone() for name, value in given.items()}
-        returned = call.callback_on_step_end(self, step, timestep, dict(given))
+        with refuse_new_guidance_scale(self):
+            returned = call.callback_on_step_end(self, step, timestep, dict(given))
         check_callback_effects("callback_on_step_end", returned, latents, shape)
         changed = changed_tensors(returned, given, own)
         if changed.keys() & embeds:

@@ -7,6 +7,7 @@ from PIL import Image
 
 import imvar
 from imvar import cli
+from imvar.cli import render
 
 COMMON = "--steps", "2", "--dtype", "float32", "--device", "cpu"
 
@@ -156,3 +157,14 @@ def test_strength_without_an_init_image_is_refused(checkpoint, photos, tmp_path,
         cli.main(["vary", str(photos[0]), "--strength", "0.5", "--checkpoint", str(checkpoint), "-o", str(tmp_path)])
     assert end.value.code == 2
     assert "--strength: expected --init with it, got none" in capsys.readouterr().err
+
+
+def test_the_footer_names_what_all_images_share(checkpoint, photos, tmp_path, monkeypatch):
+    footers = []
+    monkeypatch.setattr(
+        render, "contact_sheet", lambda rows, footer: footers.append(footer) or Image.new("RGB", (8, 8))
+    )
+    for axes in ["steps=1,2", "guidance=1,2"], ["seed=0,1", "scheduler=ddim,lms"]:
+        args = ["grid", photos[0], "--rows", axes[0], "--columns", axes[1], "--checkpoint", checkpoint]
+        assert cli.main([*map(str, args), "-o", str(tmp_path / "out"), *COMMON]) == 0
+    assert footers == [f"PNDM, {checkpoint}", f"2 steps, guidance 3, {checkpoint}"]

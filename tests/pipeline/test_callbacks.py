@@ -359,3 +359,17 @@ def test_the_embeddings_of_regions_are_tokens_that_may_change(pipe, photo):
     regions = [imvar.Region(one), imvar.Region(other, mask=left)]
     assert shapes == [(1, 3, one.shape[-1])] * 4
     assert torch.equal(made, run(pipe, image_embeds=regions, callback_on_step_end=restart))
+
+
+def test_a_guidance_scale_that_a_callback_sets_is_refused_each_time(pipe, photo):
+    def callback(pipe, i, t, tensors):
+        pipe._guidance_scale = 3.0
+        return {}
+
+    plain = run(pipe, photo)
+    for _ in range(2):
+        with pytest.raises(InputError, match="pass a function as guidance_scale"):
+            run(pipe, photo, callback_on_step_end=callback)
+    assert torch.equal(run(pipe, photo), plain)
+    pipe._guidance_scale = 2.0  # a fork may keep its own there
+    assert torch.equal(run(pipe, photo, callback_on_step_end=lambda *_: {}), plain)
