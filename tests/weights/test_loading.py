@@ -305,7 +305,7 @@ def test_model_index(folder):
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
     for key, entry, words in (
-        ("scheduler", ["diffusers", "EulerDiscreteScheduler"], "scheduler=..."),
+        ("scheduler", ["diffusers", "HeunDiscreteScheduler"], "scheduler=..."),
         ("unet", ["os", "system"], "UNet2DConditionModel"),
         ("vae", [], "AutoencoderKL"),
     ):
