@@ -21,6 +21,7 @@ from imvar import (
     save_image_embeds,
 )
 from imvar.image.pixel_values import to_pixel_values
+from tests.support.offloading import offload_to_meta
 
 
 def run(pipe, *args, **options) -> Tensor:
@@ -131,18 +132,9 @@ def test_under_other_options_too(pipe, photos, options):
 
 
 def test_an_offloaded_encoder_moves_to_encode_and_back(pipe, photo, monkeypatch):
-    """It is on the meta device in between in this test, where nothing can be computed."""
-    expected, plain, weights = pipe.encode_image(photo), torch.nn.Module.to, {}
-
-    def to(module, device):
-        if str(device) == "cpu":
-            weights[module] = module.state_dict()
-            return plain(module, "meta")
-        module.load_state_dict(weights.pop(module), assign=True)
-        return module
-
-    monkeypatch.setattr(torch.nn.Module, "to", to)
-    pipe.enable_model_cpu_offload(device="cpu:0")
+    """It is on the meta device in between."""
+    expected = pipe.encode_image(photo)
+    offload_to_meta(pipe, monkeypatch)
     for preprocess in ("clip", "clip", "card"):
         embeds = pipe.encode_image(photo, preprocess)
         assert {next(module.parameters()).device.type for module in pipe.modules.values()} == {"meta"}

@@ -13,6 +13,7 @@ from PIL import Image
 
 import imvar
 from imvar import DDIMScheduler, InputError, InputTypeError, StableDiffusionImageVariationPipeline
+from tests.support.offloading import offload_to_meta
 from tests.support.random_checkpoint import tiny_pipeline
 
 
@@ -293,20 +294,10 @@ def test_offload_moves_each_component_before_it_runs(pipe, photo, monkeypatch):
 
 
 def test_offloaded_components_run_only_after_they_moved(pipe, photo, monkeypatch):
-    """Otherwise they are on the meta device in this test, where nothing can be computed."""
+    """Until then they are on the meta device."""
     image = torch.rand(1, 3, 64, 64)
     expected, coded = run(pipe, photo), pipe.vae.encode(image).latent_dist.mode()
-    plain, weights = torch.nn.Module.to, {}
-
-    def to(module, device):
-        if str(device) == "cpu":
-            weights[module] = module.state_dict()
-            return plain(module, "meta")
-        module.load_state_dict(weights.pop(module), assign=True)
-        return module
-
-    monkeypatch.setattr(torch.nn.Module, "to", to)
-    pipe.enable_model_cpu_offload(device="cpu:0")
+    offload_to_meta(pipe, monkeypatch)
     for _ in range(2):
         assert np.array_equal(run(pipe, photo), expected)
         assert {next(module.parameters()).device.type for module in pipe.modules.values()} == {"meta"}

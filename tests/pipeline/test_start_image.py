@@ -10,6 +10,7 @@ from torch import nn
 import imvar
 from imvar import InputError, InputTypeError, StableDiffusionImageVariationPipeline
 from imvar.runtime.deepcache import DeepCacheUNet
+from tests.support.offloading import offload_to_meta
 from tests.support.random_checkpoint import PUBLISHED_SCHEDULER
 
 SCHEDULERS = [
@@ -237,20 +238,10 @@ def test_a_callback_that_writes_into_latents_is_taken_over(pipe, photo, other, h
 
 
 def test_offloaded_components_run_only_after_they_moved(pipe, photo, other, half, monkeypatch):
-    """Otherwise they are on the meta device in this test, where nothing can be computed."""
+    """Until then they are on the meta device."""
     options = {"init_image": other, "mask_image": half, "strength": 0.6}
     expected = run(pipe, photo, **options)
-    plain, weights = torch.nn.Module.to, {}
-
-    def to(module, device):
-        if str(device) == "cpu":
-            weights[module] = module.state_dict()
-            return plain(module, "meta")
-        module.load_state_dict(weights.pop(module), assign=True)
-        return module
-
-    monkeypatch.setattr(torch.nn.Module, "to", to)
-    pipe.enable_model_cpu_offload(device="cpu:0")
+    offload_to_meta(pipe, monkeypatch)
     for _ in range(2):
         assert torch.equal(run(pipe, photo, **options), expected)
 
