@@ -7,7 +7,6 @@ existing `except` clauses keep working: diffusers and transformers raise all thr
 import contextlib
 import functools
 import re
-import reprlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,9 +16,10 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-MAX_MESSAGE_LENGTH = 2000  # characters
-URL_USER = re.compile(r"(\bhttps?:/+)[^/@\s'\"]+@")  # pathlib leaves one slash
-URL_QUERY = re.compile(r"(\bhttps?:/[^?\s'\"]*)\?[^\s'\";]+")
+from .text import first_line as first_line
+from .text import printable
+from .text import short_repr as short_repr
+
 INTERNAL = (
     *(str(Path(module).resolve().parent) for module in (__file__, torch.__file__ or "")),
     contextlib.__file__,  # whose functions run the `with` blocks of imvar
@@ -116,39 +116,7 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-def printable(text: str) -> str:
-    """Return `text` without credentials in URLs, with control characters escaped, cut to `MAX_MESSAGE_LENGTH`.
-
-    Names from files are untrusted.
-    """
-    text = URL_QUERY.sub(r"\1?...", URL_USER.sub(r"\1...@", text))
-    text = text if len(text) <= MAX_MESSAGE_LENGTH else f"{text[: MAX_MESSAGE_LENGTH - 200]} ... {text[-200:]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def short_repr(value: Any) -> str:
-    """Return `repr(value)`, cut to the length that a message can hold."""
-    return _repr.repr(value)
-
-
 def describe(value: Any) -> str:
     """Return the shape of a tensor or array, or the class name of anything else."""
     noun = "a tensor" if isinstance(value, torch.Tensor) else "an array" if isinstance(value, np.ndarray) else None
     return f"{noun} of shape {tuple(value.shape)}" if noun else type(value).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-class ShortRepr(reprlib.Repr):
-    """Also abbreviates integers too long for Python to print."""
-
-    def repr_int(self, x: int, level: int) -> str:
-        return super().repr_int(x, level) if x.bit_length() < 4096 else f"<an integer of {x.bit_length()} bits>"
-
-
-_repr = ShortRepr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 200
-_repr.maxlist = _repr.maxtuple = _repr.maxdict = 10

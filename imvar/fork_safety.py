@@ -8,12 +8,13 @@ threads again before its first computation if the parent has not computed yet.
 from __future__ import annotations
 
 import os
-
-import torch
+import sys
 
 
 def use_one_thread() -> None:
-    torch.set_num_threads(1)
+    """Compute with one thread in this process if it has torch: without torch there is no state to inherit."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

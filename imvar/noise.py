@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .checks import check_int
 from .errors import InputError, InputTypeError, invalid, short_repr
+from .limits import MAX_SEED
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Seeds = int | Sequence[int]
-MAX_SEED = 2**63 - 1
 
 
 def randn(

@@ -1,11 +1,14 @@
 """Imports go only downward, floor by floor, and only to the libraries that imvar depends on."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import imvar
 
 PACKAGE = Path(__file__).parents[2] / "imvar"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -13,6 +16,7 @@ FLOORS = {
     name: floor
     for floor, names in enumerate(
         [
+            ["limits", "text"],
             ["errors"],
             ["checks"],
             ["config", "fork_safety", "oom", "malloc", "noise", "outputs"],
@@ -91,10 +95,19 @@ def test_no_module_writes_into_another(file):
     assert not module_globals_written(file)
 
 
-def test_importing_imvar_loads_no_other_library():
+def loaded_by(code: str) -> set[str]:
+    """Return the modules that a process has loaded after it ran `code`."""
+    command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
+    return set(subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_imvar_loads_no_library():
+    assert not DEPENDENCIES & loaded_by("import imvar")
+
+
+def test_all_of_imvar_loads_no_other_library():
     """Neither the network libraries of huggingface_hub nor torch's compiler."""
-    command = [sys.executable, "-c", "import imvar, sys; print(*sys.modules)"]
-    loaded = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout.split()
+    loaded = loaded_by("from imvar import *")
     heavy = {
         "diffusers",
         "transformers",
@@ -106,4 +119,39 @@ def test_importing_imvar_loads_no_other_library():
         "httpx2",
         "torch._dynamo",
     }
-    assert not heavy & set(loaded)
+    assert loaded >= DEPENDENCIES
+    assert not heavy & loaded
+
+
+def test_public_names_are_listed_alike():
+    """For type checkers as imports, for `from imvar import *` in `__all__`, and at run time by module."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imported = {
+        alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert imported == imvar.MODULE_OF
+    assert sorted(imported) == sorted(imvar.__all__)
+    assert set(imvar.__all__) <= set(dir(imvar))
+
+
+@pytest.mark.parametrize("name", imvar.__all__)
+def test_each_public_name_is_found(name):
+    assert getattr(imvar, name) is getattr(importlib.import_module(f"imvar.{imvar.MODULE_OF[name]}"), name)
+
+
+@pytest.mark.parametrize("name", imvar.SUBMODULES)
+def test_modules_are_attributes_without_an_import(name):
+    assert getattr(imvar, name) is sys.modules[f"imvar.{name}"]
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="module 'imvar' has no attribute 'StableDiffusionPipeline'"):
+        _ = imvar.StableDiffusionPipeline
+    with pytest.raises(ImportError, match="cannot import name 'StableDiffusionPipeline' from 'imvar'"):
+        from imvar import StableDiffusionPipeline  # noqa: F401
+
+
+def test_a_converter_alone_has_the_classes_of_all_parts():
+    check = "assert all(PARTS.values()) and len(PARTS['scheduler']) == 7"
+    assert loaded_by(f"import imvar.conversion; from imvar.weights.model_index import PARTS; {check}")
