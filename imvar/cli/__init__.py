@@ -1,37 +1,27 @@
-"""Command line: `imvar vary`, `mix`, `interpolate` and `grid` make variations of images, and a sheet of all of them."""
+"""The command `imvar`: `parser.py` has the commands with their arguments, and a module of each name runs it.
+
+Nothing that is imported before a command runs loads a library, so that help and usage errors are quick.
+"""
 
 from __future__ import annotations
 
-import gc
-import io
+import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import ImvarError, OutOfMemoryError
-from ..malloc import keep_freed_memory
-from ..oom import explain_out_of_memory
 from .parser import command_parser
-from .render import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 success, 1 failure, 2 usage error, 130 interrupted by Ctrl-C."""
-    if argv is None:  # run as a program
-        gc.freeze()  # imported modules are never garbage: keep collections, also the one at exit, from traversing them
     args = command_parser().parse_args(argv)
-    keep_freed_memory()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters of file names
+    args.own_process = argv is None  # run as a program, so settings of the process may be made
+    if args.own_process:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin fight other processes
     try:
-        with explain_out_of_memory():
-            run_command(args)
-    except OutOfMemoryError:
-        print("imvar: out of memory; use --batch 1 or a smaller --size", file=sys.stderr)
-    except (ImvarError, OSError) as error:
-        print(f"imvar: {error}", file=sys.stderr)
+        from .run import run_command
+
+        return run_command(args)
     except KeyboardInterrupt:
         print("imvar: interrupted", file=sys.stderr)
         return 130  # the shells' convention
-    else:
-        return 0
-    return 1

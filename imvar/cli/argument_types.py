@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import short_repr
-from ..noise import MAX_SEED
-from .checkpoint import SCHEDULERS
+from ..limits import MAX_SEED
+from ..text import short_repr
+from .choices import SCHEDULERS
 
 
 def int_arg(text: str, low: int = 1, high: int = 10**6) -> int:

@@ -6,30 +6,10 @@ from pathlib import Path
 
 import torch
 
+from .. import schedulers
 from ..errors import InputError, invalid, short_repr
 from ..pipeline import StableDiffusionImageVariationPipeline
-from ..schedulers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-)
-
-CHECKPOINT, REVISION = "lambdalabs/sd-image-variations-diffusers", "v2.0"
-EMOJI = "imvar-emoji"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SCHEDULERS = {  # with config changes: some published configs leave clip_sample on, which degrades latents
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # as published
-    "lms": (LMSDiscreteScheduler, {"use_karras_sigmas": False}),
-    "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
-    "euler-ancestral": (EulerAncestralDiscreteScheduler, {}),
-    "dpm++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "ddpm": (DDPMScheduler, {"clip_sample": False}),
-}
+from .choices import CHECKPOINT, EMOJI, REVISION, SCHEDULERS
 
 
 def load_pipeline(
@@ -52,7 +32,8 @@ def load_pipeline(
 
 def set_scheduler(pipe: StableDiffusionImageVariationPipeline, name: str) -> None:
     """Replace the scheduler by the named one, with the config of the present one."""
-    scheduler_cls, changes = SCHEDULERS[name]
+    class_name, changes = SCHEDULERS[name]
+    scheduler_cls = getattr(schedulers, class_name)
     pipe.scheduler = scheduler_cls.from_config(pipe.components["scheduler"].config, **changes)
 
 
@@ -79,7 +60,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         expected = "float32 on a CPU, or bfloat16 if the CPU has instructions for it"
         raise invalid(InputError, "--dtype", expected, "float16, which is about a hundred times slower")
     if name != "auto":
-        return DTYPES[name]
+        return getattr(torch, name)
     native = {"cuda": torch.float16, "cpu": torch.bfloat16 if has_bfloat16() else torch.float32}
     return native.get(device.type, torch.float32)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from .argument_types import axis_arg, count_arg, float_arg, int_arg, seed_arg, size_arg, weighted_arg
-from .checkpoint import CHECKPOINT, DTYPES, EMOJI, REVISION, SCHEDULERS
-from .commands import grid_rows, interpolate_rows, mix_rows, vary_rows
-from .render import EMOJI_STEPS, FLAG_NOTES, STEPS
+from .choices import CHECKPOINT, DTYPES, EMOJI, EMOJI_STEPS, FLAG_NOTES, REVISION, SCHEDULERS, STEPS
 
 PHOTO_HELP = "JPEG, PNG or WebP, or an embedding in a .safetensors file"
 OUTPUTS = (
@@ -22,9 +21,22 @@ def command_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     top = argparse.ArgumentParser(prog="imvar", description="Image variations with Stable Diffusion.")
     top.add_argument("--version", action="version", version=f"imvar {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for add in ADD_COMMANDS:
+        add(commands)
+    return top
 
-    vary = commands.add_parser(
+
+def add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
+    """Add a command, which `run(args)` of the module `imvar/cli/NAME.py` runs; the module is imported then."""
+    command = commands.add_parser(name, **texts)
+    command.set_defaults(usage_error=command.error)
+    return command
+
+
+def add_vary(commands: Any) -> None:
+    command = add_command(
+        commands,
         "vary",
         help="make variations of images",
         description="Make variations of each image, and one contact sheet of the images and their variations.",
@@ -34,52 +46,58 @@ def command_parser() -> argparse.ArgumentParser:
         f"Variation k of a photo has seed S + k and is saved as PHOTO-SEED.png. {OUTPUTS}",
     )
     photos = f"{PHOTO_HELP} (default with {EMOJI}: its drawings)"
-    vary.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help=photos)
-    add_count(vary, "variations of each photo")
-    vary.set_defaults(rows_of=vary_rows)
+    command.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help=photos)
+    add_count(command, "variations of each photo")
+    add_call_options(command)
+    add_model_options(command)
 
-    mix = commands.add_parser(
+
+def add_mix(commands: Any) -> None:
+    command = add_command(
+        commands,
         "mix",
         help="make variations of several images at once",
         description="Make variations of the weighted sum of several image embeddings.",
         epilog=f"Example: imvar mix fox.png=0.7 panda.png=0.3. Weights usually have the sum 1. {OUTPUTS}",
     )
-    mix.add_argument("weighted", nargs="+", type=weighted_arg, metavar="PHOTO=WEIGHT", help=PHOTO_HELP)
-    add_count(mix, "variations of the mixture")
-    mix.set_defaults(rows_of=mix_rows, photos=None)
+    command.add_argument("weighted", nargs="+", type=weighted_arg, metavar="PHOTO=WEIGHT", help=PHOTO_HELP)
+    add_count(command, "variations of the mixture")
+    command.set_defaults(photos=None)
+    add_call_options(command)
+    add_model_options(command)
 
-    interpolate = commands.add_parser(
+
+def add_interpolate(commands: Any) -> None:
+    command = add_command(
+        commands,
         "interpolate",
         help="make images between two images",
         description="Make images along the spherical interpolation between two image embeddings, all of one seed.",
         epilog=OUTPUTS,
     )
     for name in "A", "B":
-        interpolate.add_argument("photos", action="append", type=Path, metavar=name, help=PHOTO_HELP)
-    interpolate.add_argument(
-        "-n", type=count_arg, default=9, metavar="N", help="images, both ends included (default: 9)"
-    )
-    interpolate.set_defaults(rows_of=interpolate_rows)
+        command.add_argument("photos", action="append", type=Path, metavar=name, help=PHOTO_HELP)
+    command.add_argument("-n", type=count_arg, default=9, metavar="N", help="images, both ends included (default: 9)")
+    add_call_options(command)
+    add_model_options(command)
 
-    grid = commands.add_parser(
+
+def add_grid(commands: Any) -> None:
+    command = add_command(
+        commands,
         "grid",
         help="compare settings in a grid of images",
         description="Make an image for each combination of the values of two options.",
         epilog=f"Example: imvar grid fox.png --rows guidance=1,3,7.5 --columns seed=0..5. {OUTPUTS}",
     )
-    grid.add_argument("photos", nargs=1, type=Path, metavar="PHOTO", help=PHOTO_HELP)
+    command.add_argument("photos", nargs=1, type=Path, metavar="PHOTO", help=PHOTO_HELP)
     axis = "OPTION=V,V,... or seed=LOW..HIGH; options: guidance, steps, seed, scheduler, strength, rescale"
-    grid.add_argument("--rows", required=True, type=axis_arg, metavar="OPTION=VALUES", help=axis)
-    grid.add_argument(
+    command.add_argument("--rows", required=True, type=axis_arg, metavar="OPTION=VALUES", help=axis)
+    command.add_argument(
         "--columns", default=("seed", [0, 1, 2, 3]), type=axis_arg, metavar="OPTION=VALUES", help="(default: seed=0..3)"
     )
-    grid.set_defaults(rows_of=grid_rows)
-
-    for command in vary, mix, interpolate, grid:
-        command.set_defaults(usage_error=command.error)
-        add_call_options(command)
-        add_model_options(command)
-    return top
+    add_call_options(command)
+    add_model_options(command)
 
 
 def add_count(command: argparse.ArgumentParser, what: str) -> None:
@@ -125,3 +143,12 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         default="auto",
         help=f"default: auto, half precision where the device is fast at it, else float32; float32 with {EMOJI}",
     )
+
+
+ADD_COMMANDS = (
+    add_vary,
+    add_mix,
+    add_interpolate,
+    add_grid,
+)
+"""In the order of `imvar --help`."""

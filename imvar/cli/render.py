@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -18,23 +18,25 @@ from ..contact_sheet import SheetRow, contact_sheet
 from ..errors import InputError, invalid
 from ..image.load_image import load_image
 from ..weights.bundled import bundled_examples
-from .checkpoint import CHECKPOINT, EMOJI, is_emoji, load_pipeline, pick_device, pick_dtype, set_scheduler
-from .commands import Cell, Row
-from .sources import read_source, read_sources
+from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, set_scheduler
+from .choices import CHECKPOINT, EMOJI, EMOJI_STEPS, FLAG_NOTES, STEPS
+from .rows import Cell, Row
+from .sources import InputImage, read_source, read_sources
 
 EMOJI_NOTICE = (
     f"{EMOJI} was trained on drawings in the style of emoji, of objects, animals, food, vehicles and faces, not on "
     f"photographs; for those use --checkpoint {CHECKPOINT}, a download of 6 GB"
 )
 EMOJI_SIZE = (64, 64)
-STEPS, EMOJI_STEPS = 50, 20
-FLAG_NOTES = {"black": " and replaced by a black image", "blur": " and blurred", "keep": ""}
 ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "rescale": "guidance_rescale"}
 """Options of the command line whose arguments of the pipeline have other names."""
 
 
-def run_command(args: argparse.Namespace) -> None:
-    """Run a command; device, photos and names are checked before the checkpoint is loaded."""
+RowsOf = Callable[[argparse.Namespace, Sequence[InputImage]], list[Row]]
+
+
+def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
+    """Make the images of a command; device, photos and names are checked before the checkpoint is loaded."""
     emoji = is_emoji(args.checkpoint)
     apply_defaults(args, emoji)
     device = pick_device(args.device)
@@ -42,7 +44,7 @@ def run_command(args: argparse.Namespace) -> None:
     sources = read_sources(args.photos)
     negative = read_source(args.negative, "negative") if args.negative else None
     shared = shared_options(args)
-    rows = args.rows_of(args, sources)
+    rows = rows_of(args, sources)
     outputs = [args.out / f"{cell.stem}.png" for row in rows for cell in row.cells]
     sheet = args.out / "contact-sheet.png"
     inputs = [*args.photos, *(path for path in (args.negative, args.init, args.mask) if path)]

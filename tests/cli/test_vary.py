@@ -13,7 +13,7 @@ from PIL import Image, ImageFont
 import imvar
 from imvar import cli
 from imvar.cli import checkpoint as cli_checkpoint
-from imvar.cli import render
+from imvar.cli import choices, render
 from imvar.cli.sources import unique_names
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, SheetRow, contact_sheet, fit_text, size_on_sheet
 from imvar.conversion import convert
@@ -99,7 +99,7 @@ def test_ddim_does_not_clip(checkpoint):
     )
 
 
-@pytest.mark.parametrize("name", cli_checkpoint.SCHEDULERS)
+@pytest.mark.parametrize("name", choices.SCHEDULERS)
 def test_each_scheduler_runs(run, photo, tmp_path, name):
     assert run(photo, "-n", 1, "--scheduler", name) == 0
     assert pixels(tmp_path / "out" / "a photo-0.png").std() > 1

@@ -50,6 +50,7 @@ SHARED = {
     "resnet": "build a resnet block of a model's kind",
     "save_config": "write the config file of a component or pipeline alone",
     "save_pretrained": "save to a folder",
+    "run": "run a command of the command line",
     "saved_config": "the config as it is written to a file",
     "scale_model_input": "scale latents for the network",
     "set_adapters": "choose the active LoRA adapters and their weights",

@@ -1,0 +1,53 @@
+"""The images that a command makes, as rows of cells: laid out before anything is computed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL.Image import Image
+
+from ..errors import InputError, invalid
+from ..image.grid import make_image_grid
+from ..limits import MAX_SEED
+from .sources import InputImage
+
+Condition = Callable[[Any], dict[str, Any]]
+"""A pipeline to the argument of a call that selects what to vary: `image` or `image_embeds`."""
+
+
+@dataclass
+class Cell:
+    """An image to make: its file's name without the suffix, its caption on the sheet, and how to make it."""
+
+    stem: str
+    caption: str
+    seed: int
+    condition: Condition
+    options: dict[str, Any] = field(default_factory=dict)  # of the command line, in place of those of all cells
+
+
+@dataclass
+class Row:
+    """A row of the contact sheet: a photo or several, and the cells beside it."""
+
+    name: str
+    photo: Image
+    cells: list[Cell]
+
+
+def seed_cells(args: argparse.Namespace, name: str, condition: Condition) -> list[Cell]:
+    """Return a cell for each of `args.n` seeds."""
+    if args.seed + args.n - 1 > MAX_SEED:
+        raise invalid(InputError, "--seed", f"at most {MAX_SEED - args.n + 1} for {args.n} variations", str(args.seed))
+    seeds = range(args.seed, args.seed + args.n)
+    return [Cell(f"{name}-{seed}", f"seed {seed}", seed, condition) for seed in seeds]
+
+
+def side_by_side(sources: Sequence[InputImage]) -> Image:
+    """Return the photos of several sources as one image."""
+    height = max(source.thumbnail().height for source in sources)
+    photos = [source.thumbnail() for source in sources]
+    return make_image_grid([photo.resize((height, height)) for photo in photos], rows=1, cols=len(photos))
