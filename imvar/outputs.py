@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from torch.utils._pytree import register_pytree_node
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
     from torch import Tensor
+    from typing_extensions import TypeVar  # with a default, which typing has from Python 3.13 on
+
+    ImagesT = TypeVar("ImagesT", bound=list[Image] | np.ndarray | Tensor, default=list[Image])
+else:
+    from typing import TypeVar
+
+    ImagesT = TypeVar("ImagesT")
 
 
 class Output(dict[str, Any]):
@@ -35,6 +42,10 @@ class Output(dict[str, Any]):
         super().__init_subclass__(**kwargs)
         name = f"{cls.__module__}.{cls.__qualname__}"
         register_pytree_node(cls, cls._flatten, partial(unflatten, cls), serialized_type_name=name)
+
+    def __class_getitem__(cls, item: Any) -> Any:
+        """Return this class: its parameters are for type checkers alone, so that no output stores them."""
+        return cls
 
     def __post_init__(self) -> None:
         first = fields(self)[0].name  # type: ignore[arg-type]
@@ -79,7 +90,7 @@ def unflatten(cls: type[Output], values: Any, names: list[str]) -> Any:
 
 
 @dataclass(eq=False)
-class StableDiffusionPipelineOutput(Output):
+class StableDiffusionPipelineOutput(Output, Generic[ImagesT]):
     """`images`: a list of PIL images, an array (b, h, w, 3), a tensor (b, 3, h, w), or latents.
 
     `nsfw_content_detected`: one flag per image, or None without a safety checker. By attribute only: `seeds`, one per
@@ -89,7 +100,7 @@ class StableDiffusionPipelineOutput(Output):
     """
 
     attribute_only: ClassVar[tuple[str, ...]] = ("seeds", "scores")
-    images: list[Image] | np.ndarray | Tensor
+    images: ImagesT
     nsfw_content_detected: list[bool] | None = None
     seeds: list[int] | None = None
     scores: list[dict[str, Any]] | None = None

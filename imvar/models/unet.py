@@ -162,7 +162,7 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
             number = 0 if kind in WITHOUT_ATTENTION else number
             return [self.transformer(*sizes, depth=depth, groups=groups) for _ in range(number)]
 
-        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in: nn.Conv2d = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj = Timesteps(widths[0], config.flip_sin_to_cos, config.freq_shift)
         self.time_embedding = TimestepEmbedding(widths[0], time_dim)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()  # in the published order, before mid_block
@@ -186,7 +186,7 @@ class UNet2DConditionModel(CallableSlots, AttentionMixin, GradientCheckpointingM
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_act = nn.SiLU()
-        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out: nn.Conv2d = Conv2d(widths[0], config.out_channels, 3, padding=1)
         if not hasattr(type(self), "merge"):  # a subclass may define its own
             self.merge = concat_skip
 

@@ -257,8 +257,8 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
     # A call changes the scheduler and no other component, so every call has its own.
 
     @property
-    def scheduler(self) -> SchedulerLike:
-        """The scheduler; during a call, that call's copy."""
+    def scheduler(self) -> Any:
+        """The scheduler, of any class; during a call, that call's copy."""
         return call.scheduler if (call := innermost_call(self)) else self._scheduler
 
     @scheduler.setter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,20 @@ class FeatureExtractorLike(Protocol):
     """A call returns an object with `pixel_values` (b, 3, s, s)."""
 
     def __call__(self, images: Any, *, return_tensors: Any) -> Any: ...
+
+
+Own = TypeVar("Own")
+Like = TypeVar("Like")
+
+
+class Component(Generic[Own, Like]):
+    """Type of an attribute that is read as imvar's own class, and may be set to anything with a Protocol's members.
+
+    For type checkers alone: code that sets a component of its own class knows it, and other code gets the usual one.
+    """
+
+    def __get__(self, pipe: Any, owner: Any = None) -> Own: ...  # type: ignore[empty-body]
+    def __set__(self, pipe: Any, component: Like) -> None: ...
 
 
 PROTOCOLS = {  # and imvar's own class for it, for error messages

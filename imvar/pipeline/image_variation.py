@@ -7,7 +7,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack, overload
 
 import numpy as np
 import torch
@@ -19,6 +19,12 @@ from ..embeddings import cast_embeds
 from ..errors import ImvarError, InputError, InputTypeError, describe, invalid, warn_user
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_uint8
 from ..image.pixel_values import PREPROCESS, pixel_format, to_pixel_values
+from ..models import (
+    AutoencoderKL,
+    CLIPVisionModelWithProjection,
+    StableDiffusionSafetyChecker,
+    UNet2DConditionModel,
+)
 from ..models.ops import PackedWeights
 from ..models.regions import RegionLayout, check_scales
 from ..models.stock import is_unmodified
@@ -36,8 +42,10 @@ from .arguments import (
     rename_argument,
 )
 from .base import PipelineBase
+from .call_options import AnyOptions, OutputOptions, TupleOptions
 from .callbacks import TENSOR_INPUTS, changed_tensors, check_callback_effects, refuse_new_guidance_scale, step_tensor
 from .components import (
+    Component,
     FeatureExtractorLike,
     ImageEncoderLike,
     SafetyCheckerLike,
@@ -82,11 +90,11 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
     `feature_extractor`, which preprocesses images for the encoder and the checker.
     """
 
-    vae: VAELike
-    image_encoder: ImageEncoderLike
-    unet: UNetLike
-    safety_checker: SafetyCheckerLike | None
-    feature_extractor: FeatureExtractorLike | None
+    vae: Component[AutoencoderKL, VAELike]
+    image_encoder: Component[CLIPVisionModelWithProjection, ImageEncoderLike]
+    unet: Component[UNet2DConditionModel, UNetLike]
+    safety_checker: Component[StableDiffusionSafetyChecker | None, SafetyCheckerLike | None]
+    feature_extractor: Component[CLIPImageProcessor | None, FeatureExtractorLike | None]
 
     # As diffusers describes this pipeline to other code; imvar's reads none of these.
     _optional_components: ClassVar = ["safety_checker"]
@@ -126,8 +134,38 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    @torch.no_grad()
+    # The type of the result by `output_type` and `return_dict`. It is Any if these are variables, or if arguments after
+    # `image` are positional.
+
+    @overload
     def __call__(
+        self, image: Any = ..., *, output_type: Literal["pil"] = ..., **options: Unpack[OutputOptions]
+    ) -> StableDiffusionPipelineOutput[list[Image]]: ...
+    @overload
+    def __call__(
+        self, image: Any = ..., *, output_type: Literal["np"], **options: Unpack[OutputOptions]
+    ) -> StableDiffusionPipelineOutput[np.ndarray]: ...
+    @overload
+    def __call__(
+        self, image: Any = ..., *, output_type: Literal["pt", "latent"], **options: Unpack[OutputOptions]
+    ) -> StableDiffusionPipelineOutput[Tensor]: ...
+    @overload
+    def __call__(
+        self, image: Any = ..., *, output_type: Literal["pil"] = ..., **options: Unpack[TupleOptions]
+    ) -> tuple[list[Image], list[bool] | None]: ...
+    @overload
+    def __call__(
+        self, image: Any = ..., *, output_type: Literal["np"], **options: Unpack[TupleOptions]
+    ) -> tuple[np.ndarray, list[bool] | None]: ...
+    @overload
+    def __call__(
+        self, image: Any = ..., *, output_type: Literal["pt", "latent"], **options: Unpack[TupleOptions]
+    ) -> tuple[Tensor, list[bool] | None]: ...
+    @overload
+    def __call__(self, image: Any = ..., *positional: Any, **options: Unpack[AnyOptions]) -> Any: ...
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[misc]  # which takes no more than 15 positional arguments
         self,
         image: Any = None,
         height: int | None = None,
@@ -157,7 +195,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         paste: bool = False,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Tensor]], Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+    ) -> StableDiffusionPipelineOutput[Any] | tuple[Any, list[bool] | None]:
         """Return variations of one image or of several.
 
         Args:
@@ -377,7 +415,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         """Return height and width in pixels, by default those that the UNet was trained at."""
         sample_size = self.unet.config.sample_size
         if sample_size is not None:
-            rows, columns = sample_size if isinstance(sample_size, (list, tuple)) else (sample_size, sample_size)
+            rows, columns = sample_size if isinstance(sample_size, Sequence) else (sample_size, sample_size)
             height = rows * self.vae_scale_factor if height is None else height
             width = columns * self.vae_scale_factor if width is None else width
         if height is None or width is None:

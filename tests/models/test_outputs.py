@@ -38,6 +38,13 @@ def test_copies_have_the_same_fields(copied):
     assert dict(output) == {"images": ["image"]}
 
 
+def test_a_type_parameter_is_not_stored():
+    output = StableDiffusionPipelineOutput[torch.Tensor](torch.ones(1))
+    assert vars(output).keys() == {"images", "nsfw_content_detected", "seeds", "scores"}
+    assert list(output) == ["images"]
+    assert isinstance(output, StableDiffusionPipelineOutput)
+
+
 def test_fields_and_items_are_the_same():
     output = DenoisedOutput(torch.ones(1))
     output.prev_sample = output["pred_original_sample"] = torch.zeros(1)
