@@ -99,6 +99,8 @@ class ConcatPipeline(StableDiffusionImageVariationPipeline):
 class PosePipeline(StableDiffusionImageVariationPipeline):
     """A second token from another encoder: `pipe(photo, conditions={"pose": angles})`, angles (1, 3)."""
 
+    pose_encoder: nn.Module
+
     def __init__(self, *args: Any, pose_encoder: nn.Module, **components: Any):
         super().__init__(*args, **components)
         self.register_modules(pose_encoder=pose_encoder)
@@ -125,7 +127,7 @@ class ControlNetPipeline(StableDiffusionImageVariationPipeline):
 class ImagePromptAttention(CrossAttention):
     """A second key/value branch, as in IP-Adapter (arXiv:2308.06721), for the last `tokens` tokens of the context."""
 
-    tokens, scale = 4, 1.0
+    tokens, scale = 4, 1.0  # type: ignore[assignment]
 
     def __init__(self, dim: int, context_dim: int, heads: int, **options: Any):
         super().__init__(dim, context_dim, heads, **options)
@@ -251,7 +253,7 @@ def wider_input(pipe: StableDiffusionImageVariationPipeline, extra: int = 5) -> 
     new = nn.Conv2d(old.in_channels + extra, old.out_channels, 3, padding=1).to(old.weight)
     with torch.no_grad():
         new.weight.zero_()[:, : old.in_channels] = old.weight
-        new.bias.copy_(old.bias)  # type: ignore[union-attr]
+        new.bias.copy_(old.bias)  # type: ignore[union-attr, arg-type]
     pipe.unet.conv_in = new
     pipe.unet.register_to_config(in_channels=new.in_channels)
 
