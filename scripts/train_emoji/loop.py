@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from imvar import set_attend
 
@@ -59,32 +59,17 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Average:
-    """Exponential moving average of a model's weights and buffers, which is what is evaluated and shipped."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of weights and buffers, which is what is evaluated and shipped."""
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        pairs = [(self.tensors[name], tensor) for name, tensor in model.state_dict().items()]
-        means, tensors = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        torch._foreach_lerp_(means, tensors, 1 - decay)
-        for count, value in (pair for pair in pairs if not pair[0].is_floating_point()):
-            count.copy_(value)
+    def update(means: list[Tensor], tensors: list[Tensor], updates: Tensor | int) -> None:
+        if means[0].is_floating_point():
+            torch._foreach_lerp_(means, tensors, 1 - min(decay, (1 + int(updates)) / (10 + int(updates))))
+        else:  # counts
+            torch._foreach_copy_(means, tensors)
 
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Swap in the averaged weights, in eval mode, and restore the model afterwards."""
-        raw = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(self.tensors)
-        try:
-            yield model.eval()
-        finally:
-            model.load_state_dict(raw)
-            model.train()
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True).eval()  # type: ignore[arg-type]
 
 
 def train(
@@ -107,7 +92,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     path, model = folder / f"{job.name}.pt", job.model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), job.rate, weight_decay=job.decay, fused=True)
-    average, progress = Average(model, job.average), Progress()
+    average, progress = averaged(model, job.average), Progress()
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved["dependencies"] != dependencies and not keep:
@@ -117,7 +102,9 @@ def train(
             )
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        average.tensors, progress = saved["average"], Progress(**saved["progress"])
+        average.module.load_state_dict(saved["average"])
+        progress = Progress(**saved["progress"])
+        average.n_averaged.fill_(progress.steps)
     if device.type == "cuda":
         for module in job.compiled:
             module.compile()
@@ -134,7 +121,7 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average.update(model, progress.steps)
+        average.update_parameters(model)
         if progress.steps % LOSS_EVERY == 0:  # rarely, as it synchronises with the GPU
             for name, value in {"loss": loss.detach(), **figures}.items():
                 progress.figures[name] = float(value) * 0.1 + progress.figures.get(name, float(value)) * 0.9
@@ -145,15 +132,15 @@ def train(
         progress.steps, progress.seconds = progress.steps + 1, time.monotonic() - started
         last = progress.seconds >= planned or time.monotonic() >= until
         if job.evaluate and (last or progress.seconds - evaluated_at > job.evaluate_every):
-            with average.applied(model), torch.no_grad():
-                progress.metrics = job.evaluate(model)
-                report(job, folder, progress, planned, progress.metrics)
+            with torch.no_grad():
+                progress.metrics = job.evaluate(average.module)
+            report(job, folder, progress, planned, progress.metrics)
             evaluated_at = progress.seconds
         if last or progress.seconds - saved_at > SAVE_EVERY:
             save(path, model, optimizer, average, progress, dependencies)
             report(job, folder, progress, planned)
             saved_at = progress.seconds
-    model.load_state_dict(average.tensors)
+    model.load_state_dict(average.module.state_dict())
     return model.eval(), {
         "step": progress.steps,
         "samples": progress.steps * job.batch,
@@ -176,7 +163,7 @@ def save(
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    average: Average,
+    average: AveragedModel,
     progress: Progress,
     dependencies: dict[str, Any],
 ) -> None:
@@ -185,7 +172,7 @@ def save(
         {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "average": average.tensors,
+            "average": average.module.state_dict(),
             "progress": vars(progress),
             "dependencies": dependencies,
         },

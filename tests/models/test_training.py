@@ -126,6 +126,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     _, stopped = loop.train(job(), tmp_path / "parts", 2, 0, CPU, until=60)
     assert stopped["seconds"] < 120
     seconds_per_step()
+    before = torch.load(tmp_path / "parts" / "line.pt", weights_only=True)
+    _, longer = loop.train(job(), tmp_path / "parts", 2, 0, CPU, until=1)
+    after = torch.load(tmp_path / "parts" / "line.pt", weights_only=True)
+    n = stopped["step"]
+    assert longer["step"] == n + 1
+    expected = before["average"]["weight"].lerp(after["model"]["weight"], 1 - min(0.9, (1 + n) / (10 + n)))
+    assert torch.allclose(after["average"]["weight"], expected)
+    seconds_per_step()
     parts, figures = loop.train(job(), tmp_path / "parts", 2, 0, CPU)
     assert figures["seconds"] >= 120
     assert torch.allclose(
@@ -160,6 +168,18 @@ def test_the_ema_is_evaluated_and_saved(clock, tmp_path):
     saved = torch.load(tmp_path / "line.pt", weights_only=True)
     assert torch.equal(saved["average"]["weight"], model.weight)
     assert not torch.equal(saved["model"]["weight"], model.weight)
+
+
+def test_buffers_are_averaged_and_counts_copied():
+    model = nn.BatchNorm1d(4)
+    average, expected = loop.averaged(model, 0.3), None
+    for step in range(4):
+        model(torch.randn(8, 4) + step)
+        average.update_parameters(model)
+        decay = min(0.3, (1 + step) / (10 + step))  # shorter at the beginning
+        expected = model.running_mean.clone() if step == 0 else expected.lerp(model.running_mean, 1 - decay)
+    assert torch.allclose(average.module.running_mean, expected)
+    assert average.module.num_batches_tracked == 4
 
 
 def test_a_non_finite_loss_stops_training(clock, tmp_path):
