@@ -1,12 +1,12 @@
 """An independently trained judge classifies imvar-emoji's variations of held-out drawings; and a control.
 
-The thresholds are measurements of `scripts/evaluate_emoji.py` on the same images minus three standard errors.
+The thresholds are measurements of `scripts/evaluate_emoji.py` on 300 images minus three standard errors; the first 120
+of these give 0.683 and 0.792. All on one thread: the threads of two models of this size wait for each other.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,9 @@ from imvar import StableDiffusionImageVariationPipeline
 ASSETS = Path(__file__).parents[1] / "emoji"
 LABELS = [drawing["code"] for drawing in json.loads((ASSETS / "held-out.json").read_text(encoding="utf-8"))]
 CLASSES = codes(REDUCED.concepts)  # classes of the judge
-MIN_TOP1, MIN_TOP5 = 0.687 - 3 * 0.027, 0.787 - 3 * 0.024  # of 300 variations
+MIN_TOP1, MIN_TOP5 = 0.687 - 3 * 0.027, 0.787 - 3 * 0.024
 MAX_SHUFFLED = 5 / 187  # chance; measured was 0 of 130
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_is_quickest():
-    """Use all threads: hundreds of images are generated."""
-    torch.set_num_threads(os.cpu_count() or 1)
+N_VARIATIONS, N_SHUFFLED = 120, 60  # two and one of each drawing
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,7 @@ def test_the_judge_classifies_the_drawings(judge, drawings):
 
 
 def test_variations_of_held_out_drawings_are_classified(pipe, judge, drawings):
-    result = accuracy(judge, *variations(pipe, drawings, LABELS, 300)[:2], CLASSES)
+    result = accuracy(judge, *variations(pipe, drawings, LABELS, N_VARIATIONS)[:2], CLASSES)
     assert result.top1.value >= MIN_TOP1
     assert result.top5.value >= MIN_TOP5
 
@@ -69,5 +64,5 @@ def test_variations_of_held_out_drawings_are_classified(pipe, judge, drawings):
 def test_with_shuffled_embeddings_accuracy_is_at_chance(pipe, judge, drawings):
     """The same noise with the embedding of another drawing."""
     indices = [(i + len(LABELS) // 2) % len(LABELS) for i in range(len(LABELS))]
-    images, labels, _ = variations(pipe, drawings[indices], LABELS, 130)
+    images, labels, _ = variations(pipe, drawings[indices], LABELS, N_SHUFFLED)
     assert accuracy(judge, images, labels, CLASSES).top5.value <= MAX_SHUFFLED
