@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from imvar import StableDiffusionImageVariationPipeline, bundled_checkpoint, bundled_examples, load_image
+from imvar import StableDiffusionImageVariationPipeline, bundled_examples, load_image
 
 SIDE, GAP, COLUMNS, CAPTION = 128, 6, 2, 22
+GALLERY = Path(__file__).parents[1] / "docs" / "images" / "gallery.png"
 PAPER, INK, NEW = "#faf9f6", "#2b2a28", "#b4552d"
 
 
@@ -39,7 +40,7 @@ def row(pipe: Any, name: str, path: Path, seeds: range) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, nargs="?", default=bundled_checkpoint() / "gallery.png")
+    parser.add_argument("file", type=Path, nargs="?", default=GALLERY)
     parser.add_argument("-n", type=int, default=4, help="variations per drawing")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
