@@ -13,6 +13,7 @@ from imvar.conversion import convert
 from tests.support.original_checkpoint import LAYOUTS, original, write
 from tests.support.published_checkpoint import write_checkpoint
 from tests.support.random_checkpoint import tiny_pipeline
+from tests.support.wheel import distributions, installed_python  # noqa: F401 (fixtures)
 
 pytest.register_assert_rewrite("tests.support.refusals", "tests.support.expected_tensors", "tests.support.crashes")
 PHOTOS = Path(__file__).parent / "photos"
