@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..limits import MAX_SEED
-from ..text import short_repr
+from ..text import printable, short_repr
 from .choices import SCHEDULERS
+
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def int_arg(text: str, low: int = 1, high: int = 10**6) -> int:
@@ -34,6 +37,21 @@ def float_arg(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a finite number, got {short_repr(text)}")
 
 
+def photo_arg(text: str) -> Path:
+    """Parse the path of an input file."""
+    if URL.match(text):
+        expected = f"the path of a file, got the address {short_repr(printable(text))}"
+        raise argparse.ArgumentTypeError(f"expected {expected}; nothing is fetched: download it first")
+    return Path(text)
+
+
+def folder_arg(text: str) -> Path:
+    """Parse the path of a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''; for the present one use .")
+    return Path(text)
+
+
 def size_arg(text: str) -> tuple[int, int]:
     """Parse height and width: "512" is (512, 512), "384x512" is (384, 512)."""
     sides = text.lower().split("x")
@@ -48,7 +66,7 @@ def weighted_arg(text: str) -> tuple[Path, float]:
     path, equals, weight = text.rpartition("=")
     if not equals or not path:
         raise argparse.ArgumentTypeError(f"expected PHOTO=WEIGHT such as fox.png=0.7, got {short_repr(text)}")
-    return Path(path), float_arg(weight)
+    return photo_arg(path), float_arg(weight)
 
 
 def axis_arg(text: str) -> tuple[str, list[Any]]:

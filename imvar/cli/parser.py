@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from .. import __version__
-from .argument_types import axis_arg, count_arg, float_arg, int_arg, seed_arg, size_arg, weighted_arg
-from .choices import CHECKPOINT, DTYPES, EMOJI, EMOJI_STEPS, FLAG_NOTES, REVISION, SCHEDULERS, STEPS
-
-PHOTO_HELP = "JPEG, PNG or WebP, or an embedding in a .safetensors file"
-OUTPUTS = (
-    "Images are saved with a contact sheet, contact-sheet.png, in FOLDER, which is created if necessary; existing "
-    "files of these names are replaced. Exit status: 0 success, 1 failure, 2 usage error, 130 interrupted."
+from .argument_types import (
+    AXES,
+    axis_arg,
+    count_arg,
+    float_arg,
+    folder_arg,
+    int_arg,
+    photo_arg,
+    seed_arg,
+    size_arg,
+    weighted_arg,
 )
+from .choices import CHECKPOINT, DTYPES, EMOJI, EMOJI_STEPS, FLAG_NOTES, REVISION, SCHEDULERS, STEPS
+from .command_parser import CommandParser
+
+PHOTO_HELP = "JPEG, PNG, WebP or an embedding in a .safetensors file"
+OUTPUTS = (
+    "Images are saved in FOLDER with a contact sheet of all, contact-sheet.png; existing files of these names are "
+    "replaced."
+)
+STATUS = "Exit status: 0 success, 1 failure, 2 usage error, 130 interrupted."
 
 
-def command_parser() -> argparse.ArgumentParser:
+def command_parser() -> CommandParser:
     """Return the parser of the command line."""
-    top = argparse.ArgumentParser(prog="imvar", description="Image variations with Stable Diffusion.")
-    top.add_argument("--version", action="version", version=f"imvar {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    top = CommandParser(
+        prog="imvar",
+        usage="imvar COMMAND ... [options]",
+        description="Image variations with Stable Diffusion.",
+        epilog="Examples:\n"
+        "  imvar vary photo.jpg\n"
+        f"  imvar vary --checkpoint {EMOJI}    # needs no download\n"
+        f"  imvar vary --help                      # its options\n\n{STATUS}",
+    )
+    top.add_argument("--version", action="version", version=f"imvar {__version__}", help="print the version and exit")
+    commands = top.add_subparsers(required=True, title="commands", metavar="COMMAND", dest="command", prog="imvar")
     for add in ADD_COMMANDS:
         add(commands)
+    top.commands = commands.choices
     return top
 
 
-def add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
+def add_command(
+    commands: Any, name: str, *, arguments: str = "[options]", example: str, epilog: str = "", **texts: str
+) -> CommandParser:
     """Add a command, which `run(args)` of the module `imvar/cli/NAME.py` runs; the module is imported then."""
+    texts |= {"usage": f"imvar {name} {arguments}", "epilog": f"Example:\n  {example}\n\n{epilog}"}
     command = commands.add_parser(name, **texts)
     command.set_defaults(usage_error=command.error)
     return command
@@ -39,17 +63,17 @@ def add_vary(commands: Any) -> None:
         commands,
         "vary",
         help="make variations of images",
-        description="Make variations of each image, and one contact sheet of the images and their variations.",
-        epilog=f"The checkpoint {EMOJI} is part of imvar and needs no download: a small model that makes 64 x 64 "
-        "images in seconds. It was trained on drawings in the style of emoji, not on photographs. Without a PHOTO it "
-        "varies its example drawings. "
+        description="Make variations of each image, and a contact sheet of all.",
+        arguments="[PHOTO ...] [options]",
+        example="imvar vary photo.jpg -n 8 -o foxes",
+        epilog=f"{EMOJI} is part of imvar and needs no download: a small model that makes 64 x 64 images in seconds, "
+        "trained on drawings in the style of emoji, not on photographs. Without a PHOTO it varies its own drawings.\n"
         f"Variation k of a photo has seed S + k and is saved as PHOTO-SEED.png. {OUTPUTS}",
     )
-    photos = f"{PHOTO_HELP} (default with {EMOJI}: its drawings)"
-    command.add_argument("photos", nargs="*", type=Path, metavar="PHOTO", help=photos)
-    add_count(command, "variations of each photo")
-    add_call_options(command)
-    add_model_options(command)
+    add = command.add_argument_group("images").add_argument
+    add("photos", nargs="*", type=photo_arg, metavar="PHOTO", help=PHOTO_HELP)
+    add("-n", type=int_arg, default=4, metavar="N", help="variations of each photo (default: 4)")
+    add_image_options(command, add)
 
 
 def add_mix(commands: Any) -> None:
@@ -58,13 +82,15 @@ def add_mix(commands: Any) -> None:
         "mix",
         help="make variations of several images at once",
         description="Make variations of the weighted sum of several image embeddings.",
-        epilog=f"Example: imvar mix fox.png=0.7 panda.png=0.3. Weights usually have the sum 1. {OUTPUTS}",
+        arguments="PHOTO=WEIGHT ... [options]",
+        example="imvar mix fox.png=0.7 panda.png=0.3",
+        epilog=f"Weights usually have the sum 1. {OUTPUTS}",
     )
-    command.add_argument("weighted", nargs="+", type=weighted_arg, metavar="PHOTO=WEIGHT", help=PHOTO_HELP)
-    add_count(command, "variations of the mixture")
     command.set_defaults(photos=None)
-    add_call_options(command)
-    add_model_options(command)
+    add = command.add_argument_group("images").add_argument
+    add("weighted", nargs="+", type=weighted_arg, metavar="PHOTO=WEIGHT", help=PHOTO_HELP)
+    add("-n", type=int_arg, default=4, metavar="N", help="variations of the mixture (default: 4)")
+    add_image_options(command, add)
 
 
 def add_interpolate(commands: Any) -> None:
@@ -73,13 +99,15 @@ def add_interpolate(commands: Any) -> None:
         "interpolate",
         help="make images between two images",
         description="Make images along the spherical interpolation between two image embeddings, all of one seed.",
+        arguments="A B [options]",
+        example="imvar interpolate fox.png panda.png -n 5",
         epilog=OUTPUTS,
     )
+    add = command.add_argument_group("images").add_argument
     for name in "A", "B":
-        command.add_argument("photos", action="append", type=Path, metavar=name, help=PHOTO_HELP)
-    command.add_argument("-n", type=count_arg, default=9, metavar="N", help="images, both ends included (default: 9)")
-    add_call_options(command)
-    add_model_options(command)
+        add("photos", action="append", type=photo_arg, metavar=name, help=PHOTO_HELP)
+    add("-n", type=count_arg, default=9, metavar="N", help="images, both ends included (default: 9)")
+    add_image_options(command, add)
 
 
 def add_grid(commands: Any) -> None:
@@ -88,61 +116,46 @@ def add_grid(commands: Any) -> None:
         "grid",
         help="compare settings in a grid of images",
         description="Make an image for each combination of the values of two options.",
-        epilog=f"Example: imvar grid fox.png --rows guidance=1,3,7.5 --columns seed=0..5. {OUTPUTS}",
+        arguments="PHOTO --rows OPTION=V,V [options]",
+        example="imvar grid fox.png --rows guidance=1,3 --columns seed=0..5",
+        epilog=OUTPUTS,
     )
-    command.add_argument("photos", nargs=1, type=Path, metavar="PHOTO", help=PHOTO_HELP)
-    axis = "OPTION=V,V,... or seed=LOW..HIGH; options: guidance, steps, seed, scheduler, strength, rescale"
-    command.add_argument("--rows", required=True, type=axis_arg, metavar="OPTION=VALUES", help=axis)
-    command.add_argument(
-        "--columns", default=("seed", [0, 1, 2, 3]), type=axis_arg, metavar="OPTION=VALUES", help="(default: seed=0..3)"
-    )
-    add_call_options(command)
-    add_model_options(command)
+    add = command.add_argument_group("images").add_argument
+    add("photos", nargs=1, type=photo_arg, metavar="PHOTO", help=PHOTO_HELP)
+    axes = f"values of {', '.join(AXES)}; of seed also LOW..HIGH"
+    add("--rows", required=True, type=axis_arg, metavar="OPTION=V,V", help=axes)
+    columns = ("seed", [0, 1, 2, 3])
+    add("--columns", default=columns, type=axis_arg, metavar="OPTION=V,V", help="likewise (default: seed=0..3)")
+    add_image_options(command, add)
 
 
-def add_count(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("-n", type=int_arg, default=4, metavar="N", help=f"{what} (default: 4)")
-
-
-def add_call_options(command: argparse.ArgumentParser) -> None:
-    """Add the options of the pipeline's calls."""
-    add = command.add_argument
-    add("-o", dest="out", type=Path, default="variations", metavar="FOLDER", help="output folder (default: variations)")
+def add_image_options(command: CommandParser, add: Callable[..., Any]) -> None:
+    """Add the options of the commands that make images; `add` adds to the group of those about the images."""
     add("--seed", type=seed_arg, default=0, metavar="S", help="seed of the first image (default: 0)")
     add("--steps", type=int_arg, metavar="N", help=f"denoising steps (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
     add("--guidance", type=float_arg, default=3.0, metavar="W", help="guidance scale (default: 3)")
-    add("--negative", type=Path, metavar="PHOTO", help="an image that guidance leads away from")
-    add("--init", type=Path, metavar="PHOTO", help="start from this image instead of from noise")
-    add(
-        "--strength",
-        type=float_arg,
-        metavar="S",
-        help="0 to 1, how much of --init changes (default: 0.8; 1 with --mask)",
-    )
-    add("--mask", type=Path, metavar="PHOTO", help="what of --init is repainted: white; the rest is kept")
     add("--size", type=size_arg, default=(None, None), metavar="N|HxW", help="multiples of 8 (default: as trained)")
-    add("--scheduler", choices=SCHEDULERS, help="default: the scheduler of the checkpoint")
-    add("--on-flagged", choices=FLAG_NOTES, default="black", help="what flagged images become (default: black)")
+    schedulers = f"{', '.join(SCHEDULERS)} (default: the checkpoint's)"
+    add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=schedulers)
+    add("--negative", type=photo_arg, metavar="PHOTO", help="an image that guidance leads away from")
+    add("--init", type=photo_arg, metavar="PHOTO", help="start from this image instead of from noise")
+    strength = "how much of --init changes (default: 0.8; 1 with --mask)"
+    add("--strength", type=float_arg, metavar="0..1", help=strength)
+    add("--mask", type=photo_arg, metavar="PHOTO", help="white where --init is repainted; the rest is kept")
+    flagged = "black, blur or keep flagged images (default: black)"
+    add("--on-flagged", choices=FLAG_NOTES, default="black", metavar="HOW", help=flagged)
+
+    add = command.add_argument_group("output").add_argument
+    add("-o", dest="out", type=folder_arg, default="variations", metavar="FOLDER", help="default: variations")
+
+    add = command.add_argument_group("checkpoint and hardware").add_argument
+    checkpoint = f"a hub id, folder or file, or {EMOJI} (default: {CHECKPOINT})"
+    add("--checkpoint", default=CHECKPOINT, metavar="ID|PATH", help=checkpoint)
+    add("--revision", metavar="R", help=f"of a hub id: branch, tag or commit (the default's: {REVISION})")
+    add("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, mps (default: auto, the fastest)")
+    dtypes = f"{', '.join(DTYPES)} (default: auto, half precision where it is fast; float32 with {EMOJI})"
+    add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE", help=dtypes)
     add("--batch", type=int_arg, default=4, metavar="N", help="images at a time; fewer need less memory (default: 4)")
-
-
-def add_model_options(command: argparse.ArgumentParser) -> None:
-    """Add the options that select the checkpoint, and where and how it runs."""
-    add = command.add_argument
-    add(
-        "--checkpoint",
-        default=CHECKPOINT,
-        metavar="ID|FOLDER|FILE",
-        help=f"a hub id, a folder in the published layout, an original .ckpt file, or {EMOJI} (default: {CHECKPOINT})",
-    )
-    add("--revision", help=f"branch, tag or commit of a hub id (default: {REVISION} of the default checkpoint)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest available)")
-    add(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help=f"default: auto, half precision where the device is fast at it, else float32; float32 with {EMOJI}",
-    )
 
 
 ADD_COMMANDS = (

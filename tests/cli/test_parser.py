@@ -1,0 +1,100 @@
+"""The command line before a command runs: help, usage errors and suggestions, without any library."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from imvar import cli
+from imvar.cli.parser import command_parser
+
+COMMANDS = list(command_parser().commands)
+LIBRARIES = {"torch", "numpy", "PIL", "huggingface_hub", "safetensors", "einops"}
+
+
+def answer(capsys, *args):
+    """Return the exit status and what was printed, of a command line that ends before a command runs."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(args)
+    printed = capsys.readouterr()
+    return end.value.code, printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["--version"], ["--help"], ["vary", "--chekpoint"], *([name, "--help"] for name in COMMANDS)],
+    ids=" ".join,
+)
+def test_no_library_is_loaded(args):
+    command = [sys.executable, "-X", "importtime", "-m", "imvar", *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if {"--version", "--help"} & set(args) else 2)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "imvar.cli.parser" in loaded
+    assert not LIBRARIES & {name.partition(".")[0] for name in loaded}
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
+    args = [command, "--help"] if command else ["--help"]
+    monkeypatch.setenv("COLUMNS", "80")
+    status, text = answer(capsys, *args)
+    lines = text.splitlines()
+    assert status == 0
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 80
+    assert f"  imvar {command or 'vary'} " in text.partition("Example")[2]
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, answer(capsys, *args)[1].splitlines())) <= 60
+
+
+def test_a_wide_terminal_gets_no_long_lines(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert max(map(len, answer(capsys, "vary", "--help")[1].splitlines())) <= 100
+
+
+def test_alone_it_prints_the_short_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out) == (2, "")
+    assert all(f"  {name} " in printed.err for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["photo.jpg"], "photo.jpg is not a command; did you mean `imvar vary photo.jpg`?"),
+        (["my photo.jpg", "-n", "3"], "did you mean `imvar vary 'my photo.jpg'`?"),
+        ([os.curdir], "did you mean `imvar vary .`?"),
+        (["varry", "photo.jpg", "--seed", "1"], "unknown command varry; did you mean `imvar vary`?"),
+        (["paint"], "unknown command paint; see imvar --help"),
+        (["--verison"], "imvar: error: unknown option --verison; did you mean --version?"),
+        (["vary", "a.jpg", "--chekpoint", "b"], "imvar vary: error: unknown option --chekpoint; did you mean --checkp"),
+        (["vary", "--chekpoint=b"], "unknown option --chekpoint; did you mean --checkpoint?"),
+        (["grid", "a.jpg", "--rosw", "seed=1,2"], "imvar grid: error: unknown option --rosw; did you mean --rows?"),
+        (["vary", "a.jpg", "--zzz"], "unknown option --zzz; see imvar vary --help"),
+        (["vary", "a.jpg", "-x"], "unrecognized arguments: -x"),
+        (["vary", "a.jpg", "-n", "0", "--", "--chekpoint"], "argument -n: expected an integer"),
+        (["vary", "a.jpg", "-o", ""], "argument -o: expected a folder, got ''"),
+        (
+            ["vary", "https://me:secret@example.com/a.jpg"],
+            "got the address 'https://...@example.com/a.jpg'; nothing is",
+        ),
+        (
+            ["vary", "a.jpg", "--negative", "HTTP://x/a.jpg"],
+            "argument --negative: expected the path of a file, got the",
+        ),
+        (["mix", "http://x/a.jpg=1"], "argument PHOTO=WEIGHT: expected the path of a file, got the address"),
+    ],
+)
+def test_usage_errors_suggest_what_may_have_been_meant(args, message, capsys):
+    status, text = answer(capsys, *args)
+    assert status == 2
+    assert message in text.splitlines()[-1]
+    assert "secret" not in text
+
+
+def test_an_abbreviated_option_is_not_unknown(capsys):
+    assert "argument -n" in answer(capsys, "vary", "a.jpg", "--guid", "2", "-n", "x")[1]
