@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import fork_safety as fork_safety  # registers what a forked child does first
+from .version import VERSION
 
 if TYPE_CHECKING:
     from .embeddings import augment, load_image_embeds, mix, save_image_embeds, slerp
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
         set_attend,
         sliced,
     )
-    from .outputs import StableDiffusionPipelineOutput
     from .pipeline import Region, StableDiffusionImageVariationPipeline
+    from .pipeline.output import StableDiffusionPipelineOutput
     from .schedulers import (
         DDIMScheduler,
         DDPMScheduler,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     )
     from .weights.bundled import bundled_checkpoint, bundled_examples
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "AutoencoderKL",
@@ -100,8 +101,8 @@ HOMES = {
         "set_attend",
         "sliced",
     ],
-    "outputs": ["StableDiffusionPipelineOutput"],
     "pipeline": ["Region", "StableDiffusionImageVariationPipeline"],
+    "pipeline.output": ["StableDiffusionPipelineOutput"],
     "schedulers": [
         "DDIMScheduler",
         "DDPMScheduler",

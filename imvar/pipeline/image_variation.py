@@ -29,7 +29,6 @@ from ..models.ops import PackedWeights
 from ..models.regions import RegionLayout, check_scales
 from ..models.stock import is_unmodified
 from ..oom import explain_out_of_memory
-from ..outputs import StableDiffusionPipelineOutput
 from ..runtime.denoiser import Denoiser, can_precompute, check_takes_regions, dtype_of, make_predictor
 from ..runtime.guidance import Predict
 from ..weights.published_config import has_legacy_sample_size
@@ -64,6 +63,7 @@ from .components import (
     required_components,
 )
 from .conditions import conditions_by_stage
+from .output import StableDiffusionPipelineOutput
 from .preview import fit_to_random_latents, linear_decode, state_of_weights
 from .regions import Region
 from .safety_policy import judge

@@ -8,8 +8,8 @@ import torch
 from accelerate.utils import convert_to_fp32, send_to_device
 from torch.utils import _pytree as pytree
 
-from imvar import InputTypeError
-from imvar.outputs import CLIPVisionModelOutput, DenoisedOutput, Output, StableDiffusionPipelineOutput
+from imvar import InputTypeError, StableDiffusionPipelineOutput
+from imvar.outputs import CLIPVisionModelOutput, DenoisedOutput, Output
 
 
 def classes(base=Output):

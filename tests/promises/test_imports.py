@@ -16,7 +16,7 @@ FLOORS = {
     name: floor
     for floor, names in enumerate(
         [
-            ["limits", "text"],
+            ["limits", "text", "version"],
             ["errors"],
             ["checks"],
             ["config", "fork_safety", "oom", "malloc", "noise", "outputs"],

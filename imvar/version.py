@@ -1,0 +1,3 @@
+"""The version of imvar."""
+
+VERSION = "0.1.0"
