@@ -25,6 +25,7 @@ FLOORS = {
             ["kernels"],
             ["models"],
             ["schedulers", "image", "runtime", "embeddings"],
+            ["records"],
             ["conversion", "pipeline"],
             ["contact_sheet"],
             ["__init__"],
