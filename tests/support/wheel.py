@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
-NOT_SOURCE = (".git", ".venv", "venv", "out", "build", "dist", "shared", "*.egg-info", "__pycache__", ".*_cache")
+NOT_SOURCE = (".*", "out", "build", "dist", "shared", "*.egg-info", "__pycache__")
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -64,11 +64,10 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
 
 @pytest.fixture(scope="session")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the sdist, the wheel, and build.log."""
+    """The folder of the sdist, the wheel, build.log, and the source that they were built from."""
 
     def make(folder: Path) -> None:
-        source = copy_source(tmp_path_factory.mktemp("source") / "imvar")
-        (folder / "build.log").write_text(build(source, folder))
+        (folder / "build.log").write_text(build(copy_source(folder / "source"), folder))
 
     return once(tmp_path_factory, "distributions", make)
 
