@@ -55,7 +55,9 @@ class CommandParser(argparse.ArgumentParser):
         if self.commands and not self.given:
             self.print_help(sys.stderr)
             self.exit(2)
-        super().error((self.unknown_command() if self.commands else self.unknown_option()) or message)
+        if self.commands:
+            super().error((self.unknown_command() if "COMMAND" in message else None) or message)
+        super().error(self.unknown_option() or message)
 
     def unknown_option(self) -> str | None:
         """Return a message about the first long option that this command does not have, if there is one."""

@@ -20,6 +20,7 @@ from .argument_types import (
 )
 from .choices import CHECKPOINT, DTYPES, EMOJI, EMOJI_STEPS, FLAG_NOTES, REVISION, SCHEDULERS, STEPS
 from .command_parser import CommandParser
+from .completion import SHELLS, PrintCompletion
 
 PHOTO_HELP = "JPEG, PNG, WebP or an embedding in a .safetensors file"
 OUTPUTS = (
@@ -41,6 +42,8 @@ def command_parser() -> CommandParser:
         f"  imvar vary --help                      # its options\n\n{STATUS}",
     )
     top.add_argument("--version", action="version", version=f"imvar {__version__}", help="print the version and exit")
+    shells = f"print a completion script for {', '.join(SHELLS)}"
+    top.add_argument("--print-completion", action=PrintCompletion, choices=SHELLS, metavar="SHELL", help=shells)
     commands = top.add_subparsers(required=True, title="commands", metavar="COMMAND", dest="command", prog="imvar")
     for add in ADD_COMMANDS:
         add(commands)
@@ -52,7 +55,7 @@ def add_command(
     commands: Any, name: str, *, arguments: str = "[options]", example: str, epilog: str = "", **texts: str
 ) -> CommandParser:
     """Add a command, which `run(args)` of the module `imvar/cli/NAME.py` runs; the module is imported then."""
-    texts |= {"usage": f"imvar {name} {arguments}", "epilog": f"Example:\n  {example}\n\n{epilog}"}
+    texts |= {"usage": f"imvar {name} {arguments}", "epilog": f"Example:\n  {example}\n\n{epilog}".rstrip()}
     command = commands.add_parser(name, **texts)
     command.set_defaults(usage_error=command.error)
     return command
@@ -129,6 +132,17 @@ def add_grid(commands: Any) -> None:
     add_image_options(command, add)
 
 
+def add_env(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "env",
+        help="print versions and hardware, for a bug report",
+        description="Print versions, hardware and settings, for a bug report: no path, user name or token.",
+        example="imvar env --json",
+    )
+    command.add_argument("--json", action="store_true", help="as JSON")
+
+
 def add_image_options(command: CommandParser, add: Callable[..., Any]) -> None:
     """Add the options of the commands that make images; `add` adds to the group of those about the images."""
     add("--seed", type=seed_arg, default=0, metavar="S", help="seed of the first image (default: 0)")
@@ -163,5 +177,6 @@ ADD_COMMANDS = (
     add_mix,
     add_interpolate,
     add_grid,
+    add_env,
 )
 """In the order of `imvar --help`."""

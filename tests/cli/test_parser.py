@@ -1,12 +1,15 @@
 """The command line before a command runs: help, usage errors and suggestions, without any library."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from imvar import cli
+from imvar.cli import completion
 from imvar.cli.parser import command_parser
 
 COMMANDS = list(command_parser().commands)
@@ -23,13 +26,20 @@ def answer(capsys, *args):
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["--version"], ["--help"], ["vary", "--chekpoint"], *([name, "--help"] for name in COMMANDS)],
+    [
+        [],
+        ["--version"],
+        ["--print-completion", "bash"],
+        ["--help"],
+        ["vary", "--chekpoint"],
+        *([name, "--help"] for name in COMMANDS),
+    ],
     ids=" ".join,
 )
 def test_no_library_is_loaded(args):
     command = [sys.executable, "-X", "importtime", "-m", "imvar", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == (0 if {"--version", "--help"} & set(args) else 2)
+    assert done.returncode == (0 if {"--version", "--help", "bash"} & set(args) else 2)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "imvar.cli.parser" in loaded
     assert not LIBRARIES & {name.partition(".")[0] for name in loaded}
@@ -98,3 +108,52 @@ def test_usage_errors_suggest_what_may_have_been_meant(args, message, capsys):
 
 def test_an_abbreviated_option_is_not_unknown(capsys):
     assert "argument -n" in answer(capsys, "vary", "a.jpg", "--guid", "2", "-n", "x")[1]
+
+
+# ---- Completion
+
+BASH = """
+eval "$("$PYTHON" -m imvar --print-completion bash)"
+complete -p imvar
+for line; do
+    COMP_WORDS=($line)
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _shtab_imvar
+    echo "${COMPREPLY[@]}"
+done
+"""
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes_commands_options_choices_and_files(tmp_path):
+    (tmp_path / "fox.png").touch()
+    (tmp_path / "foxes").mkdir()
+    lines = {
+        "imvar interp": "interpolate",
+        "imvar vary --checkp": "--checkpoint",
+        "imvar vary --scheduler eul": "euler euler-ancestral",
+        "imvar vary -o fo": "foxes",
+        "imvar vary fox.p": "fox.png",
+        "imvar interpolate a.png fox.p": "fox.png",
+        "imvar vary a.png --mask fox.p": "fox.png",
+        "imvar vary --checkpoint foxe": "foxes",
+    }
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run(["bash", "-c", BASH, "bash", *lines], cwd=tmp_path, env=env, capture_output=True, text=True)
+    registered, *completed = done.stdout.splitlines()
+    assert registered.endswith("-F _shtab_imvar imvar"), done.stderr
+    assert dict(zip(lines, completed, strict=True)) == lines
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_each_shell_gets_a_script_with_all_commands(shell, capsys):
+    status, script = answer(capsys, "--print-completion", shell)
+    assert status == 0
+    assert all(name in script for name in COMMANDS)
+
+
+def test_completion_without_shtab(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    status, text = answer(capsys, "--print-completion", "bash")
+    assert status == 2
+    assert "pip install 'imvar[completion]'" in text
