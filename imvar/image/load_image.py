@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..checks import as_path
 from ..errors import InputError, InputTypeError, invalid, short_repr, warn_user
+from ..sources import note_file
 from .read import to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -32,7 +33,7 @@ def load_image(image: str | Path | bytes | BinaryIO, formats: Sequence[str] = FO
         with Image.open(to_openable(image), formats=formats) as file:
             if (frames := getattr(file, "n_frames", 1)) > 1:
                 warn_user(f"{name}: an animation of {frames} frames; only the first is used")
-            return to_rgb(ImageOps.exif_transpose(file), name)
+            return note_file(to_rgb(ImageOps.exif_transpose(file), name), image)
     except InputError:
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for broken files

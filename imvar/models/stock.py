@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..weights.origin import layers_of
+
 IMVAR = __name__.partition(".")[0]
 OWN = "torch", IMVAR
 GLOBAL_HOOKS = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks
@@ -48,7 +50,8 @@ def change_of(layer: nn.Module) -> str | None:
         return "a parametrized weight"
     if isinstance(layer, (_DropoutNd, _BatchNorm)) and layer.training and getattr(layer, "p", 1):
         return f"{type(layer).__name__} in training mode"
-    for name in method_names(type(layer)) & vars(layer).keys():
+    methods = method_names(type(layer))
+    for name in [name for name in vars(layer) if name in methods]:
         value, method = vars(layer)[name], getattr(type(layer), name)
         same = getattr(value, "__func__", value) in (method, getattr(method, "__wrapped__", method))
         if not same or getattr(value, "__self__", None) is not layer:  # accelerate leaves the same when it unwraps
@@ -76,10 +79,13 @@ def reasons_for_plain(model: nn.Module) -> Iterator[str]:
     """Yield what keeps a model from fast paths: the names of layers, each with the reason."""
     if any(GLOBAL_HOOKS):
         yield "a hook on every module of the process"
-    kinds = {kind: reason_of_class(kind) for kind in set(map(type, model.modules()))}
+    layers = layers_of(model)
+    kinds = {kind: reason_of_class(kind) for kind in set(map(type, layers))}
+    with_kernel = {kind for kind in kinds if hasattr(kind, "custom_kernel")}
     names: dict[nn.Module, str] = {}
-    for layer in model.modules():
-        if reason := kinds[type(layer)] or reason_of_kernel(layer) or change_of(layer):
+    for layer in layers:
+        kernel_reason = reason_of_kernel(layer) if type(layer) in with_kernel else None
+        if reason := kinds[type(layer)] or kernel_reason or change_of(layer):
             names = names or {layer: name for name, layer in model.named_modules()}
             yield f"{names[layer] or 'the model'}: {reason}"
 

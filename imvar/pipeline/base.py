@@ -157,6 +157,9 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
                 raise
             raise in_checkpoint(error, folder / INDEX) from error
         pipe.name_or_path = pretrained_model_name_or_path
+        for name, model in pipe.modules.items():
+            if name not in overrides and isinstance(model, PretrainedModel):
+                model.note_revision(revision)
         if compile:
             pipe.compile()
         return pipe

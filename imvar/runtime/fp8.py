@@ -26,6 +26,7 @@ class Fp8Linear(Linear):
     autograd counts it. With gradients enabled the layer computes in full precision.
     """
 
+    in_place_of = Linear  # with the same weights
     weight_fp8: Tensor
     scale: Tensor
     quantized_version: Any = None

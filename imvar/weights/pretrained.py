@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -29,8 +30,9 @@ from .options import (
     resolve_ema,
     should_write,
 )
+from .origin import Origin, WeightsFile, layers_of, origin_of, state_of
 from .read_errors import explain_read_error
-from .reading import read_weights
+from .reading import IN_MEMORY, read_weights, weights_files
 
 if TYPE_CHECKING:
     from .single_file import SingleFile
@@ -44,6 +46,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
     """A model: config, weights, and the keymap between its parameter names and those in files."""
 
     weights_name: ClassVar[WeightsName] = DIFFUSERS
+    _origin: Origin | None = None  # where the weights come from, if they were loaded from a file
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -101,6 +104,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
             disable_mmap=disable_mmap,
             **changes,
         )
+        model.note_revision(revision)
         return (model, cls.loading_info()) if with_info else model  # type: ignore
 
     @classmethod
@@ -126,14 +130,18 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
     ) -> Self:
         """Load the model in `folder`, with config and weights of the same save."""
 
-        def read_files() -> tuple[Any, tuple[Path, dict[str, Tensor]]]:
+        def read_files() -> tuple[Any, tuple[Path, dict[str, Tensor]], list[WeightsFile]]:
             config = cls.read_config(safe_join(folder, cls.config_name), **changes)
-            return config, read_weights(folder, cls.weights_name, variant, use_safetensors, disable_mmap)
+            path, tensors = read_weights(folder, cls.weights_name, variant, use_safetensors, disable_mmap)
+            files = [WeightsFile.stamped(f"{cls.part}/{file.name}", file) for file in weights_files(path)]
+            return config, (path, tensors), files
 
         patterns = [cls.config_name, *cls.weights_name.select(None, None, None)]
         with explain_read_error(folder):
-            config, (path, tensors) = read_consistently(folder, patterns, read_files)
-        return cls.from_tensors(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
+            config, (path, tensors), files = read_consistently(folder, patterns, read_files)
+        model = cls.from_tensors(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
+        model._origin = origin_of(model, folder, files, [tensor.dtype for tensor in tensors.values()])
+        return model
 
     @classmethod
     def from_single_file(
@@ -198,7 +206,14 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         if is_inferred and (message := uninferable_warning(part, {**settings, **changes})):
             warn(message)
         config = cls.validate_config(settings, path, **changes)
-        return cls.from_tensors(part.tensors, config, path, dtype=dtype, naming=part.naming, path=file.path)
+        model = cls.from_tensors(part.tensors, config, path, dtype=dtype, naming=part.naming, path=file.path)
+        if file.path is not IN_MEMORY:
+            dtypes = [tensor.dtype for tensor in part.tensors.values()]
+            files = [WeightsFile.stamped(file.path.name, file.path)]
+            has_both = len(file.parts.get(cls.part, ())) > 1
+            is_average = part.naming.prefix.startswith("model_ema") if has_both else None
+            model._origin = origin_of(model, file.path, files, dtypes, ema=is_average)
+        return model
 
     @classmethod
     def from_tensors(
@@ -268,6 +283,32 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
     def weights_to_save(self) -> dict[str, Tensor]:
         """Return the tensors that `save_pretrained` writes, by parameter name without what compiled layers add."""
         return {name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()}
+
+    def note_revision(self, revision: str | None) -> None:
+        """Note the revision that was asked for when these weights were loaded."""
+        if self._origin is not None and revision is not None:
+            self._origin = replace(self._origin, revision=revision)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Self:
+        """Where the weights are those that were loaded, let them count as such after they were moved or cast."""
+        origin = self._origin
+        is_unchanged = origin is not None and origin.has_state_of(layers_of(self))
+        super()._apply(fn, *args, **options)
+        if origin is not None and is_unchanged:
+            self._origin = origin.moved(layers_of(self))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes, with whether the weights are those that were loaded."""
+        origin = self._origin
+        if origin is None or origin.has_state_of(layers_of(self)):
+            return dict(vars(self))
+        return vars(self) | {"_origin": replace(origin, state=None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._origin is not None and self._origin.state is not None:  # of the model that this is a copy of
+            self._origin = replace(self._origin, state=state_of(layers_of(self)))
 
     @property
     def device(self) -> torch.device:

@@ -42,6 +42,13 @@ def read_weights(
     return path, (read_shards if path.suffix == ".json" else read_tensors)(path, disable_mmap)
 
 
+def weights_files(path: Path) -> list[Path]:
+    """Return the files of a part's weights: `path` itself, or the shards that this index lists."""
+    if path.suffix != ".json":
+        return [path]
+    return [safe_join(path.parent, name) for name in sorted(set(read_json(path)["weight_map"].values()))]
+
+
 def read_shards(index: Path, disable_mmap: bool = False) -> dict[str, Tensor]:
     """Return all tensors of a sharded checkpoint from the files that its index names."""
     weight_map = read_json(index).get("weight_map")

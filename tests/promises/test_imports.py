@@ -19,7 +19,7 @@ FLOORS = {
             ["limits", "text", "version"],
             ["errors"],
             ["checks"],
-            ["config", "fork_safety", "oom", "malloc", "noise", "outputs"],
+            ["config", "fork_safety", "oom", "malloc", "noise", "outputs", "sources"],
             ["atomic"],
             ["weights"],
             ["kernels"],
