@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,8 @@ class Call:
 
     # Values that follow from the arguments and the components
 
+    given: Mapping[str, Any] = field(init=False)  # the arguments as they are given
+
     seeds: list[int] | None = None
     regions: list[Region] | None = None
     shape: tuple[int, int, int, int] = field(init=False)  # of the latents
@@ -71,6 +73,9 @@ class Call:
     unmodified_unet: bool = field(init=False)  # no hook or override sits between the latents and the UNet
     is_guided: bool = field(init=False)  # whether the context has both halves of guidance
     skipped_steps: int = 0  # those of num_inference_steps before the start from an image
+
+    def __post_init__(self) -> None:
+        self.given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     @property
     def steps(self) -> int:

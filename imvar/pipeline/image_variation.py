@@ -29,6 +29,7 @@ from ..models.ops import PackedWeights
 from ..models.regions import RegionLayout, check_scales
 from ..models.stock import is_unmodified
 from ..oom import explain_out_of_memory
+from ..records.record import Record
 from ..runtime.denoiser import Denoiser, can_precompute, check_takes_regions, dtype_of, make_predictor
 from ..runtime.guidance import Predict
 from ..weights.published_config import has_legacy_sample_size
@@ -65,6 +66,7 @@ from .components import (
 from .conditions import conditions_by_stage
 from .output import StableDiffusionPipelineOutput
 from .preview import fit_to_random_latents, linear_decode, state_of_weights
+from .records import call_records
 from .regions import Region
 from .safety_policy import judge
 from .start_image import (
@@ -261,10 +263,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         """
         call = Call(**{name: value for name, value in locals().items() if name != "self"})
         with self.per_call_scheduler() as running, self._offload or contextlib.nullcontext(), explain_out_of_memory():
-            self.check_call(call)
-            scheduler, timesteps, step_options = self.prepare_scheduler(call)
-            timesteps = skip_steps(call, scheduler, timesteps)
-            call.plan_guidance(len(timesteps))
+            scheduler, timesteps, step_options = self.plan_steps(call)
+            recorded = call_records(self, call) if call.return_dict and call.output_type != "latent" else None
 
             own, context = call.conditions, self.prepare_context(call)
             start = self.prepare_start(call, scheduler, timesteps, context.dtype)
@@ -285,14 +285,34 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                         bar.update()
                         if call.callback is not None and i % call.callback_steps == 0:
                             x = self.run_callback(call, denoiser, i // order, timesteps[i], x)
-            x = x0() if running.ended_early else x  # type: ignore[possibly-undefined]
+            if running.ended_early:
+                x = x0()  # type: ignore[possibly-undefined]
+                if recorded is not None:
+                    recorded.add_reason("the call was interrupted")
             dtype = denoiser.context.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
 
             judging = call.output_type, call.device, dtype, call.on_flagged, call.seeds
             images, flags = self.decode_and_judge(x, *judging, **kept_pixels(call))
-        result = StableDiffusionPipelineOutput(images, flags, call.seeds, getattr(flags, "scores", None))
+        if recorded is not None:
+            recorded.add_flags(flags)
+        result = StableDiffusionPipelineOutput(images, flags, call.seeds, getattr(flags, "scores", None), recorded)
         return result if call.return_dict else (images, flags)
+
+    @torch.no_grad()
+    def records(self, *args: Any, **arguments: Any) -> list[Record]:
+        """Return the records of the images that a call with these arguments would make, without making them.
+
+        They are those of the `records` of the call's output, except for `flagged`. Arguments are checked as in a call,
+        and the same errors raised, but for those that only the image encoder would find.
+        """
+        make: Any = StableDiffusionImageVariationPipeline.__dict__["__call__"]
+        bound = inspect.signature(make).bind(self, *args, **arguments)
+        bound.apply_defaults()
+        call = Call(**{name: value for name, value in bound.arguments.items() if name != "self"})
+        with self.per_call_scheduler(), self._offload or contextlib.nullcontext():
+            self.plan_steps(call)
+            return call_records(self, call).finished()
 
     @torch.no_grad()
     def encode_image(self, image: Any, preprocess: Literal["clip", "card", "training"] = "clip") -> Tensor:
@@ -352,6 +372,14 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         return self.image_processor.postprocess(images, "pil")
 
     # The stages of a call, in their order. Subclasses may override each.
+
+    def plan_steps(self, call: Call) -> tuple[SchedulerLike, Any, dict[str, Any]]:
+        """Check a call, and return its scheduler, the timesteps that are run and the options of each step."""
+        self.check_call(call)
+        scheduler, timesteps, step_options = self.prepare_scheduler(call)
+        timesteps = skip_steps(call, scheduler, timesteps)
+        call.plan_guidance(len(timesteps))
+        return scheduler, timesteps, step_options
 
     def check_call(self, call: Call) -> None:
         """Check the components and arguments of a call, and convert the arguments in place."""

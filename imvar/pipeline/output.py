@@ -1,15 +1,26 @@
-"""The output of a call of the pipeline."""
+"""The output of a call of the pipeline, which can save its images."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
+from ..atomic.file import explain_os_error
+from ..checks import as_path, check_type
+from ..errors import InputError, describe, invalid
+from ..image import numpy_to_pil
 from ..outputs import Output
+from ..records.files import FORMATS, save_image
+from ..records.record import Record
+from .arguments import check_option
+from .records import CallRecords
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar  # with a default, which typing has from Python 3.13 on
@@ -28,11 +39,85 @@ class StableDiffusionPipelineOutput(Output, Generic[ImagesT]):
     `nsfw_content_detected`: one flag per image, or None without a safety checker. By attribute only: `seeds`, one per
     image if the call had seeds; `scores`, one dictionary per image from imvar's safety checker, with
     `special_scores` and `concept_scores` by concept number (above 0 is a hit) and the hits in `special_care` and
-    `bad_concepts`.
+    `bad_concepts`; `records`, how each image was made.
     """
 
-    attribute_only: ClassVar[tuple[str, ...]] = ("seeds", "scores")
+    attribute_only: ClassVar[tuple[str, ...]] = ("seeds", "scores", "recorded")
     images: ImagesT
     nsfw_content_detected: list[bool] | None = None
     seeds: list[int] | None = None
     scores: list[dict[str, Any]] | None = None
+    recorded: CallRecords | None = None
+
+    @property
+    def records(self) -> list[Record] | None:
+        """How each image was made, as `save` writes it into files; None for latents.
+
+        The first time, this computes the digest of the checkpoint's files, which takes seconds for large ones that the
+        hub's cache does not name by it.
+        """
+        return None if self.recorded is None else self.recorded.finished()
+
+    def save(
+        self, folder: str | Path, *, overwrite: bool = False, format: str = "png", metadata: bool = True
+    ) -> list[Path]:
+        """Write each image into `folder`, which is created if needed, and return the paths.
+
+        The names are those of `imvar vary`: the name of the photo and the seed, such as `fox-7.png`; without them
+        "image" and a number. An existing file is kept, and the new one gets a number, as in `fox-7-2.png`, unless
+        `overwrite`. `format`: "png", "webp" or "jpeg". `metadata`: write the record of each image into its file, from
+        which `imvar again` makes it again. Raises `InputError` for latents.
+        """
+        folder = as_path("folder", folder)
+        check_option("format", format, list(FORMATS))
+        check_type("overwrite", overwrite, bool)
+        check_type("metadata", metadata, bool)
+        images = as_pil(self.images)
+        records = self.records or [None] * len(images)
+        paths = []
+        for i, (image, record) in enumerate(zip(images, records, strict=True)):
+            path = folder / f"{stem_of(record, i)}.{format}"
+            with nullcontext(path) if overwrite else unused_path(path) as new:
+                save_image(image, new, record if metadata else None, format)
+            paths.append(new)
+        return paths
+
+
+def as_pil(images: Any) -> list[Image]:
+    """Return the images of an output as PIL images. Raises `InputError` for latents."""
+    if isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3):
+        images = images.float().movedim(1, -1).cpu().numpy()  # b c h w -> b h w c
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = numpy_to_pil(images)
+    if not isinstance(images, list) or not all(isinstance(image, Image) for image in images):
+        expected, hint = "images, of output_type 'pil', 'np' or 'pt'", "make them with output_type='pil'"
+        raise invalid(InputError, "save", expected, describe(images), hint)
+    return images
+
+
+def stem_of(record: Record | None, index: int) -> str:
+    """Return the name for an image: the stems of its photos and its seed."""
+    inputs = record["inputs"] if record else []
+    names = [
+        Path(entry["name"]).stem for entry in inputs if entry["role"] in ("image", "image_embeds") and entry["name"]
+    ]
+    seed = record["seed"] if record else None
+    return f"{'+'.join(dict.fromkeys(names)) or 'image'}-{index if seed is None else seed}"
+
+
+@contextmanager
+def unused_path(path: Path) -> Iterator[Path]:
+    """Yield a path for a new file, numbered on if there is a file of this name, and held by an empty file meanwhile."""
+    claimed, number = path, 2
+    with explain_os_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError):
+                claimed.touch(exist_ok=False)
+                break
+            claimed, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
+    try:
+        yield claimed
+    except BaseException:
+        claimed.unlink(missing_ok=True)
+        raise

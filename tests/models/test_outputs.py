@@ -34,13 +34,14 @@ def test_an_output_is_rebuilt_from_a_mapping_and_from_pairs_as_other_libraries_d
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda output: pickle.loads(pickle.dumps(output))])
 def test_copies_have_the_same_fields(copied):
     output = copied(StableDiffusionPipelineOutput(["image"], None, seeds=[3], scores=[{}]))
-    assert vars(output) == {"images": ["image"], "nsfw_content_detected": None, "seeds": [3], "scores": [{}]}
+    fields = {"images": ["image"], "nsfw_content_detected": None, "seeds": [3], "scores": [{}], "recorded": None}
+    assert vars(output) == fields
     assert dict(output) == {"images": ["image"]}
 
 
 def test_a_type_parameter_is_not_stored():
     output = StableDiffusionPipelineOutput[torch.Tensor](torch.ones(1))
-    assert vars(output).keys() == {"images", "nsfw_content_detected", "seeds", "scores"}
+    assert vars(output).keys() == {"images", "nsfw_content_detected", "seeds", "scores", "recorded"}
     assert list(output) == ["images"]
     assert isinstance(output, StableDiffusionPipelineOutput)
 
