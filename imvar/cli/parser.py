@@ -24,8 +24,8 @@ from .completion import SHELLS, PrintCompletion
 
 PHOTO_HELP = "JPEG, PNG, WebP or an embedding in a .safetensors file"
 OUTPUTS = (
-    "Images are saved in FOLDER with a contact sheet of all, contact-sheet.png; existing files of these names are "
-    "replaced."
+    "Images are saved in FOLDER with a contact sheet of all, contact-sheet.png. Where a name exists, the new file is "
+    "numbered: fox-0-2.png."
 )
 STATUS = "Exit status: 0 success, 1 failure, 2 usage error, 130 interrupted."
 
@@ -161,6 +161,7 @@ def add_image_options(command: CommandParser, add: Callable[..., Any]) -> None:
 
     add = command.add_argument_group("output").add_argument
     add("-o", dest="out", type=folder_arg, default="variations", metavar="FOLDER", help="default: variations")
+    add("--overwrite", action="store_true", help="replace existing files of the same names")
 
     add = command.add_argument_group("checkpoint and hardware").add_argument
     checkpoint = f"a hub id, folder or file, or {EMOJI} (default: {CHECKPOINT})"

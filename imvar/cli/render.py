@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,13 +12,12 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ..atomic.file import atomic_write
 from ..contact_sheet import SheetRow, contact_sheet
-from ..errors import InputError, invalid
 from ..image.load_image import load_image
 from ..weights.bundled import bundled_examples
 from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, set_scheduler
 from .choices import CHECKPOINT, EMOJI, EMOJI_STEPS, FLAG_NOTES, STEPS
+from .outputs import OutputFolder
 from .rows import Cell, Row
 from .sources import InputImage, read_source, read_sources
 
@@ -27,6 +25,7 @@ EMOJI_NOTICE = (
     f"{EMOJI} was trained on drawings in the style of emoji, of objects, animals, food, vehicles and faces, not on "
     f"photographs; for those use --checkpoint {CHECKPOINT}, a download of 6 GB"
 )
+SHEET = "contact-sheet.png"
 EMOJI_SIZE = (64, 64)
 ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "rescale": "guidance_rescale"}
 """Options of the command line whose arguments of the pipeline have other names."""
@@ -45,11 +44,9 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
     negative = read_source(args.negative, "negative") if args.negative else None
     shared = shared_options(args)
     rows = rows_of(args, sources)
-    outputs = [args.out / f"{cell.stem}.png" for row in rows for cell in row.cells]
-    sheet = args.out / "contact-sheet.png"
+    names = [SHEET, *(f"{cell.stem}.png" for row in rows for cell in row.cells)]
     inputs = [*args.photos, *(path for path in (args.negative, args.init, args.mask) if path)]
-    check_folder(args.out)
-    check_overwrites(inputs, [sheet, *outputs])
+    outputs = OutputFolder(args.out, names, args.overwrite, inputs)
     if emoji:
         print(f"imvar: {EMOJI_NOTICE}", file=sys.stderr)
         if args.size[0] and args.size != EMOJI_SIZE:
@@ -59,7 +56,6 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
                 file=sys.stderr,
             )
     pipe = load_pipeline(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
-    args.out.mkdir(parents=True, exist_ok=True)
     if negative:
         shared["negative_image_embeds"] = negative.embed(pipe)
 
@@ -67,12 +63,12 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
     for row, sheet_row in zip(rows, sheet_rows, strict=True):
         pipe.set_progress_bar_config(desc=row.name)
         for cell, image, flagged in images_of(pipe, row.cells, shared, args.batch):
-            path, note = args.out / f"{cell.stem}.png", ", flagged" if flagged else ""
-            atomic_write(path, partial(image.save, format="PNG"))
+            note = ", flagged" if flagged else ""
+            path = outputs.save(f"{cell.stem}.png", partial(image.save, format="PNG"))
             sheet_row.variations.append((cell.caption + note, image))
             print(f"{path}{note} by the safety checker{FLAG_NOTES[args.on_flagged]}" if flagged else path)
 
-    atomic_write(sheet, partial(contact_sheet(sheet_rows, footer_of(args, pipe, rows)).save, format="PNG"))
+    sheet = outputs.save(SHEET, partial(contact_sheet(sheet_rows, footer_of(args, pipe, rows)).save, format="PNG"))
     print(sheet, "(the photos with their variations)")
     if pipe.safety_checker is None:
         print("imvar: this checkpoint has no safety checker; the images were not checked", file=sys.stderr)
@@ -119,24 +115,6 @@ def images_of(
             seeds = [cell.seed for cell in together]
             output = pipe(**condition(pipe), **(shared | own), num_images_per_prompt=len(seeds), seed=seeds)
             yield from zip(together, output.images, output.nsfw_content_detected or [False] * len(seeds), strict=True)
-
-
-def check_overwrites(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """Raise `InputError` if an output would overwrite an input, or has the name of a folder."""
-    sources = {os.path.realpath(path) for path in inputs}
-    for path in outputs:
-        if (is_photo := os.path.realpath(path) in sources) or path.is_dir():
-            got = "one of the photos" if is_photo else "a folder"
-            raise invalid(InputError, path, "an output file", got, "use another -o FOLDER")
-
-
-def check_folder(folder: Path) -> None:
-    """Raise `InputError` if the output folder cannot be created or written to."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise invalid(InputError, "-o", "a folder", f"{folder} (it, or one of its parents, is a file)")
-    if not os.access(existing, os.W_OK):
-        raise invalid(InputError, "-o", "a writable folder", f"{folder} (no permission to write in {existing})")
 
 
 def apply_defaults(args: argparse.Namespace, emoji: bool) -> None:

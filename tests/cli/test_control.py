@@ -26,7 +26,8 @@ def run(checkpoint, tmp_path):
 
     def run(*args):
         out = tmp_path / "out"
-        assert cli.main([*map(str, args), "--checkpoint", str(checkpoint), "-o", str(out), *COMMON]) == 0
+        options = "--checkpoint", checkpoint, "-o", out, "--overwrite", *COMMON
+        assert cli.main([str(arg) for arg in (*args, *options)]) == 0
         images = {path.name: np.asarray(Image.open(path)) for path in out.iterdir()}
         assert images.pop("contact-sheet.png").any()
         return images

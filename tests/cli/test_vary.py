@@ -1,6 +1,5 @@
 """`imvar vary` with a tiny checkpoint of random weights."""
 
-import errno
 import os
 import subprocess
 import sys
@@ -18,23 +17,6 @@ from imvar.cli.sources import unique_names
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, SheetRow, contact_sheet, fit_text, size_on_sheet
 from imvar.conversion import convert
 from imvar.image.load_image import load_image
-
-
-@pytest.fixture
-def photo(tmp_path):
-    path = tmp_path / "a photo.jpg"
-    Image.radial_gradient("L").convert("RGB").resize((90, 60)).save(path)
-    return path
-
-
-@pytest.fixture
-def run(checkpoint, tmp_path):
-    """Return a function that runs `imvar vary` with two steps in float32 and saves to tmp_path/out."""
-
-    def run(*args, out="out", common=("--steps", "2", "--dtype", "float32", "--device", "cpu")):
-        return cli.main(["vary", "--checkpoint", str(checkpoint), "-o", str(tmp_path / out), *common, *map(str, args)])
-
-    return run
 
 
 def pixels(path):
@@ -149,50 +131,6 @@ def test_photos_are_read_before_the_checkpoint(run, photo, tmp_path, capsys):
     assert run(photo, "--checkpoint", "/no/where") == 1
     assert "a photo.jpg" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_photo_is_never_overwritten(run, photo, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    for name in ("a photo-1.png", "contact-sheet.png"):
-        other = tmp_path / "out" / name
-        Image.new("RGB", (32, 32), "teal").save(other)
-        assert run(photo, other) == 1
-        assert f"{name}: expected an output file, got one of the photos" in capsys.readouterr().err
-        assert Image.open(other).size == (32, 32)
-
-
-def test_a_hard_link_to_a_photo_is_replaced_and_the_photo_kept(run, photo, tmp_path):
-    (tmp_path / "out").mkdir()
-    other = tmp_path / "out" / "a photo-0.png"
-    other.hardlink_to(photo)
-    before = photo.read_bytes()
-    assert run(photo, "-n", 1) == 0
-    assert photo.read_bytes() == before
-    assert Image.open(other).size == (128, 128)
-
-
-def test_a_failed_save_keeps_the_existing_file(run, photo, tmp_path, capsys, monkeypatch):
-    assert run(photo, "-n", 1) == 0
-    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-
-    def full(self, path, format):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    assert run(photo, "-n", 1, "--seed", 0, "--guidance", 1) == 1
-    assert "a photo-0.png: expected a writable path, got a full disk; nothing was changed" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
-
-
-def test_nothing_is_computed_if_nothing_can_be_written(run, photo, tmp_path, capsys, monkeypatch):
-    (tmp_path / "out" / "contact-sheet.png").mkdir(parents=True)
-    assert run(photo) == 1
-    assert "contact-sheet.png: expected an output file, got a folder" in capsys.readouterr().err
-    monkeypatch.setattr(render.os, "access", lambda path, mode: path != tmp_path)
-    assert run(photo, out="other/inner") == 1
-    assert f"no permission to write in {tmp_path}" in capsys.readouterr().err
-    assert not any(path.is_file() for path in tmp_path.rglob("*.png"))
 
 
 def test_out_of_memory(run, photo, capsys):
