@@ -108,5 +108,7 @@ def check_formats(formats: Any) -> list[str]:
         return [name for name in FORMATS if name in Image.OPEN]
     is_list = isinstance(formats, Sequence) and not isinstance(formats, str) and len(formats)
     if not is_list or not all(isinstance(name, str) and name in Image.OPEN for name in formats):
-        raise invalid(InputError, "formats", f"a list of Pillow formats such as {list(FORMATS[:3])}", short_repr(formats))
+        raise invalid(
+            InputError, "formats", f"a list of Pillow formats such as {list(FORMATS[:3])}", short_repr(formats)
+        )
     return list(formats)

@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image
 
 from ..checks import check_has_data
-from ..errors import InputError, InputTypeError, invalid, short_repr
+from ..errors import InputError, InputTypeError, invalid, short_repr, warn_user
 
 CHANNEL_COUNTS = (1, 3, 4)
 ACCEPTED = "a PIL image, an array or tensor of shape (h, w, 3) or (3, h, w), or a list of these"
@@ -59,6 +59,13 @@ def exif_orientation(image: Image.Image) -> int:
             return image.getexif().get(ExifTags.Base.Orientation, 1)
         except Exception:  # Pillow raises many kinds
             return 1
+
+
+def warn_about_orientation(name: str, image: Image.Image) -> None:
+    """Warn that an image's EXIF orientation is ignored, as in diffusers."""
+    if exif_orientation(image) in range(2, 9):
+        hint = "apply it with imvar.load_image or PIL.ImageOps.exif_transpose"
+        warn_user(f"{name}: its EXIF orientation is ignored; {hint}")
 
 
 def _renew_lock_after_fork() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checks import FLOAT_DTYPES, MAX_FLOAT, as_number, check_finite, check_float, check_has_data, check_int
 from ..embeddings import as_embeddings
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr, warn_user
-from ..image.read import exif_orientation
+from ..image.read import warn_about_orientation
 from ..models.regions import RegionLayout
 from ..noise import Generators, Seeds, check_generator, per_image_seeds, seed_generators
 from ..runtime.guidance import NO_GUIDANCE, scale_by_step
@@ -227,13 +227,6 @@ def check_images(image: Any) -> None:
             raise invalid(InputError, name, "one image", f"a batch of shape {tuple(element.shape)}", key="image")
     if isinstance(image, Tensor):
         check_normalized(image)
-
-
-def warn_about_orientation(name: str, image: Image) -> None:
-    """Warn that an image's EXIF orientation is ignored, as in diffusers."""
-    if exif_orientation(image) in range(2, 9):
-        hint = "apply it with imvar.load_image or PIL.ImageOps.exif_transpose"
-        warn_user(f"{name}: its EXIF orientation is ignored; {hint}")
 
 
 def check_size_and_interval(height: int, width: int, callback_steps: int, factor: int) -> None:

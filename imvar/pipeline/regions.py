@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL.Image import Image
 from torch import Tensor
 
-from ..checks import check_float, check_has_data
+from ..checks import check_float
 from ..embeddings import as_embeddings
 from ..errors import InputError, InputTypeError, describe, invalid, short_repr
+from ..image.mask import read_mask
 from ..models.regions import RegionLayout, Scale
 
-MASK_MODES = "1", "L", "P", "RGB"
+ACCEPTED_MASK = "a PIL image, or an array or tensor (h, w) with values in [0, 1]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,25 +63,11 @@ def as_scale(scale: Any) -> Scale:
 
 
 def as_mask(name: str, mask: Any) -> Tensor:
-    """Return a mask as float32 (h, w) on the CPU: 1 where a PIL image is white, or where a tensor or array is 1."""
-    if isinstance(mask, Image):
-        if mask.mode not in MASK_MODES:
-            hint = "convert it by mask.convert('L')"
-            raise invalid(InputError, name, f"an image of mode {', '.join(MASK_MODES)}", f"mode {mask.mode}", hint)
-        mask = np.asarray(mask.convert("L"), np.float32) / 255
-    if isinstance(mask, np.ndarray) and mask.dtype.kind in "buif":
-        mask = torch.from_numpy(np.array(mask, np.float32))
-    expected = "a PIL image, or a tensor or array (h, w) of numbers in [0, 1]"
-    if not isinstance(mask, Tensor):
-        raise invalid(InputTypeError, name, expected, describe(mask))
-    check_has_data(name, mask)
-    if mask.ndim != 2 or not mask.numel() or mask.is_complex():
-        raise invalid(InputError, name, expected, describe(mask))
-    mask = mask.detach().to("cpu", torch.float32, copy=True)
-    if not ((mask >= 0) & (mask <= 1)).all():  # NaN is neither
-        got = f"values from {mask.min():.4g} to {mask.max():.4g}"
-        raise invalid(InputError, name, expected, got)
-    return mask
+    """Return a copy of a mask as float32 (h, w) on the CPU: 1 where a PIL image is white."""
+    masks = read_mask(name, mask, accepted=ACCEPTED_MASK)
+    if len(masks) != 1:
+        raise invalid(InputError, name, ACCEPTED_MASK, describe(mask))
+    return masks[0, 0].to("cpu", copy=True)
 
 
 def as_regions(value: Any) -> list[Region]:

@@ -11,23 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..checks import check_float, check_has_data, check_type
+from ..checks import check_float, check_type
 from ..errors import InputError, InputTypeError, describe, invalid, warn_user
 from ..image import VaeImageProcessor
-from ..image.read import decode_pil, to_rgb
+from ..image.mask import ACCEPTED_MASK, read_mask
+from ..image.read import to_rgb, warn_about_orientation
 from ..noise import randn
-from .arguments import Call, check_latents, rename_argument, warn_about_orientation
+from .arguments import Call, check_latents, rename_argument
 from .components import config_value
 
 DEFAULT_STRENGTH, DEFAULT_INPAINTING_STRENGTH = 0.8, 1.0
-MASK_MODES = "1", "L", "LA", "P", "RGB", "RGBA"  # of PIL, those that are converted to L without a loss of range
-ACCEPTED_MASK = "a PIL image, an array (h, w) or a tensor (h, w) or (b, 1, h, w) with values in [0, 1], or a list"
 
 
 def check_start(call: Call, vae: Any, vae_scale_factor: int) -> None:
@@ -108,34 +106,14 @@ def repaint_mask(mask: Any, height: int, width: int) -> Tensor:
     """Return a mask, or several, as (k, 1, height, width), True where a value is 0.5 or more."""
     masks = list(mask) if isinstance(mask, (list, tuple)) else [mask]
     if not masks:
-        raise invalid(InputTypeError, "mask_image", ACCEPTED_MASK, f"an empty {type(mask).__name__}")
+        raise invalid(InputTypeError, "mask_image", f"{ACCEPTED_MASK}, or a list", f"an empty {type(mask).__name__}")
     names = [f"mask_image[{i}]" if len(masks) > 1 else "mask_image" for i in range(len(masks))]
     return torch.cat([masks_of_size(name, m, height, width) for name, m in zip(names, masks, strict=True)]) >= 0.5
 
 
 def masks_of_size(name: str, mask: Any, height: int, width: int) -> Tensor:
     """Return one element of a list of masks as (k, 1, height, width) in [0, 1]."""
-    if isinstance(mask, Image.Image):
-        warn_about_orientation(name, mask)
-        decode_pil(mask, name)
-        if mask.mode not in MASK_MODES:
-            got = f"mode {mask.mode}"
-            raise invalid(InputError, name, f"one of the modes {', '.join(MASK_MODES)}", got, "convert it to L")
-        mask = np.asarray(mask.resize((width, height), Image.Resampling.LANCZOS).convert("L")) / np.float32(255)
-    if isinstance(mask, np.ndarray) and mask.dtype.kind in "fiub":
-        mask = torch.from_numpy(np.ascontiguousarray(mask, dtype=np.float32))
-        mask = mask.movedim(-1, -3) if mask.ndim in (3, 4) and mask.shape[-1] == 1 else mask  # h w 1 -> 1 h w
-    elif not isinstance(mask, Tensor) or mask.is_complex():
-        raise invalid(InputTypeError, name, ACCEPTED_MASK, describe(mask))
-    check_has_data(name, mask)
-    x = mask.float()
-    x = x[None, None] if x.ndim == 2 else x[:, None] if x.ndim == 3 else x  # as in diffusers, (k, h, w) are k masks
-    if x.ndim != 4 or x.shape[1] != 1 or not x.numel():
-        raise invalid(InputError, name, ACCEPTED_MASK, describe(mask))
-    if not (x.min() >= 0 and x.max() <= 1):
-        got = f"{float(x.min()):.4g} to {float(x.max()):.4g}"
-        raise invalid(InputError, name, "values in [0, 1]", got, "1, or white, is repainted")
-    return F.interpolate(x, (height, width)).cpu()
+    return F.interpolate(read_mask(name, mask, (height, width)), (height, width)).cpu()
 
 
 def check_count(name: str, x: Tensor, call: Call) -> None:

@@ -309,6 +309,7 @@ def test_an_ignored_orientation_is_warned_about(pipe, photo, other, tmp_path):
 START = torch.zeros(1, 4, 16, 16)
 PIXELS = torch.zeros(3, 8, 8)
 MASK = torch.ones(4, 4)
+CLEAR = Image.new("RGBA", (4, 4))
 
 
 @pytest.mark.parametrize(
@@ -359,6 +360,7 @@ MASK = torch.ones(4, 4)
         ({"init_image": START, "mask_image": np.array(["a"])}, "mask_image: expected a PIL image"),
         ({"init_image": START, "mask_image": torch.ones(3, 1, 4, 4)}, "mask_image: expected one, or one for each of 1"),
         ({"init_image": START, "mask_image": Image.new("I;16", (8, 8))}, "mask_image: expected one of the modes"),
+        ({"init_image": START, "mask_image": CLEAR}, "mask_image: expected black and white, got transparent pixels"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused_by_name(pipe, photo, options, message):
