@@ -25,10 +25,8 @@ class SheetRow:
 
 def contact_sheet(rows: Sequence[SheetRow], footer: str) -> Image.Image:
     """Return the sheet as an RGB image; every row needs at least one variation."""
-    first = rows[0].variations[0][1]
-    width, height = size_on_sheet(first)
-    resampling = Image.Resampling.BICUBIC if width > first.width else Image.Resampling.LANCZOS
-    photos = [ImageOps.contain(row.photo, (3 * height // 2, height)) for row in rows]
+    width, height = size_on_sheet(rows[0].variations[0][1])
+    photos = [photo_on_sheet(row.photo, height) for row in rows]
     photo_width = max(photo.width for photo in photos)
     columns = max(len(row.variations) for row in rows)
     sheet_width = MARGIN + photo_width + GUTTER + columns * (width + GAP) - GAP + MARGIN
@@ -46,7 +44,7 @@ def contact_sheet(rows: Sequence[SheetRow], footer: str) -> Image.Image:
         place(photo, row.name, MARGIN + photo_width - photo.width, y, INK)
         for k, (caption, variation) in enumerate(row.variations):
             x = MARGIN + photo_width + GUTTER + k * (width + GAP)
-            place(variation.resize((width, height), resampling), caption, x, y, FAINT)
+            place(as_on_sheet(variation), caption, x, y, FAINT)
     x = MARGIN + photo_width + GUTTER // 2
     draw.line((x, MARGIN, x, sheet_height - MARGIN // 2 - 2 * CAPTION - GAP), RULE)
     footer = fit_text(footer, font, sheet_width - 2 * MARGIN)
@@ -59,6 +57,20 @@ def size_on_sheet(image: Image.Image) -> tuple[int, int]:
     if factor := SIDE // max(image.size):
         return image.width * factor, image.height * factor
     return ImageOps.contain(image, (SIDE, SIDE)).size
+
+
+def as_on_sheet(image: Image.Image) -> Image.Image:
+    """Return a variation in its size on the sheet; one in this size as it is."""
+    size = size_on_sheet(image)
+    resampling = Image.Resampling.BICUBIC if size > image.size else Image.Resampling.LANCZOS
+    return image if size == image.size else image.resize(size, resampling)
+
+
+def photo_on_sheet(photo: Image.Image, height: int = SIDE) -> Image.Image:
+    """Return a photo in the largest size that it has on a sheet whose variations are `height` pixels high."""
+    scale = min(3 * height / 2 / photo.width, height / photo.height)
+    width, height = (max(1, round(side * scale)) for side in photo.size)
+    return photo.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def fit_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -130,7 +130,7 @@ def load_image_embeds(path: str | Path) -> Tensor:
 def embeds_path(path: Any) -> Path:
     """Return the path of a file of embeddings."""
     path = as_path("path", path)
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise invalid(InputError, "path", "a path that ends in .safetensors", short_repr(str(path)))
     return real_path(path)
 

@@ -83,7 +83,10 @@ def axis_arg(text: str) -> tuple[str, list[Any]]:
             expected = f"{name}=LOW..HIGH of at most {MAX_AXIS} values"
             raise argparse.ArgumentTypeError(f"expected {expected}, got {short_repr(text)}")
         return name, list(range(low, high + 1))
-    return name, [parse(value) for value in values.split(",")]
+    parsed = [parse(value) for value in values.split(",")]
+    if len(set(parsed)) < len(parsed):
+        raise argparse.ArgumentTypeError(f"expected different values, got {short_repr(text)}")
+    return name, parsed
 
 
 def scheduler_arg(text: str) -> str:

@@ -23,7 +23,8 @@ def grid_rows(args: argparse.Namespace, sources: Sequence[InputImage]) -> list[R
     return [
         Row(
             f"{row_option} {of_row}",
-            source.thumbnail(),
+            str(source.path),
+            source.thumbnail,
             [
                 Cell(
                     f"{source.name}-{row_option}-{of_row}-{option}-{value}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 from ..embeddings import slerp
 from .render import make_images
@@ -27,4 +28,11 @@ def interpolate_rows(args: argparse.Namespace, sources: Sequence[InputImage]) ->
         Cell(f"{first.name}-to-{second.name}-{k + 1:0{digits}}", f"t = {t:.2f}", args.seed, between(t))
         for k, t in enumerate(k / (args.n - 1) for k in range(args.n))
     ]
-    return [Row(f"{first.name} to {second.name}, seed {args.seed}", side_by_side(sources), cells)]
+    return [
+        Row(
+            f"{first.name} to {second.name}, seed {args.seed}",
+            [str(first.path), str(second.path)],
+            partial(side_by_side, sources),
+            cells,
+        )
+    ]

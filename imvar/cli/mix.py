@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..embeddings import mix
@@ -26,4 +27,4 @@ def mix_rows(args: argparse.Namespace, sources: Sequence[InputImage]) -> list[Ro
     parts = zip(sources, args.weights, strict=True)
     caption = " + ".join(f"{weight:g} {source.name}" for source, weight in parts)
     cells = seed_cells(args, "+".join(source.name for source in sources), mixture)
-    return [Row(caption, side_by_side(sources), cells)]
+    return [Row(caption, [str(source.path) for source in sources], partial(side_by_side, sources), cells)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class OutputFolder:
         if overwrite:
             check_overwrites(inputs, [folder / name for name in names])
 
-    def save(self, name: str, write: Callable[[Path], Any]) -> Path:
+    def save_as(self, name: str, write: Callable[[Path], Any]) -> Path:
         """Let `write` write the file of this name, which is replaced whole or not at all; return its path."""
         if self.overwrite:
             path = self.folder / name
@@ -43,26 +44,31 @@ class OutputFolder:
     def claim(self, name: str) -> Path:
         """Create an empty file of this name, or of the next number that is free, and return its path.
 
-        It keeps the name from other processes. A number that gives the name of another file of this command is skipped.
+        It keeps the name from other processes.
         """
         with explain_os_error(self.folder / name):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for numbered in numbered_names(name):
-                path = self.folder / numbered
-                if os.path.lexists(path) or (numbered != name and numbered.casefold() in self.names):
-                    continue
-                try:
+            for path in self.free_paths(name):
+                with suppress(FileExistsError):  # created since
                     path.open("xb").close()
-                except FileExistsError:  # since the look above
-                    continue
-                return path
+                    return path
         raise AssertionError
 
+    def free_path(self, name: str) -> Path:
+        """Return the path that `save_as` writes to."""
+        return self.folder / name if self.overwrite else next(self.free_paths(name))
 
-def numbered_names(name: str) -> Iterator[str]:
+    def free_paths(self, name: str) -> Iterator[Path]:
+        """Yield the paths of this name and its numbers that do not exist, but for those of this command's files."""
+        for numbered in numbered_names(*os.path.splitext(name)):
+            is_own = numbered == name or numbered.casefold() not in self.names
+            if is_own and not os.path.lexists(path := self.folder / numbered):
+                yield path
+
+
+def numbered_names(stem: str, suffix: str = "") -> Iterator[str]:
     """Yield "fox-0.png", "fox-0-2.png", "fox-0-3.png" and so on."""
-    yield name
-    stem, suffix = os.path.splitext(name)
+    yield stem + suffix
     for k in count(2):
         yield f"{stem}-{k}{suffix}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from .choices import CHECKPOINT, DTYPES, EMOJI, EMOJI_STEPS, FLAG_NOTES, REVISIO
 from .command_parser import CommandParser
 from .completion import SHELLS, PrintCompletion
 
-PHOTO_HELP = "JPEG, PNG, WebP or an embedding in a .safetensors file"
+PHOTO_HELP = "an image file, or an embedding in a .safetensors file"
 OUTPUTS = (
     "Images are saved in FOLDER with a contact sheet of all, contact-sheet.png. Where a name exists, the new file is "
     "numbered: fox-0-2.png."
@@ -51,6 +52,19 @@ def command_parser() -> CommandParser:
     return top
 
 
+def check_combinations(args: argparse.Namespace) -> None:
+    """End with a usage error for options that need or exclude each other."""
+    given = vars(args)
+    varied = {args.rows[0], args.columns[0]} if "rows" in given else set()
+    if "init" in given and args.init is None:
+        needs = {"--strength": args.strength is not None or "strength" in varied, "--mask": args.mask is not None}
+        for name in (name for name, is_given in needs.items() if is_given):
+            args.usage_error(f"{name}: expected --init with it, got none")
+    photos = [*(given.get("photos") or ()), *(path for path, _ in given.get("weighted") or ())]
+    if [str(path) for path in (*photos, *map(given.get, ("negative", "init", "mask")))].count("-") > 1:
+        args.usage_error("-: expected standard input for one image, got it for several")
+
+
 def add_command(
     commands: Any, name: str, *, arguments: str = "[options]", example: str, epilog: str = "", **texts: str
 ) -> CommandParser:
@@ -74,7 +88,8 @@ def add_vary(commands: Any) -> None:
         f"Variation k of a photo has seed S + k and is saved as PHOTO-SEED.png. {OUTPUTS}",
     )
     add = command.add_argument_group("images").add_argument
-    add("photos", nargs="*", type=photo_arg, metavar="PHOTO", help=PHOTO_HELP)
+    photos = f"{PHOTO_HELP}; a folder, a pattern such as '*.jpg', or - for standard input"
+    add("photos", nargs="*", type=photo_arg, metavar="PHOTO", help=photos)
     add("-n", type=int_arg, default=4, metavar="N", help="variations of each photo (default: 4)")
     add_image_options(command, add)
 
@@ -162,6 +177,8 @@ def add_image_options(command: CommandParser, add: Callable[..., Any]) -> None:
     add = command.add_argument_group("output").add_argument
     add("-o", dest="out", type=folder_arg, default="variations", metavar="FOLDER", help="default: variations")
     add("--overwrite", action="store_true", help="replace existing files of the same names")
+    add("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add("--json", action="store_true", help="print an object for each image in place of its path")
 
     add = command.add_argument_group("checkpoint and hardware").add_argument
     checkpoint = f"a hub id, folder or file, or {EMOJI} (default: {CHECKPOINT})"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL.Image import Image
+from PIL import Image
 
+from ..contact_sheet import PAPER, SIDE, photo_on_sheet
 from ..errors import InputError, invalid
-from ..image.grid import make_image_grid
 from ..limits import MAX_SEED
 from .sources import InputImage
 
@@ -31,10 +31,11 @@ class Cell:
 
 @dataclass
 class Row:
-    """A row of the contact sheet: a photo or several, and the cells beside it."""
+    """A row of the contact sheet: a photo or several, read when the row is drawn, and the cells beside it."""
 
     name: str
-    photo: Image
+    source: str | list[str]  # the path of the photo, or of each
+    photo: Callable[[], Image.Image]
     cells: list[Cell]
 
 
@@ -46,8 +47,12 @@ def seed_cells(args: argparse.Namespace, name: str, condition: Condition) -> lis
     return [Cell(f"{name}-{seed}", f"seed {seed}", seed, condition) for seed in seeds]
 
 
-def side_by_side(sources: Sequence[InputImage]) -> Image:
-    """Return the photos of several sources as one image."""
-    height = max(source.thumbnail().height for source in sources)
-    photos = [source.thumbnail() for source in sources]
-    return make_image_grid([photo.resize((height, height)) for photo in photos], rows=1, cols=len(photos))
+def side_by_side(sources: Sequence[InputImage]) -> Image.Image:
+    """Return the photos of several sources as one image, in their proportions."""
+    photos = [photo_on_sheet(source.thumbnail()) for source in sources]
+    strip = Image.new("RGB", (sum(photo.width for photo in photos), SIDE), PAPER)
+    x = 0
+    for photo in photos:
+        strip.paste(photo, (x, (SIDE - photo.height) // 2))
+        x += photo.width
+    return strip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,37 +12,62 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..contact_sheet import FAINT, PAPER
+from ..contact_sheet import FAINT, PAPER, photo_on_sheet
 from ..embeddings import load_image_embeds
-from ..errors import CheckpointError, describe, invalid
-from ..image.load_image import load_image
+from ..errors import CheckpointError, InputError, describe, invalid
+from ..image.load_image import load_image, open_image
+from ..image.mask import check_opaque
+from .outputs import numbered_names
+from .photos import STDIN
 
+STDIN_NAME = "standard input"
 CARD = 128  # pixels, the side of what stands for an embedding on the contact sheet
 
 
 @dataclass
 class InputImage:
-    """A photo or an embedding (1, 1, c), with the name of its outputs."""
+    """A photo or an embedding (1, 1, c), with the name of its outputs. A photo is read again whenever it is needed."""
 
     path: Path
     name: str
-    photo: Image.Image | None
-    embeds: Tensor | None
+    embeds: Tensor | None = None
+    data: bytes | None = None  # of a photo on standard input
+
+    @property
+    def title(self) -> str:
+        """The name of the file."""
+        return self.path.name if self.data is None else STDIN_NAME
+
+    @property
+    def is_embedding(self) -> bool:
+        return is_embedding(self.path)
+
+    def photo(self) -> Image.Image:
+        """Return the photo."""
+        return load_image(self.openable())
+
+    def openable(self) -> Path | io.BytesIO:
+        """Return the path, or the bytes of standard input as a file."""
+        if self.data is None:
+            return self.path
+        file = io.BytesIO(self.data)
+        file.name = STDIN_NAME  # in errors
+        return file
 
     def embed(self, pipe: Any) -> Tensor:
         """Return the embedding, (1, 1, c), computed once."""
-        embeds = pipe.encode_image(self.photo) if self.embeds is None else self.embeds
+        embeds = pipe.encode_image(self.photo()) if self.embeds is None else self.embeds
         self.embeds = embeds
         return embeds
 
     def call_arguments(self, pipe: Any) -> dict[str, Any]:
         """Return the argument of a call that selects this source."""
-        return {"image_embeds": self.embed(pipe)} if self.photo is None else {"image": self.photo}
+        return {"image_embeds": self.embed(pipe)} if self.is_embedding else {"image": self.photo()}
 
     def thumbnail(self) -> Image.Image:
-        """Return the photo, or a card that stands for an embedding."""
-        if self.photo is not None:
-            return self.photo
+        """Return the photo as on the contact sheet, or a card that stands for an embedding."""
+        if not self.is_embedding:
+            return photo_on_sheet(self.photo())
         card = Image.new("RGB", (CARD, CARD), PAPER)
         draw = ImageDraw.Draw(card)
         draw.rectangle((0, 0, CARD - 1, CARD - 1), outline=FAINT)
@@ -48,27 +75,51 @@ class InputImage:
         return card
 
 
+def is_embedding(path: Path) -> bool:
+    """Return whether a file contains an embedding, by its suffix."""
+    return path.suffix.lower() == ".safetensors"
+
+
 def read_sources(paths: Sequence[Path]) -> list[InputImage]:
     """Return the sources in these files: an embedding if the name ends in .safetensors, else a photo."""
-    return [read_source(path, name) for path, name in zip(paths, unique_names([p.stem for p in paths]), strict=True)]
+    names = unique_names(["stdin" if path == STDIN else path.stem for path in paths])
+    return [read_source(path, name) for path, name in zip(paths, names, strict=True)]
 
 
 def read_source(path: Path, name: str) -> InputImage:
-    """Return the source in a file. Raises `InputError` or `CheckpointError`."""
-    if path.suffix != ".safetensors":
-        return InputImage(path, name, load_image(path), None)
+    """Return the source in a file, which is read whole to check it. Raises `InputError` or `CheckpointError`."""
+    if not is_embedding(path):
+        source = InputImage(path, name, data=read_stdin() if path == STDIN else None)
+        source.photo()
+        return source
     embeds = load_image_embeds(path)
     if len(embeds) != 1:
         raise invalid(CheckpointError, path, "one embedding (1, 1, c)", describe(embeds))
-    return InputImage(path, name, None, embeds)
+    return InputImage(path, name, embeds)
+
+
+def read_photo(option: str, path: Path, is_mask: bool = False) -> Image.Image:
+    """Return the image of an option that takes no embedding; of a mask, without transparency."""
+    if is_embedding(path):
+        raise invalid(InputError, option, "an image", f"{path}, an embedding", "only --negative and PHOTO take those")
+    source = read_source(path, option)
+    if is_mask:
+        with open_image(source.openable()) as (file, name):
+            check_opaque(name, file)
+    return source.photo()
+
+
+def read_stdin() -> bytes:
+    """Return the bytes of standard input."""
+    if sys.stdin.isatty():
+        raise invalid(InputError, STDIN, "an image on standard input", "a terminal", "as in: imvar vary - < fox.png")
+    return sys.stdin.buffer.read()
 
 
 def unique_names(stems: Sequence[str]) -> list[str]:
     """Return the names, numbered where they repeat; case does not distinguish them, as on some file systems."""
-    names: list[str] = []
+    names: dict[str, str] = {}
     for stem in stems:
-        name, k = stem, 2
-        while name.casefold() in map(str.casefold, names):
-            name, k = f"{stem}-{k}", k + 1
-        names.append(name)
-    return names
+        name = next(name for name in numbered_names(stem) if name.casefold() not in names)
+        names[name.casefold()] = name
+    return list(names.values())

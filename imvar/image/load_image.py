@@ -6,7 +6,8 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,16 +38,26 @@ def load_image(image: str | Path | bytes | BinaryIO, formats: Sequence[str] = FO
     `InputError` for a file that cannot be read, or has more than twice `PIL.Image.MAX_IMAGE_PIXELS`, which is found
     before it is decoded.
     """
+    with open_image(image, formats) as (file, name):
+        check_tiles(file, name)
+        if getattr(file, "is_animated", False) and file.format != "MPO":  # whose others belong to the one photo
+            warn_user(f"{name}: of several frames or pages only the first is used")
+        return note_file(to_rgb(ImageOps.exif_transpose(file), name), image)
+
+
+@contextmanager
+def open_image(image: Any, formats: Sequence[str] = FORMATS) -> Iterator[tuple[Image.Image, str]]:
+    """Open an image file without decoding it, and yield it with its name in errors.
+
+    Exceptions in the block are taken for those of decoding it, and become `InputError`.
+    """
     name = str(image) if isinstance(image, (str, Path)) else short_repr(getattr(image, "name", image))
     formats = check_formats(formats)
     expected = f"a {' or '.join(', '.join(formats).rsplit(', ', 1))} file"
     openable = to_openable(image)
     try:
         with Image.open(openable, formats=formats) as file:
-            check_tiles(file, name)
-            if getattr(file, "is_animated", False) and file.format != "MPO":  # whose others belong to the one photo
-                warn_user(f"{name}: of several frames or pages only the first is used")
-            return note_file(to_rgb(ImageOps.exif_transpose(file), name), image)
+            yield file, name
     except InputError:
         raise
     except UnidentifiedImageError as error:

@@ -36,7 +36,7 @@ def test_overwrite_replaces_files_and_the_sheet(run, photo, tmp_path):
 
 
 def save(folder, name, text):
-    return folder.save(name, lambda path: path.write_text(text)).name
+    return folder.save_as(name, lambda path: path.write_text(text)).name
 
 
 def test_a_number_never_gives_the_name_of_another_file_of_the_command(tmp_path):
