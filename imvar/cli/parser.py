@@ -147,6 +147,20 @@ def add_grid(commands: Any) -> None:
     add_image_options(command, add)
 
 
+def add_info(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "info",
+        help="print how an image was made",
+        description="Print how images were made, by the records in their files, and the commands that make them again.",
+        arguments="FILE ... [options]",
+        example="imvar info fox-0.png",
+    )
+    add = command.add_argument
+    add("files", nargs="+", type=photo_arg, metavar="FILE", help="an image that imvar made: PNG, WebP or JPEG")
+    add("--json", action="store_true", help="print a JSON object for each file, on a line")
+
+
 def add_env(commands: Any) -> None:
     command = add_command(
         commands,
@@ -195,6 +209,7 @@ ADD_COMMANDS = (
     add_mix,
     add_interpolate,
     add_grid,
+    add_info,
     add_env,
 )
 """In the order of `imvar --help`."""

@@ -34,9 +34,9 @@ UNICODE = b"UNICODE\0"  # how EXIF says that UserComment is UTF-16
 READABLE = "a PNG, JPEG or WebP file with a record of imvar"
 
 
-def save_image(image: Image.Image, path: Path, record: dict[str, Any] | None = None, format: str = "png") -> None:
+def save_image(image: Image.Image, path: str | Path, record: dict[str, Any] | None = None, format: str = "png") -> None:
     """Write an image to a file, atomically, as `write_image` does."""
-    atomic_write(path, partial(write_image, image, record=record, format=format))
+    atomic_write(Path(path), partial(write_image, image, record=record, format=format))
 
 
 def write_image(image: Image.Image, path: Path, record: dict[str, Any] | None = None, format: str = "png") -> None:
@@ -50,14 +50,12 @@ def write_image(image: Image.Image, path: Path, record: dict[str, Any] | None = 
     pillow_format, options = FORMATS[format]
     if record is not None:
         text = json.dumps(record, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-        option, value = ("pnginfo", png_text) if format == "png" else ("exif", exif_text)
-        options = options | {option: value(parameters_of(record), text)}
         if len(text) > MAX_LENGTH:
             raise invalid(InputError, "record", f"at most {MAX_LENGTH} characters", str(len(text)))
-        if len(options.get("exif", b"")) > MAX_EXIF:
-            raise invalid(
-                InputError, "record", f"at most {MAX_EXIF} bytes of EXIF", str(len(options["exif"])), "use PNG"
-            )
+        if format == "png":
+            options = options | {"pnginfo": png_text(parameters_of(record), text)}
+        else:
+            options = options | {"exif": exif_text(parameters_of(record), text)}
     image.save(path, format=pillow_format, **options)
 
 
@@ -119,4 +117,6 @@ def exif_text(parameters: str, text: str) -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = PREFIX + text
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = UNICODE + parameters.encode("utf-16-be")
-    return exif.tobytes()
+    if len(data := exif.tobytes()) > MAX_EXIF:
+        raise invalid(InputError, "record", f"at most {MAX_EXIF} bytes of EXIF", str(len(data)), "use PNG")
+    return data

@@ -12,15 +12,15 @@ MAX_DEPTH = 16  # levels of lists and dictionaries
 MAX_INPUTS = 4096
 MAX_IMAGES = 2**16  # of one call
 
-ANY, TEXT, INTEGER, FLAG = "any value", "text", "an integer", "true or false"
-OPTIONAL_TEXT, OPTIONAL_INTEGER, OPTIONAL_NUMBER = "text or null", "an integer or null", "a finite number or null"
+ANY, TEXT, INTEGER, NUMBER, FLAG = "any value", "text", "an integer", "a number", "true or false"
+OPTIONAL_TEXT, OPTIONAL_INTEGER = "text or null", "an integer or null"
 KINDS: dict[str, tuple[type, ...]] = {
     TEXT: (str,),
     INTEGER: (int,),
+    NUMBER: (int, float),
     FLAG: (bool,),
     OPTIONAL_TEXT: (str, type(None)),
     OPTIONAL_INTEGER: (int, type(None)),
-    OPTIONAL_NUMBER: (int, float, type(None)),
 }
 SCHEMA: dict[str, Any] = {
     "format": INTEGER,
@@ -37,6 +37,8 @@ SCHEMA: dict[str, Any] = {
     "reasons": [TEXT],
 }
 """The entries that every record has. Others are allowed beside them."""
+OPTIONAL = {"embedding": {"how": TEXT, "weights": [NUMBER]}}
+"""Those that some have: how the embedding was made of those of the photos."""
 
 
 def check_record(record: Any, path: str | Path) -> None:
@@ -47,7 +49,7 @@ def check_record(record: Any, path: str | Path) -> None:
         hint = "another version of imvar wrote it"
         raise invalid(InputError, path, f"a record of format {FORMAT}", short_repr(record["format"]), hint)
     check_depth(record, path)
-    check_entry(record, SCHEMA, "", path)
+    check_entry(record, SCHEMA | {name: entry for name, entry in OPTIONAL.items() if name in record}, "", path)
     call = record["call"]
     if not (0 <= call["row"] < call["rows"] and 0 <= call["image"] < call["images"] <= call["rows"] <= MAX_IMAGES):
         raise invalid(InputError, path, "a row and an image within those of its call", short_repr(call))
