@@ -1,4 +1,4 @@
-"""The code in the README and in docs/ runs, on a tiny checkpoint instead of the published one, and paths in it exist."""
+"""The code in the README and in docs/ runs, on a tiny checkpoint in place of the published one, and paths exist."""
 
 import re
 import shutil
