@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,11 +51,11 @@ def real_path(path: Path) -> Path:
         raise invalid(CheckpointError, path, "an existing working directory", got, "pass an absolute path") from error
 
 
-def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
+def atomic_write(path: Path, write: Callable[[Path], T], place: Callable[[Path, Path], object] | None = None) -> T:
     """Let `write` fill a temporary file next to `path`, then rename it to `path`; return the result of `write`.
 
     The previous file stays intact for programs that have it open or mapped into memory, as loaded weights are. The
-    new file has its permissions.
+    new file has its permissions. `place`: a function of both paths that renames the file instead.
     """
     temporary = path.with_name(f".{path.name[:50]}.{os.urandom(8).hex()}.tmp")
     with explain_os_error(path):
@@ -65,11 +65,46 @@ def atomic_write(path: Path, write: Callable[[Path], T]) -> T:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
             result = write(temporary)
             sync(temporary)
-            replace_file(temporary, path)
+            (place or replace_file)(temporary, path)
         finally:
             with suppress(OSError):
                 temporary.unlink()
     return result
+
+
+def write_new(path: Path, write: Callable[[Path], object], is_reserved: Callable[[str], bool] | None = None) -> Path:
+    """Write a file as `atomic_write` does, but never over another one; return its path.
+
+    If the path exists, the name is numbered: fox.png, then fox-2.png. `is_reserved`: whether a numbered name is skipped
+    although it does not exist.
+    """
+    placed = path
+
+    def move_to_unused(new: Path, path: Path) -> None:
+        nonlocal placed
+        for placed in unused_paths(path, is_reserved):
+            with suppress(FileExistsError):  # created in the meantime
+                placed.touch(exist_ok=False)  # an empty file, which keeps the name from other processes
+                replace_file(new, placed)
+                return
+
+    atomic_write(path, write, move_to_unused)
+    return placed
+
+
+def unused_paths(path: Path, is_reserved: Callable[[str], bool] | None = None) -> Iterator[Path]:
+    """Yield the paths that do not exist of those with this name and numbers after it."""
+    for name in numbered_names(path.stem, path.suffix):
+        numbered = path.with_name(name)
+        if not os.path.lexists(numbered) and (numbered == path or not (is_reserved and is_reserved(name))):
+            yield numbered
+
+
+def numbered_names(stem: str, suffix: str = "") -> Iterator[str]:
+    """Yield "fox.png", "fox-2.png", "fox-3.png" and so on."""
+    yield stem + suffix
+    for k in count(2):
+        yield f"{stem}-{k}{suffix}"
 
 
 def replace_file(new: Path, path: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from itertools import count
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic.file import atomic_write, explain_os_error
+from ..atomic.file import atomic_write, unused_paths, write_new
 from ..errors import InputError, invalid
 
 
@@ -28,49 +26,21 @@ class OutputFolder:
             check_overwrites(inputs, [folder / name for name in names])
 
     def save_as(self, name: str, write: Callable[[Path], Any]) -> Path:
-        """Let `write` write the file of this name, which is replaced whole or not at all; return its path."""
-        if self.overwrite:
-            path = self.folder / name
-            atomic_write(path, write)
-            return path
-        path = self.claim(name)
-        try:
-            atomic_write(path, write)
-        except BaseException:
-            path.unlink(missing_ok=True)  # the claim
-            raise
+        """Let `write` write the file of this name, which appears whole or not at all; return its path."""
+        path = self.folder / name
+        if not self.overwrite:
+            return write_new(path, write, self.is_reserved)
+        atomic_write(path, write)
         return path
-
-    def claim(self, name: str) -> Path:
-        """Create an empty file of this name, or of the next number that is free, and return its path.
-
-        It keeps the name from other processes.
-        """
-        with explain_os_error(self.folder / name):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.free_paths(name):
-                with suppress(FileExistsError):  # created since
-                    path.open("xb").close()
-                    return path
-        raise AssertionError
 
     def free_path(self, name: str) -> Path:
         """Return the path that `save_as` writes to."""
-        return self.folder / name if self.overwrite else next(self.free_paths(name))
+        path = self.folder / name
+        return path if self.overwrite else next(unused_paths(path, self.is_reserved))
 
-    def free_paths(self, name: str) -> Iterator[Path]:
-        """Yield the paths of this name and its numbers that do not exist, but for those of this command's files."""
-        for numbered in numbered_names(*os.path.splitext(name)):
-            is_own = numbered == name or numbered.casefold() not in self.names
-            if is_own and not os.path.lexists(path := self.folder / numbered):
-                yield path
-
-
-def numbered_names(stem: str, suffix: str = "") -> Iterator[str]:
-    """Yield "fox-0.png", "fox-0-2.png", "fox-0-3.png" and so on."""
-    yield stem + suffix
-    for k in count(2):
-        yield f"{stem}-{k}{suffix}"
+    def is_reserved(self, name: str) -> bool:
+        """Return whether a number makes a name that of another file of the command."""
+        return name.casefold() in self.names
 
 
 def check_overwrites(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:

@@ -60,6 +60,8 @@ def check_combinations(args: argparse.Namespace) -> None:
         needs = {"--strength": args.strength is not None or "strength" in varied, "--mask": args.mask is not None}
         for name in (name for name, is_given in needs.items() if is_given):
             args.usage_error(f"{name}: expected --init with it, got none")
+    if given.get("overwrite") and given.get("skip_existing"):
+        args.usage_error("--skip-existing: expected no --overwrite with it, got both")
     photos = [*(given.get("photos") or ()), *(path for path, _ in given.get("weighted") or ())]
     if [str(path) for path in (*photos, *map(given.get, ("negative", "init", "mask")))].count("-") > 1:
         args.usage_error("-: expected standard input for one image, got it for several")
@@ -191,6 +193,7 @@ def add_image_options(command: CommandParser, add: Callable[..., Any]) -> None:
     add = command.add_argument_group("output").add_argument
     add("-o", dest="out", type=folder_arg, default="variations", metavar="FOLDER", help="default: variations")
     add("--overwrite", action="store_true", help="replace existing files of the same names")
+    add("--skip-existing", action="store_true", help="keep existing images, if they are those of this command")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add("--json", action="store_true", help="print an object for each image in place of its path")
 

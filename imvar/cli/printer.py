@@ -60,15 +60,23 @@ class Printer:
         if not self.quiet:
             print_above_bars(f"imvar: {text}", sys.stderr)
 
-    def image(self, path: Path, flagged: bool | None, note: str, details: dict[str, Any]) -> None:
-        """Print the path of a saved image, or an object of it with `details`."""
+    def image(self, path: Path, note: str, details: dict[str, Any]) -> None:
+        """Print the path of a saved image, with a note if it is flagged, or an object of it with `details`."""
         self.done += 1
         if self.whole is not None:
             self.whole.set_description_str(f"{self.done}/{self.images}")
         if self.as_json:
-            print_above_bars(json.dumps({"path": str(path), "flagged": flagged} | details), sys.stdout)
+            print_above_bars(json.dumps({"path": str(path)} | details | {"kept": False}), sys.stdout)
         elif not self.quiet:
-            print_above_bars(f"{path}, flagged by the safety checker{note}" if flagged else str(path), sys.stdout)
+            text = f"{path}, flagged by the safety checker{note}" if details["flagged"] else str(path)
+            print_above_bars(text, sys.stdout)
+
+    def existing_image(self, path: Path, details: dict[str, Any]) -> None:
+        """Print the path of an image that is kept."""
+        if self.as_json:
+            print_above_bars(json.dumps({"path": str(path)} | details | {"kept": True}), sys.stdout)
+        elif not self.quiet:
+            print_above_bars(f"{path}, kept", sys.stdout)
 
     def sheet(self, path: Path) -> None:
         """Print the path of a saved contact sheet."""

@@ -1,21 +1,19 @@
-"""Make the images of a command, save and printer them, and save the contact sheet."""
+"""Prepare a command that makes images: read and check its inputs, load the checkpoint, lay out its sheets."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..contact_sheet import SheetRow, as_on_sheet, contact_sheet
 from ..weights.bundled import bundled_examples
-from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, set_scheduler
-from .choices import CHECKPOINT, EMOJI, EMOJI_STEPS, FLAG_NOTES, STEPS
+from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype
+from .choices import CHECKPOINT, EMOJI, EMOJI_STEPS, STEPS
 from .outputs import OutputFolder
 from .printer import Printer
-from .rows import Cell, Row
+from .renderer import Renderer, file_name
+from .rows import Row
 from .sources import InputImage, read_photo, read_source, read_sources
 
 EMOJI_NOTICE = (
@@ -28,9 +26,6 @@ EMOJI_SIZE = (64, 64)
 EMOJI_SIZE_NOTICE = (
     f"{EMOJI} was trained at 64x64 pixels; at other sizes its images rarely show an object, and larger ones take longer"
 )
-ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "rescale": "guidance_rescale"}
-"""Options of the command line whose arguments of the pipeline have other names."""
-
 
 RowsOf = Callable[[argparse.Namespace, Sequence[InputImage]], list[Row]]
 
@@ -48,9 +43,9 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
         rows = rows_of(args, sources)
         pages = [rows[i : i + SHEET_ROWS] for i in range(0, len(rows), SHEET_ROWS)]
         sheets = sheet_names(len(pages))
-        cells = [cell for row in rows for cell in row.cells]
+        names = [*sheets, *(file_name(cell) for row in rows for cell in row.cells)]
         inputs = [*args.photos, *(path for path in (args.negative, args.init, args.mask) if path)]
-        outputs = OutputFolder(args.out, [*sheets, *map(file_name, cells)], args.overwrite, inputs)
+        outputs = OutputFolder(args.out, names, args.overwrite, inputs)
         if emoji:
             printer.note(EMOJI_NOTICE)
             if args.size[0] and args.size != EMOJI_SIZE:
@@ -58,46 +53,15 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
         pipe = load_pipeline(args.checkpoint, args.revision, args.scheduler, dtype).to(device)
         if negative:
             shared["negative_image_embeds"] = negative.embed(pipe)
-        printer.expect(len(cells), sum(len(batches_of(row.cells, args.batch)) for row in rows))
+        renderer = Renderer(args, pipe, shared, outputs, printer)
+        if args.skip_existing:
+            renderer.find_existing(rows)
+        renderer.announce(rows)
         footer = footer_of(args, pipe, rows)
         for name, page in zip(sheets, pages, strict=True):
-            sheet_rows = [make_row(row, pipe, shared, outputs, printer, args, name) for row in page]
-            printer.sheet(outputs.save_as(name, partial(contact_sheet(sheet_rows, footer).save, format="PNG")))
+            renderer.make_page(name, page, footer)
         if pipe.safety_checker is None:
             printer.note("this checkpoint has no safety checker; the images were not checked")
-
-
-def make_row(
-    row: Row,
-    pipe: Any,
-    shared: dict[str, Any],
-    outputs: OutputFolder,
-    printer: Printer,
-    args: argparse.Namespace,
-    sheet: str,
-) -> SheetRow:
-    """Make and save the images of a row, and return the row of the contact sheet."""
-    sheet_row = SheetRow(row.name, row.photo())
-    for cells in batches_of(row.cells, args.batch):
-        pipe.progress_bar = partial(printer.call_bar, row.name, len(cells))
-        output = variations_of(pipe, cells, shared)
-        for k, (cell, image) in enumerate(zip(cells, output.images, strict=True)):
-            flagged = output.nsfw_content_detected[k] if output.nsfw_content_detected else None
-            path = outputs.save_as(file_name(cell), partial(image.save, format="PNG"))
-            sheet_row.variations.append((cell.caption + (", flagged" if flagged else ""), as_on_sheet(image)))
-            details = {
-                "seed": cell.seed,
-                "source": row.source,
-                "scores": output.scores[k] if output.scores else None,
-                "sheet": str(outputs.free_path(sheet)),
-            }
-            printer.image(path, flagged, FLAG_NOTES[args.on_flagged], details)
-    return sheet_row
-
-
-def file_name(cell: Cell) -> str:
-    """Return the name of the file of a cell."""
-    return f"{cell.stem}.png"
 
 
 def sheet_names(pages: int) -> list[str]:
@@ -130,22 +94,6 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.mask:
         options |= {"mask_image": read_photo("--mask", args.mask, is_mask=True), "paste": True}
     return options
-
-
-def batches_of(cells: Sequence[Cell], batch: int) -> list[list[Cell]]:
-    """Return the cells that are computed together: those that differ by seed, up to `batch` at a time."""
-    groups = [list(group) for _, group in groupby(cells, key=lambda cell: (cell.condition, cell.options))]
-    return [group[i : i + batch] for group in groups for i in range(0, len(group), batch)]
-
-
-def variations_of(pipe: Any, cells: Sequence[Cell], shared: dict[str, Any]) -> Any:
-    """Return the output of a call that makes the images of cells that differ by seed."""
-    condition, options = cells[0].condition, cells[0].options
-    if scheduler := options.get("scheduler"):
-        set_scheduler(pipe, scheduler)
-    own = {ARGUMENTS.get(name, name): value for name, value in options.items() if name != "scheduler"}
-    seeds = [cell.seed for cell in cells]
-    return pipe(**condition(pipe), **(shared | own), num_images_per_prompt=len(seeds), seed=seeds)
 
 
 def apply_defaults(args: argparse.Namespace, emoji: bool) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..atomic.file import numbered_names
 from ..contact_sheet import FAINT, PAPER, photo_on_sheet
 from ..embeddings import load_image_embeds
 from ..errors import CheckpointError, InputError, describe, invalid
 from ..image.load_image import load_image, open_image
 from ..image.mask import check_opaque
-from .outputs import numbered_names
 from .photos import STDIN
 
 STDIN_NAME = "standard input"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
@@ -12,12 +11,12 @@ import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
-from ..atomic.file import explain_os_error
+from ..atomic.file import atomic_write, write_new
 from ..checks import as_path, check_type
 from ..errors import InputError, describe, invalid
 from ..image import numpy_to_pil
 from ..outputs import Output
-from ..records.files import FORMATS, save_image
+from ..records.files import FORMATS, write_image
 from ..records.record import Record
 from .arguments import check_option
 from .records import CallRecords
@@ -77,9 +76,10 @@ class StableDiffusionPipelineOutput(Output, Generic[ImagesT]):
         paths = []
         for i, (image, record) in enumerate(zip(images, records, strict=True)):
             path = folder / f"{stem_of(record, i)}.{format}"
-            with nullcontext(path) if overwrite else unused_path(path) as new:
-                save_image(image, new, record if metadata else None, format)
-            paths.append(new)
+            write = partial(write_image, image, record=record if metadata else None, format=format)
+            if overwrite:
+                atomic_write(path, write)
+            paths.append(path if overwrite else write_new(path, write))
         return paths
 
 
@@ -103,21 +103,3 @@ def stem_of(record: Record | None, index: int) -> str:
     ]
     seed = record["seed"] if record else None
     return f"{'+'.join(dict.fromkeys(names)) or 'image'}-{index if seed is None else seed}"
-
-
-@contextmanager
-def unused_path(path: Path) -> Iterator[Path]:
-    """Yield a path for a new file, numbered on if there is a file of this name, and held by an empty file meanwhile."""
-    claimed, number = path, 2
-    with explain_os_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            with suppress(FileExistsError):
-                claimed.touch(exist_ok=False)
-                break
-            claimed, number = path.with_name(f"{path.stem}-{number}{path.suffix}"), number + 1
-    try:
-        yield claimed
-    except BaseException:
-        claimed.unlink(missing_ok=True)
-        raise

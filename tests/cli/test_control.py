@@ -7,7 +7,7 @@ from PIL import Image
 
 import imvar
 from imvar import cli
-from imvar.cli import render
+from imvar.cli import renderer
 
 COMMON = "--steps", "2", "--dtype", "float32", "--device", "cpu"
 
@@ -163,7 +163,7 @@ def test_strength_without_an_init_image_is_refused(checkpoint, photos, tmp_path,
 def test_the_footer_names_what_all_images_share(checkpoint, photos, tmp_path, monkeypatch):
     footers = []
     monkeypatch.setattr(
-        render, "contact_sheet", lambda rows, footer: footers.append(footer) or Image.new("RGB", (8, 8))
+        renderer, "contact_sheet", lambda rows, footer: footers.append(footer) or Image.new("RGB", (8, 8))
     )
     for axes in ["steps=1,2", "guidance=1,2"], ["seed=0,1", "scheduler=ddim,lms"]:
         args = ["grid", photos[0], "--rows", axes[0], "--columns", axes[1], "--checkpoint", checkpoint]

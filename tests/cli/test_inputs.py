@@ -35,14 +35,18 @@ def photos(tmp_path):
 def without_model(monkeypatch):
     """Replace the pipeline by one that makes grey images at once."""
 
-    def make(pipe, cells, shared):
-        assert cells[0].condition(pipe)["image"].size == (32, 32)
-        images = [Image.new("RGB", (64, 64), "grey")] * len(cells)
-        return SimpleNamespace(images=images, nsfw_content_detected=None, scores=None)
+    class Pipe:
+        scheduler, safety_checker = None, object()
 
-    pipe = SimpleNamespace(scheduler=None, safety_checker=object(), to=lambda device: pipe)
-    monkeypatch.setattr(render, "load_pipeline", lambda *_: pipe)
-    monkeypatch.setattr(render, "variations_of", make)
+        def to(self, device):
+            return self
+
+        def __call__(self, image, num_images_per_prompt, **options):
+            assert image.size == (32, 32)
+            images = [Image.new("RGB", (64, 64), "grey")] * num_images_per_prompt
+            return SimpleNamespace(images=images, nsfw_content_detected=None, scores=None, records=[None])
+
+    monkeypatch.setattr(render, "load_pipeline", lambda *_: Pipe())
 
 
 def names(paths):

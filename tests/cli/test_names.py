@@ -1,11 +1,14 @@
-"""The names of saved files: existing ones are numbered past, or replaced with --overwrite."""
+"""The names of saved files: existing ones are numbered past, replaced with --overwrite or kept with --skip-existing."""
 
 import errno
+import json
+import os
 
 import pytest
 from PIL import Image
 
-from imvar import InputError
+import imvar
+from imvar import InputError, cli
 from imvar.cli import outputs
 from imvar.cli.outputs import OutputFolder
 
@@ -53,7 +56,7 @@ def test_a_number_never_gives_the_name_of_another_file_of_the_command(tmp_path):
 
 def test_a_name_that_another_process_takes_in_the_meantime(tmp_path, monkeypatch):
     (tmp_path / "fox-0.png").write_text("kept")
-    monkeypatch.setattr(outputs.os.path, "lexists", lambda path: False)
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
     assert save(OutputFolder(tmp_path, ["fox-0.png"], False, []), "fox-0.png", "new") == "fox-0-2.png"
     assert (tmp_path / "fox-0.png").read_text() == "kept"
 
@@ -63,7 +66,7 @@ def test_a_failed_save_keeps_the_existing_files(run, photo, tmp_path, capsys, mo
     assert run(photo, "-n", 1) == 0
     before = contents(tmp_path / "out")
 
-    def full(self, path, format):
+    def full(self, path, **_):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -107,3 +110,75 @@ def test_the_folder_is_checked(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"-o: expected a folder, got .*file"):
         OutputFolder(tmp_path / "file" / "inner", [], False, [])
+
+
+# ---- --skip-existing
+
+
+def test_a_resumed_command_gives_the_files_of_an_uninterrupted_one(run, photo, tmp_path, capsys):
+    other = tmp_path / "other.png"
+    Image.linear_gradient("L").save(other)
+    assert run(photo, other, "-n", 3) == 0
+    out = tmp_path / "out"
+    before = contents(out)
+    for name in ("a photo-1.png", "other-0.png", "other-1.png", "other-2.png", "contact-sheet.png"):
+        (out / name).unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    capsys.readouterr()
+    assert run(photo, other, "-n", 3, "--skip-existing") == 0
+    assert contents(out) == before
+    assert {name: (out / name).stat().st_mtime_ns for name in times} == times
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(", kept") for line in lines] == [True, False, True, False, False, False, False]
+
+
+def test_nothing_is_made_if_everything_exists(run, photo, tmp_path, capsys, monkeypatch):
+    assert run(photo, "-n", 2) == 0
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(imvar.UNet2DConditionModel, "forward", lambda *_, **__: pytest.fail("a step was taken"))
+    capsys.readouterr()
+    assert run(photo, "-n", 2, "--skip-existing", "--json") == 0
+    assert contents(tmp_path / "out") == before
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["kept"]
+    assert second["sheet"] == str(tmp_path / "out" / "contact-sheet.png")
+
+
+def test_an_existing_image_of_another_record_is_an_error(run, photo, tmp_path, capsys, monkeypatch):
+    assert run(photo, "-n", 1) == 0
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(imvar.UNet2DConditionModel, "forward", lambda *_, **__: pytest.fail("a step was taken"))
+    assert run(photo, "-n", 1, "--skip-existing", "--guidance", 1.5) == 1
+    err = capsys.readouterr().err
+    assert "a photo-0.png: expected the image that this command makes, got another" in err
+    assert "guidance_scale: 3.0 and 1.5; use another -o FOLDER" in err
+    assert run(photo, "-n", 2, "--skip-existing") == 1
+    assert "call.rows: 1 and 2" in capsys.readouterr().err
+    Image.new("RGB", (128, 128)).save(tmp_path / "out" / "a photo-1.png")
+    assert run(photo, "-n", 1, "--seed", 1, "--skip-existing") == 1
+    assert "a photo-1.png: expected a PNG, JPEG or WebP file with a record of imvar" in capsys.readouterr().err
+    (tmp_path / "out" / "a photo-1.png").unlink()
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("command", ["mix", "interpolate", "grid"])
+def test_other_commands_are_resumed(command, checkpoint, photo, tmp_path):
+    arguments = {
+        "mix": [f"{photo}=0.5", "-n", "2", "--negative", photo],
+        "interpolate": [photo, photo, "-n", "2"],
+        "grid": [photo, "--rows", "scheduler=ddim,lms", "--columns", "steps=2,3", "--init", photo],
+    }
+    common = ["--checkpoint", checkpoint, "-o", tmp_path / "out", "--device", "cpu", "--dtype", "float32", "--steps", 2]
+    args = [str(arg) for arg in (command, *arguments[command], *common)]
+    assert cli.main(args) == 0
+    before = contents(tmp_path / "out")
+    for name in [name for name in before if not name.endswith(("-0.png", "-1.png"))]:
+        (tmp_path / "out" / name).unlink()
+    assert cli.main([*args, "--skip-existing"]) == 0
+    assert contents(tmp_path / "out") == before
+
+
+def test_existing_files_are_either_kept_or_replaced(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["vary", "a.png", "--skip-existing", "--overwrite"])
+    assert "--skip-existing: expected no --overwrite with it, got both" in capsys.readouterr().err

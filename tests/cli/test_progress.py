@@ -85,7 +85,7 @@ def show():
         progress.expect(3, 2)
         with progress.call_bar("fox", 1, 4) as bar:
             bar.update(4)
-        progress.image("fox-0.png", False, "", {})
+        progress.image("fox-0.png", "", {"flagged": False})
         with progress.call_bar("panda", 2, 4) as bar:
             bar.update(1)
     print(sys.stderr.getvalue())
