@@ -24,6 +24,7 @@ def int_arg(text: str, low: int = 1, high: int = 10**6) -> int:
 
 
 seed_arg = partial(int_arg, low=0, high=MAX_SEED)
+port_arg = partial(int_arg, low=0, high=2**16 - 1)
 count_arg = partial(int_arg, low=2)  # of images with two ends
 
 

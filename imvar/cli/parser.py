@@ -15,6 +15,7 @@ from .argument_types import (
     folder_arg,
     int_arg,
     photo_arg,
+    port_arg,
     seed_arg,
     size_arg,
     weighted_arg,
@@ -163,6 +164,22 @@ def add_info(commands: Any) -> None:
     add("--json", action="store_true", help="print a JSON object for each file, on a line")
 
 
+def add_web(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "web",
+        help="vary, mix and paint images on a page in the browser",
+        description="Serve a page on which images are varied, mixed and painted.",
+        example="imvar web --port 8000",
+        epilog="Only this machine can open the page, except with --host. Ctrl-C ends it and deletes its files.\n"
+        "It needs an extra: pip install 'imvar[web]'.",
+    )
+    add = command.add_argument_group("address").add_argument
+    add("--host", default="127.0.0.1", metavar="H", help="the address to listen at (default: 127.0.0.1)")
+    add("--port", type=port_arg, default=7860, metavar="N", help="0 for a free one (default: 7860)")
+    add_model_options(command, EMOJI)
+
+
 def add_env(commands: Any) -> None:
     command = add_command(
         commands,
@@ -197,14 +214,20 @@ def add_image_options(command: CommandParser, add: Callable[..., Any]) -> None:
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add("--json", action="store_true", help="print an object for each image in place of its path")
 
+    add = add_model_options(command, CHECKPOINT)
+    add("--batch", type=int_arg, default=4, metavar="N", help="images at a time; fewer need less memory (default: 4)")
+
+
+def add_model_options(command: CommandParser, default: str) -> Callable[..., Any]:
+    """Add the options that select a checkpoint and where it runs; return what adds to the group of them."""
     add = command.add_argument_group("checkpoint and hardware").add_argument
-    checkpoint = f"a hub id, folder or file, or {EMOJI} (default: {CHECKPOINT})"
-    add("--checkpoint", default=CHECKPOINT, metavar="ID|PATH", help=checkpoint)
+    checkpoint = f"a hub id, folder or file, or {EMOJI} (default: {default})"
+    add("--checkpoint", default=default, metavar="ID|PATH", help=checkpoint)
     add("--revision", metavar="R", help=f"of a hub id: branch, tag or commit (the default's: {REVISION})")
     add("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, mps (default: auto, the fastest)")
     dtypes = f"{', '.join(DTYPES)} (default: auto, half precision where it is fast; float32 with {EMOJI})"
     add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE", help=dtypes)
-    add("--batch", type=int_arg, default=4, metavar="N", help="images at a time; fewer need less memory (default: 4)")
+    return add
 
 
 ADD_COMMANDS = (
@@ -213,6 +236,7 @@ ADD_COMMANDS = (
     add_interpolate,
     add_grid,
     add_info,
+    add_web,
     add_env,
 )
 """In the order of `imvar --help`."""
