@@ -67,7 +67,7 @@ class Run:
         self.until = time.monotonic() + 60 * args.budget
         self.prediction, self.keep = args.prediction, args.keep
         self.options = {"seed": args.seed, "scope": args.scope}
-        self.all = drawings.load(self.work)
+        self.all = drawings.load(self.work, self.until)
         self.split: Split = REDUCED if args.scope == "reduced" else drawings.everything(self.all, self.work)
         self.learnable = drawings.learnable(self.all, self.split)
         self.concept_drawings = self.learnable.of(self.split.concepts)

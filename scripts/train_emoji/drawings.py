@@ -1,4 +1,4 @@
-"""The drawings: fetched by package name, rendered once to 64 x 64 RGBA, and cached in one file.
+"""The drawings: fetched by package name, rendered once to 64 x 64 RGBA, and cached in a file per style.
 
 Every drawing of a single character by every vendor is rendered (8,000 in about two minutes). The functions below also
 select the drawings to train on and to hold out.
@@ -10,8 +10,10 @@ import base64
 import hashlib
 import io
 import json
+import math
 import subprocess
 import tarfile
+import time
 from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +61,11 @@ class Drawings:
         return colour * alpha + 1 - alpha
 
 
-def concat(first: Drawings, second: Drawings) -> Drawings:
+def concat(*parts: Drawings) -> Drawings:
     return Drawings(
-        torch.cat([first.images, second.images]),
-        np.concatenate([first.codes, second.codes]),
-        np.concatenate([first.styles, second.styles]),
+        torch.cat([part.images for part in parts]),
+        np.concatenate([part.codes for part in parts]),
+        np.concatenate([part.styles for part in parts]),
     )
 
 
@@ -88,14 +90,23 @@ def held_out(drawings: Drawings, split: Split) -> Drawings:
     return kept.take(order)
 
 
-def load(folder: Path) -> Drawings:
-    """Return all drawings, fetched and rendered unless `folder` has them."""
-    path = folder / "drawings.npz"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save(path, [drawing for style in STYLES for drawing in render(style, fetch(style, folder))])
-    with np.load(path) as file:
-        return Drawings(torch.from_numpy(file["images"]), file["codes"], file["styles"])
+def load(folder: Path, until: float = math.inf) -> Drawings:
+    """Return all drawings, of each style as `folder` has them, or fetched and rendered.
+
+    Raises SystemExit before a style that would be rendered after `until`, a value of `time.monotonic()`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for number, style in enumerate(STYLES, start=1):
+        path = folder / f"drawings-{style.name}.npz"
+        if not path.exists():
+            if time.monotonic() >= until:
+                raise SystemExit("the budget ended while drawings were rendered; run the same command to resume")
+            print(f"rendering {style.package}@{style.version}, {number} of {len(STYLES)}", flush=True)
+            save(path, render(style, fetch(style, folder)))
+        with np.load(path) as file:
+            parts.append(Drawings(torch.from_numpy(file["images"]), file["codes"], file["styles"]))
+    return concat(*parts)
 
 
 def save(path: Path, drawings: list[tuple[str, str, np.ndarray]]) -> None:
@@ -103,7 +114,6 @@ def save(path: Path, drawings: list[tuple[str, str, np.ndarray]]) -> None:
     part = path.with_suffix(".part.npz")
     np.savez_compressed(part, images=np.stack(images), codes=np.array(codes), styles=np.array(styles))
     part.replace(path)
-    print(f"{path}: {len(images)} drawings of {len(set(codes))} characters")
 
 
 def fetch(style: Style, folder: Path) -> Path:
@@ -124,7 +134,6 @@ def fetch(style: Style, folder: Path) -> Path:
 
 def render(style: Style, archive: Path) -> list[tuple[str, str, np.ndarray]]:
     """Return code point, style and RGBA (4, 64, 64) of every drawing of a single character, except empty ones."""
-    print(f"rendering {style.package}@{style.version}", flush=True)
     drawn = []
     with tarfile.open(archive) as files:
         images = vectors(files) if "package/icons.json" in files.getnames() else rasters(files)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from train_emoji import autoencoder, classifiers, diffusion, encoder, examples, judging, loop, safety, views
+from train_emoji import drawings as drawing_files
 from train_emoji.catalogue import HELD_OUT_STYLES, REDUCED, SAFETY_CONCEPTS, STYLES, code, codes, full
 from train_emoji.drawings import Drawings, concat, held_out, learnable
 from train_emoji.measures import Share, accuracy, nearest, spread
@@ -384,3 +385,19 @@ def test_concat(drawings):
     both = concat(first, second)
     assert len(both) == 5
     assert both.codes.tolist() == [*first.codes, *second.codes]
+
+
+def test_rendering_ends_with_the_budget_and_resumes(tmp_path, monkeypatch):
+    rendered = []
+
+    def render(style, archive):
+        rendered.append(style.name)
+        return [("1f98a", style.name, np.zeros((4, 64, 64), np.uint8))]
+
+    monkeypatch.setattr(drawing_files, "fetch", lambda style, folder: None)
+    monkeypatch.setattr(drawing_files, "render", render)
+    monkeypatch.setattr(time, "monotonic", lambda: len(rendered))
+    with pytest.raises(SystemExit, match="the budget ended while drawings were rendered"):
+        drawing_files.load(tmp_path, until=2)
+    assert len(rendered) == 2
+    assert drawing_files.load(tmp_path).styles.tolist() == rendered == [style.name for style in STYLES]
