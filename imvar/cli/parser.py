@@ -150,6 +150,22 @@ def add_grid(commands: Any) -> None:
     add_image_options(command, add)
 
 
+def add_demo(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "demo",
+        help="make variations of the drawings that come with imvar",
+        description=f"Make variations of the drawings that come with {EMOJI}, which needs no download. With another "
+        "--checkpoint, in a checkout of imvar: of the photos in tests/photos.",
+        example="imvar demo -n 2",
+        epilog=OUTPUTS,
+    )
+    add = command.add_argument_group("images").add_argument
+    add("-n", type=int_arg, default=4, metavar="N", help="variations of each drawing (default: 4)")
+    add_image_options(command, add, checkpoint=EMOJI, folder="out/demo")
+    command.set_defaults(photos=[])
+
+
 def add_info(commands: Any) -> None:
     command = add_command(
         commands,
@@ -191,7 +207,9 @@ def add_env(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="as JSON")
 
 
-def add_image_options(command: CommandParser, add: Callable[..., Any]) -> None:
+def add_image_options(
+    command: CommandParser, add: Callable[..., Any], checkpoint: str = CHECKPOINT, folder: str = "variations"
+) -> None:
     """Add the options of the commands that make images; `add` adds to the group of those about the images."""
     add("--seed", type=seed_arg, default=0, metavar="S", help="seed of the first image (default: 0)")
     add("--steps", type=int_arg, metavar="N", help=f"denoising steps (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
@@ -208,13 +226,13 @@ def add_image_options(command: CommandParser, add: Callable[..., Any]) -> None:
     add("--on-flagged", choices=FLAG_NOTES, default="black", metavar="HOW", help=flagged)
 
     add = command.add_argument_group("output").add_argument
-    add("-o", dest="out", type=folder_arg, default="variations", metavar="FOLDER", help="default: variations")
+    add("-o", dest="out", type=folder_arg, default=folder, metavar="FOLDER", help=f"default: {folder}")
     add("--overwrite", action="store_true", help="replace existing files of the same names")
     add("--skip-existing", action="store_true", help="keep existing images, if they are those of this command")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add("--json", action="store_true", help="print an object for each image in place of its path")
 
-    add = add_model_options(command, CHECKPOINT)
+    add = add_model_options(command, checkpoint)
     add("--batch", type=int_arg, default=4, metavar="N", help="images at a time; fewer need less memory (default: 4)")
 
 
@@ -235,6 +253,7 @@ ADD_COMMANDS = (
     add_mix,
     add_interpolate,
     add_grid,
+    add_demo,
     add_info,
     add_web,
     add_env,
