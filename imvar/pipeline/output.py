@@ -19,6 +19,7 @@ from ..outputs import Output
 from ..records.files import FORMATS, write_image
 from ..records.record import Record
 from .arguments import check_option
+from .figures import figures
 from .records import CallRecords
 
 if TYPE_CHECKING:
@@ -81,6 +82,17 @@ class StableDiffusionPipelineOutput(Output, Generic[ImagesT]):
                 atomic_write(path, write)
             paths.append(path if overwrite else write_new(path, write))
         return paths
+
+    def _repr_html_(self) -> str | None:
+        """Return the images side by side with their seeds, for Jupyter; None for latents."""
+        try:
+            images = as_pil(self.images)
+        except InputError:
+            return None
+        n = len(images)
+        seeds = [f"seed {seed}" for seed in self.seeds or []] or [""] * n
+        flags = [" (flagged)" if flag else "" for flag in self.nsfw_content_detected or []] or [""] * n
+        return figures(images, [(seed + flag).strip() for seed, flag in zip(seeds, flags, strict=False)])
 
 
 def as_pil(images: Any) -> list[Image]:
