@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Number
 from types import MappingProxyType, UnionType
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 from weakref import ref
 
 from .checks import MAX_FLOAT, TYPE_NAMES, as_number
@@ -132,8 +132,9 @@ class OwnedDict(dict[str, Any], metaclass=InheritedSetattr):
         dict.update(self, owner.config)
         vars(self).update(vars(owner.config))
 
-    __setattr__ = __setitem__
-    __delattr__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _frozen  # type: ignore
+    if not TYPE_CHECKING:  # which would take the type of the whole class for uncertain
+        __setattr__ = __setitem__
+        __delattr__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _frozen
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -217,7 +218,7 @@ class Config(OwnedDict):
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has no field {name!r}") from None
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_dict, (dict(self),)
 
     def to_dict(self) -> dict[str, Any]:
@@ -278,11 +279,12 @@ class Configured:
     """Base of components: constructed from config fields by keyword or position, or from one `Config` or mapping."""
 
     config_class: ClassVar[type[Config]]
+    __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "config_class" in cls.__dict__:  # for help() and editors
-            cls.__signature__ = inspect.signature(cls.config_class)  # type: ignore[attr-defined]
+            cls.__signature__ = inspect.signature(cls.config_class)
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__()

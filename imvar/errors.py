@@ -68,7 +68,7 @@ class CheckpointError(ImvarError, OSError, ValueError, RuntimeError):
         """Return the same error about another file or folder."""
         return type(self)(self.reason, path=path, key=self.key)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(type(self), path=self.path, key=self.key), (self.reason,)
 
 

@@ -29,7 +29,7 @@ class Output(dict[str, Any]):
 
     attribute_only: ClassVar[tuple[str, ...]] = ()  # rather than metadata, which torch.compile cannot read
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         name = f"{cls.__module__}.{cls.__qualname__}"
         register_pytree_node(cls, cls._flatten, partial(unflatten, cls), serialized_type_name=name)
@@ -63,7 +63,8 @@ class Output(dict[str, Any]):
     def _refuse_change(self, *_: Any, **__: Any) -> Any:
         raise invalid(InputTypeError, type(self).__name__, "output.field = value", "another change of a field")
 
-    pop = popitem = update = setdefault = clear = __delitem__ = __ior__ = _refuse_change  # type: ignore[assignment]
+    if not TYPE_CHECKING:  # which would take the type of the whole class for uncertain
+        pop = popitem = update = setdefault = clear = __delitem__ = __ior__ = _refuse_change
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the values that are not None, in the order of the fields."""

@@ -69,7 +69,7 @@ class ConfiguredComponent(ConfigFile, Configured):
 
     part: ClassVar[str]
 
-    def __init_subclass__(cls, part: str | None = None, also: Sequence[str] = (), **kwargs: Any):
+    def __init_subclass__(cls, part: str | None = None, also: Sequence[str] = (), **kwargs: Any) -> None:
         """Register a class for the folder `part` of checkpoints, under its own name and the names in `also`."""
         super().__init_subclass__(**kwargs)
         if part:

@@ -127,8 +127,8 @@ class Keymap:
     """
 
     def __init__(self, rows: Iterable[KeyRow], droppable: Mapping[Dialect, Collection[str]] | None = None):
-        self.rows = {row.name: row for row in rows}
-        self.droppable = droppable or {}
+        self.rows: dict[str, KeyRow] = {row.name: row for row in rows}
+        self.droppable: Mapping[Dialect, Collection[str]] = droppable or {}
 
     def row(self, name: str) -> KeyRow:
         """Return the row of a tensor: that of the innermost module that has one, extended by the rest of its name."""
