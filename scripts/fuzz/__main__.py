@@ -1,4 +1,4 @@
-"""Fuzz checkpoint loading: corrupted tiny checkpoints load completely or raise CheckpointError, within time and memory.
+"""Fuzz loading: corrupted tiny checkpoints and images load completely or raise errors, within time and memory.
 
     python scripts/fuzz [--cases 100000] [--seed 0] [--workers 2] [--case N]
 

@@ -1,4 +1,4 @@
-"""Cases: corrupt one file of a tiny checkpoint, load what it belongs to, and classify the outcome."""
+"""Cases: corrupt one file of a tiny checkpoint, or an image, load what it belongs to, and classify the outcome."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from fuzz.corpus import LOADERS
 from fuzz.corruptions import corrupt
 from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline
 from imvar.conversion import convert
+from imvar.image.load_image import load_image
 from imvar.weights.reading import read_checkpoint
 
 MAX_SECONDS, MAX_MEGABYTES = 2.0, 200  # per case
+MAX_PIXELS = 2**20  # half of those that Pillow decodes
 
 MODELS = [kind for kind in LOADERS.values() if issubclass(kind, nn.Module)]
 OPTIONS = {
@@ -101,9 +106,20 @@ def convert_dry(source: Path, rng: random.Random, **options: Any) -> Tensors:
     }
 
 
+def load_picture(file: Path, rng: random.Random) -> Tensors:
+    """Load an image file, or an error about it as that of a checkpoint; small ones only, so that memory is small."""
+    with mock.patch.object(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS):
+        try:
+            return {"pixels": torch.from_numpy(np.array(load_image(file)))}
+        except InputError as error:
+            raise CheckpointError(str(error), path=file) from error
+
+
 def ways(file: Path, folder: Path) -> list[Callable[[random.Random], Tensors]]:
     """Return the ways to load something that includes `file`, likelier ones repeated."""
     layout, pipeline = file.relative_to(folder).parts[0], folder / "pipeline"
+    if layout == "images":
+        return [partial(load_picture, file)]
     if layout == "original":
         return [lambda rng: read_checkpoint(file)[0], partial(load_single, file), partial(convert_dry, file)]
     if layout == "single":

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import imvar
 from imvar import StableDiffusionImageVariationPipeline
 from imvar.conversion import convert
+from imvar.image.load_image import FORMATS, check_formats
 from imvar.weights.single_file import EMA, ORIGINAL_NAMINGS, RAW
 from tests.support.original_checkpoint import lightning, write
 from tests.support.random_checkpoint import randomize, tiny_pipeline
@@ -71,7 +74,10 @@ INFERABLE = {  # the smallest parts whose config can be inferred from their tens
 
 
 def write_corpus(folder: Path) -> None:
-    """Write the parts in every layout, `folder/layout/part`, a pipeline, and single files, `folder/single/layout`."""
+    """Write parts in every layout, `folder/layout/part`, a pipeline, files, `folder/single/layout`, and images.
+
+    The images are in `folder/images/format`.
+    """
     torch.manual_seed(0)
     pipe = tiny_pipeline()
     parts = dict(pipe.components) | {name: LOADERS[name](**settings) for name, settings in SMALLEST.items()}
@@ -98,6 +104,26 @@ def write_corpus(folder: Path) -> None:
         write(folder / "single" / name / "model.ckpt", content)
     save_file(original_contents()["v2"]["state_dict"], folder / "single" / "v2" / "model.safetensors")
     convert(folder / "pipeline", folder / "single" / "imvar" / "model.safetensors", to="original")
+    write_images(folder / "images")
+
+
+def write_images(folder: Path) -> None:
+    """Write an image in each format that `load_image` reads, of several frames where it has them, and with EXIF."""
+    frames = [Image.radial_gradient("L").rotate(angle).resize((40, 24)).convert("RGB") for angle in (0, 30)]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for name in check_formats(FORMATS):
+        kinds = ["raw", "tiff_lzw", "tiff_deflate", "jpeg"] if name == "TIFF" else [None]
+        for kind in kinds:
+            path = folder / name / f"image-{kind}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            options: dict[str, Any] = {} if name == "AVIF" else {"exif": exif}  # with both, Pillow 13 crashes
+            if name not in ("JPEG", "BMP"):
+                options |= {"save_all": True, "append_images": frames[1:]}
+            if kind:
+                options["compression"] = kind
+            with suppress(OSError):  # of an AVIF without support of it
+                frames[0].save(path, name, **options)
 
 
 def original_contents() -> dict[str, dict[str, Any]]:
