@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, tqdm
+
+T = TypeVar("T")
 
 MAX_NAME = 30  # characters
 WHOLE = "{desc} images {percentage:3.0f}%|{bar}| {remaining} left"
@@ -35,12 +37,21 @@ class Printer:
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.showwarning = lambda message, *_, **__: self.note(str(message))
+        self._hides_downloads = self.quiet and not are_progress_bars_disabled()
+        if self._hides_downloads:
+            disable_progress_bars()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._warnings.__exit__(*error)
+        if self._hides_downloads:
+            enable_progress_bars()
         if self.whole is not None:
             self.whole.close()
+
+    def reading(self, files: Iterable[T]) -> Iterable[T]:
+        """Return the files with a bar, which is shown if reading them takes more than a moment."""
+        return tqdm(files, desc="reading photos", delay=1, **self.bar_options)
 
     def expect(self, images: int, calls: int) -> None:
         """Set how many images are made, in how many calls of the pipeline."""

@@ -37,7 +37,7 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     with Printer(args.quiet, args.json) as printer:
-        sources = read_sources(args.photos)
+        sources = read_sources(args.photos, printer.reading)
         negative = read_source(args.negative, "negative") if args.negative else None
         shared = shared_options(args)
         rows = rows_of(args, sources)

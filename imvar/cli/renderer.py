@@ -45,7 +45,7 @@ class Renderer:
 
     def find_existing(self, rows: Sequence[Row]) -> None:
         """Find the images that exist; raise `InputError` for one that this command would make otherwise."""
-        for row in rows:
+        for row in self.printer.reading(rows):
             for cells in batches_of(row.cells, self.args.batch):
                 paths = [self.outputs.folder / file_name(cell) for cell in cells]
                 if not any(map(os.path.lexists, paths)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,10 @@ def is_embedding(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors"
 
 
-def read_sources(paths: Sequence[Path]) -> list[InputImage]:
+def read_sources(paths: Sequence[Path], progress: Callable[..., Iterable[Path]] = iter) -> list[InputImage]:
     """Return the sources in these files: an embedding if the name ends in .safetensors, else a photo."""
     names = unique_names(["stdin" if path == STDIN else path.stem for path in paths])
-    return [read_source(path, name) for path, name in zip(paths, names, strict=True)]
+    return [read_source(path, name) for path, name in zip(progress(paths), names, strict=True)]
 
 
 def read_source(path: Path, name: str) -> InputImage:

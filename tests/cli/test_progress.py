@@ -11,10 +11,11 @@ import sys
 import termios
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 from PIL import Image
 
 import imvar
-from imvar.cli import printer
+from imvar.cli import printer, render
 
 
 class Terminal(io.StringIO):
@@ -35,14 +36,20 @@ def test_no_terminal_no_bars(run, photo, capsys):
     ]
 
 
-def test_quiet_prints_errors_alone(run, photo, tmp_path, capsys):
+def test_quiet_prints_errors_alone(run, tmp_path, capsys, monkeypatch):
     frames = [Image.new("RGB", (40, 24), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     assert run(tmp_path / "two.gif", "-n", 1) == 0
     note = f"imvar: {tmp_path / 'two.gif'}: of several frames or pages only the first is used\n"
     assert capsys.readouterr().err == note
+    downloads = []
+    load = render.load_pipeline
+    monkeypatch.setattr(
+        render, "load_pipeline", lambda *args: downloads.append(are_progress_bars_disabled()) or load(*args)
+    )
     assert run(tmp_path / "two.gif", "-n", 1, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
+    assert (downloads, are_progress_bars_disabled()) == ([True], False)
     assert run("nowhere.png", "-q") == 1
     assert capsys.readouterr().err.startswith("imvar: nowhere.png")
 
