@@ -18,6 +18,8 @@ from .atomic.file import real_path
 from .checks import as_path, check_finite, check_float, check_floating, check_has_data, check_same_shape
 from .errors import CheckpointError, InputError, InputTypeError, describe, in_checkpoint, invalid, short_repr
 from .noise import Seeds, per_image_seeds, randn, seed_generators
+from .records.digests import file_digest, pixels_digest
+from .sources import note_combination, note_embeds
 from .weights.reading import read_tensors
 
 IMAGE_EMBEDS = "image_embeds"  # the name of the tensor in a file
@@ -41,7 +43,7 @@ def mix(weighted: Iterable[tuple[Tensor, float]]) -> Tensor:
     for i, (embeds, weight) in enumerate(pairs):
         check_embeds(f"weighted[{i}][0]", embeds, like=pairs[0][0] if i else None)
         terms.append(embeds * check_finite(f"weighted[{i}][1]", weight))
-    return sum(terms[1:], start=terms[0])
+    return note_combination(sum(terms[1:], start=terms[0]), [(e, {"weight": float(w)}) for e, w in pairs])
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -57,8 +59,9 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     check_embeds("a", a)
     check_embeds("b", b, like=a)
     t = check_float("t", t)
+    parts = [(embeds, {"slerp": t}) for embeds in (a, b)]
     if t in (0, 1):
-        return (b if t else a).clone()
+        return note_combination((b if t else a).clone(), parts)
     start, end = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
     length = (1 - t) * start.norm(dim=-1, keepdim=True) + t * end.norm(dim=-1, keepdim=True)
     start, end = F.normalize(start, dim=-1), F.normalize(end, dim=-1)
@@ -69,7 +72,7 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     across = torch.where(sine > 1e-6, F.normalize(across, dim=-1), axis)
     across = F.normalize(orthogonal_part(across, start), dim=-1)
     direction = F.normalize(angle.cos() * start + angle.sin() * across, dim=-1)
-    return (length * direction).to(a.dtype)
+    return note_combination((length * direction).to(a.dtype), parts)
 
 
 def orthogonal_part(x: Tensor, unit: Tensor) -> Tensor:
@@ -91,12 +94,14 @@ def augment(image_embeds: Tensor, amount: float, seed: Seeds = 0) -> Tensor:
     check_embeds("image_embeds", image_embeds)
     amount = check_float("amount", amount)
     seeds = per_image_seeds(seed, len(image_embeds))
+    parts = [(image_embeds, {"augment": [amount, *seeds]})]
     if not amount:
-        return image_embeds.clone()
+        return note_combination(image_embeds.clone(), parts)
     e = image_embeds.to(torch.promote_types(image_embeds.dtype, torch.float32))
     noise = randn(e.shape, seed_generators(seeds), dtype=torch.float32, device=e.device)
     rms = e.square().mean(-1, keepdim=True).sqrt()
-    return ((1 - amount**2) ** 0.5 * e + amount * rms * noise).to(image_embeds.dtype)
+    augmented = ((1 - amount**2) ** 0.5 * e + amount * rms * noise).to(image_embeds.dtype)
+    return note_combination(augmented, parts)
 
 
 def save_image_embeds(path: str | Path, image_embeds: Tensor) -> None:
@@ -122,9 +127,12 @@ def load_image_embeds(path: str | Path) -> Tensor:
         names = short_repr(sorted(tensors))
         raise invalid(CheckpointError, path, f"one tensor, {IMAGE_EMBEDS}", f"tensors {names}", key=IMAGE_EMBEDS)
     try:
-        return as_embeddings(IMAGE_EMBEDS, tensors[IMAGE_EMBEDS])
+        embeds = as_embeddings(IMAGE_EMBEDS, tensors[IMAGE_EMBEDS])
     except InputError as error:
         raise in_checkpoint(error, path) from error
+    file = {"name": path.name, "sha256": file_digest(path)}
+    rows = [[{"role": "image_embeds", **file, "pixels": pixels_digest(row[None])}] for row in embeds]
+    return note_embeds(embeds, rows)
 
 
 def embeds_path(path: Any) -> Path:

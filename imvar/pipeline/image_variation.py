@@ -64,6 +64,7 @@ from .components import (
     required_components,
 )
 from .conditions import conditions_by_stage
+from .inputs import note_photos
 from .output import StableDiffusionPipelineOutput
 from .preview import fit_to_random_latents, linear_decode, state_of_weights
 from .records import call_records
@@ -335,12 +336,14 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
         check_option("preprocess", preprocess, PREPROCESS)
         image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
         check_images(image)
+        given = image
         if preprocess != "clip":
             with rename_argument("images", "image"):
                 image = to_pixel_values(image, preprocess, *pixel_format(self.feature_extractor))
         device = self._execution_device if self._offload else device_of(encoder, self.device)
         with self._offload or contextlib.nullcontext(), explain_out_of_memory():
-            return self.encode_pixels(image, device)
+            embeds = self.encode_pixels(image, device)
+        return note_photos(self, embeds, given, preprocess)
 
     @torch.no_grad()
     def preview(self, latents: Tensor) -> list[Image]:

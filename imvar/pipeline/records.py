@@ -13,7 +13,7 @@ from ..records.values import as_json
 from ..records.weights import Checkpoint, checkpoint_of
 from ..weights.origin import dtypes_of
 from .arguments import Call
-from .inputs import Digests, inputs_of
+from .inputs import Inputs
 from .switches import models_of, reasons_of_pipeline, scheduler_of, switches_of
 
 SETTINGS = (
@@ -91,14 +91,14 @@ def call_records(pipe: Any, call: Call) -> CallRecords:
     reasons += checkpoint.reasons
     guarded("call", lambda: reasons.extend(reasons_of_call(call)))
     guarded("pipeline", lambda: reasons.extend(reasons_of_pipeline(pipe, models)))
-    rows, digest = call.shape[0], Digests()
-    inputs = [guarded("inputs", lambda row=row: list(inputs_of(call, row, digest)), default=[]) for row in range(rows)]
-    reasons += digest.reasons
+    rows, inputs = call.shape[0], Inputs(pipe, call)
+    by_row = [guarded("inputs", lambda row=row: list(inputs.of_row(row)), default=[]) for row in range(rows)]
+    reasons += inputs.digests.reasons
     records = [
         {
             **shared,
             "seed": None if call.seeds is None else call.seeds[row],
-            "inputs": inputs[row],
+            "inputs": by_row[row],
             "call": {"rows": rows, "row": row, "images": call.images, "image": row // call.num_images_per_prompt},
             "exact": True,
             "reasons": [],

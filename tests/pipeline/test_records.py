@@ -16,9 +16,14 @@ from imvar import (
     Region,
     StableDiffusionImageVariationPipeline,
     UNet2DConditionModel,
+    augment,
     load_image,
+    load_image_embeds,
+    mix,
     replace_layers,
+    save_image_embeds,
     set_attend,
+    slerp,
 )
 from imvar.records.files import read_record
 from imvar.records.record import differences
@@ -98,6 +103,38 @@ def test_an_argument_that_changes_pixels_changes_the_record(pipe, photo, argumen
     before, after = (record_of(pipe, photo, **options) for options in CHANGES[argument])
     assert differ(before, after)
     assert not differ(before, record_of(pipe, photo, **CHANGES[argument][0]))
+
+
+def test_embeddings_have_the_photos_they_were_computed_from(loaded, photo, tmp_path):
+    names = []
+    for name in ("fox.png", "panda.png"):
+        photo.rotate(len(names)).save(tmp_path / name)
+        names.append(load_image(tmp_path / name))
+    fox, panda = map(loaded.encode_image, names)
+    save_image_embeds(tmp_path / "kept.safetensors", fox)
+    kept = load_image_embeds(tmp_path / "kept.safetensors")
+
+    def inputs(embeds, **options):
+        return record_of(loaded, None, image_embeds=embeds, **options)["inputs"]
+
+    def named(embeds, *operation):
+        return [(entry["role"], entry["name"], *map(entry.get, operation)) for entry in inputs(embeds)]
+
+    assert inputs(fox) == record_of(loaded, names[0])["inputs"]
+    assert named(mix([(fox, 0.7), (panda, 0.3)]), "weight") == [("image", "fox.png", 0.7), ("image", "panda.png", 0.3)]
+    assert named(slerp(fox, panda, 0.25), "slerp") == [("image", "fox.png", 0.25), ("image", "panda.png", 0.25)]
+    assert named(augment(fox, 0.5, seed=3), "augment") == [("image", "fox.png", [0.5, 3])]
+    assert named(kept) == [("image_embeds", "kept.safetensors")]
+    assert inputs(panda, negative_image_embeds=fox)[1] == inputs(fox)[0] | {"role": "negative"}
+    regions = [Region(fox), Region(panda, mask=left_half())]
+    assert named(regions) == [("region", "fox.png"), ("region", "panda.png")]
+    nested = mix([(mix([(fox, 0.5), (panda, 0.5)]), 1), (fox, 0.1)])
+    for unknown in (fox + 0, fox.double(), torch.cat([fox, panda])[:1], nested):
+        assert named(unknown) == [("image_embeds", None)]
+    fox *= 2
+    assert named(fox) == [("image_embeds", None)]
+    add_one(loaded.image_encoder.visual_projection.weight)
+    assert named(panda) == [("image_embeds", None)]
 
 
 def left_half():
