@@ -106,7 +106,7 @@ def reasons_of_pipeline(pipe: Any, models: Models) -> Iterator[str]:
         elif name in models:
             yield from (f"{name}: {reason}" for reason in changes_of_model(models[name]))
         elif value is not None:
-            own = method_names(type(value)) & vars(value).keys()
+            own = method_names(type(value)) & vars(value).keys() - {"progress_bar"}
             yield from (f"{name}: its own {method}" for method in sorted(own))
     on_cuda, compiler = pipe._execution_device.type == "cuda", pipe._compiler
     if compiler is not None and pipe._offload is None:

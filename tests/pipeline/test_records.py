@@ -209,6 +209,11 @@ def test_a_call_has_the_records_that_were_announced(loaded, photo):
     assert all(record["exact"] for record in announced), announced[0]["reasons"]
 
 
+def test_a_progress_bar_of_the_callers_changes_nothing(loaded, photo):
+    loaded.progress_bar = loaded.progress_bar
+    assert record_of(loaded, photo)["exact"]
+
+
 def test_arguments_are_checked_as_in_a_call(pipe, photo):
     for arguments in ({"guidance_scale": -1}, {"height": 13}, {"seed": "x"}, {"strength": 0.5}):
         with pytest.raises(InputError) as of_records:
