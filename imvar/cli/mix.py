@@ -9,7 +9,7 @@ from typing import Any
 
 from ..embeddings import mix
 from .render import make_images
-from .rows import Row, seed_cells, side_by_side
+from .rows import Row, joined_name, seed_cells, side_by_side
 from .sources import InputImage
 
 
@@ -26,5 +26,5 @@ def mix_rows(args: argparse.Namespace, sources: Sequence[InputImage]) -> list[Ro
 
     parts = zip(sources, args.weights, strict=True)
     caption = " + ".join(f"{weight:g} {source.name}" for source, weight in parts)
-    cells = seed_cells(args, "+".join(source.name for source in sources), mixture)
+    cells = seed_cells(args, joined_name(sources), mixture)
     return [Row(caption, [str(source.path) for source in sources], partial(side_by_side, sources), cells)]

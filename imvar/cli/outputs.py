@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ class OutputFolder:
     def __init__(self, folder: Path, names: Sequence[str], overwrite: bool, inputs: Sequence[Path]):
         self.folder, self.overwrite = folder, overwrite
         self.names = {name.casefold() for name in names}  # on some file systems case does not distinguish names
-        check_folder(folder)
+        check_lengths(check_folder(folder), names)
         if overwrite:
             check_overwrites(inputs, [folder / name for name in names])
 
@@ -52,10 +53,22 @@ def check_overwrites(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
             raise invalid(InputError, path, "an output file", got, "use another -o FOLDER")
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `InputError` if the output folder cannot be created or written to."""
+def check_lengths(folder: Path, names: Sequence[str]) -> None:
+    """Raise `InputError` for a name that is too long for the file system."""
+    for name in names:
+        try:
+            os.lstat(folder / name)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                got = f"{len(os.fsencode(name))} bytes"
+                raise invalid(InputError, name, "a shorter name", got, "rename the photo") from error
+
+
+def check_folder(folder: Path) -> Path:
+    """Return the folder, or its parent in which it is created; raise `InputError` if that cannot be written to."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise invalid(InputError, "-o", "a folder", f"{folder} (it, or one of its parents, is a file)")
     if not os.access(existing, os.W_OK):
         raise invalid(InputError, "-o", "a writable folder", f"{folder} (no permission to write in {existing})")
+    return existing

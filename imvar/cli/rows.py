@@ -14,6 +14,7 @@ from ..errors import InputError, invalid
 from ..limits import MAX_SEED
 from .sources import InputImage
 
+MAX_NAME = 120  # characters, of several photos
 Condition = Callable[[Any], dict[str, Any]]
 """A pipeline to the argument of a call that selects what to vary: `image` or `image_embeds`."""
 
@@ -45,6 +46,12 @@ def seed_cells(args: argparse.Namespace, name: str, condition: Condition) -> lis
         raise invalid(InputError, "--seed", f"at most {MAX_SEED - args.n + 1} for {args.n} variations", str(args.seed))
     seeds = range(args.seed, args.seed + args.n)
     return [Cell(f"{name}-{seed}", f"seed {seed}", seed, condition) for seed in seeds]
+
+
+def joined_name(sources: Sequence[InputImage]) -> str:
+    """Return a name for several sources: all of theirs, or that of the first if it would be too long for a file."""
+    name = "+".join(source.name for source in sources)
+    return name if len(name) <= MAX_NAME else f"{sources[0].name}+{len(sources) - 1} more"
 
 
 def side_by_side(sources: Sequence[InputImage]) -> Image.Image:

@@ -15,7 +15,7 @@ import imvar
 from imvar import InputError, cli
 from imvar.cli import render, sources
 from imvar.cli.photos import expand_photos
-from imvar.cli.rows import side_by_side
+from imvar.cli.rows import joined_name, side_by_side
 from imvar.cli.sources import InputImage, unique_names
 
 
@@ -190,6 +190,12 @@ def test_photos_side_by_side_keep_their_proportions(tmp_path):
     assert (wide.any(1).sum(), wide.any(0).sum()) == (192, 384)
     assert (tall.any(1).sum(), tall.any(0).sum()) == (256, 128)
     assert line.any(1).sum() == 1
+
+
+def test_the_name_of_a_mixture_fits_a_file():
+    inputs = [InputImage(Path(f"{k}.png"), f"photo of a fox {k}") for k in range(20)]
+    assert joined_name(inputs[:2]) == "photo of a fox 0+photo of a fox 1"
+    assert joined_name(inputs) == "photo of a fox 0+19 more"
 
 
 def test_names_of_a_thousand_photos():

@@ -106,6 +106,12 @@ def test_nothing_is_computed_if_nothing_can_be_written(run, photo, tmp_path, cap
     assert not any(path.is_file() for path in tmp_path.rglob("*.png"))
 
 
+def test_a_name_that_is_too_long_is_found_before_anything_is_made(run, photo, tmp_path, capsys):
+    photo.rename(tmp_path / ("x" * 251 + ".jpg"))
+    assert run(tmp_path / ("x" * 251 + ".jpg"), "--checkpoint", "/no/where") == 1
+    assert "-0.png: expected a shorter name, got 257 bytes; rename the photo" in capsys.readouterr().err
+
+
 def test_the_folder_is_checked(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"-o: expected a folder, got .*file"):

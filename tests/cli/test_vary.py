@@ -105,8 +105,8 @@ def test_flagged_images_are_reported(run, photo, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere.jpg"], "nowhere.jpg: expected a JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF file, got no such file"),
-        ([__file__], "AVIF file, got an unknown or another format"),
+        (["nowhere.jpg"], "nowhere.jpg: expected a JPEG, PNG, WEBP, GIF, BMP, TIFF"),
+        ([__file__], " file, got an unknown or another format"),
         (["PHOTO", "--dtype", "float16"], "about a hundred times slower"),
         (
             ["PHOTO", "--device", "meta"],
