@@ -101,7 +101,7 @@ class Renderer:
                 if cell.stem in self.existing:
                     sheet_row.variations.append(self.existing_variation(cell))
                     path, flagged = self.existing[cell.stem]
-                    self.printer.existing_image(path, details | {"flagged": flagged})
+                    self.printer.existing_image(path, details | {"flagged": flagged, "scores": None})
                 else:
                     sheet_row.variations.append(self.save_variation(cell, output, k, details))
         return sheet_row

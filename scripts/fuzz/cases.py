@@ -106,7 +106,7 @@ def convert_dry(source: Path, rng: random.Random, **options: Any) -> Tensors:
     }
 
 
-def load_picture(file: Path, rng: random.Random) -> Tensors:
+def load_image_file(file: Path, rng: random.Random) -> Tensors:
     """Load an image file, or an error about it as that of a checkpoint; small ones only, so that memory is small."""
     with mock.patch.object(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS):
         try:
@@ -119,7 +119,7 @@ def ways(file: Path, folder: Path) -> list[Callable[[random.Random], Tensors]]:
     """Return the ways to load something that includes `file`, likelier ones repeated."""
     layout, pipeline = file.relative_to(folder).parts[0], folder / "pipeline"
     if layout == "images":
-        return [partial(load_picture, file)]
+        return [partial(load_image_file, file)]
     if layout == "original":
         return [lambda rng: read_checkpoint(file)[0], partial(load_single, file), partial(convert_dry, file)]
     if layout == "single":
