@@ -21,7 +21,7 @@ EMOJI_NOTICE = (
     f"photographs; for those use --checkpoint {CHECKPOINT}, a download of 6 GB"
 )
 SHEET = "contact-sheet.png"
-SHEET_ROWS = 40  # more go on further sheets
+SHEET_ROWS, SHEET_CELLS = 40, 400  # more go on further sheets
 EMOJI_SIZE = (64, 64)
 EMOJI_SIZE_NOTICE = (
     f"{EMOJI} was trained at 64x64 pixels; at other sizes its images rarely show an object, and larger ones take longer"
@@ -41,7 +41,7 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
         negative = read_source(args.negative, "negative") if args.negative else None
         shared = shared_options(args)
         rows = rows_of(args, sources)
-        pages = [rows[i : i + SHEET_ROWS] for i in range(0, len(rows), SHEET_ROWS)]
+        pages = pages_of(rows)
         sheets = sheet_names(len(pages))
         names = [*sheets, *(file_name(cell) for row in rows for cell in row.cells)]
         inputs = [*args.photos, *(path for path in (args.negative, args.init, args.mask) if path)]
@@ -62,6 +62,13 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
             renderer.make_page(name, page, footer)
         if pipe.safety_checker is None:
             printer.note("this checkpoint has no safety checker; the images were not checked")
+
+
+def pages_of(rows: Sequence[Row]) -> list[Sequence[Row]]:
+    """Return the rows of each contact sheet."""
+    columns = max(len(row.cells) for row in rows)
+    n = max(1, min(SHEET_ROWS, SHEET_CELLS // columns))
+    return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
 def sheet_names(pages: int) -> list[str]:

@@ -15,7 +15,7 @@ import imvar
 from imvar import InputError, cli
 from imvar.cli import render, sources
 from imvar.cli.photos import expand_photos
-from imvar.cli.rows import joined_name, side_by_side
+from imvar.cli.rows import Row, joined_name, side_by_side
 from imvar.cli.sources import InputImage, unique_names
 
 
@@ -124,6 +124,12 @@ def test_many_photos_have_several_sheets(run, tmp_path, without_model, monkeypat
     sheets = [Image.open(tmp_path / "out" / f"contact-sheet-{k}of3.png") for k in (1, 2, 3)]
     assert sheets[0].height == sheets[1].height > sheets[2].height
     assert capsys.readouterr().out.count("contact-sheet") == 3
+
+
+@pytest.mark.parametrize(("columns", "lengths"), [(4, [40, 40, 20]), (100, [4] * 25), (1000, [1] * 100)])
+def test_sheets_of_many_columns_have_fewer_rows(columns, lengths):
+    rows = [Row("", "", Image.Image, [None] * columns)] * 100
+    assert list(map(len, render.pages_of(rows))) == lengths
 
 
 def test_standard_input(run, photos, tmp_path, monkeypatch, capsys):
