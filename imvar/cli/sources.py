@@ -80,7 +80,9 @@ def is_embedding(path: Path) -> bool:
     return path.suffix.lower() == ".safetensors"
 
 
-def read_sources(paths: Sequence[Path], progress: Callable[..., Iterable[Path]] = iter) -> list[InputImage]:
+def read_sources(
+    paths: Sequence[Path], progress: Callable[[Sequence[Path]], Iterable[Path]] = iter
+) -> list[InputImage]:
     """Return the sources in these files: an embedding if the name ends in .safetensors, else a photo."""
     names = unique_names(["stdin" if path == STDIN else path.stem for path in paths])
     return [read_source(path, name) for path, name in zip(progress(paths), names, strict=True)]
