@@ -6,7 +6,7 @@ A note is an attribute of an image or tensor, which nothing that is computed fro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,19 +66,19 @@ class EmbedsNote(NamedTuple):
     `encoder`: the weights of the image encoder that computed them, None without one; `version` of the tensor.
     """
 
-    rows: Sequence[Sequence[Mapping[str, Any]]]
+    rows: Sequence[Sequence[dict[str, Any]]]
     encoder: Any
     version: int
 
 
-def note_embeds(embeds: Any, rows: Sequence[Sequence[Mapping[str, Any]]], encoder: Any = None) -> Any:
+def note_embeds(embeds: Any, rows: Sequence[Sequence[dict[str, Any]]], encoder: Any = None) -> Any:
     """Note on embeddings the inputs that each row was computed from, and return them."""
     if not embeds.is_inference():  # whose changes are not counted
         setattr(embeds, EMBEDS, EmbedsNote(rows, encoder, embeds._version))
     return embeds
 
 
-def note_combination(embeds: Any, parts: Sequence[tuple[Any, Mapping[str, Any]]]) -> Any:
+def note_combination(embeds: Any, parts: Sequence[tuple[Any, dict[str, Any]]]) -> Any:
     """Note on one embedding how it was computed from others, and return it.
 
     `parts`: each of those and the entries of the operation, such as {"weight": 0.7}. Nothing is noted if one of them

@@ -256,7 +256,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
 
         Returns:
             `images`, and `nsfw_content_detected`, a flag each, or None without a safety checker; by attribute alone
-            `seeds`, and `scores`, the measurements of the safety checker.
+            `seeds`, `scores`, the measurements of the safety checker, and `records`, how each image was made, which
+            `save(folder)` writes into files.
 
         Raises:
             InputError: an argument or component is not supported; raised before the first step.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Inputs:
         """Return the entry for an image or tensor."""
         return {"role": role, **file_of(value)._asdict(), "pixels": self.digests.of(role, value)}
 
-    def embedding(self, given: Tensor, embeds: Tensor, image: int) -> Sequence[Mapping[str, Any]]:
+    def embedding(self, given: Tensor, embeds: Tensor, image: int) -> Sequence[dict[str, Any]]:
         """Return the entries for the embedding of one image: the photos or files it was computed from, if known.
 
         `embeds`: those that were `given`, as (k, 1, c), k being 1 or the number of images.

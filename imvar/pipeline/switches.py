@@ -49,7 +49,7 @@ def switches_of(pipe: Any, models: Models) -> dict[str, Any]:
     unet, vae, compiler = pipe.components["unet"], pipe.components["vae"], pipe._compiler
     freeu, adapters = getattr(unet, "freeu", None), getattr(unet, "_adapters", None)
     switches = {
-        "components": {name: summary(part) for name, part in pipe.components.items() if name != "scheduler"},
+        "components": {name: summary(part) for name, part in parts_of(pipe).items() if name != "scheduler"},
         "freeu": freeu and asdict(freeu),
         "vae_slicing": getattr(vae, "use_slicing", False),
         "vae_tiling": getattr(vae, "use_tiling", False) and {name: getattr(vae, name) for name in TILES},
@@ -62,6 +62,11 @@ def switches_of(pipe: Any, models: Models) -> dict[str, Any]:
         "lora": adapters and (adapters.fused or {name: adapters.scales[name] for name in adapters.active}),
     }
     return {name: as_json(value) for name, value in switches.items() if value}
+
+
+def parts_of(pipe: Any) -> dict[str, Any]:
+    """Return the components and what else the pipeline computes images with."""
+    return {**pipe.components, "image_processor": pipe.image_processor}
 
 
 def summary(component: Any) -> dict[str, str] | None:
@@ -100,7 +105,7 @@ def has_channels_last(layers: Sequence[nn.Module]) -> bool:
 
 def reasons_of_pipeline(pipe: Any, models: Models) -> Iterator[str]:
     """Yield what other code changed about the pipeline and its components, and kernels that are chosen by the clock."""
-    for name, value in {"pipeline": pipe, **pipe.components}.items():
+    for name, value in {"pipeline": pipe, **parts_of(pipe)}.items():
         if value is not None and top_package(type(value)) != IMVAR:
             yield f"{name}: {type(value).__name__} is a custom class"
         elif name in models:

@@ -58,8 +58,10 @@ def pixels_digest(value: Any) -> str:
         image = to_rgb(value)
         header, data = f"{image.mode} {image.width}x{image.height}", image.tobytes()
     else:
+        import numpy as np
         import torch
 
+        value = np.array(value) if isinstance(value, np.ndarray) else value  # torch warns of read-only ones
         tensor = torch.as_tensor(value).detach().resolve_conj().resolve_neg().cpu().contiguous()
         shape = "x".join(map(str, tensor.shape))
         header, data = f"{str(tensor.dtype).removeprefix('torch.')} {shape}", bytes_of(tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,15 +24,15 @@ class WeightsFile(NamedTuple):
     """A file of weights: its name within the checkpoint, and its path, size and time of change when it was read."""
 
     name: str
-    path: Path
+    path: str  # which can be unpickled on another system
     size: int
     mtime_ns: int
 
     @classmethod
-    def stamped(cls, name: str, path: Path) -> WeightsFile:
+    def stamped(cls, name: str, path: str | Path) -> WeightsFile:
         """Return the file of a path as it is now."""
-        status = path.stat()
-        return cls(name, path, status.st_size, status.st_mtime_ns)
+        status = os.stat(path)
+        return cls(name, str(path), status.st_size, status.st_mtime_ns)
 
     def is_same_file(self) -> bool:
         """Return whether the file is still the one that was read, by size and time."""
@@ -61,7 +62,7 @@ class Origin:
     revision: str | None = None
     commit: str | None = None
     ema: bool | None = None
-    state: int | None = None
+    state: float | None = None
 
     def has_state_of(self, layers: Sequence[nn.Module]) -> bool:
         """Return whether no layer or weight was replaced, and no weight written to where autograd counts it."""
@@ -130,10 +131,16 @@ def dtypes_of(layers: Sequence[nn.Module]) -> set[torch.dtype]:
     return {dtype for dtype in {tensor.dtype for tensor in tensors_of(layers)} if dtype.is_floating_point}
 
 
-def state_of(layers: Sequence[nn.Module]) -> int:
-    """Return a number that changes when layers or weights are replaced, or weights moved or written to in place."""
+def state_of(layers: Sequence[nn.Module]) -> float:
+    """Return a number that changes when layers or weights are replaced, or weights moved or written to in place.
+
+    It is NaN, which equals nothing, for tensors without memory of their own, such as fake and sparse ones.
+    """
     kinds = [id(getattr(type(layer), "in_place_of", type(layer))) for layer in layers]
-    weights = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors_of(layers)]
+    try:
+        weights = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors_of(layers)]
+    except RuntimeError:
+        return math.nan
     return hash((*kinds, *weights))
 
 

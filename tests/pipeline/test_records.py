@@ -29,6 +29,7 @@ from imvar.records.files import read_record
 from imvar.records.record import differences
 from imvar.records.schema import check_record
 from tests.conftest import PHOTOS
+from tests.support.lora import random_lora
 
 BASE = {"num_inference_steps": 4, "guidance_scale": 3, "seed": 7}
 WITH_MASK = {"init_image": Image.new("RGB", (64, 64), "red"), "mask_image": Image.linear_gradient("L")}
@@ -344,6 +345,42 @@ def test_a_third_party_component_is_a_reason_and_no_error(loaded, photo):
     made = loaded(photo, **BASE)
     assert "scheduler: Proxy is a custom class" in made.records[0]["reasons"]
     assert "scheduler: could not be recorded (RuntimeError)" in made.records[0]["reasons"]
+
+
+class FromText(StableDiffusionImageVariationPipeline):
+    """A pipeline whose images are text."""
+
+    def _encode_image(self, image, device, n, guided, weight=1.0, path=""):
+        return torch.full(((1 + guided) * len(image) * n, 1, 24), weight)
+
+
+def test_a_custom_pipeline_is_recorded_as_such(loaded):
+    pipe = FromText(**loaded.components)
+    record = record_of(pipe, ["a fox", "a panda"], conditions={"weight": 0.5, "path": "/home/me/secret"})
+    assert record["settings"]["conditions"]["weight"] == 0.5
+    assert "secret" not in json.dumps(record)
+    assert record["reasons"] == [
+        "conditions: of a custom pipeline",
+        "pipeline: FromText is a custom class",
+        "image: its pixels could not be recorded (TypeError)",
+    ]
+    assert differences(record, record_of(pipe, ["a fox", "a panda"], conditions={"weight": 1}))
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_are_recorded(loaded, photo):
+    start = np.asarray(photo.resize((64, 64))) / np.float32(255)
+    start.flags.writeable = False
+    first, again, other = (record_of(loaded, photo, init_image=x) for x in (start, start.copy(), start / 2))
+    assert first["exact"]
+    assert not differences(first, again)
+    assert differences(first, other)
+
+
+def test_adapters_are_recorded(loaded, photo):
+    loaded.load_lora_weights(random_lora(loaded.unet, where="attn1"), adapter_name="style", weight=0.5)
+    record = record_of(loaded, photo)
+    assert (record["pipeline"]["lora"], record["checkpoint"]["weights"]) == ({"style": 0.5}, "changed")
 
 
 def test_an_interrupted_call_says_so(loaded, photo):
