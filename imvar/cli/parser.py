@@ -196,6 +196,46 @@ def add_web(commands: Any) -> None:
     add_model_options(command, EMOJI)
 
 
+def add_convert(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "convert",
+        help="convert a checkpoint to another layout or dtype",
+        description="Convert a checkpoint of this model, a file or a folder in any known layout, to another layout or "
+        "dtype. The tensors' names tell the layout.",
+        arguments="SOURCE TARGET [options]",
+        example="imvar convert original.ckpt converted --dtype fp16",
+        epilog="The target is replaced at once and whole, after all checks; on a failure it is unchanged. Exit status "
+        "1: failure, 2: invalid arguments, 130: interrupted.",
+    )
+    add = command.add_argument_group("checkpoints").add_argument
+    source = "a folder in diffusers' layout of any age, the folder or file of one part, an original .ckpt or "
+    source += ".safetensors file, or a hub id"
+    add("source", metavar="SOURCE", help=source)
+    add("target", metavar="TARGET", help="a folder, or a .safetensors file with --to original; replaced if it exists")
+    add("--revision", metavar="R", help="of a hub id: branch, tag or commit")
+    add("--fill", metavar="CHECKPOINT", help="take parts that SOURCE lacks, such as the safety checker, from here")
+    add("--config", metavar="FOLDER", help="use the configs in this folder instead of those of SOURCE")
+
+    add = command.add_argument_group("conversion").add_argument
+    add(
+        "--to",
+        choices=("diffusers", "original"),
+        default="diffusers",
+        metavar="LAYOUT",
+        help="diffusers (the default) or original",
+    )
+    dtypes = "of all floating-point tensors: keep (the default), fp32, fp16, bf16"
+    add("--dtype", choices=("keep", "fp32", "fp16", "bf16"), default="keep", metavar="TYPE", help=dtypes)
+    ema = "use the moving average of the UNet: yes, no or auto (the default, if there is one)"
+    add("--ema", choices=("auto", "yes", "no"), default="auto", metavar="WHEN", help=ema)
+    parts = "unet", "vae", "image_encoder", "safety_checker"
+    add("--part", choices=parts, metavar="PART", help=f"convert one alone: {', '.join(parts)}")
+    add("--max-shard-size", default="10GB", metavar="SIZE", help="split larger weights files (default: 10GB)")
+    add("--dry-run", action="store_true", help="report what would be done, and write nothing")
+    add("--verify", action="store_true", help="read the new files back and compare every bit")
+
+
 def add_env(commands: Any) -> None:
     command = add_command(
         commands,
@@ -256,6 +296,7 @@ ADD_COMMANDS = (
     add_demo,
     add_info,
     add_web,
+    add_convert,
     add_env,
 )
 """In the order of `imvar --help`."""

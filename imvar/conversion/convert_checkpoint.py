@@ -18,6 +18,7 @@ from ..weights.model_index import INDEX, PARTS
 from ..weights.writing import WrittenFile, size_in_bytes
 from .inspect import InspectedPart, Inspection, checkpoint_stamps, inspect_checkpoint
 from .layouts import DTYPES, DiffusersLayout, Layout, OriginalLayout
+from .sources import locate_source
 
 LAYOUTS: dict[str, type[Layout]] = {"diffusers": DiffusersLayout, "original": OriginalLayout}
 MODEL_PARTS = ("unet", "vae", "image_encoder", "safety_checker")
@@ -46,16 +47,18 @@ def convert(
     fill: str | Path | None = None,
     config: str | Path | None = None,
     max_shard_size: int | str = "10GB",
+    revision: str | None = None,
     dry_run: bool = False,
     verify: bool = False,
     log: Log = lambda line: None,
 ) -> Report:
     """Convert a checkpoint to a folder in diffusers' layout, or to one safetensors file in the original layout.
 
-    `source`: a folder in any published layout, the folder or file of one part, or an original `.ckpt` or safetensors
-    file. `part`: convert this part alone. `dtype`: cast floating-point tensors to it. `ema`: use the moving average of
-    the UNet's weights ("yes"), the raw weights ("no"), or the average if there is one ("auto"). `fill`: a checkpoint
-    to take missing parts from. `config`: a folder with configs to use instead of those in the source. `dry_run` writes
+    `source`: a folder in any published layout, the folder or file of one part, an original `.ckpt` or safetensors
+    file, or one of these on the hub, "owner/name" or "owner/name/file", of which `revision` is a branch, tag or commit.
+    `part`: convert this part alone. `dtype`: cast floating-point tensors to it. `ema`: use the moving average of the
+    UNet's weights ("yes"), the raw weights ("no"), or the average if there is one ("auto"). `fill`: a checkpoint to
+    take missing parts from. `config`: a folder with configs to use instead of those in the source. `dry_run` writes
     nothing; `verify` reads the new files back and compares every bit before they replace the target. `log` is called
     with each line of a report.
     The target is replaced atomically, after all checks. Other files in a target folder stay; if it has a part of
@@ -63,12 +66,16 @@ def convert(
 
     Raises `CheckpointError` naming the file and tensor, before anything is written, and `InputError` for arguments.
     """
-    source, target = as_path("source", source), as_path("target", target)
+    as_path("source", source)
+    target = as_path("target", target)
     config_folder = None if config is None else as_path("config", config)
-    fill = None if fill is None else as_path("fill", fill)
+    if fill is not None:
+        as_path("fill", fill)
     check_choices(to, dtype, part)
     LAYOUTS[to].check_path(target)
     shard_size = size_in_bytes(max_shard_size)
+    source = locate_source(source, revision, part)
+    fill = None if fill is None else locate_source(fill, None, part)
     if real_path(target) in (real_path(source / name) for name in PARTS):
         hint = "pass the source itself, or another folder"
         raise invalid(InputError, "target", "a folder outside the source", f"a part of it, {str(target)!r}", hint)
@@ -96,6 +103,8 @@ def convert(
             log(f"without {name}: {reason}")
         size = format_bytes(layout.total_bytes)
         log(f"target: {target}, {layout.description}: {', '.join(layout.parts)}; {size}, dtype {dtype}")
+        if existing := layout.existing:
+            log(f"replaced: {existing}")
         for path in layout.kept_weights:
             log(f"kept: {path}, weights of an earlier checkpoint")
         if dry_run:

@@ -55,6 +55,11 @@ class Layout(ABC):
 
     @property
     @abstractmethod
+    def existing(self) -> str:
+        """A text about what exists at the target and will be replaced; empty for nothing."""
+
+    @property
+    @abstractmethod
     def left_out(self) -> dict[str, str]:
         """The parts that are not written, and the reason."""
 
@@ -200,6 +205,12 @@ class DiffusersLayout(Layout):
             raise invalid(InputError, "target", "a folder", f"a file, {str(path)!r}", hint)
 
     @property
+    def existing(self) -> str:
+        with explain_read_error(self.path):
+            parts = [name for name in self.parts if kind_of(self.path / name) == "folder"]
+        return f"{', '.join(parts)} in the existing {self.path}; its other files stay" if parts else ""
+
+    @property
     def left_out(self) -> dict[str, str]:
         reason = "not in the source; fill= (--fill) takes it from another checkpoint"
         return {name: reason for name in PARTS if name not in self.parts and len(self.parts) > 1}
@@ -245,6 +256,10 @@ class OriginalLayout(Layout):
 
     def accepts(self, part: InspectedPart) -> bool:
         return part.component.part in ORIGINAL_NAMINGS or part.source is None
+
+    @property
+    def existing(self) -> str:
+        return f"the existing file {self.path}" if kind_of(self.path) == "file" else ""
 
     @property
     def left_out(self) -> dict[str, str]:

@@ -72,3 +72,23 @@ def test_as_a_script(small, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "dry run: nothing was written"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_target_is_said_before_it_is_replaced(small, checkpoint, tmp_path, capsys):
+    target, file = tmp_path / "out", tmp_path / "out.safetensors"
+    args = [str(small), str(target), "--fill", str(checkpoint)]
+    assert weights_convert.main(args) == 0
+    assert "replaced:" not in capsys.readouterr().out
+    (target / "notes.txt").touch()
+    expected = (
+        f"replaced: vae, image_encoder, unet, scheduler, safety_checker, feature_extractor in the existing {target}"
+    )
+    for more in ["--dry-run"], []:
+        assert weights_convert.main([*args, *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (said,) = (k for k, line in enumerate(lines) if line == f"{expected}; its other files stay")
+        assert said < next((k for k, line in enumerate(lines) if line.startswith("wrote")), len(lines))
+    assert (target / "notes.txt").exists()
+    for said in False, True:
+        assert weights_convert.main([str(small), str(file), "--to", "original"]) == 0
+        assert (f"replaced: the existing file {file}" in capsys.readouterr().out.splitlines()) == said

@@ -282,7 +282,7 @@ def test_interrupted_after_writing(small, tmp_path, monkeypatch, capsys, to):
 
     monkeypatch.setattr(shutil, "rmtree", stop)
     assert weights_convert.main([str(small), str(target), "--to", to]) == 130
-    assert capsys.readouterr().err == "weights_convert: interrupted; the target has changed\n"
+    assert capsys.readouterr().err == "imvar: interrupted; the target has changed\n"
 
 
 @pytest.mark.parametrize(
