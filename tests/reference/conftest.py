@@ -1,5 +1,7 @@
 """diffusers and transformers beside ours: the same tiny configurations, the same weights."""
 
+import copy
+import functools
 import logging
 
 import diffusers
@@ -54,15 +56,19 @@ def ref_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def ref(ref_folder):
-    pipe = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(ref_folder)
+@functools.cache
+def loaded(library, folder):
+    """A pipeline, of which each test gets a copy: loading takes longer."""
+    pipe = library.StableDiffusionImageVariationPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def ref(ref_folder):
+    return copy.deepcopy(loaded(diffusers, ref_folder))
 
 
 @pytest.fixture
 def ours(ref_folder):
-    pipe = imvar.StableDiffusionImageVariationPipeline.from_pretrained(ref_folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return copy.deepcopy(loaded(imvar, ref_folder))
