@@ -40,12 +40,17 @@ def lms_weights(past: np.ndarray, to: float) -> list[float]:
 
     The Lagrange polynomial through the slopes is integrated over the step. Two nodes would be exact, but where one step
     spans most of the noise, the rounding of the coefficients determines the digits that remain. So quadrature and
-    precision are those of diffusers: 21 nodes, polynomials in float32.
+    precision are those of diffusers: 21 nodes, added up in the same order, polynomials in float32.
     """
-    nodes, weights = np.concatenate([KRONROD, KRONROD[:-1] * (-1, 1)]).T.copy()
+    nodes, weights = KRONROD[[10, *range(1, 10, 2), *range(0, 10, 2)]].T  # the order in which QUADPACK adds them up
     middle, half = (past[0].item() + to) / 2, (to - past[0].item()) / 2
-    tau = (middle + half * nodes).astype(np.float32)
-    return [half * float(weights @ lagrange(tau, past, j)) for j in range(len(past))]
+    left, right = ((middle + side * half * nodes).astype(np.float32) for side in (-1, 1))
+    coefficients = []
+    for j in range(len(past)):
+        values = lagrange(left, past, j).astype(float) + lagrange(right, past, j)
+        values[0] /= 2  # the middle, which is one node
+        coefficients.append(half * float(np.cumsum(weights * values)[-1]))  # unlike sum and @, in order on any machine
+    return coefficients
 
 
 def lagrange(tau: np.ndarray, past: np.ndarray, j: int) -> np.ndarray:
