@@ -7,21 +7,33 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-import pytest
 from sampler_figure import SAMPLERS
 
 SVG = "{http://www.w3.org/2000/svg}"
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-def run(script, *options):
-    command = [sys.executable, SCRIPTS / script, *options]
+def run(*command):
+    command = [sys.executable, *command]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
+HELP = """
+import runpy, sys
+path = sys.path[1:]
+for script in sys.argv[1:]:
+    sys.path[:], sys.argv = [script.rpartition("/")[0], *path], [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+    print("end of", script)
+"""
+
+
+def test_help():
+    """Of each script as a program, in one process, since their imports take longest."""
+    names = [
         "benchmark_convert.py",
         "evaluate_approximations.py",
         "evaluate_emoji.py",
@@ -29,19 +41,19 @@ def run(script, *options):
         "gallery.py",
         "mutation_test.py",
         "sampler_figure.py",
-        "soak.py",
         "train_emoji",
         "verify_reference.py",
-    ],
-)
-def test_help(script):
-    assert "usage:" in run(script, "--help")
+    ]
+    *texts, _ = run("-c", HELP, *(SCRIPTS / name for name in names)).split("end of ")
+    assert len(texts) == len(names)
+    assert all("usage:" in text for text in texts)
+    assert "usage:" in run(SCRIPTS / "soak.py", "--help")  # starts itself again
 
 
 def test_the_figure_of_the_samplers(tmp_path):
     """It continues with what a stopped run has left, and draws a line for each sampler, labels apart."""
     options = ["--out", tmp_path, "-n", "1", "--steps", "1", "2", "--reference-steps", "3"]
-    table = run("sampler_figure.py", *options)
+    table = run(SCRIPTS / "sampler_figure.py", *options)
     distances = json.loads((tmp_path / "distances.json").read_text())
     assert len(table.splitlines()) == len(SAMPLERS) + 2
     assert all(0 < value < 100 for values in distances.values() for value in values.values())
@@ -53,8 +65,8 @@ def test_the_figure_of_the_samplers(tmp_path):
     assert all(b - a >= 16 for a, b in itertools.pairwise(heights))
     distances["DDIM"]["2"] = 12.34
     (tmp_path / "distances.json").write_text(json.dumps(distances))
-    assert "12.34" in run("sampler_figure.py", *options)
+    assert "12.34" in run(SCRIPTS / "sampler_figure.py", *options)
 
 
 def test_fuzzing_in_child_processes():
-    assert "4 cases in " in run("fuzz", "--cases", "4", "--workers", "1")
+    assert "4 cases in " in run(SCRIPTS / "fuzz", "--cases", "4", "--workers", "1")
