@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from imvar import InputError, Region
+from tests.support.random_checkpoint import tiny_pipeline
 
 LEFT = torch.cat([torch.ones(16, 8), torch.zeros(16, 8)], dim=1)
 
@@ -118,11 +119,19 @@ def test_settings_that_change_no_result(pipe, options, setting):
     assert equal_up_to_rounding(run(pipe, options), expected)
 
 
-def test_compiled(pipe, options):
+@pytest.fixture(scope="module")
+def compiled_pipe():
+    """Compiled once: what arguments share is not compiled for each."""
     torch._dynamo.reset()
-    expected = run(pipe, options)
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
     pipe.compile(backend="eager")
-    assert torch.allclose(run(pipe, options), expected, atol=1e-5)
+    return pipe
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # a fallback would be one
+def test_compiled(pipe, compiled_pipe, options):
+    assert torch.allclose(run(compiled_pipe, options), run(pipe, options), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
