@@ -47,10 +47,10 @@ def hook(event, args):
 
 sys.addaudithook(hook)
 for load in loads:
-    for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES):
+    for numbers in (errno.EIO, errno.EACCES), (errno.ESTALE, errno.EMFILE):
         fail_at = 0
         while True:
-            count = 0
+            count, number = 0, numbers[fail_at % 2]
             result = outcome(load)
             if count <= fail_at:
                 break
