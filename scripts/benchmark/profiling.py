@@ -113,13 +113,14 @@ def recording(profile: Profile) -> Iterator[None]:
         yield
 
 
-def peak_flops(dtype: torch.dtype) -> float:
+def peak_flops(dtype: torch.dtype, n: int = 640) -> float:
     """Return the FLOP/s of a large matrix product or a large convolution, the faster of them: it sets the floor."""
-    a, x, w = torch.randn(4096, 4096), torch.randn(2, 640, 64, 64), torch.randn(640, 640, 3, 3)
+    side = 4096 * n // 640
+    a, x, w = torch.randn(side, side), torch.randn(2, n, 64, 64), torch.randn(n, n, 3, 3)
     a, x, w = (t.to(dtype) for t in (a, x, w))
     x = x.to(memory_format=torch.channels_last)
     best = 0.0
-    for run, flops in ((lambda: a @ a, 2 * 4096**3), (lambda: F.conv2d(x, w, padding=1), 2 * 8192 * 640 * 640 * 9)):
+    for run, flops in ((lambda: a @ a, 2 * side**3), (lambda: F.conv2d(x, w, padding=1), 2 * 8192 * n * n * 9)):
         run()
         for _ in range(3):
             start = time.perf_counter()
@@ -131,7 +132,7 @@ def peak_flops(dtype: torch.dtype) -> float:
 @torch.no_grad()
 def profile_table(libraries: Libraries) -> str:
     """Return a table for each job, of its median round."""
-    peak, tables = peak_flops(libraries.dtype), []
+    peak, tables = peak_flops(libraries.dtype, 64 if libraries.args.tiny else 640), []
     for case in (guided_step(libraries, libraries.args.batch, libraries.size), next(iter(vae(libraries)))):
         for _ in range(2):  # packs weights and allocates memory
             case.imvar()
