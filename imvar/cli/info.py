@@ -17,7 +17,7 @@ from ..records.remaking import command_of, inexactness, obstacles
 from ..text import printable
 
 ROLES = {"image": "photo", "image_embeds": "embedding", "negative": "away from", "init": "start", "mask": "mask"}
-HOW = {"mix": "adding their embeddings", "slerp": "spherical interpolation of their embeddings"}
+OPERATIONS = "weight", "slerp", "augment"  # on the embedding of an image
 SETTINGS = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
@@ -91,14 +91,10 @@ Rows = Iterator[tuple[str, str]]
 
 
 def input_rows(record: dict[str, Any]) -> Rows:
-    embedding: dict[str, Any] = record.get("embedding", {"how": None, "weights": []})
-    weights = iter(embedding["weights"])
     for entry in record["inputs"]:
         text = str(entry["name"] or f"a {'tensor' if entry['role'] == 'image_embeds' else 'photo'} without a name")
-        weight = next(weights, None) if entry["role"] == "image" else None
-        yield str(ROLES.get(entry["role"], entry["role"])), text if weight is None else f"{text} x {readable(weight)}"
-    if embedding["how"]:
-        yield "combined by", str(HOW.get(embedding["how"], embedding["how"]))
+        more = "".join(f", {name} {readable(entry[name])}" for name in OPERATIONS if name in entry)
+        yield str(ROLES.get(entry["role"], entry["role"])), text + more
     if record.get("flagged"):
         yield "flagged", "by the safety checker"
 

@@ -58,7 +58,8 @@ def check_combinations(args: argparse.Namespace) -> None:
     given = vars(args)
     varied = {args.rows[0], args.columns[0]} if "rows" in given else set()
     if "init" in given and args.init is None:
-        needs = {"--strength": args.strength is not None or "strength" in varied, "--mask": args.mask is not None}
+        has_strength = given.get("strength") is not None or "strength" in varied
+        needs = {"--strength": has_strength, "--mask": args.mask is not None}
         for name in (name for name, is_given in needs.items() if is_given):
             args.usage_error(f"{name}: expected --init with it, got none")
     if given.get("overwrite") and given.get("skip_existing"):
@@ -180,6 +181,30 @@ def add_info(commands: Any) -> None:
     add("--json", action="store_true", help="print a JSON object for each file, on a line")
 
 
+def add_again(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "again",
+        help="make an image again from its record",
+        description="Make an image again, equal in every pixel on the same machine, and compare both.",
+        arguments="FILE --photo PHOTO [options]",
+        example="imvar again fox-0.png --photo fox.png",
+        epilog="imvar info FILE prints the command. Files may have any name: their pixels are compared with the "
+        "recorded digests. Exit status 1: the image is not equal in every pixel and should be, or cannot be made.",
+    )
+    add = command.add_argument
+    add("file", type=photo_arg, metavar="FILE", help="an image that imvar made: PNG, WebP or JPEG")
+    photo = "the photo or embedding that was varied; of a mixture each"
+    add("--photo", dest="photos", action="append", default=[], type=photo_arg, metavar="PHOTO", help=photo)
+    add("--negative", type=photo_arg, metavar="PHOTO", help="the image that guidance led away from")
+    add("--init", type=photo_arg, metavar="PHOTO", help="the image that it started from")
+    add("--mask", type=photo_arg, metavar="PHOTO", help="the mask of what was repainted")
+    checkpoint = "where it is, if not under the name in the record"
+    add("--checkpoint", metavar="ID|PATH", help=checkpoint)
+    add("-o", dest="out", type=folder_arg, default="variations", metavar="FOLDER", help="default: variations")
+    add("--alone", action="store_true", help="make one image and not all of its batch: equal up to rounding")
+
+
 def add_web(commands: Any) -> None:
     command = add_command(
         commands,
@@ -295,6 +320,7 @@ ADD_COMMANDS = (
     add_grid,
     add_demo,
     add_info,
+    add_again,
     add_web,
     add_convert,
     add_env,

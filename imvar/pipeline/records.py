@@ -133,7 +133,5 @@ def reasons_of_call(call: Call) -> Iterator[str]:
     for name in ("callback", "callback_on_step_end"):
         if getattr(call, name) is not None:
             yield f"{name}: a function"
-    if callable(call.given["guidance_scale"]):
-        yield "guidance_scale: a function, of which the record has the values"
     if isinstance(call.init_image, Tensor) and len(call.init_image) > 1:
         yield "init_image: several, encoded together"

@@ -37,8 +37,6 @@ SCHEMA: dict[str, Any] = {
     "reasons": [TEXT],
 }
 """The entries that every record has. Others are allowed beside them."""
-OPTIONAL = {"embedding": {"how": TEXT, "weights": [NUMBER]}}
-"""Those that some have: how the embedding was made of those of the photos."""
 
 
 def check_record(record: Any, path: str | Path) -> None:
@@ -49,7 +47,7 @@ def check_record(record: Any, path: str | Path) -> None:
         hint = "another version of imvar wrote it"
         raise invalid(InputError, path, f"a record of format {FORMAT}", short_repr(record["format"]), hint)
     check_depth(record, path)
-    check_entry(record, SCHEMA | {name: entry for name, entry in OPTIONAL.items() if name in record}, "", path)
+    check_entry(record, SCHEMA, "", path)
     call = record["call"]
     if not (0 <= call["row"] < call["rows"] and 0 <= call["image"] < call["images"] <= call["rows"] <= MAX_IMAGES):
         raise invalid(InputError, path, "a row and an image within those of its call", short_repr(call))

@@ -44,15 +44,16 @@ def test_it_prints_the_record_and_the_command(info, tmp_path, format):
 
 
 def test_it_names_every_input_with_its_option(info):
-    record = hand_made(embedding={"how": "mix", "weights": [0.7, 0.3]})
+    record = hand_made()
     roles = ["image", "image", "negative", "init", "mask"]
     names = ["fox.png", None, "../../etc/-dog.png", "a.safetensors", "b\nc.png"]
     record["inputs"] = [
         {"role": r, "name": n, "sha256": None, "pixels": None} for r, n in zip(roles, names, strict=True)
     ]
+    record["inputs"][0]["weight"], record["inputs"][1]["weight"] = 0.7, 0.3
     text = info(record)
-    assert "fox.png x 0.7" in text
-    assert "a photo without a name x 0.3" in text
+    assert "fox.png, weight 0.7" in text
+    assert "a photo without a name, weight 0.3" in text
     expected = ["--photo", "fox.png", "--photo", "PHOTO", "--negative", "./-dog.png", "--init", "a.safetensors"]
     assert shlex.split(text.splitlines()[-1])[3:] == [*expected, "--mask", "PHOTO"]
 

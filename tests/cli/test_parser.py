@@ -79,7 +79,7 @@ def test_alone_it_prints_the_short_help(capsys):
         (["my photo.jpg", "-n", "3"], "did you mean `imvar vary 'my photo.jpg'`?"),
         ([os.curdir], "did you mean `imvar vary .`?"),
         (["varry", "photo.jpg", "--seed", "1"], "unknown command varry; did you mean `imvar vary`?"),
-        (["paint"], "unknown command paint; see imvar --help"),
+        (["xyz"], "unknown command xyz; see imvar --help"),
         (["--verison"], "imvar: error: unknown option --verison; did you mean --version?"),
         (["vary", "a.jpg", "--chekpoint", "b"], "imvar vary: error: unknown option --chekpoint; did you mean --checkp"),
         (["vary", "--chekpoint=b"], "unknown option --chekpoint; did you mean --checkpoint?"),

@@ -160,8 +160,6 @@ def test_hostile_texts_are_refused(tmp_path, text, message):
         ({"call__row": 4}, "a row and an image within those of its call"),
         ({"call__rows": 10**9}, "a row and an image within those of its call"),
         ({"call__images": 0}, "a row and an image within those of its call"),
-        ({"embedding": None}, "a record whose embedding is a dictionary, got NoneType"),
-        ({"embedding": {"how": "mix", "weights": ["1"]}}, "a record whose embedding.weights[0] is a number, got '1'"),
         ({"exact": 1}, "a record whose exact is true or false, got 1"),
         ({"reasons": ["\x1b[2J", 1]}, "a record whose reasons[1] is text"),
         ({"settings__x": [[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]}, "nested up to 16 levels, got one nested deeper"),
