@@ -83,7 +83,7 @@ def compare_images(path: Path, image: Image.Image) -> tuple[str, bool]:
     if old.size != image.size:
         return f"of another size than {path}, {image.width}x{image.height}: {path} was changed", False
     difference = ImageChops.difference(old, image.convert("RGB"))
-    levels = max(high for _, high in difference.getextrema())
+    levels = max(channel.getextrema()[1] for channel in difference.split())
     if not levels:
         return f"equal in every pixel to {path}", True
     note = ", which is a JPEG and so not exact" if is_lossy else ""

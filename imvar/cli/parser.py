@@ -62,6 +62,8 @@ def check_combinations(args: argparse.Namespace) -> None:
         needs = {"--strength": has_strength, "--mask": args.mask is not None}
         for name in (name for name, is_given in needs.items() if is_given):
             args.usage_error(f"{name}: expected --init with it, got none")
+    if given.get("no_metadata") and given.get("skip_existing"):
+        args.usage_error("--skip-existing: expected no --no-metadata with it, got both")
     if given.get("overwrite") and given.get("skip_existing"):
         args.usage_error("--skip-existing: expected no --overwrite with it, got both")
     photos = [*(given.get("photos") or ()), *(path for path, _ in given.get("weighted") or ())]
@@ -292,6 +294,8 @@ def add_image_options(
 
     add = command.add_argument_group("output").add_argument
     add("-o", dest="out", type=folder_arg, default=folder, metavar="FOLDER", help=f"default: {folder}")
+    add("--save", choices=("png", "webp", "jpeg"), default="png", metavar="F", help="png, webp or jpeg (default: png)")
+    add("--no-metadata", action="store_true", help="save no record of how images were made")
     add("--overwrite", action="store_true", help="replace existing files of the same names")
     add("--skip-existing", action="store_true", help="keep existing images, if they are those of this command")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")

@@ -140,7 +140,7 @@ def set_switches(pipe: Any, switches: Mapping[str, Any], device: torch.device) -
 @contextmanager
 def process_as_recorded(machine: Mapping[str, Any]) -> Iterator[None]:
     """Use the recorded threads and settings of PyTorch in the block."""
-    flags = machine.get("flags") if isinstance(machine.get("flags"), dict) else {}
+    flags: Any = machine["flags"] if isinstance(machine.get("flags"), dict) else {}
     with ExitStack() as restore:
 
         def use(name: str, value: Any, get: Any, set_: Any, choices: Sequence[Any]) -> None:

@@ -43,7 +43,7 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
         rows = rows_of(args, sources)
         pages = pages_of(rows)
         sheets = sheet_names(len(pages))
-        names = [*sheets, *(file_name(cell) for row in rows for cell in row.cells)]
+        names = [*sheets, *(file_name(cell, args.save) for row in rows for cell in row.cells)]
         inputs = [*args.photos, *(path for path in (args.negative, args.init, args.mask) if path)]
         outputs = OutputFolder(args.out, names, args.overwrite, inputs)
         if emoji:

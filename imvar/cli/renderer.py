@@ -47,7 +47,7 @@ class Renderer:
         """Find the images that exist; raise `InputError` for one that this command would make otherwise."""
         for row in self.printer.reading(rows):
             for cells in batches_of(row.cells, self.args.batch):
-                paths = [self.outputs.folder / file_name(cell) for cell in cells]
+                paths = [self.outputs.folder / file_name(cell, self.args.save) for cell in cells]
                 if not any(map(os.path.lexists, paths)):
                     continue
                 records = self.pipe.records(**batch_arguments(self.pipe, cells, self.shared))
@@ -114,7 +114,9 @@ class Renderer:
     def save_variation(self, cell: Cell, output: Any, k: int, details: dict[str, Any]) -> tuple[str, Image.Image]:
         """Save and report image k of an output, and return its caption and the image as on the contact sheet."""
         image, flags = output.images[k], output.nsfw_content_detected
-        path = self.outputs.save_as(file_name(cell), partial(write_image, image, record=output.records[k]))
+        record = None if self.args.no_metadata else output.records[k]
+        write = partial(write_image, image, record=record, format=self.args.save)
+        path = self.outputs.save_as(file_name(cell, self.args.save), write)
         flagged = flags[k] if flags else None
         scores = output.scores[k] if output.scores else None
         self.printer.image(path, FLAG_NOTES[self.args.on_flagged], details | {"flagged": flagged, "scores": scores})
@@ -150,9 +152,9 @@ def has_pixels(path: Path, image: Image.Image) -> bool:
         return False
 
 
-def file_name(cell: Cell) -> str:
+def file_name(cell: Cell, format: str) -> str:
     """Return the name of the file of a cell."""
-    return f"{cell.stem}.png"
+    return f"{cell.stem}.{format}"
 
 
 def batches_of(cells: Sequence[Cell], batch: int) -> list[list[Cell]]:

@@ -302,3 +302,21 @@ def test_no_path_is_in_a_file(again, folder):
         assert b"fox-noto.png" in text
         assert str(folder).encode() not in text
         assert str(EXAMPLES["fox-noto"].parent).encode() not in text
+
+
+@pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+def test_the_format_of_saved_images(again, format):
+    (path,) = make("vary", FOX, "-n", 1, "--save", format)
+    assert path.name == f"fox-noto-0.{format}"
+    assert Image.open(path).format == format.upper()
+    assert again(path, "--photo", FOX)[0] == 0
+
+
+def test_without_metadata(again):
+    (path,) = make("vary", FOX, "-n", 1, "--no-metadata")
+    assert not Image.open(path).info
+    assert again(path, "--photo", FOX) == (
+        1,
+        "",
+        f"imvar: {path}: expected a PNG, JPEG or WebP file with a record of imvar, got an image without one\n",
+    )
