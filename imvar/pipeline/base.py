@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -459,8 +460,7 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """Return a tqdm bar over `iterable`, or one of `total` steps that is updated by hand."""
-        from huggingface_hub.utils import tqdm
-
+        tqdm = tqdm_of_hub()
         if iterable is None and total is None:
             raise invalid(InputError, "progress_bar", "an iterable or a total", "neither")
         if iterable is not None and not isinstance(iterable, Iterable):
@@ -469,7 +469,7 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Set the options of tqdm, such as `disable=True`. Raises `InputTypeError` for any that tqdm does not take."""
-        from huggingface_hub.utils import tqdm
+        tqdm = tqdm_of_hub()
 
         class TrialBar(tqdm.__mro__[1]):  # type: ignore[misc]  # tqdm's own class, which no setting disables
             _lock, monitor_interval = tqdm.get_lock(), 0
@@ -501,3 +501,11 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
     def __repr__(self) -> str:
         lines = (f"  {name}: {type(component).__name__}" for name, component in self.components.items())
         return "\n".join([type(self).__name__, *lines])
+
+
+def tqdm_of_hub() -> Any:
+    """Return huggingface_hub's tqdm, without its warning that a notebook without ipywidgets gets a bar of text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from huggingface_hub.utils import tqdm
+    return tqdm
