@@ -20,7 +20,9 @@ from ..errors import ImvarError, InputError, invalid, short_repr
 from ..image.load_image import load_image
 from ..noise import MAX_SEED
 from ..pipeline.regions import Region
+from ..records.files import read_record, save_image
 from .checkpoint import set_scheduler
+from .web_again import carried_arguments, comparison
 
 OWN_SCHEDULER = "as trained"
 MAX_NEW_SEED = 10**6  # short enough to be read and typed
@@ -38,12 +40,12 @@ class Progress:
 
 @dataclass
 class Made:
-    """The files of a call with their seeds, and the flags of the safety checker."""
+    """The files of a call, with a caption for each image; the mask, if there is one, is the last file."""
 
     paths: list[Path]
+    captions: list[str]
     seeds: list[int]
-    flagged: list[bool]
-    stopped: bool
+    remark: str
 
 
 class Calls:
@@ -70,7 +72,8 @@ class Calls:
             return {}
 
         watch = {"callback_on_step_end": report, "callback_on_step_end_tensor_inputs": ["pred_original_sample"]}
-        last, self.session = Progress(0, 1, 0, []), session or ""
+        yield (last := Progress(0, 1, 0, []))
+        self.session = session or ""
         with ThreadPoolExecutor(1) as thread:
             try:
                 call = thread.submit(self.pipe, **arguments, **watch)
@@ -79,14 +82,25 @@ class Calls:
                     yield (last := progress)
             finally:
                 self.session = None
-        made = call.result()
+        yield self.saved(form, arguments, call.result(), stopped=last.step < last.steps)
+
+    def saved(self, form: SimpleNamespace, arguments: dict[str, Any], made: Any, stopped: bool) -> Made:
+        """Save the images with their records, which are of a call without the function that reports progress."""
+        records = made.records if stopped else self.pipe.records(**arguments)
+        flags = made.nsfw_content_detected or [None] * len(records)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        name = Path(form.image).stem
-        paths = [folder / f"{name}-{seed}.png" for seed in arguments["seed"]]
-        for path, image in zip(paths, made.images, strict=True):
-            image.save(path)
-        flags = made.nsfw_content_detected or [False] * len(paths)
-        yield Made(paths, arguments["seed"], flags, last.step < last.steps)
+        result = Made([], [], arguments["seed"], "Stopped early." if stopped else "")
+        for image, record, flag in zip(made.images, records, flags, strict=True):
+            path = folder / f"{Path(form.image).stem}-{record['seed']}.png"
+            save_image(image, path, record | {"flagged": flag})
+            result.paths.append(path)
+            result.captions.append(f"seed {record['seed']}{', flagged' if flag else ''}")
+        if "mask_image" in arguments:
+            arguments["mask_image"].save(path := folder / "mask.png")
+            result.paths.append(path)
+        if form.again:
+            result.remark = comparison(Path(form.again).name, read_record(form.again), records)
+        return result
 
     def stop(self, session: str | None) -> None:
         """End the call of this session after its current step."""
@@ -110,22 +124,27 @@ class Calls:
             "num_images_per_prompt": int(form.count),
             "seed": seeds_of(form.locked, int(form.count)),
         }
-        image = load_image(form.image)
+        if form.again:
+            arguments |= carried_arguments(read_record(form.again))
         if form.second:
-            first, second = (self.pipe.encode_image(x) for x in (image, load_image(form.second)))
+            first, second = self.encode_file(form.image), self.encode_file(form.second)
             if area := painted(form.region):
                 arguments["image_embeds"] = [Region(first), Region(second, area, form.share)]
             else:
                 arguments["image_embeds"] = mix([(first, 1 - form.share), (second, form.share)])
         else:
-            arguments["image"] = image
+            arguments["image"] = load_image(form.image)
         if form.negative:
-            arguments["negative_image_embeds"] = self.pipe.encode_image(load_image(form.negative))
+            arguments["negative_image_embeds"] = self.encode_file(form.negative)
         if form.start:
             arguments |= {"init_image": load_image(form.start), "strength": form.strength}
             if area := painted(form.mask):
                 arguments |= {"mask_image": area, "paste": True}
         return arguments
+
+    def encode_file(self, path: str) -> Any:
+        """Return the embedding of the image in a file."""
+        return self.pipe.encode_image(load_image(path))
 
 
 def seeds_of(locked: list[str], count: int) -> list[int]:
@@ -133,7 +152,7 @@ def seeds_of(locked: list[str], count: int) -> list[int]:
     for seed in locked:
         if not str(seed).isdecimal() or int(seed) > MAX_SEED:
             raise invalid(InputError, "Locked seeds", f"integers from 0 to {MAX_SEED}", short_repr(seed))
-    seeds = list(map(int, locked))[:count]
+    seeds = list(dict.fromkeys(map(int, locked)))[:count]
     new = random.sample(range(MAX_NEW_SEED), count + len(seeds))
     return seeds + [seed for seed in new if seed not in seeds][: count - len(seeds)]
 
