@@ -40,10 +40,10 @@ def install(wheel: Path, folder: Path) -> Path:
     """Install the wheel in a new environment that finds its dependencies in this one. Return its Python."""
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)  # before it finds an imvar in this environment
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not followed
-    pip = (sys.executable, "-m", "pip", "--python", python)
-    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     return python
 
 
