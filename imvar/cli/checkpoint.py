@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -40,6 +41,12 @@ def set_scheduler(pipe: StableDiffusionImageVariationPipeline, name: str) -> Non
 def is_emoji(checkpoint: str) -> bool:
     """Return whether this names the bundled checkpoint, not a folder or file of the same name."""
     return checkpoint == EMOJI and not Path(checkpoint).exists()
+
+
+def use_one_thread() -> None:
+    """Compute with one thread, as the layers of imvar-emoji are too small for two, unless OMP_NUM_THREADS is set."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..weights.bundled import bundled_examples
-from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype
+from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, use_one_thread
 from .choices import CHECKPOINT, EMOJI, EMOJI_STEPS, STEPS
 from .outputs import OutputFolder
 from .printer import Printer
@@ -34,6 +34,8 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
     """Make the images of a command; device, photos and names are checked before the checkpoint is loaded."""
     emoji = is_emoji(args.checkpoint)
     apply_defaults(args, emoji)
+    if emoji and args.own_process:
+        use_one_thread()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     with Printer(args.quiet, args.json) as printer:
