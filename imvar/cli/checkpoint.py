@@ -43,7 +43,7 @@ def is_emoji(checkpoint: str) -> bool:
     return checkpoint == EMOJI and not Path(checkpoint).exists()
 
 
-def use_one_thread() -> None:
+def prefer_one_thread() -> None:
     """Compute with one thread, as the layers of imvar-emoji are too small for two, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..weights.bundled import bundled_examples
-from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, use_one_thread
+from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, prefer_one_thread
 from .choices import CHECKPOINT, EMOJI, EMOJI_STEPS, STEPS
 from .outputs import OutputFolder
 from .printer import Printer
@@ -35,7 +35,7 @@ def make_images(args: argparse.Namespace, rows_of: RowsOf) -> None:
     emoji = is_emoji(args.checkpoint)
     apply_defaults(args, emoji)
     if emoji and args.own_process:
-        use_one_thread()
+        prefer_one_thread()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     with Printer(args.quiet, args.json) as printer:

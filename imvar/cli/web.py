@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import ImvarError, InputError, invalid
 from ..weights.bundled import bundled_examples
-from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, use_one_thread
+from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, prefer_one_thread
 from .choices import CHECKPOINT, EMOJI, EMOJI_STEPS, STEPS
 
 MAX_UPLOAD = "50mb"
@@ -48,7 +48,7 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     listener = listen(args.host, args.port)
     emoji = is_emoji(args.checkpoint)
     if emoji:
-        use_one_thread()
+        prefer_one_thread()
     device = pick_device(args.device)
     dtype = pick_dtype("float32" if emoji and args.dtype == "auto" else args.dtype, device)
     calls = Calls(load_pipeline(args.checkpoint, args.revision, None, dtype).to(device), folder)
