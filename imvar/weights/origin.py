@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .bundled import HOME
+from .read_errors import explain_read_error
 
 HUB_FOLDER = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(?=/)")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -31,7 +31,8 @@ class WeightsFile(NamedTuple):
     @classmethod
     def stamped(cls, name: str, path: str | Path) -> WeightsFile:
         """Return the file of a path as it is now."""
-        status = os.stat(path)
+        with explain_read_error(Path(path)):
+            status = os.stat(path)
         return cls(name, str(path), status.st_size, status.st_mtime_ns)
 
     def is_same_file(self) -> bool:
@@ -85,13 +86,12 @@ class Origin:
 
 
 def origin_of(
-    model: Any, path: Path, files: Iterable[WeightsFile], stored: Iterable[torch.dtype], ema: bool | None = None
+    model: Any, path: Path, files: Iterable[WeightsFile], stored: torch.dtype, ema: bool | None = None
 ) -> Origin:
     """Return the origin of a model that was just loaded from the folder of its part, or from a file.
 
-    `stored`: the dtypes of the tensors in the files.
+    `stored`: the dtype that holds the values of the files.
     """
-    dtype = functools.reduce(torch.promote_types, stored)
     absolute = Path(os.path.abspath(path))
     snapshot = HUB_FOLDER.search(f"{absolute.as_posix()}/")
     if snapshot:
@@ -101,7 +101,7 @@ def origin_of(
     else:
         name = absolute.parent.name if absolute.name == model.part else absolute.name
     commit = snapshot[2] if snapshot else None
-    return Origin(name, tuple(files), (dtype, dtype), commit=commit, ema=ema).moved(layers_of(model))
+    return Origin(name, tuple(files), (stored, stored), commit=commit, ema=ema).moved(layers_of(model))
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -146,4 +146,6 @@ def state_of(layers: Sequence[nn.Module]) -> float:
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Return whether one dtype represents all values of another."""
-    return wide == narrow or torch.promote_types(wide, narrow) == wide
+    if wide == narrow or 1 in (wide.itemsize, narrow.itemsize):  # 8-bit floats, which PyTorch does not promote
+        return wide == narrow or narrow.itemsize < wide.itemsize
+    return torch.promote_types(wide, narrow) == wide

@@ -140,7 +140,7 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         with explain_read_error(folder):
             config, (path, tensors), files = read_consistently(folder, patterns, read_files)
         model = cls.from_tensors(tensors, config, folder / cls.config_name, dtype=dtype, path=path)
-        model._origin = origin_of(model, folder, files, [tensor.dtype for tensor in tensors.values()])
+        model._origin = origin_of(model, folder, files, widest_dtype([tensor.dtype for tensor in tensors.values()]))
         return model
 
     @classmethod
@@ -208,11 +208,11 @@ class PretrainedModel(ConfiguredComponent, nn.Module):
         config = cls.validate_config(settings, path, **changes)
         model = cls.from_tensors(part.tensors, config, path, dtype=dtype, naming=part.naming, path=file.path)
         if file.path is not IN_MEMORY:
-            dtypes = [tensor.dtype for tensor in part.tensors.values()]
+            stored = widest_dtype([tensor.dtype for tensor in part.tensors.values()])
             files = [WeightsFile.stamped(file.path.name, file.path)]
             has_both = len(file.parts.get(cls.part, ())) > 1
             is_average = part.naming.prefix.startswith("model_ema") if has_both else None
-            model._origin = origin_of(model, file.path, files, dtypes, ema=is_average)
+            model._origin = origin_of(model, file.path, files, stored, ema=is_average)
         return model
 
     @classmethod

@@ -11,7 +11,7 @@ import sys
 import termios
 
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from PIL import Image
 
 import imvar
@@ -42,6 +42,7 @@ def test_quiet_prints_errors_alone(run, tmp_path, capsys, monkeypatch):
     assert run(tmp_path / "two.gif", "-n", 1) == 0
     note = f"imvar: {tmp_path / 'two.gif'}: of several frames or pages only the first is used\n"
     assert capsys.readouterr().err == note
+    enable_progress_bars()  # the tests in reference/ disable all bars of huggingface_hub
     downloads = []
     load = render.load_pipeline
     monkeypatch.setattr(
