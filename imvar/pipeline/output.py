@@ -49,6 +49,13 @@ class StableDiffusionPipelineOutput(Output, Generic[ImagesT]):
     scores: list[dict[str, Any]] | None = None
     recorded: CallRecords | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.images, list):
+            for row, image in enumerate(self.images):
+                if isinstance(image, Image):
+                    # a tag, for when callers sort the list or drop some of it
+                    image.imvar_row = id(self.recorded), row  # type: ignore[attr-defined]
+
     @property
     def records(self) -> list[Record] | None:
         """How each image was made, as `save` writes it into files; None for latents.
@@ -63,17 +70,18 @@ class StableDiffusionPipelineOutput(Output, Generic[ImagesT]):
     ) -> list[Path]:
         """Write each image into `folder`, which is created if needed, and return the paths.
 
-        The names are those of `imvar vary`: the name of the photo and the seed, such as `fox-7.png`; without them
-        "image" and a number. An existing file is kept, and the new one gets a number, as in `fox-7-2.png`, unless
-        `overwrite`. `format`: "png", "webp" or "jpeg". `metadata`: write the record of each image into its file, from
-        which `imvar again` makes it again. Raises `InputError` for latents.
+        The names are those of `imvar vary`: the name of the photo and the seed, such as `fox-7.png`; without a photo's
+        name "image", without a seed the number of the image. An existing file is kept, and the new one gets a number,
+        as in `fox-7-2.png`, unless `overwrite`. `format`: "png", "webp" or "jpeg". `metadata`: write the record of
+        each image into its file, from which `imvar again` makes it again. Raises `InputError` for latents, and for
+        images that are not of this call.
         """
         folder = as_path("folder", folder)
         check_option("format", format, list(FORMATS))
         check_type("overwrite", overwrite, bool)
         check_type("metadata", metadata, bool)
         images = as_pil(self.images)
-        records = self.records or [None] * len(images)
+        records = [self.record_of(image, i, images) for i, image in enumerate(images)]
         paths = []
         for i, (image, record) in enumerate(zip(images, records, strict=True)):
             path = folder / f"{stem_of(record, i)}.{format}"
@@ -82,6 +90,20 @@ class StableDiffusionPipelineOutput(Output, Generic[ImagesT]):
                 atomic_write(path, write)
             paths.append(path if overwrite else write_new(path, write))
         return paths
+
+    def record_of(self, image: Image, index: int, images: list[Image]) -> Record | None:
+        """Return the record of an image at an index, or at another one if the caller sorted the images."""
+        records = self.records
+        if records is None:
+            return None
+        call, row = getattr(image, "imvar_row", (None, index))
+        if call == id(self.recorded):
+            return records[row]
+        record = records[index] if len(images) == len(records) else None
+        if record is None or image.size != (record["settings"].get("width"), record["settings"].get("height")):
+            expected, hint = "the images of the call", "save others by their own method"
+            raise invalid(InputError, "images", expected, "another one", hint)
+        return record
 
     def _repr_html_(self) -> str | None:
         """Return the images side by side with their seeds, for Jupyter; None for latents."""

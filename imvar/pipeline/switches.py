@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.attention import Attention
 from ..models.stock import IMVAR, OWN, method_names, reasons_for_plain, top_package
@@ -21,6 +21,7 @@ from .components import PROTOCOLS
 
 MAX_REASONS = 3  # of one model
 TILES = ("tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
+TABLES = ("betas", "alphas", "alphas_cumprod", "final_alpha_cumprod")  # of schedulers
 REPRODUCIBLE_BACKENDS = (None, "inductor", "eager", "aot_eager")
 
 
@@ -74,7 +75,9 @@ def summary(component: Any) -> dict[str, str] | None:
     if component is None:
         return None
     config = getattr(component, "config", component)
-    entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    entries = config if isinstance(config, Mapping) else {}
     text = json.dumps({str(k): as_json(v) for k, v in entries.items() if str(k)[:1] != "_"}, sort_keys=True)
     return {"class": type(component).__name__, "config": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"}
 
@@ -113,6 +116,10 @@ def reasons_of_pipeline(pipe: Any, models: Models) -> Iterator[str]:
         elif value is not None:
             own = method_names(type(value)) & vars(value).keys() - {"progress_bar"}
             yield from (f"{name}: its own {method}" for method in sorted(own))
+            if name == "scheduler":
+                yield from (f"scheduler: its {table} changed" for table in changed_tables(value))
+    if torch.is_autocast_enabled(pipe._execution_device.type):
+        yield "autocast: torch.autocast is on"
     on_cuda, compiler = pipe._execution_device.type == "cuda", pipe._compiler
     if compiler is not None and pipe._offload is None:
         if on_cuda or "max-autotune" in (compiler.options.get("mode") or ""):
@@ -121,6 +128,19 @@ def reasons_of_pipeline(pipe: Any, models: Models) -> Iterator[str]:
             yield "compile: a custom backend"
     if on_cuda and torch.backends.cudnn.benchmark:
         yield "cudnn.benchmark: kernels are chosen by the clock"
+
+
+def changed_tables(scheduler: Any) -> Iterator[str]:
+    """Yield the names of a scheduler's tables that are not those of its config."""
+    fresh = type(scheduler).from_config(scheduler.config)
+    for name in TABLES:
+        table, expected = (getattr(each, name, None) for each in (scheduler, fresh))
+        if isinstance(table, Tensor) and isinstance(expected, Tensor):
+            table, expected = table.tolist(), expected.tolist()
+        if table != expected:
+            yield name
+    if "init_noise_sigma" in vars(scheduler):
+        yield "init_noise_sigma"
 
 
 def changes_of_model(layers: Sequence[nn.Module]) -> list[str]:

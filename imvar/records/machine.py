@@ -53,6 +53,12 @@ FLAGS: dict[str, Callable[[], Any]] = {
     "float32_matmul_precision": torch.get_float32_matmul_precision,
     "default_dtype": torch.get_default_dtype,
     "mkldnn": lambda: torch.backends.mkldnn.enabled,
+    "sdp": lambda: [
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    ],
 }
 CUDA_FLAGS: dict[str, Callable[[], Any]] = {
     "matmul_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
@@ -64,12 +70,6 @@ CUDA_FLAGS: dict[str, Callable[[], Any]] = {
     "cudnn_tf32": lambda: torch.backends.cudnn.allow_tf32,
     "cudnn_benchmark": lambda: torch.backends.cudnn.benchmark,
     "cudnn_deterministic": lambda: torch.backends.cudnn.deterministic,
-    "sdp": lambda: [
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-        torch.backends.cuda.cudnn_sdp_enabled(),
-    ],
 }
 
 

@@ -131,17 +131,26 @@ def dtypes_of(layers: Sequence[nn.Module]) -> set[torch.dtype]:
     return {dtype for dtype in {tensor.dtype for tensor in tensors_of(layers)} if dtype.is_floating_point}
 
 
+SWITCHES = {"slice_size"}  # of layers, which records have as settings
+
+
 def state_of(layers: Sequence[nn.Module]) -> float:
-    """Return a number that changes when layers or weights are replaced, or weights moved or written to in place.
+    """Return a number that changes with layers, their settings and weights: replaced, moved or written to in place.
 
     It is NaN, which equals nothing, for tensors without memory of their own, such as fake and sparse ones.
     """
     kinds = [id(getattr(type(layer), "in_place_of", type(layer))) for layer in layers]
+    settings = [item for layer in layers for item in vars(layer).items() if is_setting(*item)]
     try:
         weights = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors_of(layers)]
     except RuntimeError:
         return math.nan
-    return hash((*kinds, *weights))
+    return hash((*kinds, *map(repr, settings), *weights))
+
+
+def is_setting(name: str, value: Any) -> bool:
+    """Return whether an attribute of a layer is a constant that it computes with, such as its padding."""
+    return type(value) in (int, float, str, tuple) and name[0] != "_" and name not in SWITCHES
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

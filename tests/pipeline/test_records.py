@@ -186,6 +186,13 @@ SWITCHES = {
     "a method of the scheduler": lambda pipe: setattr(pipe.scheduler, "step", pipe.scheduler.step),
     "threads": lambda _: torch.set_num_threads(2),
     "deterministic": lambda _: torch.use_deterministic_algorithms(True),
+    "SDPA's backends": lambda _: torch.backends.cuda.enable_flash_sdp(False),
+    "padding": lambda pipe: setattr(pipe.unet.conv_in, "padding_mode", "circular"),
+    "heads": lambda pipe: setattr(next(m for m in pipe.unet.modules() if hasattr(m, "heads")), "heads", 1),
+    "eps": lambda pipe: setattr(pipe.unet.conv_norm_out, "eps", 1e-2),
+    "the scheduler's tables": lambda pipe: pipe.scheduler.alphas_cumprod.mul_(0.9),
+    "the scheduler's last alpha": lambda pipe: setattr(pipe.scheduler, "final_alpha_cumprod", torch.tensor(0.5)),
+    "initial noise": lambda pipe: setattr(pipe.scheduler, "init_noise_sigma", 2.0),
     "matmul precision": lambda _: torch.set_float32_matmul_precision("medium"),
 }
 
@@ -194,6 +201,7 @@ SWITCHES = {
 @pytest.mark.filterwarnings("ignore")
 def test_a_switch_changes_the_record(loaded, photo, switch, request):
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    request.addfinalizer(lambda: torch.backends.cuda.enable_flash_sdp(True))
     request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
     before = record_of(loaded, photo)
     SWITCHES[switch](loaded)
@@ -255,6 +263,38 @@ def test_saving_never_replaces_a_file_silently(loaded, photo, tmp_path):
     assert plain.name == "image-7.png"
     with pytest.raises(InputError, match="a record"):
         read_record(plain)
+
+
+def test_images_keep_their_records(loaded, photo, tmp_path):
+    made = loaded(photo, num_images_per_prompt=3, **BASE)
+    other = loaded(photo, **BASE)
+    records, images = made.records, made.images
+    made.images = images[::-1]
+    assert [path.name for path in made.save(tmp_path)] == ["image-9.png", "image-8.png", "image-7.png"]
+    made.images = images[1:2]
+    (path,) = made.save(tmp_path / "one")
+    assert read_record(path) == records[1]
+    made.images = [image.copy() for image in images]  # edited, say
+    assert [read_record(path) for path in made.save(tmp_path / "copies")] == records
+    for wrong in ([images[0].copy()], [image.resize((8, 8)) for image in images], other.images):
+        made.images = wrong
+        with pytest.raises(InputError, match="images: expected the images of the call, got another one"):
+            made.save(tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_autocast_is_a_reason(loaded, photo):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast: torch.autocast is on" in record_of(loaded, photo)["reasons"]
+
+
+def test_a_safety_checker_without_a_config_is_recorded(loaded, photo):
+    checker = loaded.safety_checker
+    loaded.safety_checker = lambda images, clip_input: checker(images=images, clip_input=clip_input)
+    loaded.safety_checker.config = None
+    record = record_of(loaded, photo)
+    assert record["pipeline"]["components"]["safety_checker"]["class"] == "function"
+    assert "safety_checker: function is a custom class" in record["reasons"]
 
 
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
