@@ -13,10 +13,10 @@ import torch
 from PIL import Image, ImageChops
 
 from ..errors import InputError, invalid
+from ..loading import pick_device
 from ..records.files import read_record, write_image
 from ..records.remaking import inexactness, obstacles
 from ..weights.bundled import BUNDLED
-from .checkpoint import pick_device
 from .outputs import OutputFolder
 from .remake import (
     compare_records,

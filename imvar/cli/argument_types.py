@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..choices import SCHEDULERS
 from ..limits import MAX_SEED
 from ..text import printable, short_repr
-from .choices import SCHEDULERS
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 

@@ -8,8 +8,11 @@ import shlex
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, NoReturn
+
+from ..choices import DTYPES, EMOJI, REVISION
 
 MAX_WIDTH = 100  # columns; longer lines are hard to read
 HELP_POSITION = 26  # columns, where the descriptions of options begin
@@ -81,3 +84,32 @@ class CommandParser(argparse.ArgumentParser):
     def suggestion(self, name: str, known: list[str], question: str) -> str:
         near = get_close_matches(name, known, n=1)
         return question.format(near[0]) if near else f"see {self.prog} --help"
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    *,
+    prog: str = "imvar",
+    arguments: str = "[options]",
+    example: str,
+    epilog: str = "",
+    **texts: str,
+) -> CommandParser:
+    """Add a command, which `run(args)` of the module `imvar/cli/NAME.py` runs; the module is imported then."""
+    texts |= {"usage": f"{prog} {name} {arguments}", "epilog": f"Example:\n  {example}\n\n{epilog}".rstrip()}
+    command = commands.add_parser(name, **texts)
+    command.set_defaults(usage_error=command.error)
+    return command
+
+
+def add_model_options(command: CommandParser, default: str) -> Callable[..., Any]:
+    """Add the options that select a checkpoint and where it runs; return what adds to the group of them."""
+    add = command.add_argument_group("checkpoint and hardware").add_argument
+    checkpoint = f"a hub id, folder or file, or {EMOJI} (default: {default})"
+    add("--checkpoint", default=default, metavar="ID|PATH", help=checkpoint)
+    add("--revision", metavar="R", help=f"of a hub id: branch, tag or commit (the default's: {REVISION})")
+    add("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, mps (default: auto, the fastest)")
+    dtypes = f"{', '.join(DTYPES)} (default: auto, half precision where it is fast; float32 with {EMOJI})"
+    add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE", help=dtypes)
+    return add

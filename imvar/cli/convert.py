@@ -8,10 +8,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from ..choices import CHECKPOINT, REVISION
 from ..conversion import convert
 from ..conversion.inspect import checkpoint_stamps
 from ..errors import InputError
-from .choices import CHECKPOINT, REVISION
 
 
 def run(args: argparse.Namespace) -> int:

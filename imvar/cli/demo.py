@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .checkpoint import is_emoji
-from .choices import EMOJI
+from ..choices import EMOJI
+from ..loading import is_emoji
 from .render import make_images
 from .vary import vary_rows
 

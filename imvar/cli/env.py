@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import constants
 
 from .. import __version__
-from .checkpoint import pick_device, pick_dtype
-from .choices import CHECKPOINT
+from ..choices import CHECKPOINT
+from ..loading import pick_device, pick_dtype
 
 REQUIRED = "torch", "safetensors", "huggingface_hub", "Pillow", "numpy", "einops"
 OPTIONAL = "diffusers", "transformers", "peft", "accelerate", "torchvision", "xformers", "gradio", "shtab"

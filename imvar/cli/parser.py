@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import __version__
+from ..choices import CHECKPOINT, EMOJI, EMOJI_STEPS, FLAG_NOTES, SCHEDULERS, STEPS
 from .argument_types import (
     AXES,
     axis_arg,
@@ -20,8 +21,8 @@ from .argument_types import (
     size_arg,
     weighted_arg,
 )
-from .choices import CHECKPOINT, DTYPES, EMOJI, EMOJI_STEPS, FLAG_NOTES, REVISION, SCHEDULERS, STEPS
-from .command_parser import CommandParser
+from .batch_parser import add_batch
+from .command_parser import CommandParser, add_command, add_model_options
 from .completion import SHELLS, PrintCompletion
 
 PHOTO_HELP = "an image file, or an embedding in a .safetensors file"
@@ -69,16 +70,6 @@ def check_combinations(args: argparse.Namespace) -> None:
     photos = [*(given.get("photos") or ()), *(path for path, _ in given.get("weighted") or ())]
     if [str(path) for path in (*photos, *map(given.get, ("negative", "init", "mask")))].count("-") > 1:
         args.usage_error("-: expected standard input for one image, got it for several")
-
-
-def add_command(
-    commands: Any, name: str, *, arguments: str = "[options]", example: str, epilog: str = "", **texts: str
-) -> CommandParser:
-    """Add a command, which `run(args)` of the module `imvar/cli/NAME.py` runs; the module is imported then."""
-    texts |= {"usage": f"imvar {name} {arguments}", "epilog": f"Example:\n  {example}\n\n{epilog}".rstrip()}
-    command = commands.add_parser(name, **texts)
-    command.set_defaults(usage_error=command.error)
-    return command
 
 
 def add_vary(commands: Any) -> None:
@@ -305,18 +296,6 @@ def add_image_options(
     add("--batch", type=int_arg, default=4, metavar="N", help="images at a time; fewer need less memory (default: 4)")
 
 
-def add_model_options(command: CommandParser, default: str) -> Callable[..., Any]:
-    """Add the options that select a checkpoint and where it runs; return what adds to the group of them."""
-    add = command.add_argument_group("checkpoint and hardware").add_argument
-    checkpoint = f"a hub id, folder or file, or {EMOJI} (default: {default})"
-    add("--checkpoint", default=default, metavar="ID|PATH", help=checkpoint)
-    add("--revision", metavar="R", help=f"of a hub id: branch, tag or commit (the default's: {REVISION})")
-    add("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, mps (default: auto, the fastest)")
-    dtypes = f"{', '.join(DTYPES)} (default: auto, half precision where it is fast; float32 with {EMOJI})"
-    add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE", help=dtypes)
-    return add
-
-
 ADD_COMMANDS = (
     add_vary,
     add_mix,
@@ -326,6 +305,7 @@ ADD_COMMANDS = (
     add_info,
     add_again,
     add_web,
+    add_batch,
     add_convert,
     add_env,
 )

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..choices import CHECKPOINT, EMOJI, EMOJI_STEPS, STEPS
+from ..loading import is_emoji, load_pipeline, pick_device, pick_dtype, prefer_one_thread
 from ..weights.bundled import bundled_examples
-from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, prefer_one_thread
-from .choices import CHECKPOINT, EMOJI, EMOJI_STEPS, STEPS
 from .outputs import OutputFolder
 from .printer import Printer
 from .renderer import Renderer, file_name

@@ -14,13 +14,13 @@ from typing import Any
 from PIL import Image
 
 from ..atomic.file import numbered_names
+from ..choices import FLAG_NOTES
 from ..contact_sheet import SheetRow, as_on_sheet, contact_sheet
 from ..errors import InputError, invalid
 from ..image.load_image import load_image
+from ..loading import set_scheduler
 from ..records.files import read_record, write_image
 from ..records.record import differences
-from .checkpoint import set_scheduler
-from .choices import FLAG_NOTES
 from .outputs import OutputFolder
 from .printer import Printer
 from .rows import Cell, Row

@@ -12,13 +12,12 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..atomic.file import numbered_names
 from ..contact_sheet import FAINT, PAPER, photo_on_sheet
 from ..embeddings import load_image_embeds
 from ..errors import CheckpointError, InputError, describe, invalid
 from ..image.load_image import load_image, open_image
 from ..image.mask import check_opaque
-from .photos import STDIN
+from ..photos import STDIN, unique_names
 
 STDIN_NAME = "standard input"
 CARD = 128  # pixels, the side of what stands for an embedding on the contact sheet
@@ -116,12 +115,3 @@ def read_stdin() -> bytes:
     if sys.stdin.isatty():
         raise invalid(InputError, STDIN, "an image on standard input", "a terminal", "as in: imvar vary - < fox.png")
     return sys.stdin.buffer.read()
-
-
-def unique_names(stems: Sequence[str]) -> list[str]:
-    """Return the names, numbered where they repeat; case does not distinguish them, as on some file systems."""
-    names: dict[str, str] = {}
-    for stem in stems:
-        name = next(name for name in numbered_names(stem) if name.casefold() not in names)
-        names[name.casefold()] = name
-    return list(names.values())

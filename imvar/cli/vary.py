@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..errors import InputError, invalid
-from .photos import expand_photos
+from ..photos import expand_photos
 from .render import make_images
 from .rows import Row, seed_cells
 from .sources import InputImage

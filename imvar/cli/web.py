@@ -10,10 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..choices import CHECKPOINT, EMOJI, EMOJI_STEPS, STEPS
 from ..errors import ImvarError, InputError, invalid
+from ..loading import is_emoji, load_pipeline, pick_device, pick_dtype, prefer_one_thread
 from ..weights.bundled import bundled_examples
-from .checkpoint import is_emoji, load_pipeline, pick_device, pick_dtype, prefer_one_thread
-from .choices import CHECKPOINT, EMOJI, EMOJI_STEPS, STEPS
 
 MAX_UPLOAD = "50mb"
 SECONDS_TO_END = 2  # for open connections

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..choices import SCHEDULERS
 from ..records.record import differences
-from .choices import SCHEDULERS
 
 CONTROLS = {"guidance_scale": "guidance", "num_inference_steps": "steps", "strength": "strength"}
 """Arguments of the pipeline, and the page's controls for them."""

@@ -18,10 +18,10 @@ from PIL import Image, ImageChops
 from ..embeddings import mix
 from ..errors import ImvarError, InputError, invalid, short_repr
 from ..image.load_image import load_image
+from ..loading import set_scheduler
 from ..noise import MAX_SEED
 from ..pipeline.regions import Region
 from ..records.files import read_record, save_image
-from .checkpoint import set_scheduler
 from .web_again import carried_arguments, comparison
 
 OWN_SCHEDULER = "as trained"

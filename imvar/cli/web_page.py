@@ -16,9 +16,9 @@ import gradio as gr
 from gradio.themes import Soft
 from PIL import Image
 
+from ..choices import SCHEDULERS
 from ..errors import ImvarError
 from ..records.files import read_record
-from .choices import SCHEDULERS
 from .web_again import control_values, needed_images
 from .web_calls import OWN_SCHEDULER, Calls, Progress
 

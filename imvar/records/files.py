@@ -12,7 +12,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
@@ -39,8 +39,10 @@ def save_image(image: Image.Image, path: str | Path, record: dict[str, Any] | No
     atomic_write(Path(path), partial(write_image, image, record=record, format=format))
 
 
-def write_image(image: Image.Image, path: Path, record: dict[str, Any] | None = None, format: str = "png") -> None:
-    """Write an image to a file, with its record if it is given.
+def write_image(
+    image: Image.Image, file: Path | BinaryIO, record: dict[str, Any] | None = None, format: str = "png"
+) -> None:
+    """Write an image to the path of a file or to an open one, with its record if it is given.
 
     `format`: "png"; "webp", without loss; or "jpeg", with quality 95. Raises `InputError` for another one, or for a
     record too long for the format.
@@ -56,7 +58,7 @@ def write_image(image: Image.Image, path: Path, record: dict[str, Any] | None = 
             options = options | {"pnginfo": png_text(parameters_of(record), text)}
         else:
             options = options | {"exif": exif_text(parameters_of(record), text)}
-    image.save(path, format=pillow_format, **options)
+    image.save(file, format=pillow_format, **options)
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from PIL import Image
 import imvar
 from imvar import InputError, cli
 from imvar.cli import render, sources
-from imvar.cli.photos import expand_photos
 from imvar.cli.rows import Row, joined_name, side_by_side
 from imvar.cli.sources import InputImage, unique_names
+from imvar.photos import expand_photos
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import torch
 from PIL import Image, ImageFont
 
 import imvar
-from imvar import cli
-from imvar.cli import checkpoint as cli_checkpoint
+from imvar import cli, loading
 from imvar.cli import choices, render
 from imvar.cli.sources import unique_names
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, SheetRow, contact_sheet, fit_text, size_on_sheet
@@ -72,13 +71,11 @@ def test_an_original_file_is_a_checkpoint(run, checkpoint, photo, tmp_path, caps
 
 
 def test_ddim_does_not_clip(checkpoint):
-    pipe = cli_checkpoint.load_pipeline(str(checkpoint), None, "ddim", torch.float32)
+    pipe = loading.load_pipeline(str(checkpoint), None, "ddim", torch.float32)
     assert type(pipe.scheduler) is imvar.DDIMScheduler
     assert pipe.scheduler.config.clip_sample is False
     assert pipe.scheduler.config.steps_offset == 1
-    assert (
-        type(cli_checkpoint.load_pipeline(str(checkpoint), None, None, torch.float32).scheduler) is imvar.PNDMScheduler
-    )
+    assert type(loading.load_pipeline(str(checkpoint), None, None, torch.float32).scheduler) is imvar.PNDMScheduler
 
 
 @pytest.mark.parametrize("name", choices.SCHEDULERS)
@@ -199,11 +196,11 @@ def test_as_a_module():
 def test_half_precision_only_on_devices_that_support_it(monkeypatch):
     cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(cli_checkpoint, "has_bfloat16", lambda native=native: native)
-        assert cli_checkpoint.pick_dtype("auto", cpu) is dtype
-    assert cli_checkpoint.pick_dtype("auto", cuda) is torch.float16
-    assert cli_checkpoint.pick_dtype("auto", mps) is torch.float32
-    assert cli_checkpoint.pick_dtype("bfloat16", cpu) is torch.bfloat16
+        monkeypatch.setattr(loading, "has_bfloat16", lambda native=native: native)
+        assert loading.pick_dtype("auto", cpu) is dtype
+    assert loading.pick_dtype("auto", cuda) is torch.float16
+    assert loading.pick_dtype("auto", mps) is torch.float32
+    assert loading.pick_dtype("bfloat16", cpu) is torch.bfloat16
 
 
 def test_exif_orientation_is_applied(tmp_path):

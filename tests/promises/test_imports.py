@@ -16,11 +16,12 @@ FLOORS = {
     name: floor
     for floor, names in enumerate(
         [
-            ["limits", "text", "version"],
+            ["choices", "limits", "text", "version"],
             ["errors"],
             ["checks"],
             ["config", "fork_safety", "oom", "malloc", "noise", "outputs", "sources"],
             ["atomic"],
+            ["photos"],
             ["weights"],
             ["kernels"],
             ["models"],
@@ -28,8 +29,9 @@ FLOORS = {
             ["records"],
             ["embeddings"],
             ["conversion", "pipeline"],
-            ["contact_sheet"],
+            ["contact_sheet", "loading"],
             ["__init__"],
+            ["batch"],
             ["cli"],
             ["__main__"],
         ]

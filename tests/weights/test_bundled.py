@@ -14,8 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import imvar
-from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline, cli
-from imvar.cli import checkpoint as cli_checkpoint
+from imvar import CheckpointError, InputError, StableDiffusionImageVariationPipeline, cli, loading
 from imvar.cli.parser import command_parser
 from imvar.cli.render import apply_defaults
 from imvar.weights import bundled
@@ -131,9 +130,9 @@ def test_a_folder_of_that_name_wins(checkpoint, monkeypatch):
     assert mine.unet.config.block_out_channels == [16, 32]
     unet = imvar.UNet2DConditionModel.from_pretrained(NAME, subfolder="unet")
     assert equal(unet, mine.unet)
-    assert not cli_checkpoint.is_emoji(NAME)
+    assert not loading.is_emoji(NAME)
     monkeypatch.chdir("..")
-    assert cli_checkpoint.is_emoji(NAME)
+    assert loading.is_emoji(NAME)
 
 
 def test_a_folder_of_that_name_without_a_checkpoint(capsys):
@@ -207,13 +206,13 @@ def test_without_photos_its_own_drawings(pipe, capsys):
     assert same(pipe, path, f"variations/{name}-0.png", steps=2)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("imvar: ")]
     assert len(notes) == 1
-    for words in ("drawings in the style of emoji", "not on photographs", f"--checkpoint {cli_checkpoint.CHECKPOINT}"):
+    for words in ("drawings in the style of emoji", "not on photographs", f"--checkpoint {loading.CHECKPOINT}"):
         assert words in notes[0]
 
 
 def test_of_a_photo_with_its_own_defaults(pipe, monkeypatch):
     shutil.copy(ROOT / "tests" / "photos" / "chelsea.jpg", "cat.jpg")
-    monkeypatch.setattr(cli_checkpoint, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(loading, "has_bfloat16", lambda: True)
     assert cli.main(["vary", "cat.jpg", "--checkpoint", NAME, "-n", "1", "-o", "out", "--device", "cpu"]) == 0
     assert {path.name for path in Path("out").iterdir()} == {"cat-0.png", "contact-sheet.png"}
     assert same(pipe, "cat.jpg", "out/cat-0.png", steps=20)
@@ -238,7 +237,7 @@ def test_a_size_that_it_was_not_trained_at(size, said, capsys):
 )
 def test_defaults_of_each_checkpoint(args, steps, dtype):
     found = command_parser().parse_args(["vary", "photo.jpg", *args])
-    apply_defaults(found, cli_checkpoint.is_emoji(found.checkpoint))
+    apply_defaults(found, loading.is_emoji(found.checkpoint))
     assert (found.steps, found.guidance, found.dtype, found.photos) == (steps, 3, dtype, [Path("photo.jpg")])
 
 

@@ -1,4 +1,4 @@
-"""The files that the PHOTO arguments of `imvar vary` name: files, folders, patterns and standard input."""
+"""The files that PHOTO arguments name: files, folders, patterns and standard input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import InputError, invalid
+from .atomic.file import numbered_names
+from .errors import InputError, invalid
 
 STDIN = Path("-")
 SUFFIXES = {
@@ -51,3 +52,12 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
     """Return a key that sorts "photo 9.jpg" before "photo 10.jpg"."""
     parts = re.split(r"(\d+)", str(path).casefold())
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def unique_names(stems: Sequence[str]) -> list[str]:
+    """Return the names, numbered where they repeat; case does not distinguish them, as on some file systems."""
+    names: dict[str, str] = {}
+    for stem in stems:
+        name = next(name for name in numbered_names(stem) if name.casefold() not in names)
+        names[name.casefold()] = name
+    return list(names.values())

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from .. import schedulers
-from ..errors import InputError, invalid, short_repr
-from ..pipeline import StableDiffusionImageVariationPipeline
+from . import schedulers
 from .choices import CHECKPOINT, EMOJI, REVISION, SCHEDULERS
+from .errors import InputError, invalid, short_repr
+from .pipeline import StableDiffusionImageVariationPipeline
 
 
 def load_pipeline(

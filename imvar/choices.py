@@ -1,4 +1,4 @@
-"""Choices and defaults of the command line. Importing this module loads no library, so that `--help` is quick."""
+"""Choices and defaults of the commands. Importing this module loads no library, so that `--help` is quick."""
 
 from __future__ import annotations
 

@@ -1,0 +1,185 @@
+"""The driver of a batch on one machine: starts the workers, starts dead ones again, and ends with a report."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ImvarError, InputError, invalid, short_repr
+from .exits import DONE, EXPECTED, GIVEN_UP, MEANINGS
+from .finish import Report, report
+from .inputs import Item
+from .journal import path_of
+from .planning import Plan, make_plan, open_plan
+from .shard import TRIES
+from .store import Store, json_lines, listed
+from .worker import PartOf
+
+POLL = 0.2  # seconds
+PAUSE = 1.0  # seconds before a dead worker is started again
+MORE_STARTS = 3  # than tries, without progress, after which the driver gives up
+
+
+class BatchError(ImvarError):
+    """A batch cannot go on. `status`: the exit status of the command."""
+
+    def __init__(self, *args: Any, status: int = 1):
+        super().__init__(*args)
+        self.status = status
+
+
+def run(
+    inputs: str | Path | Iterable[str | Path],
+    out: str | Path,
+    checkpoint: str | None = None,
+    *,
+    shared: Item | None = None,
+    jobs: int | None = None,
+    gpus: str | Sequence[int] | None = None,
+    part: str | None = None,
+    tries: int = TRIES,
+    progress: Callable[[Report], None] | None = None,
+    **settings: Any,
+) -> Report:
+    """Make the variations of many images in `out`, and return a report; what exists of the same batch stays.
+
+    Args:
+        inputs, out, shared, settings: see `make_plan`; `checkpoint` is one of the settings.
+        jobs: the number of workers, processes; by default one, or one for each of `gpus`.
+        gpus: the numbers of the GPUs that the workers use in turn, or "all".
+        part: "I/N" to make only shards I, I + N, I + 2 N, ...
+        tries: how often workers may die at an input alone before that becomes an error.
+        progress: a function that is called with the report whenever that has changed.
+
+    Raises `InputError` as `make_plan`, and `BatchError` where workers cannot work.
+    """
+    options = settings if checkpoint is None else {"checkpoint": str(checkpoint), **settings}
+    plan = make_plan(inputs, out, shared=shared, **options)
+    return drive(plan.folder.parent, jobs=jobs, gpus=gpus, part=part, tries=tries, progress=progress)
+
+
+def drive(
+    out: str | Path,
+    *,
+    jobs: int | None = None,
+    gpus: str | Sequence[int] | None = None,
+    part: str | None = None,
+    tries: int = TRIES,
+    progress: Callable[[Report], None] | None = None,
+) -> Report:
+    """Work on the existing plan of `out` with worker processes, as `run` does."""
+    plan = open_plan(out)
+    Driver(plan, jobs, gpu_list(gpus), PartOf.parse(part) if part else PartOf(), tries, progress).run()
+    return report(Store(plan.folder.parent), plan)
+
+
+def gpu_list(gpus: str | Sequence[int] | None) -> list[str]:
+    """Return the GPUs as CUDA_VISIBLE_DEVICES names them; "all" are those that it names now, or all there are."""
+    if gpus is None:
+        return []
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if gpus == "all":
+        import torch
+
+        found = visible or [str(k) for k in range(torch.cuda.device_count())]
+    else:
+        found = gpus.split(",") if isinstance(gpus, str) else [str(gpu) for gpu in gpus]
+        found = [visible[int(gpu)] if visible and gpu.isdecimal() and int(gpu) < len(visible) else gpu for gpu in found]
+    if not found or not all(found):
+        raise invalid(InputError, "gpus", "numbers of GPUs such as 0,1, or all where there are some", short_repr(gpus))
+    return found
+
+
+class Driver:
+    """The worker processes of one `imvar batch run`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        jobs: int | None,
+        gpus: Sequence[str],
+        part: PartOf,
+        tries: int,
+        progress: Callable[[Report], None] | None,
+    ):
+        self.plan, self.gpus, self.part, self.tries, self.progress = plan, gpus, part, tries, progress
+        self.jobs = jobs or len(gpus) or 1
+        self.store = Store(plan.folder.parent)
+        self.workers: dict[int, subprocess.Popen[bytes]] = {}
+        self.seen, self.starts_in_vain = self.signs_of_progress(), 0
+        self.next_look, self.done = 0.0, -1
+
+    def run(self) -> None:
+        """Return when all workers have ended well. Raises `BatchError` when one ends otherwise, for good."""
+        running = set(range(self.jobs))
+        try:
+            for slot in running:
+                self.start(slot)
+            while running:
+                time.sleep(POLL)
+                self.show()
+                for slot in sorted(running):
+                    status = self.workers[slot].poll()
+                    if status == DONE:
+                        running.discard(slot)
+                    elif status is not None:
+                        self.after_death(slot, status)
+            self.show(at_once=True)
+        finally:
+            self.end()
+
+    def start(self, slot: int) -> None:
+        """Start a worker. It ends when its standard input does, so also when this process is killed."""
+        command = [sys.executable, "-m", "imvar", "batch", "join", str(self.store.folder), "--until-stdin-ends"]
+        command += ["--tries", str(self.tries), "--part", str(self.part)]
+        gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {}
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, **gpu, "PYTHONPATH": path}
+        self.workers[slot] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
+
+    def after_death(self, slot: int, status: int) -> None:
+        """Start a dead worker again, unless it said why it ended, or starts are in vain."""
+        if status in EXPECTED:
+            raise invalid(BatchError, "worker", "an end of its work", MEANINGS[status], status=status)
+        signs = self.signs_of_progress()
+        self.starts_in_vain = 1 if signs != self.seen else self.starts_in_vain + 1
+        self.seen = signs
+        if self.starts_in_vain >= self.tries + MORE_STARTS:
+            got = f"{self.starts_in_vain} that died one after the other, the last with status {status}"
+            hint = "imvar batch status says what is done; the same command goes on"
+            raise invalid(BatchError, "workers", "one that makes a shard", got, hint, status=GIVEN_UP)
+        time.sleep(PAUSE)
+        self.start(slot)
+
+    def signs_of_progress(self) -> tuple[int, int]:
+        """Return two numbers that change when workers get on: with shards, or with calls within them."""
+        journals = [
+            path_of(self.store.folder, int(name.partition(".")[0])) for name in listed(self.store.folder / "journal")
+        ]
+        ends = sum("end" in line for path in journals for line in json_lines(path))
+        return len(self.store.done()), ends
+
+    def show(self, at_once: bool = False) -> None:
+        """Report progress, if there is any, and look for it in at most a twentieth of the time."""
+        start = time.monotonic()
+        if self.progress is None or (start < self.next_look and not at_once):
+            return
+        if (done := len(self.store.done())) != self.done:
+            self.done = done
+            self.progress(report(self.store, self.plan))
+        self.next_look = time.monotonic() + max(1.0, 20 * (time.monotonic() - start))
+
+    def end(self) -> None:
+        """Let the workers end, after the calls that they are in."""
+        for worker in self.workers.values():
+            if worker.stdin:
+                worker.stdin.close()
+        for worker in self.workers.values():
+            worker.wait()

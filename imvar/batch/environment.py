@@ -1,0 +1,97 @@
+"""The pipeline of a batch, and what the bytes of its images depend on besides the plan.
+
+The first worker writes that as `plan/environment.json`: versions, device, dtypes, threads, scheduler and the digest of
+the weights, as records have them. The others refuse to work where one of these differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .. import loading
+from ..errors import ImvarError, InputError, first_line, invalid
+from ..records.record import Record, differences
+from .conditions import BLANK
+from .planning import Plan
+
+NAME = "environment.json"
+OF_ROW = ("seed", "inputs", "call", "exact", "reasons", "flagged")
+"""Entries of a record that are not the same for all images of a batch."""
+
+
+def load_pipeline(plan: Plan) -> Any:
+    """Return the pipeline of a plan on this machine, with the threads that the plan says.
+
+    Raises `InputError` if images would differ from those of the other workers: another version, device, dtype or
+    digest of the weights.
+    """
+    settings, recorded = plan.settings, read_environment(plan)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = loading.pick_device(recorded_device(recorded) or settings.device)
+    dtype = loading.pick_dtype(recorded_dtype(recorded) or settings.dtype, device)
+    pipe = loading.load_pipeline(settings.checkpoint, settings.revision, settings.scheduler, dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    check_environment(plan, pipe)
+    return pipe
+
+
+def check_environment(plan: Plan, pipe: Any) -> None:
+    """Write the environment of a pipeline to the plan, if it is the first one; raise `InputError` if it differs."""
+    here = environment_of(plan, pipe)
+    path = plan.folder / NAME
+    if not path.exists():
+        temporary = path.with_name(f".{NAME}.{os.urandom(8).hex()}.tmp")
+        temporary.write_text(json.dumps(here, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        try:
+            os.link(temporary, path)  # fails if there is one
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            temporary.replace(path)
+        finally:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+    recorded = read_environment(plan)
+    if differing := differences(recorded or {}, here):
+        got = f"others (of the batch and here): {'; '.join(differing)}"
+        hint = "images would not be equal; use another -o FOLDER, or the environment of the batch"
+        raise invalid(InputError, plan.folder.parent, "the versions, device and weights of the batch", got, hint)
+
+
+def read_environment(plan: Plan) -> Record | None:
+    """Return the environment in a plan; None if there is none yet."""
+    path = plan.folder / NAME
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise invalid(InputError, path, "the environment of a batch, as JSON", first_line(error)) from error
+
+
+def environment_of(plan: Plan, pipe: Any) -> Record:
+    """Return what the images of a pipeline have in common in their records."""
+    settings, rows = plan.settings, plan.settings.batch
+    blank = Image.new("RGB", *BLANK)
+    record = pipe.records([blank] * rows, seed=[0] * rows, **settings.call_options())[0]
+    if record["reasons"]:
+        raise invalid(ImvarError, "pipeline", "one whose images can be made again", "; ".join(record["reasons"]))
+    return json.loads(json.dumps({name: value for name, value in record.items() if name not in OF_ROW}))
+
+
+def recorded_device(record: Record | None) -> str | None:
+    """Return the kind of the device in an environment."""
+    return record["machine"]["device"] if record else None
+
+
+def recorded_dtype(record: Record | None) -> str | None:
+    """Return the dtype of the UNet in an environment."""
+    return record["machine"]["dtype"].get("unet") if record else None

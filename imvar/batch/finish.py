@@ -1,0 +1,100 @@
+"""What follows the last shard: check all markers, write the manifest, verify files, and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .planning import Plan
+from .store import Marker, Row, Store, file_sha256, rows_as_bytes
+
+MANIFEST, ERRORS = "manifest.jsonl", "errors.jsonl"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a batch has made: `made` images, of which `flagged`, and `errors` of its `inputs`.
+
+    `done` of `shards`; `manifest` has a line for each image and `errors_file` for each error, once all are done.
+    """
+
+    inputs: int
+    shards: int
+    done: int
+    made: int
+    flagged: int
+    errors: int
+    bytes: int
+    manifest: Path
+    errors_file: Path
+
+
+def markers(store: Store, plan: Plan) -> Iterator[tuple[int, Marker | None]]:
+    """Yield the number of each shard and its marker, if that is one of this plan."""
+    for number in range(len(plan)):
+        marker = store.marker(number)
+        yield number, marker if marker and marker.plan == plan.digest(number) else None
+
+
+def bad_shards(store: Store, plan: Plan) -> list[int]:
+    """Return the shards whose marker or rows are missing, broken, or of another plan."""
+    return [number for number, marker in markers(store, plan) if marker is None or store.rows(marker) is None]
+
+
+def spoiled_files(store: Store, plan: Plan) -> Iterator[tuple[int, str]]:
+    """Yield each shard and file of it that is missing or not as it was written, and shards without a whole marker."""
+    for number, marker in markers(store, plan):
+        rows = marker and store.rows(marker)
+        if marker is None or rows is None:
+            yield number, store.path("done", number, ".json").relative_to(store.folder).as_posix()
+        elif marker.data is not None:
+            path = store.path("shards", number, ".tar")
+            if file_sha256(path) != marker.data:
+                yield number, path.relative_to(store.folder).as_posix()
+        else:
+            for row in rows:
+                if "file" in row and file_sha256(store.folder / row["file"]) != row["sha256"]:
+                    yield number, row["file"]
+
+
+def write_manifest(store: Store, plan: Plan) -> None:
+    """Write the rows of all shards, those of images and those of errors each into a file."""
+    made: list[bytes] = []
+    failed: list[bytes] = []
+    for number, marker in markers(store, plan):
+        for row in (marker and store.rows(marker)) or ():
+            of_kind = failed if "error" in row else made
+            of_kind.append(rows_as_bytes([with_shard(row, number)]))
+    for name, lines in ((MANIFEST, made), (ERRORS, failed)):
+        store.put(store.folder / name, b"".join(lines))
+    store.flush([store.folder / MANIFEST, store.folder / ERRORS])
+
+
+def with_shard(row: Row, number: int) -> Row:
+    """Return a row with the number of its shard."""
+    return row | {"shard": number}
+
+
+def report(store: Store, plan: Plan) -> Report:
+    """Return what is made of a plan so far."""
+    found = [marker for _, marker in markers(store, plan) if marker]
+    return Report(
+        inputs=plan.items,
+        shards=len(plan),
+        done=len(found),
+        made=sum(marker.made for marker in found),
+        flagged=sum(marker.flagged for marker in found),
+        errors=sum(marker.errors for marker in found),
+        bytes=sum(marker.bytes for marker in found),
+        manifest=store.folder / MANIFEST,
+        errors_file=store.folder / ERRORS,
+    )
+
+
+def reopen_errors(store: Store, plan: Plan) -> list[int]:
+    """Remove the markers of the shards that have errors, and return their numbers."""
+    numbers = [number for number, marker in markers(store, plan) if marker and marker.errors]
+    for number in numbers:
+        store.reopen(number)
+    return numbers

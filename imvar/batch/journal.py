@@ -1,0 +1,64 @@
+"""The journal of a shard: which calls were begun, so that an input that kills every process is found and left out.
+
+A line is written before the inputs of a call are opened, since decoders can kill a process as well, and another one
+after the call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from .store import Store, json_lines
+
+
+class Journal:
+    """The journal of one shard. `deaths`: by id of an input, how often a process died in a call with it."""
+
+    def __init__(self, store: Store, number: int):
+        self.path = path_of(store.folder, number)
+        self.deaths: Counter[str] = Counter()
+        begun: list[str] = []
+        for line in json_lines(self.path):
+            if "begin" in line:
+                self.deaths.update(begun)
+                begun = line["begin"]
+            elif "end" in line:
+                for item in line["end"]:
+                    self.deaths.pop(item, None)
+                begun = []
+            else:
+                begun = []  # stopped on request
+        self.deaths.update(begun)
+
+    def begin(self, items: Iterable[str]) -> None:
+        """Note that a call with these inputs begins."""
+        self.write("begin", list(items))
+
+    def end(self, items: Iterable[str]) -> None:
+        """Note that a call has ended, with images or with errors."""
+        self.write("end", list(items))
+
+    def stop(self) -> None:
+        """Note that the process ends on request, and not by an input."""
+        self.write("stop", [])
+
+    def write(self, event: str, items: list[str]) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(b"\n" + json.dumps({event: items}).encode() + b"\n")  # first the end of one that was cut
+
+    def remove(self) -> None:
+        """Remove the journal of a finished shard."""
+        with suppress(OSError):
+            self.path.unlink()
+        with suppress(OSError):
+            self.path.parent.rmdir()
+
+
+def path_of(folder: Path, number: int) -> Path:
+    """Return the path of the journal of a shard."""
+    return folder / "journal" / f"{number:07d}.jsonl"

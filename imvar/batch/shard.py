@@ -1,0 +1,189 @@
+"""Make a shard of a batch: a pure function of the plan and of the number of the shard.
+
+Every call of the pipeline has exactly `batch` rows, filled up with blank ones, and each row has a seed of its own. So
+the bytes of an image do not depend on its neighbours, of which some may be broken, nor on who makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checks import as_path
+from ..errors import ImvarError, OutOfMemoryError
+from ..oom import explain_out_of_memory
+from .conditions import OF_ONE, Condition, call_arguments, kind_of, open_item
+from .inputs import Item
+from .journal import Journal
+from .planning import Plan
+from .settings import Settings
+from .store import FullDiskError, Marker, Row, Store, rows_as_bytes, sha256
+from .write import WRITERS, image_bytes, stems_of
+
+TRIES = 3
+MEMORY_HINT = "use a smaller --batch, in another output folder, as it changes the bytes of images"
+
+
+class StoppedError(Exception):
+    """The process was asked to end; nothing of the shard is lost but the work on it."""
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """The rows of one call: (item of the shard, variation) each. `is_of_one`: they are of one item by design."""
+
+    rows: tuple[tuple[int, int], ...]
+    is_of_one: bool
+
+
+def run_shard(
+    out: str | Path | Store, plan: Plan, number: int, pipe: Any, stop: Callable[[], bool] = bool, tries: int = TRIES
+) -> Marker:
+    """Make the images of a shard, and return its marker.
+
+    Args:
+        out: the output folder of the batch.
+        plan: its plan.
+        number: which shard, from 0.
+        pipe: the pipeline, as `imvar.batch.load_pipeline` returns it.
+        stop: a function that returns True once the process should end, asked before each call of the pipeline.
+        tries: how often a process may die in a call with an input alone, before that becomes an error.
+
+    Inputs that cannot be read become errors in the rows of the shard. Raises `StoppedError`, `FullDiskError` and
+    `OutOfMemoryError`.
+    """
+    store = out if isinstance(out, Store) else Store(as_path("out", out))
+    return ShardRun(store, plan, number, pipe, stop, tries).run()
+
+
+class ShardRun:
+    """One attempt at a shard."""
+
+    def __init__(self, store: Store, plan: Plan, number: int, pipe: Any, stop: Callable[[], bool], tries: int):
+        self.store, self.plan, self.number, self.pipe, self.stop, self.tries = store, plan, number, pipe, stop, tries
+        self.settings, self.items = plan.settings, plan.shard(number)
+        self.stems, self.journal = stems_of(self.items), Journal(store, number)
+        self.rows: dict[tuple[int, int], Row] = {}
+        self.errors: dict[int, str] = {}
+        self.bytes = 0
+
+    def run(self) -> Marker:
+        for index, item in enumerate(self.items):
+            if self.journal.deaths[item["id"]] > self.tries:
+                deaths = self.journal.deaths[item["id"]]
+                self.errors[index] = f"{deaths} processes died while they worked on it"
+        self.writer = WRITERS[self.settings.format](self.store, self.number)
+        for layout in call_layouts(self.settings, self.items):
+            self.run_layout(layout)
+        return self.finish()
+
+    def run_layout(self, layout: CallLayout) -> None:
+        """Make the images of a call; items in whose calls a process died one at a time, to tell which it was."""
+        indices = list(dict.fromkeys(index for index, _ in layout.rows if index not in self.errors))
+        suspects = [index for index in indices if self.journal.deaths[self.items[index]["id"]]]
+        groups = [[index] for index in suspects] + [[index for index in indices if index not in suspects]]
+        for group in filter(None, groups):
+            self.run_group(layout, group)
+
+    def run_group(self, layout: CallLayout, group: Sequence[int]) -> None:
+        """Make the images of some items of a layout; if an error does not tell of which it is, one at a time."""
+        try:
+            self.call(layout, group)
+        except (OutOfMemoryError, FullDiskError):
+            raise
+        except ImvarError as error:  # of an input that can be read, but not used
+            if len(group) == 1:
+                self.errors[group[0]] = str(error)
+            for index in group if len(group) > 1 else ():
+                self.run_group(layout, [index])
+
+    def call(self, layout: CallLayout, group: Sequence[int]) -> None:
+        """Call the pipeline with the rows of some items of a layout, the others being blank, and write the images."""
+        if self.stop():
+            self.journal.stop()
+            raise StoppedError
+        names = [self.items[index]["id"] for index in group]
+        self.journal.begin(names)
+        conditions = self.open_items(group)
+        rows = [row if row[0] in conditions else None for row in layout.rows]
+        rows += [None] * (self.settings.batch - len(rows))
+        if conditions:
+            seeds = [0 if row is None else self.seed_of(*row) for row in rows]
+            of_rows = [None if row is None else conditions[row[0]] for row in rows]
+            arguments = call_arguments(of_rows, seeds, layout.is_of_one)
+            with explain_out_of_memory(MEMORY_HINT):
+                made = self.pipe(**arguments, **self.settings.call_options())
+            self.write_images(rows, seeds, made)
+        self.journal.end(names)
+
+    def open_items(self, group: Sequence[int]) -> dict[int, Condition]:
+        """Return the conditions of the items that can be read, and note the errors of the others."""
+        conditions: dict[int, Condition] = {}
+        for index in group:
+            try:
+                with explain_out_of_memory(MEMORY_HINT):
+                    conditions[index] = open_item(self.items[index], self.pipe)
+            except OutOfMemoryError:
+                raise
+            except (ImvarError, OSError) as error:
+                self.errors[index] = str(error) or type(error).__name__
+        return conditions
+
+    def seed_of(self, index: int, k: int) -> int:
+        return self.settings.seed_of(self.items[index]["id"], k)
+
+    def write_images(self, rows: Sequence[tuple[int, int] | None], seeds: Sequence[int], made: Any) -> None:
+        """Write the images of the rows of a call."""
+        flags, scores = made.nsfw_content_detected, getattr(made, "scores", None)
+        records = made.records if self.settings.metadata else None
+        for position, row in enumerate(rows):
+            if row is not None:
+                index, k = row
+                image = made.images[position]
+                data = image_bytes(image, records[position] if records else None, self.settings.save)
+                entry = {"id": self.items[index]["id"], "k": k, "seed": seeds[position], "sha256": sha256(data)}
+                entry["flagged"] = bool(flags[position]) if flags else None
+                entry["bad_concepts"] = list(scores[position]["bad_concepts"]) if scores else None
+                entry |= self.writer.add(f"{self.stems[index]}-{k}.{self.settings.save}", data)
+                self.rows[row] = entry
+                self.bytes += len(data)
+
+    def finish(self) -> Marker:
+        """Write rows and marker."""
+        made = [row for (index, _), row in sorted(self.rows.items()) if index not in self.errors]
+        errors = [{"id": self.items[index]["id"], "error": text} for index, text in sorted(self.errors.items())]
+        files, digest = self.writer.finish(made)
+        rows = [*made, *errors]
+        marker = Marker(
+            shard=self.number,
+            plan=self.plan.digest(self.number),
+            rows=sha256(rows_as_bytes(rows)),
+            made=len(made),
+            errors=len(errors),
+            flagged=sum(bool(row["flagged"]) for row in made),
+            bytes=self.bytes,
+            data=digest,
+        )
+        self.store.finish_shard(marker, rows, files)
+        self.journal.remove()
+        return marker
+
+
+def call_layouts(settings: Settings, items: Sequence[Item]) -> Iterator[CallLayout]:
+    """Yield the calls of a shard. They depend on the plan alone, and not on which items can be read."""
+    pending: dict[tuple[str, bool], list[tuple[int, int]]] = {}
+    for index, item in enumerate(items):
+        rows = [(index, k) for k in range(settings.n)]
+        if item.keys() & OF_ONE or settings.n % settings.batch == 0:
+            for i in range(0, len(rows), settings.batch):
+                yield CallLayout(tuple(rows[i : i + settings.batch]), is_of_one=True)
+            continue
+        waiting = pending.setdefault(kind_of(item), [])
+        waiting += rows
+        while len(waiting) >= settings.batch:
+            yield CallLayout(tuple(waiting[: settings.batch]), is_of_one=False)
+            del waiting[: settings.batch]
+    for waiting in filter(None, pending.values()):
+        yield CallLayout(tuple(waiting), is_of_one=False)

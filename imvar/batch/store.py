@@ -1,0 +1,199 @@
+"""The output folder of a batch: whole files, the markers of finished shards, and the rows beside them.
+
+plan/                       the plan, see `planning.py` and `environment.py`
+images/0000/0000042/        the images of shard 42, or
+shards/0000/0000042.tar     the same as one file
+rows/0000/0000042.jsonl     a line for each image, and for each input that could not be read
+done/0000/0000042.json      the marker of the shard, written last
+manifest.jsonl              all rows of images, once all shards are done
+errors.jsonl                all rows of errors
+workers/, claims/, journal/ of the present processes, see `workers.py` and `journal.py`
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..atomic.file import sync
+from ..errors import ImvarError, invalid
+
+Row = dict[str, Any]
+"""Of an image: `id`, `k`, `seed`, `file`, `sha256`, `flagged`, `bad_concepts`; or of an error: `id` and `error`."""
+GROUP = 1000  # shards in a folder
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class FullDiskError(ImvarError, OSError):
+    """The disk is full, or the quota exhausted."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What says that a shard is finished: the digest of its part of the plan and of its rows, and counts.
+
+    `data`: the digest of the shard's tar file, if it is one; `bytes`: of its images.
+    """
+
+    shard: int
+    plan: str
+    rows: str
+    made: int
+    errors: int
+    flagged: int
+    bytes: int
+    data: str | None = None
+
+    def as_json(self) -> str:
+        """Return the marker with a digest of itself."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(asdict(self) | {"sha256": sha256(text.encode())}, sort_keys=True) + "\n"
+
+    @classmethod
+    def parse(cls, data: bytes) -> Marker | None:
+        """Return the marker in a file; None if it is not whole."""
+        try:
+            content = json.loads(data)
+            digest, marker = content.pop("sha256"), cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        return marker if marker.as_json().encode() == data and digest else None
+
+
+class Store:
+    """The output folder of a batch. `temporary`: where the files of this process are until they are whole."""
+
+    def __init__(self, folder: Path, temporary: Path | None = None):
+        self.folder = folder
+        self.temporary = temporary or folder / "workers" / f"{os.getpid()}-{os.urandom(4).hex()}"
+
+    def path(self, kind: str, number: int, suffix: str = "") -> Path:
+        """Return the path of the rows, the marker, the images or the tar file of a shard."""
+        return self.folder / kind / f"{number // GROUP:04d}" / f"{number:07d}{suffix}"
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Write a file whole, or not at all. It is flushed to the disk by `flush`."""
+        temporary = self.temporary / os.urandom(8).hex()
+        with self.explain_full_disk(path):
+            for folder in (self.temporary, path.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            except OSError:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
+
+    @contextmanager
+    def explain_full_disk(self, path: Path) -> Iterator[None]:
+        """Convert the error of a full disk in the block to a `FullDiskError`."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            got = f"{error.strerror}, {shutil.disk_usage(self.folder).free / 2**20:.1f} MB free"
+            raise invalid(FullDiskError, path, "room on the disk", got) from error
+
+    def flush(self, paths: Iterable[Path]) -> None:
+        """Flush files, and the folders that they are in, to the disk."""
+        folders = set()
+        for path in paths:
+            sync(path)
+            folders.add(path.parent)
+        for folder in folders:
+            sync(folder)
+
+    # Shards
+
+    def finish_shard(self, marker: Marker, rows: Sequence[Row], files: Sequence[Path]) -> None:
+        """Write the rows and, after everything is on the disk, the marker of a shard."""
+        path, done = self.path("rows", marker.shard, ".jsonl"), self.path("done", marker.shard, ".json")
+        self.put(path, rows_as_bytes(rows))
+        self.flush([*files, path])
+        self.put(done, marker.as_json().encode())
+        self.flush([done])
+
+    def done(self) -> set[int]:
+        """Return the numbers of the shards that have a marker, which is not read."""
+        numbers = set()
+        for group in listed(self.folder / "done"):
+            numbers |= {int(name[:-5]) for name in listed(self.folder / "done" / group) if is_marker_name(name)}
+        return numbers
+
+    def is_done(self, number: int) -> bool:
+        """Return whether a shard has a marker."""
+        return self.path("done", number, ".json").exists()
+
+    def marker(self, number: int) -> Marker | None:
+        """Return the marker of a shard; None if there is none, or a broken one, or one of another shard."""
+        try:
+            marker = Marker.parse(self.path("done", number, ".json").read_bytes())
+        except OSError:
+            return None
+        return marker if marker and marker.shard == number else None
+
+    def rows(self, marker: Marker) -> list[Row] | None:
+        """Return the rows of a shard; None unless they are those of the marker."""
+        try:
+            data = self.path("rows", marker.shard, ".jsonl").read_bytes()
+        except OSError:
+            return None
+        return [json.loads(line) for line in data.splitlines()] if sha256(data) == marker.rows else None
+
+    def reopen(self, number: int) -> None:
+        """Remove the marker of a shard, so that it is made again."""
+        self.path("done", number, ".json").unlink(missing_ok=True)
+
+
+def is_marker_name(name: str) -> bool:
+    """Return whether a file is the marker of a shard, by its name."""
+    return name.endswith(".json") and name[:-5].isdecimal()
+
+
+def listed(folder: Path) -> list[str]:
+    """Return the names in a folder, sorted; none if it does not exist."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def rows_as_bytes(rows: Sequence[Row]) -> bytes:
+    """Return rows as JSON lines."""
+    return b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows)
+
+
+def sha256(data: bytes) -> str:
+    """Return a digest in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str | None:
+    """Return the digest of a file; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    """Yield the whole lines of a file that a killed process may have left; none if it does not exist."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    for line in lines:
+        with suppress(ValueError):
+            if line.endswith(b"\n"):
+                yield json.loads(line)

@@ -1,0 +1,211 @@
+"""`imvar batch`: variations of many images, by processes that may be killed and share the work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from .. import batch
+from ..batch.driver import BatchError
+from ..batch.exits import (
+    DONE,
+    FULL_DISK,
+    INTERRUPTED,
+    MISUSED,
+    OUT_OF_MEMORY,
+    TERMINATED,
+    TO_BE_MADE_AGAIN,
+    TOO_MANY_ERRORS,
+)
+from ..batch.finish import Report, reopen_errors, report, spoiled_files
+from ..batch.shard import StoppedError
+from ..batch.store import FULL, FullDiskError, Store
+from ..batch.worker import PartOf, work
+from ..batch.workers import Worker
+from ..errors import InputError, OutOfMemoryError
+
+WATCH = 2.0  # seconds
+SHARED = ("negative", "init", "mask")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one of the actions; see `imvar/batch/exits.py` for the exit status."""
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "run": run_batch,
+        "join": join_batch,
+        "status": print_status,
+        "verify": verify_batch,
+        "retry": retry_batch,
+        "extend": extend_batch,
+    }
+    previous = None
+    if threading.current_thread() is threading.main_thread():
+        previous = signal.signal(signal.SIGTERM, end_by_signal)
+    try:
+        return actions[args.action](args)
+    except OutOfMemoryError as error:
+        return fail(OUT_OF_MEMORY, error)
+    except FullDiskError as error:
+        return fail(FULL_DISK, error)
+    except BatchError as error:
+        return fail(error.status, error)
+    except InputError as error:
+        return fail(MISUSED, error)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return fail(FULL_DISK, error)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def end_by_signal(number: int, _: Any) -> None:
+    """Leave the command with the shells' status for a signal, after the `finally` blocks."""
+    raise SystemExit(128 + number)
+
+
+def fail(status: int, error: Exception) -> int:
+    """Print an error, and return the exit status."""
+    print(f"imvar: {error}", file=sys.stderr)
+    return status
+
+
+def run_batch(args: argparse.Namespace) -> int:
+    plan = batch.plan(args.photos, args.out, shared=shared_conditions(args), **settings_of(args))
+    return drive_batch(args, plan)
+
+
+def extend_batch(args: argparse.Namespace) -> int:
+    return drive_batch(args, batch.extend(args.out, args.photos, shared=shared_conditions(args)))
+
+
+def retry_batch(args: argparse.Namespace) -> int:
+    plan = batch.open_plan(args.out)
+    numbers = reopen_errors(Store(plan.folder.parent), plan)
+    if not args.quiet:
+        print(f"imvar: {len(numbers)} shards with errors are made again", file=sys.stderr)
+    return drive_batch(args, plan)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the plan that the options select."""
+    names = ("checkpoint", "revision", "scheduler", "dtype", "device", "threads", "n", "seed", "seeds", "steps")
+    names += ("guidance", "on_flagged", "batch", "shard", "format", "save")
+    settings = {name: getattr(args, name) for name in names}
+    return settings | {"height": args.size[0], "width": args.size[1], "metadata": not args.no_metadata}
+
+
+def shared_conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the conditions of all items, with absolute paths."""
+    files = {name: os.path.abspath(path) for name in SHARED if (path := getattr(args, name))}
+    return files | ({} if args.strength is None else {"strength": args.strength})
+
+
+def drive_batch(args: argparse.Namespace, plan: batch.Plan) -> int:
+    """Work on a batch with worker processes, and print what it has made."""
+    progress = Progress(plan) if sys.stderr.isatty() and not args.quiet and not args.json else None
+    try:
+        made = batch.drive(
+            plan.folder.parent, jobs=args.jobs, gpus=args.gpus, part=args.part, tries=args.tries, progress=progress
+        )
+    finally:
+        if progress:
+            progress.clear()
+    print_report(args, made)
+    too_many = made.errors > args.max_errors * made.inputs
+    if too_many:
+        print(f"imvar: {made.errors} errors of {made.inputs} inputs, see {made.errors_file}", file=sys.stderr)
+    return TOO_MANY_ERRORS if too_many else DONE
+
+
+class Progress:
+    """A line on a terminal that says how far a batch is."""
+
+    def __init__(self, plan: batch.Plan):
+        self.start, self.first = time.monotonic(), -1
+
+    def __call__(self, made: Report) -> None:
+        self.first = made.done if self.first < 0 else self.first
+        text = status_line(made)
+        if made.done > self.first:
+            seconds = (time.monotonic() - self.start) / (made.done - self.first) * (made.shards - made.done)
+            text += f", {time_left(seconds)} left"
+        self.clear()
+        print(text, end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Empty the line."""
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def time_left(seconds: float) -> str:
+    """Return a time in its two largest units."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    return f"{hours} h" if hours > 9 else f"{minutes} min" if minutes > 1 else f"{round(seconds)} s"
+
+
+def status_line(made: Report) -> str:
+    """Return how far a batch is, in a line."""
+    flagged = f" ({made.flagged} flagged)" if made.flagged else ""
+    errors = f", {made.errors} error{'s' * (made.errors != 1)}" if made.errors else ""
+    return f"{made.done}/{made.shards} shards, {made.made} images{flagged}{errors}"
+
+
+def print_report(args: argparse.Namespace, made: Report, **more: Any) -> None:
+    """Print what a batch has made, as a line or as JSON."""
+    if args.json:
+        print(json.dumps({**asdict(made), **more}, default=str))
+    elif not args.quiet:
+        tail = "".join(f", {value} {name}" for name, value in more.items())
+        print(status_line(made) + tail + (f": {made.manifest}" if made.done == made.shards else ""))
+
+
+def join_batch(args: argparse.Namespace) -> int:
+    """Work on a batch until it is done, or until a signal, or until standard input ends."""
+    ended: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: ended.append(number))
+    if args.until_stdin_ends:
+        threading.Thread(target=lambda: os.read(0, 1) or ended.append(signal.SIGTERM), daemon=True).start()
+    part = PartOf.parse(args.part) if args.part else PartOf()
+    try:
+        work(args.out, part=part, stop=lambda: bool(ended), tries=args.tries)
+    except StoppedError:
+        return INTERRUPTED if ended[0] == signal.SIGINT else TERMINATED
+    return DONE
+
+
+def print_status(args: argparse.Namespace) -> int:
+    plan = batch.open_plan(args.out)
+    store = Store(plan.folder.parent)
+    while True:
+        made = report(store, plan)
+        workers = len(Worker(store.folder).alive())
+        print_report(args, made, workers=workers)
+        if not args.watch or made.done == made.shards:
+            return DONE
+        sys.stdout.flush()
+        time.sleep(WATCH)
+
+
+def verify_batch(args: argparse.Namespace) -> int:
+    """Compare every file with its digest; shards with another one are made again by the next run."""
+    plan = batch.open_plan(args.out)
+    store, spoiled = Store(plan.folder.parent), 0
+    for number, name in spoiled_files(store, plan):
+        print(name)
+        store.reopen(number)
+        spoiled += 1
+    if spoiled:
+        hint = "the next imvar batch run, join or retry makes their shards again"
+        print(f"imvar: {spoiled} files are not as they were written; {hint}", file=sys.stderr)
+    return TO_BE_MADE_AGAIN if spoiled else DONE
