@@ -54,6 +54,11 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
+def is_embedding(path: Path) -> bool:
+    """Return whether a file contains an embedding, by its suffix."""
+    return path.suffix.lower() == ".safetensors"
+
+
 def unique_names(stems: Sequence[str]) -> list[str]:
     """Return the names, numbered where they repeat; case does not distinguish them, as on some file systems."""
     names: dict[str, str] = {}

@@ -5,7 +5,7 @@ it is done. So processes may be killed, started again, and share the work in any
 """
 
 from .driver import BatchError, drive, run
-from .environment import load_pipeline
+from .environment import pipeline_of
 from .finish import Report
 from .planning import Plan, open_plan
 from .planning import extend_plan as extend
@@ -20,8 +20,8 @@ __all__ = [
     "Settings",
     "drive",
     "extend",
-    "load_pipeline",
     "open_plan",
+    "pipeline_of",
     "plan",
     "run",
     "run_shard",

@@ -17,6 +17,7 @@ from ..embeddings import augment, load_image_embeds, mix, slerp
 from ..errors import CheckpointError, describe, invalid
 from ..image.load_image import load_image, open_image
 from ..image.mask import check_opaque
+from ..photos import is_embedding
 from ..pipeline import Region
 from ..sources import embeds_note, note_embeds
 from .inputs import Item, import_parquet
@@ -29,7 +30,7 @@ OF_EMBEDS = {"mix", "slerp", "augment"}
 
 @dataclass
 class Condition:
-    """What the variations of an item are made from: a photo or its embedding (1, 1, c); `options`: other arguments."""
+    """The input of the variations of an item: a photo or its embedding (1, 1, c); `options`: other arguments."""
 
     photo: Image.Image | None = None
     embeds: Tensor | None = None
@@ -37,15 +38,15 @@ class Condition:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def kind_of(item: Item) -> tuple[str, bool]:
+def kind_of_item(item: Item) -> tuple[str, bool]:
     """Return what items of one call have in common: photos or embeddings, and whether they have a negative."""
-    is_embeds = item.keys() & OF_EMBEDS or is_embedding(item.get("image"))
+    is_embeds = item.keys() & OF_EMBEDS or is_embedding_place(item.get("image"))
     return "embeds" if is_embeds else "photo", "negative" in item
 
 
-def is_embedding(place: Any) -> bool:
-    """Return whether a file has an embedding, by its suffix."""
-    return isinstance(place, str) and place.lower().endswith(".safetensors")
+def is_embedding_place(place: Any) -> bool:
+    """Return whether an input is an embedding, which archives do not have."""
+    return isinstance(place, str) and is_embedding(Path(place))
 
 
 def open_item(item: Item, pipe: Any) -> Condition:
@@ -53,7 +54,7 @@ def open_item(item: Item, pipe: Any) -> Condition:
     condition = Condition()
     if "regions" in item:
         condition.options["image_embeds"] = [region_of(region, pipe) for region in item["regions"]]
-    elif kind_of(item)[0] == "embeds":
+    elif kind_of_item(item)[0] == "embeds":
         condition.embeds = embedding_of_item(item, pipe)
     else:
         condition.photo = read_place(item["image"])
@@ -80,8 +81,9 @@ def embedding_of_item(item: Item, pipe: Any) -> Tensor:
 
 def read_embedding(place: Any, pipe: Any) -> Tensor:
     """Return the embedding (1, 1, c) in a file, or that of a photo."""
-    if not is_embedding(place):
-        return pipe.encode_image(read_place(place))
+    if not is_embedding_place(place):
+        embeds: Tensor = pipe.encode_image(read_place(place))
+        return embeds
     embeds = load_image_embeds(place)
     if len(embeds) != 1:
         raise invalid(CheckpointError, place, "one embedding (1, 1, c)", describe(embeds))
@@ -90,9 +92,8 @@ def read_embedding(place: Any, pipe: Any) -> Tensor:
 
 def region_of(region: Item, pipe: Any) -> Region:
     """Return a region of an item."""
-    mask = {"mask": read_mask_image(region["mask"])} if "mask" in region else {}
-    scale = {"scale": region["scale"]} if "scale" in region else {}
-    return Region(read_embedding(region["image"], pipe), **mask, **scale)
+    mask = read_mask_image(region["mask"]) if "mask" in region else None
+    return Region(read_embedding(region["image"], pipe), mask, region.get("scale", 1.0))
 
 
 def read_place(place: Any) -> Image.Image:
@@ -117,10 +118,11 @@ def opened(place: Any) -> Any:
             data = archive.read(place["size"])
     else:
         value = parquet_column(place["file"], place["group"], place["column"])[place["row"]]
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if data is None and isinstance(value, dict) and value.get("path"):
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None and isinstance(value, dict) and value.get("path"):
             return Path(place["file"]).parent / value["path"]
-    file = io.BytesIO(data if isinstance(data, bytes) else b"")
+        data = content if isinstance(content, bytes) else b""
+    file = io.BytesIO(data)
     file.name = place["name"]
     return file
 
@@ -128,10 +130,12 @@ def opened(place: Any) -> Any:
 @functools.lru_cache(maxsize=2)
 def parquet_column(path: str, group: int, column: str) -> Sequence[Any]:
     """Return the values of a column in a row group of a parquet file."""
-    return import_parquet(path).ParquetFile(path).read_row_group(group, columns=[column]).column(0).to_pylist()
+    table = import_parquet(path).ParquetFile(path).read_row_group(group, columns=[column])
+    values: list[Any] = table.column(0).to_pylist()
+    return values
 
 
-def call_arguments(conditions: Sequence[Condition | None], seeds: Sequence[int], is_of_one: bool) -> dict[str, Any]:
+def arguments_of_call(conditions: Sequence[Condition | None], seeds: Sequence[int], is_of_one: bool) -> dict[str, Any]:
     """Return the arguments of a call with a row for each condition; for None a blank one, which is thrown away.
 
     `is_of_one`: whether all rows are of one item, which then is encoded once.
@@ -153,17 +157,23 @@ def call_arguments(conditions: Sequence[Condition | None], seeds: Sequence[int],
 
 def blank_like(condition: Condition) -> Condition:
     """Return a condition of the same kind that shows nothing."""
-    zeros = [None if embeds is None else torch.zeros_like(embeds) for embeds in (condition.embeds, condition.negative)]
-    return Condition(None if condition.photo is None else Image.new("RGB", *BLANK), *zeros)
+    embeds, negative = condition.embeds, condition.negative
+    return Condition(
+        None if condition.photo is None else Image.new("RGB", *BLANK),
+        None if embeds is None else torch.zeros_like(embeds),
+        None if negative is None else torch.zeros_like(negative),
+    )
 
 
 def joined(embeds: Sequence[Any]) -> Tensor:
     """Return embeddings (1, 1, c) as one tensor (b, 1, c), with the notes of where they come from."""
+    tensor: Tensor = embeds[0]
     if len(embeds) == 1:
-        return embeds[0]
+        return tensor
     tensor, notes = torch.cat(list(embeds)), [embeds_note(each) for each in embeds]
     encoders = {note.encoder for note in notes if note and note.encoder}
     if len(encoders) > 1:
         return tensor
     rows = [note.rows[0] if note else [] for note in notes]
-    return note_embeds(tensor, rows, next(iter(encoders), None))
+    note_embeds(tensor, rows, next(iter(encoders), None))
+    return tensor

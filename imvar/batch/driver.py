@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ImvarError, InputError, invalid, short_repr
 from .exits import DONE, EXPECTED, GIVEN_UP, MEANINGS
-from .finish import Report, report
+from .finish import Report, batch_report
 from .inputs import Item
 from .journal import path_of
 from .planning import Plan, make_plan, open_plan
@@ -74,8 +74,8 @@ def drive(
 ) -> Report:
     """Work on the existing plan of `out` with worker processes, as `run` does."""
     plan = open_plan(out)
-    Driver(plan, jobs, gpu_list(gpus), PartOf.parse(part) if part else PartOf(), tries, progress).run()
-    return report(Store(plan.folder.parent), plan)
+    Driver(plan, jobs, gpu_list(gpus), PartOf.from_text(part) if part else PartOf(), tries, progress).run()
+    return batch_report(Store(plan.folder.parent), plan)
 
 
 def gpu_list(gpus: str | Sequence[int] | None) -> list[str]:
@@ -119,7 +119,7 @@ class Driver:
         running = set(range(self.jobs))
         try:
             for slot in running:
-                self.start(slot)
+                self.start_worker(slot)
             while running:
                 time.sleep(POLL)
                 self.show()
@@ -131,9 +131,9 @@ class Driver:
                         self.after_death(slot, status)
             self.show(at_once=True)
         finally:
-            self.end()
+            self.end_workers()
 
-    def start(self, slot: int) -> None:
+    def start_worker(self, slot: int) -> None:
         """Start a worker. It ends when its standard input does, so also when this process is killed."""
         command = [sys.executable, "-m", "imvar", "batch", "join", str(self.store.folder), "--until-stdin-ends"]
         command += ["--tries", str(self.tries), "--part", str(self.part)]
@@ -156,7 +156,7 @@ class Driver:
             hint = "imvar batch status says what is done; the same command goes on"
             raise invalid(BatchError, "workers", "one that makes a shard", got, hint, status=GIVEN_UP)
         time.sleep(PAUSE)
-        self.start(slot)
+        self.start_worker(slot)
 
     def signs_of_progress(self) -> tuple[int, int]:
         """Return two numbers that change when workers get on: with shards, or with calls within them."""
@@ -173,10 +173,10 @@ class Driver:
             return
         if (done := len(self.store.done())) != self.done:
             self.done = done
-            self.progress(report(self.store, self.plan))
+            self.progress(batch_report(self.store, self.plan))
         self.next_look = time.monotonic() + max(1.0, 20 * (time.monotonic() - start))
 
-    def end(self) -> None:
+    def end_workers(self) -> None:
         """Let the workers end, after the calls that they are in."""
         for worker in self.workers.values():
             if worker.stdin:

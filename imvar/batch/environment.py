@@ -25,7 +25,7 @@ OF_ROW = ("seed", "inputs", "call", "exact", "reasons", "flagged")
 """Entries of a record that are not the same for all images of a batch."""
 
 
-def load_pipeline(plan: Plan) -> Any:
+def pipeline_of(plan: Plan) -> Any:
     """Return the pipeline of a plan on this machine, with the threads that the plan says.
 
     Raises `InputError` if images would differ from those of the other workers: another version, device, dtype or
@@ -34,8 +34,9 @@ def load_pipeline(plan: Plan) -> Any:
     settings, recorded = plan.settings, read_environment(plan)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = loading.pick_device(recorded_device(recorded) or settings.device)
-    dtype = loading.pick_dtype(recorded_dtype(recorded) or settings.dtype, device)
+    machine = recorded["machine"] if recorded else {"device": settings.device, "dtype": {}}
+    device = loading.pick_device(machine["device"])
+    dtype = loading.pick_dtype(machine["dtype"].get("unet") or settings.dtype, device)
     pipe = loading.load_pipeline(settings.checkpoint, settings.revision, settings.scheduler, dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     check_environment(plan, pipe)
@@ -84,14 +85,5 @@ def environment_of(plan: Plan, pipe: Any) -> Record:
     record = pipe.records([blank] * rows, seed=[0] * rows, **settings.call_options())[0]
     if record["reasons"]:
         raise invalid(ImvarError, "pipeline", "one whose images can be made again", "; ".join(record["reasons"]))
-    return json.loads(json.dumps({name: value for name, value in record.items() if name not in OF_ROW}))
-
-
-def recorded_device(record: Record | None) -> str | None:
-    """Return the kind of the device in an environment."""
-    return record["machine"]["device"] if record else None
-
-
-def recorded_dtype(record: Record | None) -> str | None:
-    """Return the dtype of the UNet in an environment."""
-    return record["machine"]["dtype"].get("unet") if record else None
+    shared: Record = json.loads(json.dumps({name: value for name, value in record.items() if name not in OF_ROW}))
+    return shared

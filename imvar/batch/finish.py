@@ -1,4 +1,4 @@
-"""What follows the last shard: check all markers, write the manifest, verify files, and report."""
+"""The end of a batch: check all markers, write the manifest, verify files, and report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MANIFEST, ERRORS = "manifest.jsonl", "errors.jsonl"
 
 @dataclass(frozen=True)
 class Report:
-    """What a batch has made: `made` images, of which `flagged`, and `errors` of its `inputs`.
+    """The result of a batch: `made` images, of which `flagged`, and `errors` of its `inputs`.
 
     `done` of `shards`; `manifest` has a line for each image and `errors_file` for each error, once all are done.
     """
@@ -39,13 +39,13 @@ def markers(store: Store, plan: Plan) -> Iterator[tuple[int, Marker | None]]:
 
 def bad_shards(store: Store, plan: Plan) -> list[int]:
     """Return the shards whose marker or rows are missing, broken, or of another plan."""
-    return [number for number, marker in markers(store, plan) if marker is None or store.rows(marker) is None]
+    return [number for number, marker in markers(store, plan) if marker is None or store.shard_rows(marker) is None]
 
 
 def spoiled_files(store: Store, plan: Plan) -> Iterator[tuple[int, str]]:
     """Yield each shard and file of it that is missing or not as it was written, and shards without a whole marker."""
     for number, marker in markers(store, plan):
-        rows = marker and store.rows(marker)
+        rows = marker and store.shard_rows(marker)
         if marker is None or rows is None:
             yield number, store.path("done", number, ".json").relative_to(store.folder).as_posix()
         elif marker.data is not None:
@@ -63,12 +63,12 @@ def write_manifest(store: Store, plan: Plan) -> None:
     made: list[bytes] = []
     failed: list[bytes] = []
     for number, marker in markers(store, plan):
-        for row in (marker and store.rows(marker)) or ():
+        for row in (store.shard_rows(marker) if marker else None) or ():
             of_kind = failed if "error" in row else made
             of_kind.append(rows_as_bytes([with_shard(row, number)]))
     for name, lines in ((MANIFEST, made), (ERRORS, failed)):
         store.put(store.folder / name, b"".join(lines))
-    store.flush([store.folder / MANIFEST, store.folder / ERRORS])
+    store.flush_files([store.folder / MANIFEST, store.folder / ERRORS])
 
 
 def with_shard(row: Row, number: int) -> Row:
@@ -76,7 +76,7 @@ def with_shard(row: Row, number: int) -> Row:
     return row | {"shard": number}
 
 
-def report(store: Store, plan: Plan) -> Report:
+def batch_report(store: Store, plan: Plan) -> Report:
     """Return what is made of a plan so far."""
     found = [marker for _, marker in markers(store, plan) if marker]
     return Report(

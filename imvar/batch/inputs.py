@@ -97,15 +97,15 @@ def listed_item(line: str, name: str, folder: Path) -> Item:
                 raise invalid(InputError, name, f"{needed} with {option}", "none")
     check = Checker(name, folder)
     checks = {
-        "image": check.file,
-        "mix": check.mix,
-        "slerp": check.slerp,
-        "augment": check.augment,
-        "regions": check.regions,
-        "negative": check.file,
-        "init": check.file,
-        "strength": check.number,
-        "mask": check.file,
+        "image": check.file_value,
+        "mix": check.mix_value,
+        "slerp": check.slerp_value,
+        "augment": check.augment_value,
+        "regions": check.regions_value,
+        "negative": check.file_value,
+        "init": check.file_value,
+        "strength": check.number_value,
+        "mask": check.file_value,
     }
     found = {key: checks[key](key, item[key]) for key in item.keys() & CONDITIONS}
     identity = item.get("id", item.get("image"))
@@ -123,17 +123,17 @@ class Checker:
     def wrong(self, key: str, expected: str, value: Any) -> InputError:
         return invalid(InputError, f"{self.name}: {key}", expected, short_repr(value))
 
-    def file(self, key: str, value: Any) -> str:
+    def file_value(self, key: str, value: Any) -> str:
         if not isinstance(value, str) or not value:
             raise self.wrong(key, "the path of a file", value)
         return os.path.abspath(self.folder / value)
 
-    def number(self, key: str, value: Any) -> float:
+    def number_value(self, key: str, value: Any) -> float:
         if type(value) not in (int, float) or not abs(value) < float("inf"):
             raise self.wrong(key, "a finite number", value)
         return float(value)
 
-    def mix(self, key: str, value: Any) -> list[Any]:
+    def mix_value(self, key: str, value: Any) -> list[Any]:
         pairs = list(value.items()) if isinstance(value, dict) else value
         if (
             not isinstance(pairs, list)
@@ -141,26 +141,26 @@ class Checker:
             or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
         ):
             raise self.wrong(key, 'weights by file, such as {"fox.png": 0.7, "panda.png": 0.3}', value)
-        return [[self.file(key, file), self.number(key, weight)] for file, weight in pairs]
+        return [[self.file_value(key, file), self.number_value(key, weight)] for file, weight in pairs]
 
-    def slerp(self, key: str, value: Any) -> list[Any]:
+    def slerp_value(self, key: str, value: Any) -> list[Any]:
         if not isinstance(value, list) or len(value) != 3:
             raise self.wrong(key, 'two files and a fraction, such as ["fox.png", "panda.png", 0.5]', value)
-        return [self.file(key, value[0]), self.file(key, value[1]), self.number(key, value[2])]
+        return [self.file_value(key, value[0]), self.file_value(key, value[1]), self.number_value(key, value[2])]
 
-    def augment(self, key: str, value: Any) -> list[Any]:
+    def augment_value(self, key: str, value: Any) -> list[Any]:
         if not isinstance(value, list) or len(value) != 2 or type(value[1]) is not int:
             raise self.wrong(key, "the amount of noise and its seed, such as [0.5, 0]", value)
-        return [self.number(key, value[0]), value[1]]
+        return [self.number_value(key, value[0]), value[1]]
 
-    def regions(self, key: str, value: Any) -> list[Item]:
+    def regions_value(self, key: str, value: Any) -> list[Item]:
         if not isinstance(value, list) or not value or not all(isinstance(region, dict) for region in value):
             raise self.wrong(key, 'a list such as [{"image": "fox.png", "mask": "left.png"}]', value)
         regions = []
         for region in value:
             if "image" not in region or region.keys() - {"image", "mask", "scale"}:
                 raise self.wrong(key, "image, mask and scale", sorted(region))
-            files = {name: self.file(key, region[name]) for name in region.keys() & {"image", "mask"}}
+            files = {name: self.file_value(key, region[name]) for name in region.keys() & {"image", "mask"}}
             scale = {"scale": region["scale"]} if "scale" in region else {}
             regions.append({**dict(sorted(files.items())), **scale})
         return regions

@@ -34,24 +34,24 @@ class Journal:
                 begun = []  # stopped on request
         self.deaths.update(begun)
 
-    def begin(self, items: Iterable[str]) -> None:
+    def note_begin(self, items: Iterable[str]) -> None:
         """Note that a call with these inputs begins."""
-        self.write("begin", list(items))
+        self.append_line("begin", list(items))
 
-    def end(self, items: Iterable[str]) -> None:
+    def note_end(self, items: Iterable[str]) -> None:
         """Note that a call has ended, with images or with errors."""
-        self.write("end", list(items))
+        self.append_line("end", list(items))
 
-    def stop(self) -> None:
+    def note_stop(self) -> None:
         """Note that the process ends on request, and not by an input."""
-        self.write("stop", [])
+        self.append_line("stop", [])
 
-    def write(self, event: str, items: list[str]) -> None:
+    def append_line(self, event: str, items: list[str]) -> None:
         self.path.parent.mkdir(exist_ok=True)
         with self.path.open("ab") as file:
             file.write(b"\n" + json.dumps({event: items}).encode() + b"\n")  # first the end of one that was cut
 
-    def remove(self) -> None:
+    def discard(self) -> None:
         """Remove the journal of a finished shard."""
         with suppress(OSError):
             self.path.unlink()

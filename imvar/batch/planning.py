@@ -58,7 +58,7 @@ class Plan:
 
     def digest(self, number: int) -> str:
         """Return the digest of the settings and of the items of a shard."""
-        text = self.settings.as_json().encode() + b"\n" + b"".join(self.lines(number))
+        text = self.settings.json_text().encode() + b"\n" + b"".join(self.lines(number))
         return hashlib.sha256(text).hexdigest()
 
     def lines(self, number: int) -> list[bytes]:
@@ -76,7 +76,7 @@ class Plan:
         """Where each shard begins in the file of its part, and where the last one ends."""
         return [checked_offsets(self.folder / part.file, part, self.settings.shard) for part in self.parts]
 
-    def as_json(self) -> str:
+    def json_text(self) -> str:
         """Return what `plan.json` contains."""
         content = {"format": FORMAT, "settings": asdict(self.settings), "parts": [asdict(part) for part in self.parts]}
         return json.dumps(content, indent=1) + "\n"
@@ -116,7 +116,7 @@ def make_plan(
     try:
         part = write_part(temporary / "items-0.jsonl", find_items(as_list(inputs), shared), wanted.shard, set())
         plan = Plan(out / FOLDER, wanted, (part,))
-        (temporary / NAME).write_text(plan.as_json(), encoding="utf-8")
+        (temporary / NAME).write_text(plan.json_text(), encoding="utf-8")
         try:
             temporary.rename(plan.folder)  # fails if there is a plan
         except OSError:
@@ -131,7 +131,7 @@ def make_plan(
         got = f"another (its value and this command's): {'; '.join(differing)}"
         raise invalid(InputError, out, "the batch of this command", got, "use another -o FOLDER")
     if existing.parts[0] != part:
-        got = f"one of {existing.parts[0].items} inputs, or of others"
+        got = f"one of {existing.parts[0].items} inputs, or of other ones"
         raise invalid(InputError, out, f"a batch of these {part.items} inputs", got, "imvar batch extend adds inputs")
     return existing
 
@@ -163,7 +163,7 @@ def extend_plan(out: str | Path, inputs: str | Path | Iterable[str | Path], *, s
         name = f"items-{len(plan.parts)}.jsonl"
         part = write_part(folder / name, find_items(as_list(inputs), shared), plan.settings.shard, known)
         longer = Plan(folder, plan.settings, (*plan.parts, part))
-        write_text(folder / NAME, longer.as_json())
+        write_text(folder / NAME, longer.json_text())
     return longer
 
 

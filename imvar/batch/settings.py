@@ -25,7 +25,7 @@ MAX_BATCH = 4096
 
 @dataclass(frozen=True)
 class Settings:
-    """What `imvar batch run` makes of each input, and how.
+    """The variations that a batch makes of each input, and how.
 
     `n`: variations of each input; `seed` and `seeds`: "own" derives the seed of each variation from `seed`, the id of
     the input and the number of the variation, "same" gives variation k of every input the seed `seed` + k. `batch`:
@@ -91,7 +91,7 @@ class Settings:
             options["threads"] = 1 if emoji else int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         return cls(**options)
 
-    def as_json(self) -> str:
+    def json_text(self) -> str:
         """Return the settings as one line of JSON, equal for equal settings."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 

@@ -14,13 +14,13 @@ from typing import Any
 from ..checks import as_path
 from ..errors import ImvarError, OutOfMemoryError
 from ..oom import explain_out_of_memory
-from .conditions import OF_ONE, Condition, call_arguments, kind_of, open_item
+from .conditions import OF_ONE, Condition, arguments_of_call, kind_of_item, open_item
 from .inputs import Item
 from .journal import Journal
 from .planning import Plan
 from .settings import Settings
 from .store import FullDiskError, Marker, Row, Store, rows_as_bytes, sha256
-from .write import WRITERS, image_bytes, stems_of
+from .write import FolderWriter, TarWriter, image_bytes, stems_of
 
 TRIES = 3
 MEMORY_HINT = "use a smaller --batch, in another output folder, as it changes the bytes of images"
@@ -47,7 +47,7 @@ def run_shard(
         out: the output folder of the batch.
         plan: its plan.
         number: which shard, from 0.
-        pipe: the pipeline, as `imvar.batch.load_pipeline` returns it.
+        pipe: the pipeline, as `imvar.batch.pipeline_of` returns it.
         stop: a function that returns True once the process should end, asked before each call of the pipeline.
         tries: how often a process may die in a call with an input alone, before that becomes an error.
 
@@ -74,10 +74,10 @@ class ShardRun:
             if self.journal.deaths[item["id"]] > self.tries:
                 deaths = self.journal.deaths[item["id"]]
                 self.errors[index] = f"{deaths} processes died while they worked on it"
-        self.writer = WRITERS[self.settings.format](self.store, self.number)
+        self.writer = (FolderWriter if self.settings.format == "files" else TarWriter)(self.store, self.number)
         for layout in call_layouts(self.settings, self.items):
             self.run_layout(layout)
-        return self.finish()
+        return self.write_results()
 
     def run_layout(self, layout: CallLayout) -> None:
         """Make the images of a call; items in whose calls a process died one at a time, to tell which it was."""
@@ -90,7 +90,7 @@ class ShardRun:
     def run_group(self, layout: CallLayout, group: Sequence[int]) -> None:
         """Make the images of some items of a layout; if an error does not tell of which it is, one at a time."""
         try:
-            self.call(layout, group)
+            self.call_pipeline(layout, group)
         except (OutOfMemoryError, FullDiskError):
             raise
         except ImvarError as error:  # of an input that can be read, but not used
@@ -99,24 +99,24 @@ class ShardRun:
             for index in group if len(group) > 1 else ():
                 self.run_group(layout, [index])
 
-    def call(self, layout: CallLayout, group: Sequence[int]) -> None:
+    def call_pipeline(self, layout: CallLayout, group: Sequence[int]) -> None:
         """Call the pipeline with the rows of some items of a layout, the others being blank, and write the images."""
         if self.stop():
-            self.journal.stop()
+            self.journal.note_stop()
             raise StoppedError
         names = [self.items[index]["id"] for index in group]
-        self.journal.begin(names)
+        self.journal.note_begin(names)
         conditions = self.open_items(group)
         rows = [row if row[0] in conditions else None for row in layout.rows]
         rows += [None] * (self.settings.batch - len(rows))
         if conditions:
-            seeds = [0 if row is None else self.seed_of(*row) for row in rows]
+            seeds = [0 if row is None else self.row_seed(*row) for row in rows]
             of_rows = [None if row is None else conditions[row[0]] for row in rows]
-            arguments = call_arguments(of_rows, seeds, layout.is_of_one)
+            arguments = arguments_of_call(of_rows, seeds, layout.is_of_one)
             with explain_out_of_memory(MEMORY_HINT):
                 made = self.pipe(**arguments, **self.settings.call_options())
             self.write_images(rows, seeds, made)
-        self.journal.end(names)
+        self.journal.note_end(names)
 
     def open_items(self, group: Sequence[int]) -> dict[int, Condition]:
         """Return the conditions of the items that can be read, and note the errors of the others."""
@@ -131,7 +131,7 @@ class ShardRun:
                 self.errors[index] = str(error) or type(error).__name__
         return conditions
 
-    def seed_of(self, index: int, k: int) -> int:
+    def row_seed(self, index: int, k: int) -> int:
         return self.settings.seed_of(self.items[index]["id"], k)
 
     def write_images(self, rows: Sequence[tuple[int, int] | None], seeds: Sequence[int], made: Any) -> None:
@@ -150,11 +150,11 @@ class ShardRun:
                 self.rows[row] = entry
                 self.bytes += len(data)
 
-    def finish(self) -> Marker:
+    def write_results(self) -> Marker:
         """Write rows and marker."""
         made = [row for (index, _), row in sorted(self.rows.items()) if index not in self.errors]
         errors = [{"id": self.items[index]["id"], "error": text} for index, text in sorted(self.errors.items())]
-        files, digest = self.writer.finish(made)
+        files, digest = self.writer.assemble(made)
         rows = [*made, *errors]
         marker = Marker(
             shard=self.number,
@@ -167,7 +167,7 @@ class ShardRun:
             data=digest,
         )
         self.store.finish_shard(marker, rows, files)
-        self.journal.remove()
+        self.journal.discard()
         return marker
 
 
@@ -180,7 +180,7 @@ def call_layouts(settings: Settings, items: Sequence[Item]) -> Iterator[CallLayo
             for i in range(0, len(rows), settings.batch):
                 yield CallLayout(tuple(rows[i : i + settings.batch]), is_of_one=True)
             continue
-        waiting = pending.setdefault(kind_of(item), [])
+        waiting = pending.setdefault(kind_of_item(item), [])
         waiting += rows
         while len(waiting) >= settings.batch:
             yield CallLayout(tuple(waiting[: settings.batch]), is_of_one=False)

@@ -38,7 +38,7 @@ class FullDiskError(ImvarError, OSError):
 
 @dataclass(frozen=True)
 class Marker:
-    """What says that a shard is finished: the digest of its part of the plan and of its rows, and counts.
+    """The statement that a shard is finished: the digest of its part of the plan and of its rows, and counts.
 
     `data`: the digest of the shard's tar file, if it is one; `bytes`: of its images.
     """
@@ -52,20 +52,20 @@ class Marker:
     bytes: int
     data: str | None = None
 
-    def as_json(self) -> str:
+    def json_text(self) -> str:
         """Return the marker with a digest of itself."""
         text = json.dumps(asdict(self), sort_keys=True)
         return json.dumps(asdict(self) | {"sha256": sha256(text.encode())}, sort_keys=True) + "\n"
 
     @classmethod
-    def parse(cls, data: bytes) -> Marker | None:
+    def from_bytes(cls, data: Any) -> Marker | None:
         """Return the marker in a file; None if it is not whole."""
         try:
             content = json.loads(data)
             digest, marker = content.pop("sha256"), cls(**content)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        return marker if marker.as_json().encode() == data and digest else None
+        return marker if marker.json_text().encode() == data and digest else None
 
 
 class Store:
@@ -80,7 +80,7 @@ class Store:
         return self.folder / kind / f"{number // GROUP:04d}" / f"{number:07d}{suffix}"
 
     def put(self, path: Path, data: bytes) -> None:
-        """Write a file whole, or not at all. It is flushed to the disk by `flush`."""
+        """Write a file whole, or not at all. It is flushed to the disk by `flush_files`."""
         temporary = self.temporary / os.urandom(8).hex()
         with self.explain_full_disk(path):
             for folder in (self.temporary, path.parent):
@@ -104,7 +104,7 @@ class Store:
             got = f"{error.strerror}, {shutil.disk_usage(self.folder).free / 2**20:.1f} MB free"
             raise invalid(FullDiskError, path, "room on the disk", got) from error
 
-    def flush(self, paths: Iterable[Path]) -> None:
+    def flush_files(self, paths: Iterable[Path]) -> None:
         """Flush files, and the folders that they are in, to the disk."""
         folders = set()
         for path in paths:
@@ -119,9 +119,9 @@ class Store:
         """Write the rows and, after everything is on the disk, the marker of a shard."""
         path, done = self.path("rows", marker.shard, ".jsonl"), self.path("done", marker.shard, ".json")
         self.put(path, rows_as_bytes(rows))
-        self.flush([*files, path])
-        self.put(done, marker.as_json().encode())
-        self.flush([done])
+        self.flush_files([*files, path])
+        self.put(done, marker.json_text().encode())
+        self.flush_files([done])
 
     def done(self) -> set[int]:
         """Return the numbers of the shards that have a marker, which is not read."""
@@ -137,12 +137,12 @@ class Store:
     def marker(self, number: int) -> Marker | None:
         """Return the marker of a shard; None if there is none, or a broken one, or one of another shard."""
         try:
-            marker = Marker.parse(self.path("done", number, ".json").read_bytes())
+            marker = Marker.from_bytes(self.path("done", number, ".json").read_bytes())
         except OSError:
             return None
         return marker if marker and marker.shard == number else None
 
-    def rows(self, marker: Marker) -> list[Row] | None:
+    def shard_rows(self, marker: Marker) -> list[Row] | None:
         """Return the rows of a shard; None unless they are those of the marker."""
         try:
             data = self.path("rows", marker.shard, ".jsonl").read_bytes()

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, invalid, short_repr
-from .environment import load_pipeline
+from .environment import pipeline_of
 from .finish import bad_shards, write_manifest
 from .planning import Plan, open_plan
 from .shard import TRIES, StoppedError, run_shard
 from .workers import Worker
 
-POLL = 0.5  # seconds between looks at the shards of others
+POLL = 0.5  # seconds between looks at shards that other workers have claimed
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PartOf:
     of: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> PartOf:
+    def from_text(cls, text: str) -> PartOf:
         """Return the part that "0/4" means."""
         index, slash, of = text.partition("/")
         if not slash or not index.isdecimal() or not of.isdecimal() or not int(index) < int(of):
@@ -46,7 +46,7 @@ def work(
     part: PartOf = PartOf(),
     stop: Callable[[], bool] = bool,
     tries: int = TRIES,
-    load: Callable[[Plan], Any] = load_pipeline,
+    load: Callable[[Plan], Any] = pipeline_of,
 ) -> bool:
     """Work on a batch until all of its shards, or those of a part of it, are done; return whether all are.
 

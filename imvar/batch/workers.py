@@ -78,7 +78,7 @@ class Worker:
                 self.release(int(name))
         shutil.rmtree(self.folder, ignore_errors=True)
         for folder in (self.folder.parent, self.claims):
-            with suppress(OSError):  # those of others are in it
+            with suppress(OSError):  # there are other workers
                 folder.rmdir()
 
     def give_signs(self) -> None:

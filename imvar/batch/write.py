@@ -31,7 +31,7 @@ class FolderWriter:
         self.store.put(self.folder / name, data)
         return {"file": (self.folder / name).relative_to(self.store.folder).as_posix()}
 
-    def finish(self, rows: Sequence[Row]) -> tuple[list[Path], str | None]:
+    def assemble(self, rows: Sequence[Row]) -> tuple[list[Path], str | None]:
         """Return the files of the rows, and no digest; files of earlier attempts that are none of them are removed."""
         paths = [self.store.folder / row["file"] for row in rows]
         for name in set(listed(self.folder)) - {path.name for path in paths}:
@@ -51,7 +51,7 @@ class TarWriter:
         self.store.put(self.staged / name, data)
         return {"file": self.path.relative_to(self.store.folder).as_posix(), "member": name}
 
-    def finish(self, rows: Sequence[Row]) -> tuple[list[Path], str | None]:
+    def assemble(self, rows: Sequence[Row]) -> tuple[list[Path], str | None]:
         """Write the images of the rows and, as NAME.json, the rows; return the file and its digest."""
         temporary = self.store.temporary / f"{self.path.name}"
         with self.store.explain_full_disk(self.path):
@@ -73,9 +73,6 @@ def append(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     entry = tarfile.TarInfo(name)
     entry.size = len(data)
     archive.addfile(entry, io.BytesIO(data))
-
-
-WRITERS = {"files": FolderWriter, "tar": TarWriter}
 
 
 def stems_of(items: Sequence[Item]) -> list[str]:

@@ -25,7 +25,7 @@ from ..batch.exits import (
     TO_BE_MADE_AGAIN,
     TOO_MANY_ERRORS,
 )
-from ..batch.finish import Report, reopen_errors, report, spoiled_files
+from ..batch.finish import Report, batch_report, reopen_errors, spoiled_files
 from ..batch.shard import StoppedError
 from ..batch.store import FULL, FullDiskError, Store
 from ..batch.worker import PartOf, work
@@ -33,18 +33,20 @@ from ..batch.workers import Worker
 from ..errors import InputError, OutOfMemoryError
 
 WATCH = 2.0  # seconds
+SETTINGS = ("checkpoint", "revision", "scheduler", "dtype", "device", "threads", "n", "seed", "seeds", "steps")
+SETTINGS += ("guidance", "on_flagged", "batch", "shard", "format", "save")
 SHARED = ("negative", "init", "mask")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one of the actions; see `imvar/batch/exits.py` for the exit status."""
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
-        "run": run_batch,
-        "join": join_batch,
-        "status": print_status,
-        "verify": verify_batch,
-        "retry": retry_batch,
-        "extend": extend_batch,
+        "run": run_action,
+        "join": join_action,
+        "status": status_action,
+        "verify": verify_action,
+        "retry": retry_action,
+        "extend": extend_action,
     }
     previous = None
     if threading.current_thread() is threading.main_thread():
@@ -79,16 +81,16 @@ def fail(status: int, error: Exception) -> int:
     return status
 
 
-def run_batch(args: argparse.Namespace) -> int:
-    plan = batch.plan(args.photos, args.out, shared=shared_conditions(args), **settings_of(args))
+def run_action(args: argparse.Namespace) -> int:
+    plan = batch.plan(args.photos, args.out, shared=shared_conditions(args), **plan_settings(args))
     return drive_batch(args, plan)
 
 
-def extend_batch(args: argparse.Namespace) -> int:
+def extend_action(args: argparse.Namespace) -> int:
     return drive_batch(args, batch.extend(args.out, args.photos, shared=shared_conditions(args)))
 
 
-def retry_batch(args: argparse.Namespace) -> int:
+def retry_action(args: argparse.Namespace) -> int:
     plan = batch.open_plan(args.out)
     numbers = reopen_errors(Store(plan.folder.parent), plan)
     if not args.quiet:
@@ -96,11 +98,9 @@ def retry_batch(args: argparse.Namespace) -> int:
     return drive_batch(args, plan)
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+def plan_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the plan that the options select."""
-    names = ("checkpoint", "revision", "scheduler", "dtype", "device", "threads", "n", "seed", "seeds", "steps")
-    names += ("guidance", "on_flagged", "batch", "shard", "format", "save")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     return settings | {"height": args.size[0], "width": args.size[1], "metadata": not args.no_metadata}
 
 
@@ -112,7 +112,7 @@ def shared_conditions(args: argparse.Namespace) -> dict[str, Any]:
 
 def drive_batch(args: argparse.Namespace, plan: batch.Plan) -> int:
     """Work on a batch with worker processes, and print what it has made."""
-    progress = Progress(plan) if sys.stderr.isatty() and not args.quiet and not args.json else None
+    progress = BatchProgress(plan) if sys.stderr.isatty() and not args.quiet and not args.json else None
     try:
         made = batch.drive(
             plan.folder.parent, jobs=args.jobs, gpus=args.gpus, part=args.part, tries=args.tries, progress=progress
@@ -127,7 +127,7 @@ def drive_batch(args: argparse.Namespace, plan: batch.Plan) -> int:
     return TOO_MANY_ERRORS if too_many else DONE
 
 
-class Progress:
+class BatchProgress:
     """A line on a terminal that says how far a batch is."""
 
     def __init__(self, plan: batch.Plan):
@@ -169,14 +169,14 @@ def print_report(args: argparse.Namespace, made: Report, **more: Any) -> None:
         print(status_line(made) + tail + (f": {made.manifest}" if made.done == made.shards else ""))
 
 
-def join_batch(args: argparse.Namespace) -> int:
+def join_action(args: argparse.Namespace) -> int:
     """Work on a batch until it is done, or until a signal, or until standard input ends."""
     ended: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: ended.append(number))
     if args.until_stdin_ends:
-        threading.Thread(target=lambda: os.read(0, 1) or ended.append(signal.SIGTERM), daemon=True).start()
-    part = PartOf.parse(args.part) if args.part else PartOf()
+        threading.Thread(target=wait_for_end_of_stdin, args=(ended,), daemon=True).start()
+    part = PartOf.from_text(args.part) if args.part else PartOf()
     try:
         work(args.out, part=part, stop=lambda: bool(ended), tries=args.tries)
     except StoppedError:
@@ -184,11 +184,18 @@ def join_batch(args: argparse.Namespace) -> int:
     return DONE
 
 
-def print_status(args: argparse.Namespace) -> int:
+def wait_for_end_of_stdin(ended: list[int]) -> None:
+    """Ask for the end once the process that holds the other end of standard input is gone."""
+    while os.read(0, 1):
+        pass
+    ended.append(signal.SIGTERM)
+
+
+def status_action(args: argparse.Namespace) -> int:
     plan = batch.open_plan(args.out)
     store = Store(plan.folder.parent)
     while True:
-        made = report(store, plan)
+        made = batch_report(store, plan)
         workers = len(Worker(store.folder).alive())
         print_report(args, made, workers=workers)
         if not args.watch or made.done == made.shards:
@@ -197,7 +204,7 @@ def print_status(args: argparse.Namespace) -> int:
         time.sleep(WATCH)
 
 
-def verify_batch(args: argparse.Namespace) -> int:
+def verify_action(args: argparse.Namespace) -> int:
     """Compare every file with its digest; shards with another one are made again by the next run."""
     plan = batch.open_plan(args.out)
     store, spoiled = Store(plan.folder.parent), 0

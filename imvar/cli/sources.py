@@ -17,7 +17,7 @@ from ..embeddings import load_image_embeds
 from ..errors import CheckpointError, InputError, describe, invalid
 from ..image.load_image import load_image, open_image
 from ..image.mask import check_opaque
-from ..photos import STDIN, unique_names
+from ..photos import STDIN, is_embedding, unique_names
 
 STDIN_NAME = "standard input"
 CARD = 128  # pixels, the side of what stands for an embedding on the contact sheet
@@ -72,11 +72,6 @@ class InputImage:
         draw.rectangle((0, 0, CARD - 1, CARD - 1), outline=FAINT)
         draw.text((CARD // 2, CARD // 2), "embedding", FAINT, ImageFont.load_default(13), anchor="mm")
         return card
-
-
-def is_embedding(path: Path) -> bool:
-    """Return whether a file contains an embedding, by its suffix."""
-    return path.suffix.lower() == ".safetensors"
 
 
 def read_sources(

@@ -15,8 +15,8 @@ import imvar
 from imvar import InputError, cli
 from imvar.cli import render, sources
 from imvar.cli.rows import Row, joined_name, side_by_side
-from imvar.cli.sources import InputImage, unique_names
-from imvar.photos import expand_photos
+from imvar.cli.sources import InputImage
+from imvar.photos import expand_photos, unique_names
 
 
 @pytest.fixture

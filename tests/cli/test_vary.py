@@ -12,10 +12,10 @@ from PIL import Image, ImageFont
 import imvar
 from imvar import cli, loading
 from imvar.cli import choices, render
-from imvar.cli.sources import unique_names
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, SheetRow, contact_sheet, fit_text, size_on_sheet
 from imvar.conversion import convert
 from imvar.image.load_image import load_image
+from imvar.photos import unique_names
 
 
 def pixels(path):

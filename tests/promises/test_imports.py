@@ -40,7 +40,10 @@ FLOORS = {
 }
 DEPENDENCIES = {"torch", "safetensors", "huggingface_hub", "PIL", "numpy", "einops"}
 TYPES_ONLY = {"typing_extensions"}  # whose types every type checker has
-EXTRAS = {"cli": {"shtab", "fastapi", "gradio", "uvicorn"}}  # imported where they are used, and said how to get
+EXTRAS = {
+    "cli": {"shtab", "fastapi", "gradio", "uvicorn"},
+    "batch": {"pyarrow"},
+}  # imported where they are used, and said how to get
 MODULES = {".".join(("imvar", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in FILES}
 
 
