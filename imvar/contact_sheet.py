@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from unicodedata import category, normalize
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -12,6 +16,12 @@ SIDE = 256  # pixels, the longer side of a variation; small ones are enlarged by
 GAP, MARGIN, GUTTER = 10, 28, 34  # between variations, around the sheet, between photo and variations
 CAPTION = 30
 PAPER, INK, FAINT, RULE = "#faf9f6", "#2b2a28", "#8a8780", "#dedbd4"
+FONT_SIZE = 13
+FONTS = "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "msyh.ttc"
+"""Of Linux, macOS and Windows, for names in characters that Pillow's own font lacks: it has ASCII and some signs."""
+NO_CHARACTER = "\U0010ffff"  # which Unicode has set aside, so that each font draws its sign for a missing glyph
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass
@@ -33,11 +43,15 @@ def contact_sheet(rows: Sequence[SheetRow], footer: str) -> Image.Image:
     sheet_height = MARGIN + len(rows) * (height + CAPTION + GAP) + CAPTION + MARGIN // 2
 
     sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(sheet)
+
+    def draw_line(text: str, x: int, y: int, width: int, ink: str) -> None:
+        text, font = drawable(text)
+        draw.text((x, y), fit_text(text, font, width), ink, font)
 
     def place(image: Image.Image, caption: str, x: int, y: int, ink: str) -> None:
         sheet.paste(image, (x, y + height - image.height))
-        draw.text((x, y + height + 7), fit_text(caption, font, image.width), ink, font)
+        draw_line(caption, x, y + height + 7, image.width, ink)
 
     for i, (row, photo) in enumerate(zip(rows, photos, strict=True)):
         y = MARGIN + i * (height + CAPTION + GAP)
@@ -47,8 +61,7 @@ def contact_sheet(rows: Sequence[SheetRow], footer: str) -> Image.Image:
             place(as_on_sheet(variation), caption, x, y, FAINT)
     x = MARGIN + photo_width + GUTTER // 2
     draw.line((x, MARGIN, x, sheet_height - MARGIN // 2 - 2 * CAPTION - GAP), RULE)
-    footer = fit_text(footer, font, sheet_width - 2 * MARGIN)
-    draw.text((MARGIN, sheet_height - MARGIN // 2 - CAPTION + 4), footer, FAINT, font)
+    draw_line(footer, MARGIN, sheet_height - MARGIN // 2 - CAPTION + 4, sheet_width - 2 * MARGIN, FAINT)
     return sheet
 
 
@@ -73,7 +86,45 @@ def photo_on_sheet(photo: Image.Image, height: int = SIDE) -> Image.Image:
     return photo.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def fit_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def drawable(text: str) -> tuple[str, Font]:
+    """Return a text as one line that a font can draw, and the font: Pillow's own, or one that has more of it.
+
+    Control characters become spaces. Characters that the font lacks lose their accents, or become "?".
+    """
+    text = normalize("NFC", text.encode("utf-8", "replace").decode())  # "?" for bytes of a name that are not UTF-8
+    text = "".join(c if c.isprintable() else " " for c in text)
+    font: Font = ImageFont.load_default(FONT_SIZE)
+    if lacking(text, font):
+        font = min([font, *system_fonts()], key=lambda font: len(lacking(text, font)))
+    for c in lacking(text, font):
+        parts = [part for part in normalize("NFKD", c) if category(part)[0] != "M"]  # without accents
+        text = text.replace(c, "".join("?" if lacking(part, font) else part for part in parts))
+    return text, font
+
+
+def lacking(text: str, font: Font) -> list[str]:
+    """Return the characters of a text that a font has no glyph for, each once."""
+    missing = glyph(NO_CHARACTER, font)
+    return [c for c in dict.fromkeys(text) if glyph(c, font) == missing]
+
+
+def glyph(character: str, font: Font) -> tuple[tuple[int, int], bytes]:
+    """Return the size and the pixels of a character."""
+    mask: Any = font.getmask(character)
+    return mask.size, bytes(mask)
+
+
+@cache
+def system_fonts() -> list[ImageFont.FreeTypeFont]:
+    """Return those of `FONTS` that this machine has."""
+    fonts = []
+    for name in FONTS:
+        with suppress(OSError):
+            fonts.append(ImageFont.truetype(name, FONT_SIZE))
+    return fonts
+
+
+def fit_text(text: str, font: Font, width: int) -> str:
     """Return the text, shortened to fit `width` pixels."""
     if font.getlength(text) <= width:
         return text

@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageFont
 
 import imvar
-from imvar import cli, loading
-from imvar.cli import choices, render
+from imvar import choices, cli, loading
+from imvar import contact_sheet as sheets
+from imvar.cli import render
 from imvar.contact_sheet import CAPTION, GAP, GUTTER, MARGIN, SIDE, SheetRow, contact_sheet, fit_text, size_on_sheet
 from imvar.conversion import convert
 from imvar.image.load_image import load_image
@@ -223,6 +224,36 @@ def test_fit_text():
     assert fit_text("short", font, 100) == "short"
     short = fit_text("w" * 99, font, 100)
     assert font.getlength(short) <= 100 < font.getlength("w" + short)
+
+
+def sheet_of(name):
+    image = Image.new("RGB", (64, 64), "teal")
+    return contact_sheet([SheetRow(name, image, [(name, image)])] * 2, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("two\nlines\tand\x1b[2J.png", "two lines and [2J.png"),
+        ("\u202egnp.exe", " gnp.exe"),
+        (os.fsdecode(b"caf\xe9.png"), "caf?.png"),
+        ("Z\u00fcrich caf\u00e9.png", "Zurich cafe.png"),
+        ("Zu\u0308rich.png", "Zurich.png"),  # decomposed, as on macOS
+        ("\u72d0 \u2764\ufe0f.png", "? ?.png"),
+    ],
+)
+def test_names_on_the_sheet_are_lines_of_glyphs(name, drawn, monkeypatch):
+    """Here without fonts of the system, as each has other glyphs."""
+    monkeypatch.setattr(sheets, "system_fonts", list)
+    assert sheet_of(name).tobytes() == sheet_of(drawn).tobytes()
+
+
+def test_names_in_other_characters_are_drawn_in_a_font_of_the_system():
+    if not (fonts := sheets.system_fonts()):
+        pytest.skip("no font of the system")
+    text, font = sheets.drawable("Zu\u0308rich \u043b\u0438\u0441\u0430")
+    assert (text, font in fonts) == ("Z\u00fcrich \u043b\u0438\u0441\u0430", True)
+    assert sheets.drawable("fox.png")[1] not in fonts
 
 
 @pytest.mark.parametrize(
