@@ -14,6 +14,7 @@ from ..limits import MAX_SEED
 from ..text import printable, short_repr
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+DEVICE = re.compile(r"[a-z][a-z0-9_]*(:[0-9]{1,3})?")
 
 
 def int_arg(text: str, low: int = 1, high: int = 10**6) -> int:
@@ -28,14 +29,27 @@ port_arg = partial(int_arg, low=0, high=2**16 - 1)
 count_arg = partial(int_arg, low=2)  # of images with two ends
 
 
-def float_arg(text: str) -> float:
-    """Parse a finite number."""
+def float_arg(text: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """Parse a finite number from `low` to `high`."""
     try:
-        if math.isfinite(number := float(text)):
+        if math.isfinite(number := float(text)) and low <= number <= high:
             return number
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"expected a finite number, got {short_repr(text)}")
+    expected = f"a number from {low:g} to {high:g}" if high < math.inf else "a finite number"
+    expected += f" from {low:g}" if -math.inf < low and high == math.inf else ""
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {short_repr(text)}")
+
+
+fraction_arg = partial(float_arg, low=0, high=1)
+guidance_arg = partial(float_arg, low=0)
+
+
+def device_arg(text: str) -> str:
+    """Parse the name of a device, such as "cuda:1"; whether there is one of this name, PyTorch knows."""
+    if not DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:1 or another device, got {short_repr(text)}")
+    return text
 
 
 def photo_arg(text: str) -> Path:
@@ -64,10 +78,15 @@ def size_arg(text: str) -> tuple[int, int]:
 
 def weighted_arg(text: str) -> tuple[Path, float]:
     """Parse a path and its weight: "fox.png=0.7"."""
-    path, equals, weight = text.rpartition("=")
-    if not equals or not path:
-        raise argparse.ArgumentTypeError(f"expected PHOTO=WEIGHT such as fox.png=0.7, got {short_repr(text)}")
-    return photo_arg(path), float_arg(weight)
+    path, _, weight = text.rpartition("=")
+    try:
+        number = float_arg(weight)
+    except argparse.ArgumentTypeError:
+        number = None
+    if not path or number is None:
+        expected = "PHOTO=WEIGHT such as fox.png=0.7, with a finite number as the weight"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {short_repr(text)}")
+    return photo_arg(path), number
 
 
 def axis_arg(text: str) -> tuple[str, list[Any]]:
@@ -99,11 +118,11 @@ def scheduler_arg(text: str) -> str:
 
 MAX_AXIS = 100  # values
 AXES = {
-    "guidance": float_arg,
+    "guidance": guidance_arg,
     "seed": seed_arg,
     "steps": int_arg,
     "scheduler": scheduler_arg,
-    "strength": float_arg,
-    "rescale": float_arg,
+    "strength": fraction_arg,
+    "rescale": fraction_arg,
 }
 """What `imvar grid` varies along rows and columns: the names of options, with their types."""

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from ..choices import DTYPES, EMOJI, REVISION
+from .argument_types import device_arg
 
 MAX_WIDTH = 100  # columns; longer lines are hard to read
 HELP_POSITION = 26  # columns, where the descriptions of options begin
@@ -109,7 +110,13 @@ def add_model_options(command: CommandParser, default: str) -> Callable[..., Any
     checkpoint = f"a hub id, folder or file, or {EMOJI} (default: {default})"
     add("--checkpoint", default=default, metavar="ID|PATH", help=checkpoint)
     add("--revision", metavar="R", help=f"of a hub id: branch, tag or commit (the default's: {REVISION})")
-    add("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, mps (default: auto, the fastest)")
+    add(
+        "--device",
+        type=device_arg,
+        default="auto",
+        metavar="D",
+        help="cpu, cuda, cuda:1, mps (default: auto, the fastest)",
+    )
     dtypes = f"{', '.join(DTYPES)} (default: auto, half precision where it is fast; float32 with {EMOJI})"
     add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE", help=dtypes)
     return add

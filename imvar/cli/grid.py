@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from ..errors import InputError, invalid
 from .render import make_images
 from .rows import Cell, Row
 from .sources import InputImage
@@ -18,17 +18,15 @@ def run(args: argparse.Namespace) -> None:
 def grid_rows(args: argparse.Namespace, sources: Sequence[InputImage]) -> list[Row]:
     """Return a row for each value of one option, a cell for each value of another."""
     (source,), (row_option, row_values), (option, values) = sources, args.rows, args.columns
-    if row_option == option:
-        raise invalid(InputError, "--columns", f"another option than --rows {row_option}", option)
     return [
         Row(
-            f"{row_option} {of_row}",
+            f"{row_option} {text_of_value(of_row)}",
             str(source.path),
             source.thumbnail,
             [
                 Cell(
-                    f"{source.name}-{row_option}-{of_row}-{option}-{value}",
-                    f"{option} {value}",
+                    f"{source.name}-{row_option}-{text_of_value(of_row)}-{option}-{text_of_value(value)}",
+                    f"{option} {text_of_value(value)}",
                     options.get("seed", args.seed),
                     source.call_arguments,
                     {name: v for name, v in options.items() if name != "seed"},
@@ -39,3 +37,8 @@ def grid_rows(args: argparse.Namespace, sources: Sequence[InputImage]) -> list[R
         )
         for of_row in row_values
     ]
+
+
+def text_of_value(value: Any) -> str:
+    """Return the value of an option as it is usually written: 3 for 3.0. Different values have different texts."""
+    return str(value).removesuffix(".0")

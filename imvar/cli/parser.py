@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
 
 from .. import __version__
 from ..choices import CHECKPOINT, EMOJI, EMOJI_STEPS, FLAG_NOTES, SCHEDULERS, STEPS
+from ..text import printable, short_repr
 from .argument_types import (
     AXES,
     axis_arg,
     count_arg,
-    float_arg,
     folder_arg,
+    fraction_arg,
+    guidance_arg,
     int_arg,
     photo_arg,
     port_arg,
@@ -63,6 +66,10 @@ def check_combinations(args: argparse.Namespace) -> None:
         needs = {"--strength": has_strength, "--mask": args.mask is not None}
         for name in (name for name, is_given in needs.items() if is_given):
             args.usage_error(f"{name}: expected --init with it, got none")
+    if "rows" in given and len(varied) == 1:
+        args.usage_error(f"--columns: expected another option than --rows {args.rows[0]}, got the same")
+    if given.get("revision"):
+        check_revision(args, given.get("checkpoint") or given.get("source") or "")
     if given.get("no_metadata") and given.get("skip_existing"):
         args.usage_error("--skip-existing: expected no --no-metadata with it, got both")
     if given.get("overwrite") and given.get("skip_existing"):
@@ -70,6 +77,15 @@ def check_combinations(args: argparse.Namespace) -> None:
     photos = [*(given.get("photos") or ()), *(path for path, _ in given.get("weighted") or ())]
     if [str(path) for path in (*photos, *map(given.get, ("negative", "init", "mask")))].count("-") > 1:
         args.usage_error("-: expected standard input for one image, got it for several")
+
+
+def check_revision(args: argparse.Namespace, checkpoint: str) -> None:
+    """End with a usage error for the revision of a checkpoint that is not on the hub."""
+    got = f"got {short_repr(args.revision)}"
+    if os.path.exists(checkpoint):
+        args.usage_error(f"--revision: expected none for the local checkpoint {printable(checkpoint)}, {got}")
+    if checkpoint == EMOJI and args.revision != "main":
+        args.usage_error(f"--revision: expected none for {EMOJI}, which comes with imvar in one revision, {got}")
 
 
 def add_vary(commands: Any) -> None:
@@ -271,14 +287,14 @@ def add_image_options(
     """Add the options of the commands that make images; `add` adds to the group of those about the images."""
     add("--seed", type=seed_arg, default=0, metavar="S", help="seed of the first image (default: 0)")
     add("--steps", type=int_arg, metavar="N", help=f"denoising steps (default: {STEPS}; {EMOJI_STEPS} with {EMOJI})")
-    add("--guidance", type=float_arg, default=3.0, metavar="W", help="guidance scale (default: 3)")
+    add("--guidance", type=guidance_arg, default=3.0, metavar="W", help="guidance scale (default: 3)")
     add("--size", type=size_arg, default=(None, None), metavar="N|HxW", help="multiples of 8 (default: as trained)")
     schedulers = f"{', '.join(SCHEDULERS)} (default: the checkpoint's)"
     add("--scheduler", choices=SCHEDULERS, metavar="NAME", help=schedulers)
     add("--negative", type=photo_arg, metavar="PHOTO", help="an image that guidance leads away from")
     add("--init", type=photo_arg, metavar="PHOTO", help="start from this image instead of from noise")
     strength = "how much of --init changes (default: 0.8; 1 with --mask)"
-    add("--strength", type=float_arg, metavar="0..1", help=strength)
+    add("--strength", type=fraction_arg, metavar="0..1", help=strength)
     add("--mask", type=photo_arg, metavar="PHOTO", help="white where --init is repainted; the rest is kept")
     flagged = "black, blur or keep flagged images (default: black)"
     add("--on-flagged", choices=FLAG_NOTES, default="black", metavar="HOW", help=flagged)

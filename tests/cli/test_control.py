@@ -72,7 +72,7 @@ def test_interpolate_goes_from_one_image_to_the_other_with_one_seed(run, pipe, p
 def test_grid_has_an_image_for_each_pair_of_values(run, pipe, photos):
     images = run("grid", photos[0], "--rows", "guidance=1,3", "--columns", "seed=5..6")
     assert len(images) == 4
-    for guidance in (1.0, 3.0):
+    for guidance in (1, 3):
         expected = call(pipe, image=imvar.load_image(photos[0]), guidance_scale=guidance, seed=6)
         made = images[f"fox-guidance-{guidance}-seed-6.png"].astype(int)
         assert np.abs(made - expected[0]).max() <= 1  # as seeds 5 and 6 are computed together
@@ -122,26 +122,32 @@ def test_several_embeddings_in_a_file_are_refused(checkpoint, tmp_path, capsys):
     ("args", "message"),
     [
         (["mix", "fox.png"], "expected PHOTO=WEIGHT such as fox.png=0.7"),
-        (["mix", "fox.png=much"], "expected a finite number"),
+        (["mix", "fox.png=much"], "expected PHOTO=WEIGHT such as fox.png=0.7"),
+        (["mix", "a=0.5.png", "b.png=1"], "finite number as the weight, got 'a=0.5.png'"),
+        (["mix", "fox.png=inf"], "finite number as the weight, got 'fox.png=inf'"),
+        (["vary", "a.png", "--init", "b.png", "--strength", "2"], "--strength: expected a number from 0 to 1, got '2'"),
+        (["vary", "a.png", "--guidance", "-1"], "--guidance: expected a finite number from 0, got '-1'"),
+        (["vary", "a.png", "--device", "cuda:x"], "--device: expected auto, cpu, cuda, cuda:1 or another device, got"),
+        (["vary", "a.png", "--revision", "v1", "--checkpoint", "."], "--revision: expected none for the local check"),
+        (["vary", "--revision", "v1", "--checkpoint", "imvar-emoji"], "--revision: expected none for imvar-emoji, wh"),
+        (["web", "--revision", "v1"], "--revision: expected none for imvar-emoji"),
+        (["convert", "imvar-emoji", "out", "--revision", "v1"], "--revision: expected none for imvar-emoji"),
         (["interpolate", "a.png"], "the following arguments are required: B"),
         (["interpolate", "a.png", "b.png", "-n", "1"], "expected an integer from 2"),
         (["grid", "a.png"], "required: --rows"),
         (["grid", "a.png", "--rows", "colour=1,2"], "expected one of guidance, "),
+        (["grid", "a.png", "--rows", "seed=1,2"], "--columns: expected another option than --rows seed"),
+        (["grid", "a.png", "--rows", "strength=0.5,1.5", "--init", "b.png"], "expected a number from 0 to 1"),
         (["grid", "a.png", "--rows", "seed=9..5"], "expected seed=LOW..HIGH"),
         (["grid", "a.png", "--rows", "steps=1,x"], "expected an integer"),
         (["grid", "a.png", "--rows", "scheduler=best"], "expected one of ddim"),
     ],
 )
 def test_usage_errors(args, message, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         cli.main(args)
+    assert end.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_grid_refuses_one_option_for_rows_and_columns(checkpoint, photos, tmp_path, capsys):
-    args = ["grid", str(photos[0]), "--rows", "seed=1,2", "--checkpoint", str(checkpoint), "-o", str(tmp_path / "out")]
-    assert cli.main(args) == 1
-    assert "--columns: expected another option than --rows seed" in capsys.readouterr().err
 
 
 def test_grid_of_strengths_and_rescales(run, pipe, photos):

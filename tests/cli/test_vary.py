@@ -113,7 +113,6 @@ def test_flagged_images_are_reported(run, photo, tmp_path, capsys, monkeypatch):
         (["PHOTO", "--device", "gpu"], "have, got 'gpu'"),
         (["PHOTO", "--steps", "1001"], "num_inference_steps"),
         (["PHOTO", "-o", __file__], f"-o: expected a folder, got {__file__} (it, or one of its parents, is a file)"),
-        (["PHOTO", "--revision", "v1.0"], "--revision: expected none for the local checkpoint"),
         (["PHOTO", "--checkpoint", "/no/where"], "/no/where: expected a folder"),
     ],
 )
