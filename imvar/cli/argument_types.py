@@ -13,6 +13,7 @@ from ..choices import SCHEDULERS
 from ..limits import MAX_SEED
 from ..text import printable, short_repr
 
+GPU = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[\w/-]+")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 DEVICE = re.compile(r"[a-z][a-z0-9_]*(:[0-9]{1,3})?")
 
@@ -49,6 +50,21 @@ def device_arg(text: str) -> str:
     """Parse the name of a device, such as "cuda:1"; whether there is one of this name, PyTorch knows."""
     if not DEVICE.fullmatch(text):
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda, cuda:1 or another device, got {short_repr(text)}")
+    return text
+
+
+def part_arg(text: str) -> str:
+    """Check a part such as "0/4", the first of four."""
+    index, slash, of = text.partition("/")
+    if not slash or not index.isdecimal() or not of.isdecimal() or not int(index) < int(of):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, such as 0/4, got {short_repr(text)}")
+    return text
+
+
+def gpus_arg(text: str) -> str:
+    """Check a list of GPUs: "all", or numbers or UUIDs as CUDA_VISIBLE_DEVICES has them."""
+    if text != "all" and not all(GPU.fullmatch(name) for name in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected numbers of GPUs such as 0,1, or all, got {short_repr(text)}")
     return text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
+
+import torch
 
 from .. import batch
 from ..batch.driver import BatchError
@@ -30,7 +33,7 @@ from ..batch.shard import StoppedError
 from ..batch.store import FULL, FullDiskError, Store
 from ..batch.worker import PartOf, work
 from ..batch.workers import Worker
-from ..errors import InputError, OutOfMemoryError
+from ..errors import ImvarError, InputError, OutOfMemoryError, invalid, short_repr
 
 WATCH = 2.0  # seconds
 SETTINGS = ("checkpoint", "revision", "scheduler", "dtype", "device", "threads", "n", "seed", "seeds", "steps")
@@ -72,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def end_by_signal(number: int, _: Any) -> None:
     """Leave the command with the shells' status for a signal, after the `finally` blocks."""
+    print("imvar: terminated", file=sys.stderr)
     raise SystemExit(128 + number)
 
 
@@ -94,7 +98,7 @@ def retry_action(args: argparse.Namespace) -> int:
     plan = batch.open_plan(args.out)
     numbers = reopen_errors(Store(plan.folder.parent), plan)
     if not args.quiet:
-        print(f"imvar: {len(numbers)} shards with errors are made again", file=sys.stderr)
+        print(f"imvar: shards with errors, which are made again: {len(numbers)}", file=sys.stderr)
     return drive_batch(args, plan)
 
 
@@ -107,30 +111,36 @@ def plan_settings(args: argparse.Namespace) -> dict[str, Any]:
 def shared_conditions(args: argparse.Namespace) -> dict[str, Any]:
     """Return the conditions of all items, with absolute paths."""
     files = {name: os.path.abspath(path) for name in SHARED if (path := getattr(args, name))}
+    for name, path in files.items():  # in a shard, it would be an error of every input
+        if not os.path.isfile(path):
+            raise invalid(InputError, f"--{name}", "an image file", short_repr(str(getattr(args, name))))
     return files | ({} if args.strength is None else {"strength": args.strength})
 
 
 def drive_batch(args: argparse.Namespace, plan: batch.Plan) -> int:
     """Work on a batch with worker processes, and print what it has made."""
-    progress = BatchProgress(plan) if sys.stderr.isatty() and not args.quiet and not args.json else None
+    if vars(args).get("plan_only"):
+        print_report(args, batch_report(Store(plan.folder.parent), plan))
+        return DONE
+    progress = BatchProgress() if sys.stderr.isatty() and not args.quiet and not args.json else None
     try:
         made = batch.drive(
             plan.folder.parent, jobs=args.jobs, gpus=args.gpus, part=args.part, tries=args.tries, progress=progress
         )
     finally:
         if progress:
-            progress.clear()
+            progress.replace_line("")
     print_report(args, made)
-    too_many = made.errors > args.max_errors * made.inputs
-    if too_many:
-        print(f"imvar: {made.errors} errors of {made.inputs} inputs, see {made.errors_file}", file=sys.stderr)
-    return TOO_MANY_ERRORS if too_many else DONE
+    if made.errors <= args.max_errors * made.inputs:
+        return DONE
+    expected, hint = f"at most {args.max_errors:.4g} of {made.inputs} inputs", f"see {made.errors_file}"
+    return fail(TOO_MANY_ERRORS, invalid(ImvarError, "errors", expected, str(made.errors), hint))
 
 
 class BatchProgress:
     """A line on a terminal that says how far a batch is."""
 
-    def __init__(self, plan: batch.Plan):
+    def __init__(self) -> None:
         self.start, self.first = time.monotonic(), -1
 
     def __call__(self, made: Report) -> None:
@@ -139,12 +149,11 @@ class BatchProgress:
         if made.done > self.first:
             seconds = (time.monotonic() - self.start) / (made.done - self.first) * (made.shards - made.done)
             text += f", {time_left(seconds)} left"
-        self.clear()
-        print(text, end="", file=sys.stderr, flush=True)
+        self.replace_line(text)
 
-    def clear(self) -> None:
-        """Empty the line."""
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    def replace_line(self, text: str) -> None:
+        """Replace the line, cut to the width of the terminal."""
+        print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
 
 
 def time_left(seconds: float) -> str:
@@ -166,7 +175,9 @@ def print_report(args: argparse.Namespace, made: Report, **more: Any) -> None:
         print(json.dumps({**asdict(made), **more}, default=str))
     elif not args.quiet:
         tail = "".join(f", {value} {name}" for name, value in more.items())
-        print(status_line(made) + tail + (f": {made.manifest}" if made.done == made.shards else ""))
+        is_whole = made.done == made.shards and made.manifest.exists()
+        files = [made.manifest, *([made.errors_file] if made.errors else [])]
+        print(status_line(made) + tail + (f": {', '.join(map(str, files))}" if is_whole else ""))
 
 
 def join_action(args: argparse.Namespace) -> int:
@@ -176,12 +187,25 @@ def join_action(args: argparse.Namespace) -> int:
         signal.signal(number, lambda number, _: ended.append(number))
     if args.until_stdin_ends:
         threading.Thread(target=wait_for_end_of_stdin, args=(ended,), daemon=True).start()
+    use_gpu_of_rank()
     part = PartOf.from_text(args.part) if args.part else PartOf()
     try:
         work(args.out, part=part, stop=lambda: bool(ended), tries=args.tries)
     except StoppedError:
         return INTERRUPTED if ended[0] == signal.SIGINT else TERMINATED
+    if not args.until_stdin_ends:
+        plan = batch.open_plan(args.out)
+        print_report(args, batch_report(Store(plan.folder.parent), plan))
     return DONE
+
+
+def use_gpu_of_rank() -> None:
+    """Leave one GPU visible, for a rank of torchrun or accelerate, whose processes see all of them."""
+    rank, visible = os.environ.get("LOCAL_RANK", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if rank.isdecimal():
+        gpus = visible.split(",") if visible else [str(k) for k in range(torch.cuda.device_count())]
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(rank) % len(gpus)]
 
 
 def wait_for_end_of_stdin(ended: list[int]) -> None:
@@ -194,13 +218,15 @@ def wait_for_end_of_stdin(ended: list[int]) -> None:
 def status_action(args: argparse.Namespace) -> int:
     plan = batch.open_plan(args.out)
     store = Store(plan.folder.parent)
+    last = None
     while True:
-        made = batch_report(store, plan)
-        workers = len(Worker(store.folder).alive())
-        print_report(args, made, workers=workers)
-        if not args.watch or made.done == made.shards:
+        found = batch_report(store, plan), len(Worker(store.folder).alive())
+        if found != last:
+            print_report(args, found[0], workers=found[1])
+            sys.stdout.flush()
+        if not args.watch or found[0].done == found[0].shards:
             return DONE
-        sys.stdout.flush()
+        last = found
         time.sleep(WATCH)
 
 
@@ -212,7 +238,8 @@ def verify_action(args: argparse.Namespace) -> int:
         print(name)
         store.reopen(number)
         spoiled += 1
-    if spoiled:
-        hint = "the next imvar batch run, join or retry makes their shards again"
-        print(f"imvar: {spoiled} files are not as they were written; {hint}", file=sys.stderr)
-    return TO_BE_MADE_AGAIN if spoiled else DONE
+    if not spoiled:
+        return DONE
+    hint = "the next imvar batch run, join or retry makes their shards again"
+    error = invalid(ImvarError, "files", "the bytes that were written", f"{spoiled} with other bytes or missing", hint)
+    return fail(TO_BE_MADE_AGAIN, error)

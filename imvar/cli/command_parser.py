@@ -46,7 +46,8 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, add_help=False, **options)
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # whoever reads it knows
         self.given: list[str] = []
-        self.commands: dict[str, Any] = {}  # of the parser of `imvar`: the parser of each
+        self.commands: dict[str, Any] = {}  # of the parsers of `imvar` and `imvar batch`: the parser of each
+        self.noun, self.usual = "command", "vary"  # what they are called, and the one for inputs without one
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore
         self.given = list(sys.argv[1:] if args is None else args)
@@ -60,7 +61,7 @@ class CommandParser(argparse.ArgumentParser):
             self.print_help(sys.stderr)
             self.exit(2)
         if self.commands:
-            super().error((self.unknown_command() if "COMMAND" in message else None) or message)
+            super().error((self.unknown_command() if self.noun.upper() in message else None) or message)
         super().error(self.unknown_option() or message)
 
     def unknown_option(self) -> str | None:
@@ -73,14 +74,15 @@ class CommandParser(argparse.ArgumentParser):
         return None
 
     def unknown_command(self) -> str | None:
-        """Return a message about the first argument if it is no command; a photo reads as one to vary."""
+        """Return a message about the first argument if it is no command; a photo reads as one for the usual one."""
         first = next((text for text in self.given if not text.startswith("-")), None)
         if first is None or first in self.commands:
             return self.unknown_option()
         if os.path.splitext(first)[1] or os.path.exists(first):
-            return f"{first} is not a command; did you mean `{self.prog} vary {shlex.quote(first)}`?"
+            meant = f"did you mean `{self.prog} {self.usual} {shlex.quote(first)}`?"
+            return f"{first} is not {'an' if self.noun == 'action' else 'a'} {self.noun}; {meant}"
         suggestion = self.suggestion(first, list(self.commands), f"did you mean `{self.prog} {{}}`?")
-        return f"unknown command {first}; {suggestion}"
+        return f"unknown {self.noun} {first}; {suggestion}"
 
     def suggestion(self, name: str, known: list[str], question: str) -> str:
         near = get_close_matches(name, known, n=1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 SHELLS = "bash", "zsh", "tcsh"
-FILES = {"PHOTO", "PHOTO=WEIGHT", "PICTURE", "IMAGE", "A", "B", "FILE", "ID|PATH", "SOURCE", "TARGET", "CHECKPOINT"}
-FOLDERS = {"FOLDER"}  # these are metavars
+FILES = {"PHOTO", "PHOTOS", "MORE", "PHOTO=WEIGHT", "A", "B", "FILE", "ID|PATH", "SOURCE", "TARGET", "CHECKPOINT"}
+FOLDERS = {"FOLDER", "OUT"}  # these are metavars
 
 
 class PrintCompletion(argparse.Action):
@@ -20,11 +21,17 @@ class PrintCompletion(argparse.Action):
             return parser.error(
                 "--print-completion: expected the package shtab, got none; pip install 'imvar[completion]'"
             )
-        for command in parser.commands.values():
-            for action in command._actions:
-                if action.metavar in FILES:
-                    action.complete = shtab.FILE
-                elif action.metavar in FOLDERS:
-                    action.complete = shtab.DIRECTORY
+        for action in all_arguments(parser):
+            if action.metavar in FILES:
+                action.complete = shtab.FILE
+            elif action.metavar in FOLDERS:
+                action.complete = shtab.DIRECTORY
         print(shtab.complete(parser, shell=shell))
         parser.exit()
+
+
+def all_arguments(parser: Any) -> Iterator[Any]:
+    """Yield the arguments of a parser and of its commands."""
+    yield from parser._actions
+    for command in parser.commands.values():
+        yield from all_arguments(command)

@@ -70,6 +70,8 @@ def check_combinations(args: argparse.Namespace) -> None:
         args.usage_error(f"--columns: expected another option than --rows {args.rows[0]}, got the same")
     if given.get("revision"):
         check_revision(args, given.get("checkpoint") or given.get("source") or "")
+    if given.get("gpus") and given.get("device") not in (None, "auto", "cuda"):
+        args.usage_error(f"--gpus: expected --device cuda or auto with it, got {args.device}")
     if given.get("no_metadata") and given.get("skip_existing"):
         args.usage_error("--skip-existing: expected no --no-metadata with it, got both")
     if given.get("overwrite") and given.get("skip_existing"):

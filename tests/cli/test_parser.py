@@ -13,6 +13,8 @@ from imvar.cli import completion
 from imvar.cli.parser import command_parser
 
 COMMANDS = list(command_parser().commands)
+ACTIONS = [f"batch {name}" for name in command_parser().commands["batch"].commands]
+RUN = ["batch", "run", "photos", "-o", "out"]
 LIBRARIES = {"torch", "numpy", "PIL", "huggingface_hub", "safetensors", "einops"}
 
 
@@ -32,7 +34,10 @@ def answer(capsys, *args):
         ["--print-completion", "bash"],
         ["--help"],
         ["vary", "--chekpoint"],
-        *([name, "--help"] for name in COMMANDS),
+        ["batch"],
+        [*RUN, "--part", "2/2"],
+        [*RUN, "--gpus", "0,1", "--device", "cpu"],
+        *([*name.split(), "--help"] for name in COMMANDS + ACTIONS),
     ],
     ids=" ".join,
 )
@@ -45,15 +50,16 @@ def test_no_library_is_loaded(args):
     assert not LIBRARIES & {name.partition(".")[0] for name in loaded}
 
 
-@pytest.mark.parametrize("command", [None, *COMMANDS])
+@pytest.mark.parametrize("command", [None, *COMMANDS, *ACTIONS])
 def test_help_fits_a_screen_and_has_an_example(command, capsys, monkeypatch):
-    args = [command, "--help"] if command else ["--help"]
+    args = [*command.split(), "--help"] if command else ["--help"]
     monkeypatch.setenv("COLUMNS", "80")
     status, text = answer(capsys, *args)
     lines = text.splitlines()
     assert status == 0
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 80
+    assert text.startswith(f"usage: imvar {command or 'COMMAND'} ")
     assert f"  imvar {command or 'vary'} " in text.partition("Example")[2]
     monkeypatch.setenv("COLUMNS", "60")
     assert max(map(len, answer(capsys, *args)[1].splitlines())) <= 60
@@ -96,6 +102,22 @@ def test_alone_it_prints_the_short_help(capsys):
             ["vary", "a.jpg", "--negative", "HTTP://x/a.jpg"],
             "argument --negative: expected the path of a file, got the",
         ),
+        (["batch", "rnu", "photos"], "imvar batch: error: unknown action rnu; did you mean `imvar batch run`?"),
+        (["batch", os.curdir, "-o", "out"], ". is not an action; did you mean `imvar batch run .`?"),
+        (["batch", "photos.tar"], "did you mean `imvar batch run photos.tar`?"),
+        (
+            ["batch", "status", "out", "--wacht"],
+            "imvar batch status: error: unknown option --wacht; did you mean --",
+        ),
+        (["batch", "run", "photos"], "imvar batch run: error: the following arguments are required: -o"),
+        ([*RUN, "--part", "3/2"], "--part: expected I/N with I from 0 to N - 1, such as 0/4, got '3/2'"),
+        (["batch", "join", "out", "--part", "1"], "imvar batch join: error: argument --part: expected I/N with"),
+        ([*RUN, "--gpus", "0;1"], "argument --gpus: expected numbers of GPUs such as 0,1, or all, got '0;1'"),
+        ([*RUN, "--gpus", "0,"], "argument --gpus: expected numbers of GPUs"),
+        ([*RUN, "--gpus", "all", "--device", "cuda:1"], "--gpus: expected --device cuda or auto with it, got cuda:1"),
+        ([*RUN, "--max-errors", "5"], "argument --max-errors: expected a number from 0 to 1, got '5'"),
+        ([*RUN, "-j", "0"], "argument -j: expected an integer from 1 to 1000000, got '0'"),
+        ([*RUN, "--strength", "0.5"], "imvar batch run: error: --strength: expected --init with it, got none"),
         (["mix", "http://x/a.jpg=1"], "argument PHOTO=WEIGHT: expected the path of a file, got the address"),
     ],
 )
@@ -137,6 +159,12 @@ def test_bash_completes_commands_options_choices_and_files(tmp_path):
         "imvar interpolate a.png fox.p": "fox.png",
         "imvar vary a.png --mask fox.p": "fox.png",
         "imvar vary --checkpoint foxe": "foxes",
+        "imvar batch ver": "verify",
+        "imvar batch run --max": "--max-errors",
+        "imvar batch run fox.p": "fox.png",
+        "imvar batch run fox.png -o fo": "foxes",
+        "imvar batch status fo": "foxes",
+        "imvar batch extend foxes fox.p": "fox.png",
     }
     env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run(["bash", "-c", BASH, "bash", *lines], cwd=tmp_path, env=env, capture_output=True, text=True)
