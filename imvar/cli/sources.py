@@ -20,6 +20,7 @@ from ..image.mask import check_opaque
 from ..photos import STDIN, is_embedding, unique_names
 
 STDIN_NAME = "standard input"
+MAX_ERRORS = 5  # printed, of files that cannot be used
 CARD = 128  # pixels, the side of what stands for an embedding on the contact sheet
 
 
@@ -77,9 +78,25 @@ class InputImage:
 def read_sources(
     paths: Sequence[Path], progress: Callable[[Sequence[Path]], Iterable[Path]] = iter
 ) -> list[InputImage]:
-    """Return the sources in these files: an embedding if the name ends in .safetensors, else a photo."""
+    """Return the sources in these files: an embedding if the name ends in .safetensors, else a photo.
+
+    All files are read before the error of the first that cannot be used is raised; the other errors are its notes.
+    """
     names = unique_names(["stdin" if path == STDIN else path.stem for path in paths])
-    return [read_source(path, name) for path, name in zip(progress(paths), names, strict=True)]
+    sources, first, others = [], None, []
+    for path, name in zip(progress(paths), names, strict=True):
+        try:
+            sources.append(read_source(path, name))
+        except (InputError, CheckpointError) as error:
+            others += [str(error)] if first else []
+            first = first or error
+    if first is None:
+        return sources
+    for text in others[: MAX_ERRORS - 1]:
+        first.add_note(text)
+    if (more := len(others) - MAX_ERRORS + 1) > 0:
+        first.add_note(f"{more} more file{'s' * (more > 1)} cannot be used")
+    raise first
 
 
 def read_source(path: Path, name: str) -> InputImage:
@@ -109,4 +126,6 @@ def read_stdin() -> bytes:
     """Return the bytes of standard input."""
     if sys.stdin.isatty():
         raise invalid(InputError, STDIN, "an image on standard input", "a terminal", "as in: imvar vary - < fox.png")
-    return sys.stdin.buffer.read()
+    if not (data := sys.stdin.buffer.read()):
+        raise invalid(InputError, STDIN, "an image on standard input", "an empty input")
+    return data

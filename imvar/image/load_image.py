@@ -77,13 +77,15 @@ def check_tiles(file: Image.Image, name: str) -> None:
 
 
 def explain_unidentified(openable: Any) -> tuple[str, str]:
-    """Return the format of a file that Pillow does not read, as far as its first bytes tell, and a hint."""
+    """Return the format of a file that Pillow does not read, or that it is empty, by its first bytes; and a hint."""
     if isinstance(openable, Path):
         with openable.open("rb") as file:
             head = file.read(64)
     else:
         openable.seek(0)
         head = openable.read(64)
+    if not head:
+        return "an empty one", ""
     if head[4:8] == b"ftyp":  # ISO base media file format: brands of 4 bytes
         brands = {head[i : i + 4] for i in range(8, len(head), 4)}
         if brands & AVIF_BRANDS:

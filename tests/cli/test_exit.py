@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from imvar import cli
 from imvar.cli import env
+from imvar.records.files import save_image
+from tests.support.records import hand_made
 
 ROOT = Path(__file__).parents[2]
 ENV = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
+VARY = ["vary", "--checkpoint", "imvar-emoji", "fox-0.png", "--steps", "1", "-n", "1", "-q", "--json", "-o", "out"]
 IMVAR = [sys.executable, "-m", "imvar"]
 
 
@@ -29,6 +33,24 @@ def test_it_ends_quietly_when_nobody_reads(args, tmp_path):
 def test_a_full_disk_behind_the_output_is_one_line():
     with open("/dev/full", "wb") as full:
         done = subprocess.run([*IMVAR, "--help"], env=ENV, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "imvar: standard output: No space left on device\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("args", [VARY, ["info", "fox-0.png"]], ids=["vary", "info"])
+def test_a_full_disk_behind_the_output_of_a_command(args, unbuffered, tmp_path):
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "fox-0.png", hand_made())
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*IMVAR, *args],
+            cwd=tmp_path,
+            env=ENV | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     assert (done.returncode, done.stderr) == (1, "imvar: standard output: No space left on device\n")
 
 

@@ -91,6 +91,21 @@ def test_a_broken_photo_in_a_folder_is_found_before_anything_is_made(run, photos
     assert not (tmp_path / "out").exists()
 
 
+def test_all_broken_photos_of_a_folder_are_named_in_order(run, photos, tmp_path, capsys):
+    (photos / "a.gif").write_bytes(b"")
+    (photos / "fox 10.jpg").write_bytes((photos / "fox 10.jpg").read_bytes()[:500])
+    assert run(tmp_path / "nowhere.png", photos, "--checkpoint", "/no/where") == 1
+    nowhere, empty, cut = capsys.readouterr().err.splitlines()
+    assert nowhere.startswith(f"imvar: {tmp_path / 'nowhere.png'}: expected a JPEG")
+    assert empty.startswith(f"imvar: {photos / 'a.gif'}: expected a JPEG")
+    assert empty.endswith("got an empty one")
+    assert cut.startswith(f"imvar: {photos / 'fox 10.jpg'}: expected a JPEG")
+    assert run(*[tmp_path / f"{k}.png" for k in range(7)], "--checkpoint", "/no/where") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [Path(line.split(": ")[1]).name for line in lines[:5]] == [f"{k}.png" for k in range(5)]
+    assert lines[5:] == ["imvar: 2 more files cannot be used"]
+
+
 def test_the_folder_of_the_photos_is_not_that_of_the_variations(run, photos, capsys):
     assert run(photos, "-o", photos / "more" / "..") == 1
     assert "-o: expected another folder than that of the photos" in capsys.readouterr().err
@@ -142,6 +157,9 @@ def test_standard_input(run, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"text")))
     assert run("-") == 1
     assert "standard input': expected a JPEG" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert run("-") == 1
+    assert "-: expected an image on standard input, got an empty input" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     assert run("-") == 1
     assert "-: expected an image on standard input, got a terminal" in capsys.readouterr().err

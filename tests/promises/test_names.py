@@ -25,6 +25,7 @@ SHARED = {
     "enable_freeu": "use FreeU in the UNet",
     "enable_lora": "use the LoRA adapters again",
     "enable_xformers_memory_efficient_attention": "use a memory-efficient attention kernel",
+    "flush": "write what is buffered, as a file object does",
     "forward": "the computation of a torch module",
     "from_config": "build a component from the fields of a config",
     "from_dict": "build a config from the fields of a file",
@@ -68,6 +69,7 @@ SHARED = {
     "unfuse_lora": "undo `fuse_lora`",
     "upsample_conv": "upsample by 2 and convolve, and the kernel that computes it on a CPU",
     "weights_to_save": "the tensors that `save_pretrained` writes",
+    "write": "write as a file object does",
 }
 
 
