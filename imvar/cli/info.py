@@ -17,6 +17,7 @@ from ..records.remaking import command_of, inexactness, obstacles
 from ..text import printable
 
 ROLES = {"image": "photo", "image_embeds": "embedding", "negative": "away from", "init": "start", "mask": "mask"}
+NOUNS = {"image_embeds": "an embedding", "region": "an embedding", "mask": "a mask", "latents": "a tensor"}
 OPERATIONS = "weight", "slerp", "augment"  # on the embedding of an image
 SETTINGS = {
     "num_inference_steps": "steps",
@@ -92,7 +93,7 @@ Rows = Iterator[tuple[str, str]]
 
 def input_rows(record: dict[str, Any]) -> Rows:
     for entry in record["inputs"]:
-        text = str(entry["name"] or f"a {'tensor' if entry['role'] == 'image_embeds' else 'photo'} without a name")
+        text = str(entry["name"] or f"{NOUNS.get(entry['role'], 'an image')} without a name")
         more = "".join(f", {name} {readable(entry[name])}" for name in OPERATIONS if name in entry)
         yield str(ROLES.get(entry["role"], entry["role"])), text + more
     if record.get("flagged"):

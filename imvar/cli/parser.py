@@ -224,7 +224,7 @@ def add_web(commands: Any) -> None:
         description="Serve a page on which images are varied, mixed and painted.",
         example="imvar web --port 8000",
         epilog="Only this machine can open the page, except with --host. Ctrl-C ends it and deletes its files.\n"
-        "It needs an extra: pip install 'imvar[web]'.",
+        "It needs an extra: pip install 'imvar[web]', in a checkout pip install '.[web]'.",
     )
     add = command.add_argument_group("address").add_argument
     add("--host", default="127.0.0.1", metavar="H", help="the address to listen at (default: 127.0.0.1)")

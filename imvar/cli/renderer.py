@@ -28,6 +28,13 @@ from .rows import Cell, Row
 ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "rescale": "guidance_rescale"}
 """Options of the command line whose arguments of the pipeline have other names."""
 
+OF_OPTIONS = {
+    "call.rows": "images made together (-n, --batch)",
+    "call.row": "place among the images made together, from 0 (-n, --batch, --seed)",
+    "call.images": "photos varied together",
+}
+"""What entries of records mean in terms of options of the command line."""
+
 
 @dataclass
 class Renderer:
@@ -137,10 +144,16 @@ def same_record(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """Return the record of a file; raise `InputError` if it differs from the expected one."""
     found = read_record(path)
     if differing := differences(found, expected):
-        got = f"another (its value and this command's): {'; '.join(differing)}"
+        got = f"another (its value and this command's): {'; '.join(map(with_option, differing))}"
         hint = "use another -o FOLDER, or --overwrite"
         raise invalid(InputError, path, "the image that this command makes", got, hint)
     return found
+
+
+def with_option(difference: str) -> str:
+    """Return a difference of records with the options of the command line that it follows from."""
+    name, _, values = difference.partition(": ")
+    return f"{OF_OPTIONS.get(name, name)}: {values}"
 
 
 def has_pixels(path: Path, image: Image.Image) -> bool:

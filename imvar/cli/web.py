@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from ..choices import CHECKPOINT, EMOJI, EMOJI_STEPS, STEPS
-from ..errors import ImvarError, InputError, invalid
+from ..errors import ImvarError, InputError, first_line, invalid
 from ..loading import is_emoji, load_pipeline, pick_device, pick_dtype, prefer_one_thread
 from ..weights.bundled import bundled_examples
 
@@ -40,8 +40,9 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
         import gradio
         import uvicorn
     except ImportError as error:
-        hint = "run pip install 'imvar[web]'"
-        raise invalid(ImvarError, "web", "Gradio", f"none ({error})", hint) from error
+        hint = "pip install 'imvar[web]', in a checkout pip install '.[web]'"
+        expected, got = "the packages fastapi, gradio and uvicorn", first_line(error)
+        raise invalid(ImvarError, "web", expected, f"the error {got!r}", hint) from error
     from .web_calls import Calls
     from .web_page import CSS, THEME, Page
 

@@ -56,10 +56,13 @@ def command_of(record: dict[str, Any], path: str | Path) -> str:
 
 
 def safe_name(entry: dict[str, Any]) -> str:
-    """Return the name of an input, or "PHOTO"; from a file that anybody may have written, so without a folder."""
+    """Return the name of an input, or what stands for it.
+
+    It is from a file that anybody may have written, so without a folder.
+    """
     name = (entry["name"] or "").replace("\\", "/").rpartition("/")[2]
     if not name or not name.isprintable() or len(name) > 200:
-        return "PHOTO"
+        return "EMBEDDING.safetensors" if entry["role"] == "image_embeds" else "PHOTO"
     return f"./{name}" if name.startswith("-") else name
 
 

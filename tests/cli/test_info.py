@@ -53,9 +53,19 @@ def test_it_names_every_input_with_its_option(info):
     record["inputs"][0]["weight"], record["inputs"][1]["weight"] = 0.7, 0.3
     text = info(record)
     assert "fox.png, weight 0.7" in text
-    assert "a photo without a name, weight 0.3" in text
+    assert "an image without a name, weight 0.3" in text
     expected = ["--photo", "fox.png", "--photo", "PHOTO", "--negative", "./-dog.png", "--init", "a.safetensors"]
     assert shlex.split(text.splitlines()[-1])[3:] == [*expected, "--mask", "PHOTO"]
+
+
+def test_inputs_without_a_name_are_named_by_their_role(info):
+    record = hand_made()
+    roles = ["image_embeds", "negative", "mask"]
+    record["inputs"] = [{"role": role, "name": None, "sha256": None, "pixels": None} for role in roles]
+    lines = " ".join(info(record).split())
+    for text in "embedding an embedding without", "away from an image without", "mask a mask without":
+        assert f"{text} a name" in lines
+    assert "--photo EMBEDDING.safetensors --negative PHOTO --mask PHOTO" in lines
 
 
 @pytest.mark.parametrize(

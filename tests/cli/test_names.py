@@ -159,7 +159,7 @@ def test_an_existing_image_of_another_record_is_an_error(run, photo, tmp_path, c
     assert "a photo-0.png: expected the image that this command makes, got another" in err
     assert "guidance_scale: 3.0 and 1.5; use another -o FOLDER" in err
     assert run(photo, "-n", 2, "--skip-existing") == 1
-    assert "call.rows: 1 and 2" in capsys.readouterr().err
+    assert "images made together (-n, --batch): 1 and 2" in capsys.readouterr().err
     Image.new("RGB", (128, 128)).save(tmp_path / "out" / "a photo-1.png")
     assert run(photo, "-n", 1, "--seed", 1, "--skip-existing") == 1
     assert "a photo-1.png: expected a PNG, JPEG or WebP file with a record of imvar" in capsys.readouterr().err

@@ -132,6 +132,15 @@ def test_an_abbreviated_option_is_not_unknown(capsys):
     assert "argument -n" in answer(capsys, "vary", "a.jpg", "--guid", "2", "-n", "x")[1]
 
 
+def test_the_page_without_its_extra(tmp_path):
+    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError(\"No module named 'fastapi'\")")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2])])}
+    done = subprocess.run([sys.executable, "-m", "imvar", "web"], env=env, capture_output=True, text=True, check=False)
+    found = "web: expected the packages fastapi, gradio and uvicorn, got the error \"No module named 'fastapi'\""
+    hint = "pip install 'imvar[web]', in a checkout pip install '.[web]'"
+    assert (done.returncode, done.stderr) == (1, f"imvar: {found}; {hint}\n")
+
+
 # ---- Completion
 
 BASH = """
