@@ -260,8 +260,9 @@ def test_without_photos_where_a_folder_of_that_name_comes_first(capsys):
 
 
 def test_a_revision_of_it(capsys):
-    assert cli.main(["vary", "--checkpoint", NAME, "--revision", "v1.0"]) == 1
-    assert "imvar-emoji comes with imvar and has no other revisions" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["vary", "--checkpoint", NAME, "--revision", "v1.0"])
+    assert "--revision: expected none for imvar-emoji, which comes with imvar" in capsys.readouterr().err
 
 
 def test_help_tells_of_it(capsys):
