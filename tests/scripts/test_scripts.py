@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 from sampler_figure import SAMPLERS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -34,6 +35,7 @@ for script in sys.argv[1:]:
 def test_help():
     """Of each script as a program, in one process, since their imports take longest."""
     names = [
+        "benchmark_batch.py",
         "benchmark_convert.py",
         "evaluate_approximations.py",
         "evaluate_emoji.py",
@@ -70,3 +72,11 @@ def test_the_figure_of_the_samplers(tmp_path):
 
 def test_fuzzing_in_child_processes():
     assert "4 cases in " in run(SCRIPTS / "fuzz", "--cases", "4", "--workers", "1")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_the_benchmark_of_batches():
+    sizes = {"rounds": 1, "inputs": 1, "workers": 1, "calls": 1, "sleep": 0, "files": 3, "markers": 3}
+    table = run(SCRIPTS / "benchmark_batch.py", *(f"--{name}={value}" for name, value in sizes.items()))
+    names = ["more in a batch, 64 px", "1 worker", "plan of 3 files", "all checked", "run again until done"]
+    assert all(f"| {name}" in table for name in names)
