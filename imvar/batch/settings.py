@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Settings:
 
     def json_text(self) -> str:
         """Return the settings as one line of JSON, equal for equal settings."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps(vars(self), sort_keys=True, separators=(",", ":"))
 
     def seed_of(self, item: str, k: int) -> int:
         """Return the seed of variation k of the input with this id."""

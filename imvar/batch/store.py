@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ class Marker:
 
     def json_text(self) -> str:
         """Return the marker with a digest of itself."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return json.dumps(asdict(self) | {"sha256": sha256(text.encode())}, sort_keys=True) + "\n"
+        text = json.dumps(vars(self), sort_keys=True)
+        return json.dumps(vars(self) | {"sha256": sha256(text.encode())}, sort_keys=True) + "\n"
 
     @classmethod
     def from_bytes(cls, data: Any) -> Marker | None:
