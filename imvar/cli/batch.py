@@ -165,16 +165,21 @@ def time_left(seconds: float) -> str:
 def status_line(made: Report) -> str:
     """Return how far a batch is, in a line."""
     flagged = f" ({made.flagged} flagged)" if made.flagged else ""
-    errors = f", {made.errors} error{'s' * (made.errors != 1)}" if made.errors else ""
-    return f"{made.done}/{made.shards} shards, {made.made} images{flagged}{errors}"
+    errors = f", {counted(made.errors, 'error')}" if made.errors else ""
+    return f"{made.done}/{made.shards} shards, {counted(made.made, 'image')}{flagged}{errors}"
 
 
-def print_report(args: argparse.Namespace, made: Report, **more: Any) -> None:
-    """Print what a batch has made, as a line or as JSON."""
+def counted(number: int, name: str) -> str:
+    """Return a number with what it counts: "1 image", "2 images"."""
+    return f"{number} {name}{'s' * (number != 1)}"
+
+
+def print_report(args: argparse.Namespace, made: Report, workers: int | None = None) -> None:
+    """Print what a batch has made, and the number of its workers, as a line or as JSON."""
     if args.json:
-        print(json.dumps({**asdict(made), **more}, default=str))
+        print(json.dumps(asdict(made) | ({} if workers is None else {"workers": workers}), default=str))
     elif not args.quiet:
-        tail = "".join(f", {value} {name}" for name, value in more.items())
+        tail = "" if workers is None else f", {counted(workers, 'worker')}"
         is_whole = made.done == made.shards and made.manifest.exists()
         files = [made.manifest, *([made.errors_file] if made.errors else [])]
         print(status_line(made) + tail + (f": {', '.join(map(str, files))}" if is_whole else ""))
