@@ -207,7 +207,7 @@ def markers(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, 
     yield f"{args.markers} markers, written without flushes", f"{time.perf_counter() - started:.1f} s", ""
 
     def checked() -> None:
-        assert all(marker and store.shard_rows(marker) is not None for _, marker in markers_of(store, made))
+        assert all(marker and store.row_lines(marker) is not None for _, marker in markers_of(store, made))
 
     made = batch.open_plan(out)
     for name, function, limit in (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .planning import Plan
-from .store import Marker, Row, Store, file_sha256, rows_as_bytes
+from .store import Marker, Store, file_sha256
 
 MANIFEST, ERRORS = "manifest.jsonl", "errors.jsonl"
 
@@ -39,7 +39,7 @@ def markers(store: Store, plan: Plan) -> Iterator[tuple[int, Marker | None]]:
 
 def bad_shards(store: Store, plan: Plan) -> list[int]:
     """Return the shards whose marker or rows are missing, broken, or of another plan."""
-    return [number for number, marker in markers(store, plan) if marker is None or store.shard_rows(marker) is None]
+    return [number for number, marker in markers(store, plan) if marker is None or store.row_lines(marker) is None]
 
 
 def spoiled_files(store: Store, plan: Plan) -> Iterator[tuple[int, str]]:
@@ -60,20 +60,19 @@ def spoiled_files(store: Store, plan: Plan) -> Iterator[tuple[int, str]]:
 
 def write_manifest(store: Store, plan: Plan) -> None:
     """Write the rows of all shards, those of images and those of errors each into a file."""
-    made: list[bytes] = []
     failed: list[bytes] = []
-    for number, marker in markers(store, plan):
-        for row in (store.shard_rows(marker) if marker else None) or ():
-            of_kind = failed if "error" in row else made
-            of_kind.append(rows_as_bytes([with_shard(row, number)]))
-    for name, lines in ((MANIFEST, made), (ERRORS, failed)):
-        store.put(store.folder / name, b"".join(lines))
+    store.put(store.folder / MANIFEST, manifest_lines(store, plan, failed))
+    store.put(store.folder / ERRORS, failed)
     store.flush_files([store.folder / MANIFEST, store.folder / ERRORS])
 
 
-def with_shard(row: Row, number: int) -> Row:
-    """Return a row with the number of its shard."""
-    return row | {"shard": number}
+def manifest_lines(store: Store, plan: Plan, failed: list[bytes]) -> Iterator[bytes]:
+    """Yield the rows of all images, with the number of the shard, and append those of errors to `failed`."""
+    for number, marker in markers(store, plan):
+        if marker:
+            lines = [b'%s,"shard":%d}\n' % (line[:-1], number) for line in store.row_lines(marker) or ()]
+            yield from lines[: marker.made]
+            failed += lines[marker.made :]
 
 
 def batch_report(store: Store, plan: Plan) -> Report:

@@ -79,14 +79,15 @@ class Store:
         """Return the path of the rows, the marker, the images or the tar file of a shard."""
         return self.folder / kind / f"{number // GROUP:04d}" / f"{number:07d}{suffix}"
 
-    def put(self, path: Path, data: bytes) -> None:
-        """Write a file whole, or not at all. It is flushed to the disk by `flush_files`."""
+    def put(self, path: Path, data: bytes | Iterable[bytes]) -> None:
+        """Write a file whole, or not at all, from its content or parts of it; `flush_files` flushes it to the disk."""
         temporary = self.temporary / os.urandom(8).hex()
         with self.explain_full_disk(path):
             for folder in (self.temporary, path.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.write_bytes(data)
+                with temporary.open("wb") as file:
+                    file.writelines([data] if isinstance(data, bytes) else data)
                 temporary.replace(path)
             except OSError:
                 with suppress(OSError):
@@ -142,13 +143,18 @@ class Store:
             return None
         return marker if marker and marker.shard == number else None
 
-    def shard_rows(self, marker: Marker) -> list[Row] | None:
-        """Return the rows of a shard; None unless they are those of the marker."""
+    def row_lines(self, marker: Marker) -> list[bytes] | None:
+        """Return the rows of a shard as lines of JSON, errors last; None unless they are those of the marker."""
         try:
             data = self.path("rows", marker.shard, ".jsonl").read_bytes()
         except OSError:
             return None
-        return [json.loads(line) for line in data.splitlines()] if sha256(data) == marker.rows else None
+        return data.splitlines() if sha256(data) == marker.rows else None
+
+    def shard_rows(self, marker: Marker) -> list[Row] | None:
+        """Return the rows of a shard; None unless they are those of the marker."""
+        lines = self.row_lines(marker)
+        return None if lines is None else [json.loads(line) for line in lines]
 
     def reopen(self, number: int) -> None:
         """Remove the marker of a shard, so that it is made again."""
