@@ -41,3 +41,12 @@ class ShortRepr(reprlib.Repr):
 _repr = ShortRepr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 200
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = 10
+
+
+def format_bytes(count: float) -> str:
+    """Return a size as text, in bytes, kB, MB or GB."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from .planning import Plan, make_plan, open_plan
 from .shard import TRIES
 from .store import Store, json_lines, listed
 from .worker import PartOf
+from .workers import Worker
 
 POLL = 0.2  # seconds
 PAUSE = 1.0  # seconds before a dead worker is started again
 MORE_STARTS = 3  # than tries, without progress, after which the driver gives up
+BAD_INPUTS = 3  # in a row, each with its tries, after which it gives up as well
 
 
 class BatchError(ImvarError):
@@ -111,7 +115,8 @@ class Driver:
         self.jobs = jobs or len(gpus) or 1
         self.store = Store(plan.folder.parent)
         self.workers: dict[int, subprocess.Popen[bytes]] = {}
-        self.seen, self.starts_in_vain = self.signs_of_progress(), 0
+        self.progress_at_death = dict.fromkeys(range(self.jobs), self.signs_of_progress())
+        self.starts_in_vain = dict.fromkeys(range(self.jobs), 0)
         self.next_look, self.done = 0.0, -1
 
     def run(self) -> None:
@@ -148,23 +153,27 @@ class Driver:
         """Start a dead worker again, unless it said why it ended, or starts are in vain."""
         if status in EXPECTED:
             raise invalid(BatchError, "worker", "an end of its work", MEANINGS[status], status=status)
-        signs = self.signs_of_progress()
-        self.starts_in_vain = 1 if signs != self.seen else self.starts_in_vain + 1
-        self.seen = signs
-        if self.starts_in_vain >= self.tries + MORE_STARTS:
-            got = f"{self.starts_in_vain} that died one after the other, the last with status {status}"
+        signs, before = self.signs_of_progress(), self.progress_at_death[slot]
+        has_progressed = (signs.done, signs.ended) != (before.done, before.ended)
+        if has_progressed:
+            self.progress_at_death[slot], self.starts_in_vain[slot] = signs, 0
+        self.starts_in_vain[slot] += 1
+        has_begun = signs.begun > before.begun and not has_progressed
+        limit = BAD_INPUTS * (self.tries + 1) if has_begun else self.tries + MORE_STARTS
+        if self.starts_in_vain[slot] >= limit:
+            got = f"{self.starts_in_vain[slot]} that died one after the other, the last with status {status}"
             hint = "imvar batch status says what is done; the same command goes on"
             raise invalid(BatchError, "workers", "one that makes a shard", got, hint, status=GIVEN_UP)
         time.sleep(PAUSE)
         self.start_worker(slot)
 
-    def signs_of_progress(self) -> tuple[int, int]:
-        """Return two numbers that change when workers get on: with shards, or with calls within them."""
-        journals = [
-            path_of(self.store.folder, int(name.partition(".")[0])) for name in listed(self.store.folder / "journal")
-        ]
-        ends = sum("end" in line for path in journals for line in json_lines(path))
-        return len(self.store.done()), ends
+    def signs_of_progress(self) -> Signs:
+        """Return how far the workers are."""
+        names = [name.partition(".")[0] for name in listed(self.store.folder / "journal")]
+        paths = [path_of(self.store.folder, int(name)) for name in names if name.isdecimal()]
+        lines = [line for path in paths for line in json_lines(path)]
+        begun, ended = (sum(event in line for line in lines) for event in ("begin", "end"))
+        return Signs(len(self.store.done()), begun, ended)
 
     def show(self, at_once: bool = False) -> None:
         """Report progress, if there is any, and look for it in at most a twentieth of the time."""
@@ -177,9 +186,26 @@ class Driver:
         self.next_look = time.monotonic() + max(1.0, 20 * (time.monotonic() - start))
 
     def end_workers(self) -> None:
-        """Let the workers end, after the calls that they are in."""
+        """Let the workers end, after the calls that they are in; at a second signal at once."""
         for worker in self.workers.values():
             if worker.stdin:
                 worker.stdin.close()
-        for worker in self.workers.values():
-            worker.wait()
+        try:
+            for worker in self.workers.values():
+                worker.wait()
+        finally:
+            for worker in self.workers.values():
+                worker.kill()  # does nothing to those that have ended
+            statuses = [worker.wait() for worker in self.workers.values()]
+            if any(statuses):
+                with suppress(OSError), Worker(self.store.folder) as remover:
+                    remover.remove_dead()
+
+
+@dataclass(frozen=True)
+class Signs:
+    """Shards that are done, and calls within the others that have begun and ended."""
+
+    done: int
+    begun: int
+    ended: int

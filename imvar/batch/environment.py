@@ -19,6 +19,7 @@ from ..errors import ImvarError, InputError, first_line, invalid
 from ..records.record import Record, differences
 from .conditions import BLANK
 from .planning import Plan
+from .processes import process_name
 
 NAME = "environment.json"
 OF_ROW = ("seed", "inputs", "call", "exact", "reasons", "flagged")
@@ -48,7 +49,7 @@ def check_environment(plan: Plan, pipe: Any) -> None:
     here = environment_of(plan, pipe)
     path = plan.folder / NAME
     if not path.exists():
-        temporary = path.with_name(f".{NAME}.{os.urandom(8).hex()}.tmp")
+        temporary = path.with_name(f".{NAME}.{process_name()}.tmp")
         temporary.write_text(json.dumps(here, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         try:
             os.link(temporary, path)  # fails if there is one

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .planning import Plan
-from .store import Marker, Store, file_sha256
+from .store import Marker, Store, file_sha256, listed
 
 MANIFEST, ERRORS = "manifest.jsonl", "errors.jsonl"
+SAMPLE = 100  # markers from which the size of the remaining images is estimated
+BESIDE = 2048  # bytes that an image takes beside its own: half a block of the disk
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,19 @@ class Report:
 def markers(store: Store, plan: Plan) -> Iterator[tuple[int, Marker | None]]:
     """Yield the number of each shard and its marker, if that is one of this plan."""
     for number in range(len(plan)):
-        marker = store.marker(number)
-        yield number, marker if marker and marker.plan == plan.digest(number) else None
+        yield number, plan_marker(store, plan, number)
 
 
-def bad_shards(store: Store, plan: Plan) -> list[int]:
-    """Return the shards whose marker or rows are missing, broken, or of another plan."""
-    return [number for number, marker in markers(store, plan) if marker is None or store.row_lines(marker) is None]
+def plan_marker(store: Store, plan: Plan, number: int) -> Marker | None:
+    """Return the marker of a shard, if that is one of this plan."""
+    marker = store.marker(number)
+    return marker if marker and marker.plan == plan.digest(number) else None
+
+
+def is_bad(store: Store, plan: Plan, number: int) -> bool:
+    """Return whether the marker or the rows of a shard are missing, broken, or of another plan."""
+    marker = plan_marker(store, plan, number)
+    return marker is None or store.row_lines(marker) is None
 
 
 def spoiled_files(store: Store, plan: Plan) -> Iterator[tuple[int, str]]:
@@ -97,3 +106,34 @@ def reopen_errors(store: Store, plan: Plan) -> list[int]:
     for number in numbers:
         store.reopen(number)
     return numbers
+
+
+def bytes_needed(store: Store, plan: Plan) -> int | None:
+    """Return about how many bytes the images take that are not made yet; None as long as there is none to judge by.
+
+    Images of shards that are not done count as missing, less the room that they take: they are written again.
+    """
+    done = sorted(store.done())
+    sample = [plan_marker(store, plan, number) for number in done[:: -(-len(done) // SAMPLE) or 1]]
+    found = [marker for marker in sample if marker and marker.made]
+    missing = set(range(len(plan))).difference(done)
+    folders = [store.path("images", number) for number in missing]
+    folders += [path for path in (store.folder / "workers").glob("*/*") if path.is_dir()]
+    present = [size for folder in folders for size in sizes_of_files(folder)]
+    images, total = len(present), sum(present)
+    if found:
+        images = sum(marker.made for marker in found)
+        total = sum(marker.bytes + marker.made * BESIDE for marker in found)
+    if not images:
+        return None
+    wanted = total / images * plan.items * plan.settings.n * len(missing) / len(plan)
+    return max(0, round(wanted) - sum(present))
+
+
+def sizes_of_files(folder: Path) -> list[int]:
+    """Return about what each file in a folder takes on the disk, in bytes."""
+    sizes = []
+    for name in listed(folder):
+        with suppress(OSError):
+            sizes.append((folder / name).stat().st_size + BESIDE)
+    return sizes

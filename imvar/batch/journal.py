@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from .store import Store, json_lines
+from .store import Store, in_folder, json_lines
 
 
 class Journal:
     """The journal of one shard. `deaths`: by id of an input, how often a process died in a call with it."""
 
     def __init__(self, store: Store, number: int):
-        self.path = path_of(store.folder, number)
+        self.store, self.path = store, path_of(store.folder, number)
         self.deaths: Counter[str] = Counter()
         begun: list[str] = []
         for line in json_lines(self.path):
@@ -47,9 +47,9 @@ class Journal:
         self.append_line("stop", [])
 
     def append_line(self, event: str, items: list[str]) -> None:
-        self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(b"\n" + json.dumps({event: items}).encode() + b"\n")  # first the end of one that was cut
+        line = b"\n" + json.dumps({event: items}).encode() + b"\n"  # first the end of one that was cut
+        with self.store.explain_full_disk():
+            in_folder(self.path, lambda: append_bytes(self.path, line))
 
     def discard(self) -> None:
         """Remove the journal of a finished shard."""
@@ -57,6 +57,12 @@ class Journal:
             self.path.unlink()
         with suppress(OSError):
             self.path.parent.rmdir()
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Append bytes to a file, in one piece where other processes do so too."""
+    with path.open("ab", buffering=0) as file:
+        file.write(data)
 
 
 def path_of(folder: Path, number: int) -> Path:

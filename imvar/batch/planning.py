@@ -17,6 +17,7 @@ from ..atomic.filesystem import locked
 from ..checks import as_path
 from ..errors import CheckpointError, InputError, first_line, invalid
 from .inputs import Item, find_items
+from .processes import process_name
 from .settings import Settings, setting_differences
 
 FOLDER, NAME, FORMAT = "plan", "plan.json", 1
@@ -111,7 +112,7 @@ def make_plan(
     """
     out = Path(os.path.abspath(as_path("out", out)))
     wanted = Settings.resolved(**settings)
-    temporary = out / f".{FOLDER}.{os.urandom(8).hex()}.tmp"
+    temporary = out / f".{FOLDER}.{process_name()}.tmp"
     temporary.mkdir(parents=True)
     try:
         part = write_part(temporary / "items-0.jsonl", find_items(as_list(inputs), shared), wanted.shard, set())

@@ -80,11 +80,14 @@ class ShardRun:
         return self.write_results()
 
     def run_layout(self, layout: CallLayout) -> None:
-        """Make the images of a call; items in whose calls a process died one at a time, to tell which it was."""
+        """Make the images of a call; items in whose calls a process died at last, one at a time, to tell which it was.
+
+        Those with the fewest deaths are first, so that an input that kills every process keeps back no other one.
+        """
         indices = list(dict.fromkeys(index for index, _ in layout.rows if index not in self.errors))
-        suspects = [index for index in indices if self.journal.deaths[self.items[index]["id"]]]
-        groups = [[index] for index in suspects] + [[index for index in indices if index not in suspects]]
-        for group in filter(None, groups):
+        deaths = {index: self.journal.deaths[self.items[index]["id"]] for index in indices}
+        suspects = sorted(filter(deaths.get, indices), key=deaths.__getitem__)
+        for group in filter(None, ([index for index in indices if not deaths[index]], *([i] for i in suspects))):
             self.run_group(layout, group)
 
     def run_group(self, layout: CallLayout, group: Sequence[int]) -> None:

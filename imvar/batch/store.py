@@ -17,23 +17,44 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..atomic.file import sync
 from ..errors import ImvarError, invalid
+from ..text import format_bytes
+from .processes import process_name
+
+T = TypeVar("T")
 
 Row = dict[str, Any]
 """Of an image: `id`, `k`, `seed`, `file`, `sha256`, `flagged`, `bad_concepts`; or of an error: `id` and `error`."""
 GROUP = 1000  # shards in a folder
 FULL = (errno.ENOSPC, errno.EDQUOT)
+MORE_ROOM = "make room; the same command goes on"
+ATTEMPTS = 100  # at a file in a folder that other processes remove when it is empty
 
 
 class FullDiskError(ImvarError, OSError):
     """The disk is full, or the quota exhausted."""
+
+
+def full_disk_text(path: Path, number: int, needed: int | None = None) -> str:
+    """Return the text of an error of the system, with what is free at a path, and what is missing of `needed` bytes."""
+    free = free_bytes(path)
+    text = f"{os.strerror(number)}, {format_bytes(free)} free"
+    return text if needed is None else f"{text}, about {format_bytes(max(0, needed - free))} more are needed"
+
+
+def free_bytes(path: Path) -> int:
+    """Return how many bytes this user may still write to the file system of a path; 0 if that is unknown."""
+    try:
+        return shutil.disk_usage(path if path.exists() else path.parent).free
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,7 @@ class Store:
 
     def __init__(self, folder: Path, temporary: Path | None = None):
         self.folder = folder
-        self.temporary = temporary or folder / "workers" / f"{os.getpid()}-{os.urandom(4).hex()}"
+        self.temporary = temporary or folder / "workers" / process_name()
 
     def path(self, kind: str, number: int, suffix: str = "") -> Path:
         """Return the path of the rows, the marker, the images or the tar file of a shard."""
@@ -82,37 +103,36 @@ class Store:
     def put(self, path: Path, data: bytes | Iterable[bytes]) -> None:
         """Write a file whole, or not at all, from its content or parts of it; `flush_files` flushes it to the disk."""
         temporary = self.temporary / os.urandom(8).hex()
-        with self.explain_full_disk(path):
-            for folder in (self.temporary, path.parent):
-                folder.mkdir(parents=True, exist_ok=True)
+        with self.explain_full_disk():
             try:
-                with temporary.open("wb") as file:
+                with in_folder(temporary, lambda: temporary.open("wb")) as file:
                     file.writelines([data] if isinstance(data, bytes) else data)
-                temporary.replace(path)
+                in_folder(path, lambda: temporary.replace(path))
             except OSError:
                 with suppress(OSError):
                     temporary.unlink()
                 raise
 
     @contextmanager
-    def explain_full_disk(self, path: Path) -> Iterator[None]:
-        """Convert the error of a full disk in the block to a `FullDiskError`."""
+    def explain_full_disk(self, path: Path | None = None) -> Iterator[None]:
+        """Convert the error of a full disk in the block, or of an exhausted quota, to a `FullDiskError`."""
         try:
             yield
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            got = f"{error.strerror}, {shutil.disk_usage(self.folder).free / 2**20:.1f} MB free"
-            raise invalid(FullDiskError, path, "room on the disk", got) from error
+            got = full_disk_text(self.folder, error.errno)
+            raise invalid(FullDiskError, path or self.folder, "room on the disk", got, MORE_ROOM) from error
 
     def flush_files(self, paths: Iterable[Path]) -> None:
         """Flush files, and the folders that they are in, to the disk."""
         folders = set()
-        for path in paths:
-            sync(path)
-            folders.add(path.parent)
-        for folder in folders:
-            sync(folder)
+        with self.explain_full_disk():
+            for path in paths:
+                sync(path)
+                folders.add(path.parent)
+            for folder in folders:
+                sync(folder)
 
     # Shards
 
@@ -159,6 +179,16 @@ class Store:
     def reopen(self, number: int) -> None:
         """Remove the marker of a shard, so that it is made again."""
         self.path("done", number, ".json").unlink(missing_ok=True)
+
+
+def in_folder(path: Path, act: Callable[[], T]) -> T:
+    """Create the folder of a path and return `act()`; again if another process has removed the folder in between."""
+    for _ in range(ATTEMPTS):
+        with suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            return act()
+    return act()
 
 
 def is_marker_name(name: str) -> bool:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, invalid, short_repr
 from .environment import pipeline_of
-from .finish import bad_shards, write_manifest
+from .finish import bytes_needed, is_bad, write_manifest
 from .planning import Plan, open_plan
 from .shard import TRIES, StoppedError, run_shard
+from .store import FULL, MORE_ROOM, FullDiskError, full_disk_text
 from .workers import Worker
 
 POLL = 0.5  # seconds between looks at shards that other workers have claimed
@@ -40,6 +42,37 @@ class PartOf:
         return number % self.of == self.index
 
 
+class Stop:
+    """A request to end, as a handler of signals: `stop()` is whether there was one; `signal` is the first one."""
+
+    def __init__(self) -> None:
+        self.signal, self.at_once = 0, False
+
+    def __call__(self) -> bool:
+        return bool(self.signal)
+
+    def handle(self, number: int, _: Any = None) -> None:
+        """Note a signal; within `interrupting`, raise `KeyboardInterrupt`."""
+        self.signal = self.signal or number
+        if self.at_once:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """End a block that does not look for a request, such as the loading of a large model, with a `StoppedError`."""
+        try:
+            self.at_once = True
+            if not self.signal:
+                yield
+        except KeyboardInterrupt:
+            if not self.signal:
+                raise
+        finally:
+            self.at_once = False
+        if self.signal:
+            raise StoppedError
+
+
 def work(
     out: Path,
     *,
@@ -51,36 +84,78 @@ def work(
     """Work on a batch until all of its shards, or those of a part of it, are done; return whether all are.
 
     `load`: a function that returns the pipeline, called once there is something to do. The last worker that ends
-    checks all markers and writes the manifest. Raises `StoppedError` once `stop()` returns True.
+    checks all markers and writes the manifest. Raises `StoppedError` once `stop()` returns True; a `Stop` interrupts
+    `load` as well. Raises `FullDiskError` with an estimate of what is needed.
     """
-    plan, pipe = open_plan(out), None
+    plan = open_plan(out)
     with Worker(plan.folder.parent) as worker:
+        try:
+            return Loop(worker, plan, part, stop, tries, load).run()
+        except OSError as error:
+            cause = error.__cause__ if isinstance(error, FullDiskError) else error
+            if not isinstance(cause, OSError) or cause.errno not in FULL:
+                raise
+            got = full_disk_text(worker.store.folder, cause.errno, bytes_needed(worker.store, plan))
+            raise invalid(FullDiskError, worker.store.folder, "room on the disk", got, MORE_ROOM) from error
+
+
+class Loop:
+    """The work of one worker. `bad`: shards that are made again although they have a marker."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        plan: Plan,
+        part: PartOf,
+        stop: Callable[[], bool],
+        tries: int,
+        load: Callable[[Plan], Any],
+    ):
+        self.worker, self.store, self.plan, self.part = worker, worker.store, plan, part
+        self.stop, self.tries, self.load = stop, tries, load
+        self.pipe: Any = None
+        self.bad: set[int] = set()
+
+    def run(self) -> bool:
+        """Make shards until none is missing; return whether all shards of the batch are done, of other parts too."""
+        self.worker.remove_dead()
         while True:
-            done = worker.store.done()
-            missing = [number for number in range(len(plan)) if number in part and number not in done]
-            if not missing:
-                if len(done) < len(plan):
-                    return False  # the other parts are not done
-                bad = bad_shards(worker.store, plan)
-                if not bad:
-                    write_manifest(worker.store, plan)
-                    worker.remove_dead()
+            done = self.store.done() - self.bad
+            missing = [number for number in range(len(self.plan)) if number in self.part and number not in done]
+            if missing:
+                made = [number for number in missing if self.make_shard(number)]
+                if not made:  # others have claimed them all
+                    time.sleep(POLL)
+            elif len(done) < len(self.plan):
+                return False  # the other parts are not done
+            else:
+                self.bad = {number for number in range(len(self.plan)) if is_bad(self.store, self.plan, number)}
+                if not self.bad:
+                    write_manifest(self.store, self.plan)
+                    self.worker.clean_up()
                     return True
-                for number in bad:
-                    worker.store.reopen(number)
-                continue
-            has_worked = False
-            for number in missing:
-                if stop():
-                    raise StoppedError
-                if worker.store.is_done(number) or not worker.claim(number):
-                    continue
-                try:
-                    if not worker.store.is_done(number):
-                        pipe = pipe or load(plan)
-                        run_shard(worker.store, plan, number, pipe, stop, tries)
-                        has_worked = True
-                finally:
-                    worker.release(number)
-            if not has_worked:  # others have claimed all that is missing
-                time.sleep(POLL)
+
+    def make_shard(self, number: int) -> bool:
+        """Make a shard unless it is done or claimed; return whether it was made."""
+        if self.stop():
+            raise StoppedError
+        if not self.is_missing(number) or not self.worker.claim(number):
+            return False
+        try:
+            if not self.is_missing(number):  # its owner finished it before it gave up its claim
+                return False
+            self.store.reopen(number)
+            if self.pipe is None:
+                with self.stop.interrupting() if isinstance(self.stop, Stop) else nullcontext():
+                    self.pipe = self.load(self.plan)
+            run_shard(self.store, self.plan, number, self.pipe, self.stop, self.tries)
+            self.bad.discard(number)
+            return True
+        finally:
+            self.worker.release(number)
+
+    def is_missing(self, number: int) -> bool:
+        """Return whether a shard is not done, or done badly, which another worker may have changed by now."""
+        if number in self.bad and not is_bad(self.store, self.plan, number):
+            self.bad.discard(number)
+        return number in self.bad or not self.store.is_done(number)

@@ -35,7 +35,7 @@ class FolderWriter:
         """Return the files of the rows, and no digest; files of earlier attempts that are none of them are removed."""
         paths = [self.store.folder / row["file"] for row in rows]
         for name in set(listed(self.folder)) - {path.name for path in paths}:
-            (self.folder / name).unlink()
+            (self.folder / name).unlink(missing_ok=True)
         return paths, None
 
 

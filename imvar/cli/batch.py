@@ -31,7 +31,7 @@ from ..batch.exits import (
 from ..batch.finish import Report, batch_report, reopen_errors, spoiled_files
 from ..batch.shard import StoppedError
 from ..batch.store import FULL, FullDiskError, Store
-from ..batch.worker import PartOf, work
+from ..batch.worker import PartOf, Stop, work
 from ..batch.workers import Worker
 from ..errors import ImvarError, InputError, OutOfMemoryError, invalid, short_repr
 
@@ -187,17 +187,17 @@ def print_report(args: argparse.Namespace, made: Report, workers: int | None = N
 
 def join_action(args: argparse.Namespace) -> int:
     """Work on a batch until it is done, or until a signal, or until standard input ends."""
-    ended: list[int] = []
+    stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: ended.append(number))
+        signal.signal(number, stop.handle)
     if args.until_stdin_ends:
-        threading.Thread(target=wait_for_end_of_stdin, args=(ended,), daemon=True).start()
+        threading.Thread(target=wait_for_end_of_stdin, daemon=True).start()
     use_gpu_of_rank()
     part = PartOf.from_text(args.part) if args.part else PartOf()
     try:
-        work(args.out, part=part, stop=lambda: bool(ended), tries=args.tries)
+        work(args.out, part=part, stop=stop, tries=args.tries)
     except StoppedError:
-        return INTERRUPTED if ended[0] == signal.SIGINT else TERMINATED
+        return INTERRUPTED if stop.signal == signal.SIGINT else TERMINATED
     if not args.until_stdin_ends:
         plan = batch.open_plan(args.out)
         print_report(args, batch_report(Store(plan.folder.parent), plan))
@@ -213,11 +213,14 @@ def use_gpu_of_rank() -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(rank) % len(gpus)]
 
 
-def wait_for_end_of_stdin(ended: list[int]) -> None:
-    """Ask for the end once the process that holds the other end of standard input is gone."""
+def wait_for_end_of_stdin() -> None:
+    """Ask for the end, by a signal, once the process that holds the other end of standard input is gone."""
     while os.read(0, 1):
         pass
-    ended.append(signal.SIGTERM)
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+    else:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def status_action(args: argparse.Namespace) -> int:

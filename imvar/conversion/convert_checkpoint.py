@@ -14,6 +14,7 @@ from ..atomic.file import real_path
 from ..atomic.folder import ReadFiles, use_consistently
 from ..checks import as_path
 from ..errors import CheckpointError, InputError, invalid, short_repr
+from ..text import format_bytes
 from ..weights.model_index import INDEX, PARTS
 from ..weights.writing import WrittenFile, size_in_bytes
 from .inspect import InspectedPart, Inspection, checkpoint_stamps, inspect_checkpoint
@@ -158,12 +159,3 @@ def log_inspection(inspection: Inspection, log: Log) -> None:
             log(f"    dropped, as no model uses it: {pattern}" + (f", {count} tensors" if count > 1 else ""))
     for note in inspection.notes:
         log(f"  {note}")
-
-
-def format_bytes(count: float) -> str:
-    """Return a size as text, in bytes, kB, MB or GB."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
