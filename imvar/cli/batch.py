@@ -38,6 +38,7 @@ from ..errors import ImvarError, InputError, OutOfMemoryError, invalid, short_re
 WATCH = 2.0  # seconds
 SETTINGS = ("checkpoint", "revision", "scheduler", "dtype", "device", "threads", "n", "seed", "seeds", "steps")
 SETTINGS += ("guidance", "on_flagged", "batch", "shard", "format", "save")
+SIGNALS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 SHARED = ("negative", "init", "mask")
 
 
@@ -51,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
         "retry": retry_action,
         "extend": extend_action,
     }
-    previous = None
-    if threading.current_thread() is threading.main_thread():
-        previous = signal.signal(signal.SIGTERM, end_by_signal)
+    previous = end_by_signals("" if args.action in ("status", "verify") else "; the workers finish their present calls")
     try:
         return actions[args.action](args)
     except OutOfMemoryError as error:
@@ -69,14 +68,25 @@ def run(args: argparse.Namespace) -> int:
             raise
         return fail(FULL_DISK, error)
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def end_by_signal(number: int, _: Any) -> None:
-    """Leave the command with the shells' status for a signal, after the `finally` blocks."""
-    print("imvar: terminated", file=sys.stderr)
-    raise SystemExit(128 + number)
+def end_by_signals(notice: str) -> dict[int, Any]:
+    """Leave the command on a signal with the shells' status for it, and return the previous handlers.
+
+    The `finally` blocks come after the message with its `notice`, and a second signal ends them.
+    """
+
+    def leave(number: int, _: Any) -> None:
+        start = "\n" if sys.stderr.isatty() else ""  # after the progress
+        print(f"{start}imvar: {SIGNALS[number]}{notice}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as shells' background jobs
+    return {number: signal.signal(number, leave) for number in heeded}
 
 
 def fail(status: int, error: Exception) -> int:

@@ -131,7 +131,12 @@ def test_parts_and_one_process_make_equal_tar_files(folder):
 
 @pytest.mark.parametrize(
     ("action", "number", "message"),
-    [("run", signal.SIGTERM, "terminated"), ("run", signal.SIGINT, "interrupted"), ("join", signal.SIGTERM, "")],
+    [
+        ("run", signal.SIGTERM, "imvar: terminated; the workers finish their present calls\n"),
+        ("run", signal.SIGINT, "imvar: interrupted; the workers finish their present calls\n"),
+        ("join", signal.SIGTERM, ""),
+    ],
+    ids=["run, SIGTERM", "run, SIGINT", "join, SIGTERM"],
 )
 def test_a_signal_ends_it_after_the_present_call(folder, action, number, message):
     out, command = folder / "out", ("run", "photos", "-o", "out", *FAST, "-n", "16", "--shard", "1")
@@ -141,7 +146,7 @@ def test_a_signal_ends_it_after_the_present_call(folder, action, number, message
     while not images(out) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    assert end(process) == (128 + number, "", f"imvar: {message}\n" if message else "")
+    assert end(process) == (128 + number, "", message)
     assert {path.name for path in out.iterdir()} <= {"plan", "images", "rows", "done", "journal"}
     assert len(list(out.glob("done/*/*"))) < 3
     if action == "join":

@@ -90,8 +90,9 @@ def test_the_slurm_script(photos, expected, programs, tmp_path):
 def test_the_slurm_script_without_a_shared_folder(photos, expected, programs, tmp_path):
     text = block("bash", "SLURM_ARRAY_TASK_COUNT")
     assert "imvar batch run photos " in text
+    assert " --threads 8 " in text
     script = tmp_path / "parts.sh"
-    script.write_text(text.replace("batch run photos ", f"batch run {photos} {OPTIONS} "))
+    script.write_text(text.replace("run photos ", f"run {photos} {OPTIONS} ").replace("--threads 8", "--threads 1"))
     tasks = []
     for task in range(2):
         (tmp_path / f"disk-{task}").mkdir()
