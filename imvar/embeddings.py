@@ -6,7 +6,7 @@ is accepted everywhere, and returned where it was passed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .checks import as_path, check_finite, check_float, check_floating, check_ha
 from .errors import CheckpointError, InputError, InputTypeError, describe, in_checkpoint, invalid, short_repr
 from .noise import Seeds, per_image_seeds, randn, seed_generators
 from .records.digests import file_digest, pixels_digest
-from .sources import note_combination, note_embeds
+from .sources import embeds_note, note_combination, note_embeds
 from .weights.reading import read_tensors
 
 IMAGE_EMBEDS = "image_embeds"  # the name of the tensor in a file
@@ -73,6 +73,20 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     across = F.normalize(orthogonal_part(across, start), dim=-1)
     direction = F.normalize(angle.cos() * start + angle.sin() * across, dim=-1)
     return note_combination((length * direction).to(a.dtype), parts)
+
+
+def join_embeds(embeds: Sequence[Tensor]) -> Tensor:
+    """Return embeddings (1, 1, c) as one tensor (b, 1, c), with the notes of what they were computed from."""
+    if len(embeds) == 1:
+        return embeds[0]
+    if len(shapes := {describe(each) for each in embeds}) > 1:
+        raise invalid(InputError, IMAGE_EMBEDS, "embeddings of one width", " and ".join(sorted(shapes)))
+    notes = [embeds_note(each) for each in embeds]
+    unknown = [[{"role": IMAGE_EMBEDS, "name": None, "sha256": None, "pixels": pixels_digest(each)}] for each in embeds]
+    rows = [note.rows[0] if note else row for note, row in zip(notes, unknown, strict=True)]
+    encoders = [note.encoder for note in notes if note and note.encoder]
+    joined = torch.cat(list(embeds))
+    return joined if len({*encoders}) > 1 else note_embeds(joined, rows, next(iter(encoders), None))
 
 
 def orthogonal_part(x: Tensor, unit: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
 
 
-def natural_order(path: Path) -> list[tuple[int, str]]:
+def natural_order(path: str | Path) -> list[tuple[int, str]]:
     """Return a key that sorts "photo 9.jpg" before "photo 10.jpg"."""
     parts = re.split(r"(\d+)", str(path).casefold())
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..embeddings import augment, load_image_embeds, mix, slerp
-from ..errors import CheckpointError, describe, invalid
+from ..embeddings import augment, join_embeds, load_image_embeds, mix, slerp
+from ..errors import CheckpointError, InputError, InputTypeError, describe, first_line, invalid, short_repr
 from ..image.load_image import load_image, open_image
 from ..image.mask import check_opaque
 from ..photos import is_embedding
@@ -25,7 +25,7 @@ from .inputs import Item, import_parquet
 BLANK = (64, 64), "white"  # of the image that fills up a call
 OF_ONE = {"init", "mask", "strength", "regions"}
 """Conditions that all rows of a call share, so that a call has one item."""
-OF_EMBEDS = {"mix", "slerp", "augment"}
+OF_EMBEDS = {"mix", "slerp", "augment", "preprocess"}
 
 
 @dataclass
@@ -52,48 +52,49 @@ def is_embedding_place(place: Any) -> bool:
 def open_item(item: Item, pipe: Any) -> Condition:
     """Read the files of an item. Raises `InputError` or `CheckpointError` for one that cannot be read."""
     condition = Condition()
+    embed = functools.partial(read_embedding, pipe=pipe, preprocess=item.get("preprocess", "clip"))
     if "regions" in item:
-        condition.options["image_embeds"] = [region_of(region, pipe) for region in item["regions"]]
+        condition.options["image_embeds"] = [region_of(region, embed) for region in item["regions"]]
     elif kind_of_item(item)[0] == "embeds":
-        condition.embeds = embedding_of_item(item, pipe)
+        condition.embeds = embedding_of_item(item, embed)
     else:
         condition.photo = read_place(item["image"])
     if "negative" in item:
-        condition.negative = read_embedding(item["negative"], pipe)
+        condition.negative = embed(item["negative"])
     if "init" in item:
-        condition.options["init_image"] = read_place(item["init"])
-        condition.options["strength"] = item.get("strength")
+        condition.options |= {"init_image": read_place(item["init"]), "strength": item.get("strength")}
     if "mask" in item:
         condition.options |= {"mask_image": read_mask_image(item["mask"]), "paste": True}
     return condition
 
 
-def embedding_of_item(item: Item, pipe: Any) -> Tensor:
-    """Return the embedding (1, 1, c) of an item."""
+def embedding_of_item(item: Item, embed: Callable[[Any], Tensor]) -> Tensor:
+    """Return the embedding (1, 1, c) of an item. `embed`: a function that returns that of a file."""
     if "mix" in item:
-        return mix([(read_embedding(file, pipe), weight) for file, weight in item["mix"]])
+        return mix([(embed(file), weight) for file, weight in item["mix"]])
     if "slerp" in item:
         a, b, fraction = item["slerp"]
-        return slerp(read_embedding(a, pipe), read_embedding(b, pipe), fraction)
-    embeds = read_embedding(item["image"], pipe)
+        return slerp(embed(a), embed(b), fraction)
+    embeds = embed(item["image"])
     return augment(embeds, item["augment"][0], [item["augment"][1]]) if "augment" in item else embeds
 
 
-def read_embedding(place: Any, pipe: Any) -> Tensor:
+def region_of(region: Item, embed: Callable[[Any], Tensor]) -> Region:
+    """Return a region of an item."""
+    mask = read_mask_image(region["mask"]) if "mask" in region else None
+    return Region(embed(region["image"]), mask, region.get("scale", 1.0))
+
+
+def read_embedding(place: Any, pipe: Any, preprocess: str = "clip") -> Tensor:
     """Return the embedding (1, 1, c) in a file, or that of a photo."""
     if not is_embedding_place(place):
-        embeds: Tensor = pipe.encode_image(read_place(place))
+        embeds: Tensor = pipe.encode_image(read_place(place), preprocess=preprocess)
         return embeds
     embeds = load_image_embeds(place)
     if len(embeds) != 1:
         raise invalid(CheckpointError, place, "one embedding (1, 1, c)", describe(embeds))
-    return embeds.to(pipe.device)
-
-
-def region_of(region: Item, pipe: Any) -> Region:
-    """Return a region of an item."""
-    mask = read_mask_image(region["mask"]) if "mask" in region else None
-    return Region(read_embedding(region["image"], pipe), mask, region.get("scale", 1.0))
+    note = embeds_note(embeds)
+    return note_embeds(embeds.to(pipe.device), note.rows) if note else embeds.to(pipe.device)
 
 
 def read_place(place: Any) -> Image.Image:
@@ -109,22 +110,33 @@ def read_mask_image(place: Any) -> Image.Image:
 
 
 def opened(place: Any) -> Any:
-    """Return a path, or the bytes at a place as a file with a name."""
+    """Return a path, or the bytes at a place as a file with a name. Raises `InputError` where there are none."""
     if isinstance(place, str):
         return Path(place)
-    if "offset" in place:
-        with open(place["file"], "rb") as archive:
-            archive.seek(place["offset"])
-            data = archive.read(place["size"])
-    else:
-        value = parquet_column(place["file"], place["group"], place["column"])[place["row"]]
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if content is None and isinstance(value, dict) and value.get("path"):
-            return Path(place["file"]).parent / value["path"]
-        data = content if isinstance(content, bytes) else b""
+    try:
+        data = read_tar(place) if "offset" in place else read_parquet(place)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # of files that have changed, pyarrow's among them
+        raise invalid(InputError, place["name"], f"an image in {place['file']}", first_line(error)) from error
+    if isinstance(data, str):
+        return Path(place["file"]).parent / data
+    if not isinstance(data, bytes):
+        raise invalid(InputTypeError, place["name"], "the bytes of an image", short_repr(data))
     file = io.BytesIO(data)
     file.name = place["name"]
     return file
+
+
+def read_tar(place: Item) -> bytes:
+    """Return the bytes at a place in a tar file."""
+    with open(place["file"], "rb") as archive:
+        archive.seek(place["offset"])
+        return archive.read(place["size"])
+
+
+def read_parquet(place: Item) -> Any:
+    """Return the bytes of an image in a parquet file, or its path: a value, or in a dictionary as datasets has them."""
+    value = parquet_column(place["file"], place["group"], place["column"])[place["row"]]
+    return value["bytes"] or value["path"] if isinstance(value, dict) else value
 
 
 @functools.lru_cache(maxsize=2)
@@ -149,9 +161,9 @@ def arguments_of_call(conditions: Sequence[Condition | None], seeds: Sequence[in
     if first.photo is not None:
         arguments["image"] = [row.photo for row in rows]
     elif first.embeds is not None:
-        arguments["image_embeds"] = joined([row.embeds for row in rows])
+        arguments["image_embeds"] = join_embeds([row.embeds for row in rows if row.embeds is not None])
     if first.negative is not None:
-        arguments["negative_image_embeds"] = joined([row.negative for row in rows])
+        arguments["negative_image_embeds"] = join_embeds([row.negative for row in rows if row.negative is not None])
     return arguments
 
 
@@ -163,17 +175,3 @@ def blank_like(condition: Condition) -> Condition:
         None if embeds is None else torch.zeros_like(embeds),
         None if negative is None else torch.zeros_like(negative),
     )
-
-
-def joined(embeds: Sequence[Any]) -> Tensor:
-    """Return embeddings (1, 1, c) as one tensor (b, 1, c), with the notes of where they come from."""
-    tensor: Tensor = embeds[0]
-    if len(embeds) == 1:
-        return tensor
-    tensor, notes = torch.cat(list(embeds)), [embeds_note(each) for each in embeds]
-    encoders = {note.encoder for note in notes if note and note.encoder}
-    if len(encoders) > 1:
-        return tensor
-    rows = [note.rows[0] if note else [] for note in notes]
-    note_embeds(tensor, rows, next(iter(encoders), None))
-    return tensor

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from .. import loading
-from ..errors import ImvarError, InputError, first_line, invalid
+from ..atomic.file import sync
+from ..errors import InputError, first_line, invalid
 from ..records.record import Record, differences
+from ..records.schema import SCHEMA, check_entry
 from .conditions import BLANK
 from .planning import Plan
 from .processes import process_name
@@ -24,20 +26,23 @@ from .processes import process_name
 NAME = "environment.json"
 OF_ROW = ("seed", "inputs", "call", "exact", "reasons", "flagged")
 """Entries of a record that are not the same for all images of a batch."""
+UNIMPORTANT = ("checkpoint.name", "checkpoint.revision", "checkpoint.commit")
+"""Entries that change nothing where the weights are equal."""
 
 
 def pipeline_of(plan: Plan) -> Any:
-    """Return the pipeline of a plan on this machine, with the threads that the plan says.
+    """Return the pipeline of a plan on this machine; device, dtype and threads are those of the first worker.
 
     Raises `InputError` if images would differ from those of the other workers: another version, device, dtype or
     digest of the weights.
     """
     settings, recorded = plan.settings, read_environment(plan)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    machine = recorded["machine"] if recorded else {"device": settings.device, "dtype": {}}
-    device = loading.pick_device(machine["device"])
-    dtype = loading.pick_dtype(machine["dtype"].get("unet") or settings.dtype, device)
+    machine = recorded["machine"] if recorded else {"device": "auto", "dtype": {}, "threads": None}
+    if threads := settings.threads or machine["threads"]:
+        torch.set_num_threads(threads)
+    device = loading.pick_device(machine["device"] if settings.device == "auto" else settings.device)
+    auto = machine["dtype"].get("unet", "auto")
+    dtype = loading.pick_dtype(auto if settings.dtype == "auto" else settings.dtype, device)
     pipe = loading.load_pipeline(settings.checkpoint, settings.revision, settings.scheduler, dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     check_environment(plan, pipe)
@@ -50,18 +55,19 @@ def check_environment(plan: Plan, pipe: Any) -> None:
     path = plan.folder / NAME
     if not path.exists():
         temporary = path.with_name(f".{NAME}.{process_name()}.tmp")
-        temporary.write_text(json.dumps(here, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         try:
-            os.link(temporary, path)  # fails if there is one
-        except FileExistsError:
+            temporary.write_text(json.dumps(here, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            sync(temporary)
+            os.link(temporary, path)
+        except FileExistsError:  # another worker was the first one
             pass
         except OSError:  # a file system without hard links
             temporary.replace(path)
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
-    recorded = read_environment(plan)
-    if differing := differences(recorded or {}, here):
+    differing = [line for line in differences(read_environment(plan) or {}, here) if not line.startswith(UNIMPORTANT)]
+    if differing:
         got = f"others (of the batch and here): {'; '.join(differing)}"
         hint = "images would not be equal; use another -o FOLDER, or the environment of the batch"
         raise invalid(InputError, plan.folder.parent, "the versions, device and weights of the batch", got, hint)
@@ -71,11 +77,14 @@ def read_environment(plan: Plan) -> Record | None:
     """Return the environment in a plan; None if there is none yet."""
     path = plan.folder / NAME
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record if isinstance(record, dict) else None
+        record: Record = json.loads(path.read_text(encoding="utf-8"))
+        check_entry(record, {name: SCHEMA[name] for name in ("versions", "checkpoint", "machine")}, "", path)
+        return record
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise invalid(InputError, path, "the environment of a batch, as JSON", first_line(error)) from error
 
 
@@ -85,6 +94,6 @@ def environment_of(plan: Plan, pipe: Any) -> Record:
     blank = Image.new("RGB", *BLANK)
     record = pipe.records([blank] * rows, seed=[0] * rows, **settings.call_options())[0]
     if record["reasons"]:
-        raise invalid(ImvarError, "pipeline", "one whose images can be made again", "; ".join(record["reasons"]))
+        raise invalid(InputError, "pipeline", "one whose images can be made again", "; ".join(record["reasons"]))
     shared: Record = json.loads(json.dumps({name: value for name, value in record.items() if name not in OF_ROW}))
     return shared

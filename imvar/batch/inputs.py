@@ -2,83 +2,112 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checks import as_path
+from ..checks import as_path, check_finite, check_float, check_int
 from ..errors import InputError, first_line, invalid, short_repr
-from ..photos import SUFFIXES, natural_order
+from ..image.pixel_values import PREPROCESS
+from ..limits import MAX_SEED
+from ..photos import is_embedding, is_image_name, natural_order
+from ..pipeline.arguments import check_option
 
 Item = dict[str, Any]
-"""What one input is made from, as JSON: `id`, and a file (a path, or a place within a tar or parquet file) for each of
-the conditions in `CONDITIONS`."""
-CONDITIONS = {"image", "mix", "slerp", "augment", "regions", "negative", "init", "strength", "mask"}
+"""What one input is made from, as JSON: `id`, and a value for each of the conditions in `CHECKS`. A file is a path, or
+a place within a tar or parquet file."""
+SOURCES = {"image", "mix", "slerp", "regions"}
+SHARED = {"negative", "init", "strength", "mask", "preprocess"}
 MAX_ID = 1000  # characters
 LISTS = {".jsonl", ".ndjson"}
 IMAGE_COLUMNS, ID_COLUMNS = ("image", "jpg", "png", "webp", "bytes"), ("id", "__key__", "key", "path", "file_name")
 
 
-def find_items(inputs: Sequence[str | Path], shared: Item | None = None) -> Iterator[Item]:
+def find_items(inputs: Iterable[str | Path], shared: Item, out: Path) -> Iterator[Item]:
     """Yield the items of inputs in order, each with the conditions in `shared` that it has not itself.
 
     The id of a file in a folder is its path within the folder, that of a file or pattern the path as given or found,
-    unless that is absolute or leads upwards: then its name. Raises `InputError` for inputs without images.
+    unless that is absolute or leads upwards: then its name. Files in `out` are none of the inputs. Raises `InputError`
+    for inputs without images.
     """
     for given in inputs:
         path, count = as_path("inputs", given), 0
-        for item in items_of(path):
+        if is_within(str(path), out):
+            raise invalid(InputError, path, "an input outside the output folder", f"one in {out}", "use another -o")
+        for item in items_of(path, shared, out):
             count += 1
-            yield {**(shared or {}), **item}
+            yield item
         if not count:
             raise invalid(InputError, path, "images", "none")
 
 
-def items_of(path: Path) -> Iterable[Item]:
-    """Return the items of one input."""
-    if path.is_dir():
-        return [{"id": name, "image": file} for name, file in images_below(path)]
-    if not path.exists() and glob.has_magic(str(path)):
-        files = sorted(
-            filter(os.path.isfile, glob.glob(str(path), recursive=True)), key=lambda f: natural_order(Path(f))
-        )
-        return [item for file in files for item in items_of(Path(file))]
-    if not path.is_file():
+@functools.lru_cache(maxsize=4096)
+def is_within(path: str, folder: Path) -> bool:
+    """Return whether a path is a folder, or leads into it."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def items_of(path: Path, shared: Item, out: Path) -> Iterator[Item]:
+    """Yield the items of one input."""
+    if os.path.isdir(path):
+        for name, file in images_below(path, out):
+            yield {"id": name, **shared, "image": file}
+    elif not os.path.exists(path) and glob.has_magic(str(path)):
+        files = filter(os.path.isfile, glob.glob(str(path), recursive=True))
+        for file in sorted(files, key=natural_order):
+            if not is_within(os.path.dirname(file), out):
+                yield from items_of(Path(file), shared, out)
+    elif not os.path.isfile(path):
         raise invalid(InputError, path, "a folder, a file or a pattern", "no such file")
-    read = {**dict.fromkeys(LISTS, listed_items), ".tar": tar_items, ".parquet": parquet_items}.get(path.suffix.lower())
-    if read:
-        return read(path)
-    outside = path.is_absolute() or ".." in path.parts
-    return [{"id": path.name if outside else path.as_posix(), "image": os.path.abspath(path)}]
+    elif path.suffix.lower() in LISTS:
+        yield from listed_items(path, shared)
+    elif path.suffix.lower() in ARCHIVES:
+        for name, place in ARCHIVES[path.suffix.lower()](path):
+            place |= {"file": os.path.abspath(path), "name": f"{path.name}/{name}"}
+            yield {"id": place["name"], **shared, "image": place}
+    else:
+        outside = path.is_absolute() or ".." in path.parts
+        yield {"id": path.name if outside else path.as_posix(), **shared, "image": os.path.abspath(path)}
 
 
-def images_below(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the path within a folder and the whole path of each image in it and in its folders, in natural order."""
+def images_below(folder: Path, out: Path) -> Iterator[tuple[str, str]]:
+    """Yield the path within a folder and the whole path of each image in it and in its folders, in natural order.
+
+    Hidden files, links to folders, and `out` are left out.
+    """
     root = os.path.abspath(folder)
-    for place, folders, files in os.walk(root):
-        folders[:] = sorted((name for name in folders if name[0] != "."), key=lambda name: natural_order(Path(name)))
+    for place, folders, files in os.walk(root, onerror=refuse_folder):
+        visible = [name for name in folders if name[0] != "." and not is_within(os.path.join(place, name), out)]
+        folders[:] = sorted(visible, key=natural_order)
         within = os.path.relpath(place, root).replace(os.sep, "/")
-        names = (name for name in files if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES)
-        for name in sorted(names, key=lambda name: natural_order(Path(name))):
+        for name in sorted(filter(is_image_name, files), key=natural_order):
             yield (name if within == "." else f"{within}/{name}"), os.path.join(place, name)
+
+
+def refuse_folder(error: OSError) -> None:
+    """Raise `InputError` for a folder that cannot be read, which `os.walk` would leave out."""
+    got = error.strerror or first_line(error)
+    raise invalid(InputError, error.filename, "a folder that can be read", got) from error
 
 
 # Lists
 
 
-def listed_items(path: Path) -> Iterator[Item]:
+def listed_items(path: Path, shared: Item) -> Iterator[Item]:
     """Yield the items of a file of JSON lines; relative paths are relative to its folder."""
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+    folder = Path(os.path.abspath(path)).parent
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield listed_item(line, f"{path}:{number}", Path(os.path.abspath(path)).parent)
+                yield listed_item(line, f"{path}:{number}", folder, shared)
 
 
-def listed_item(line: str, name: str, folder: Path) -> Item:
+def listed_item(line: str, name: str, folder: Path, shared: Item) -> Item:
     """Return the item of a line."""
     try:
         item = json.loads(line)
@@ -86,103 +115,136 @@ def listed_item(line: str, name: str, folder: Path) -> Item:
         raise invalid(InputError, name, "an object in JSON", first_line(error)) from error
     if not isinstance(item, dict):
         raise invalid(InputError, name, 'an object such as {"image": "fox.png"}', short_repr(item))
-    if unknown := item.keys() - CONDITIONS - {"id"}:
-        raise invalid(InputError, name, f"id, {', '.join(sorted(CONDITIONS))}", short_repr(min(unknown)))
-    sources = item.keys() & {"image", "mix", "slerp", "regions"}
-    if len(sources) != 1:
-        raise invalid(InputError, name, "one of image, mix, slerp and regions", ", ".join(sorted(sources)) or "none")
-    for needed, by in {"init": ("strength", "mask"), "image": ("augment",)}.items():
-        for option in by:
-            if option in item and needed not in item:
-                raise invalid(InputError, name, f"{needed} with {option}", "none")
-    check = Checker(name, folder)
-    checks = {
-        "image": check.file_value,
-        "mix": check.mix_value,
-        "slerp": check.slerp_value,
-        "augment": check.augment_value,
-        "regions": check.regions_value,
-        "negative": check.file_value,
-        "init": check.file_value,
-        "strength": check.number_value,
-        "mask": check.file_value,
-    }
-    found = {key: checks[key](key, item[key]) for key in item.keys() & CONDITIONS}
-    identity = item.get("id", item.get("image"))
+    identity = item.pop("id", item.get("image"))
+    item = checked_conditions(shared | item, CHECKS.keys(), name, folder)
+    if len(sources := item.keys() & SOURCES) != 1:
+        raise invalid(InputError, name, f"one of {', '.join(sorted(SOURCES))}", ", ".join(sorted(sources)) or "none")
     if not isinstance(identity, str) or not 0 < len(identity) <= MAX_ID:
-        raise invalid(InputError, f"{name}: id", f"text of up to {MAX_ID} characters", short_repr(identity))
-    return {"id": identity, **{key: found[key] for key in sorted(found)}}
+        raise invalid(InputError, f"{name}: id", f"a text of up to {MAX_ID} characters", short_repr(identity))
+    return {"id": identity, **item}
 
 
-class Checker:
-    """Checks the values of a line of a list, and makes their paths absolute."""
+def checked_shared(shared: Item | None) -> Item:
+    """Return the conditions that all items share, with absolute paths. Raises `InputError` for a file that is missing.
 
-    def __init__(self, name: str, folder: Path):
-        self.name, self.folder = name, folder
+    Their paths are relative to the working folder.
+    """
+    conditions = checked_conditions(shared or {}, SHARED, "shared", Path.cwd())
+    for key in conditions.keys() & {"negative", "init", "mask"}:
+        if not os.path.isfile(conditions[key]):
+            raise invalid(InputError, key, "a file", f"{conditions[key]}, which does not exist")
+    return conditions
 
-    def wrong(self, key: str, expected: str, value: Any) -> InputError:
-        return invalid(InputError, f"{self.name}: {key}", expected, short_repr(value))
 
-    def file_value(self, key: str, value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            raise self.wrong(key, "the path of a file", value)
-        return os.path.abspath(self.folder / value)
+def checked_conditions(given: Item, known: Iterable[str], name: str, folder: Path) -> Item:
+    """Return conditions sorted by key, each checked. Raises `InputError` for others than `known`."""
+    if unknown := given.keys() - set(known):
+        raise invalid(InputError, name, f"keys among {', '.join(sorted(known))}", short_repr(min(unknown)))
+    for option, needed in {"strength": "init", "mask": "init", "augment": "image"}.items():
+        if option in given and needed not in given:
+            raise invalid(InputError, f"{name}: {option}", f"{needed} with it", "none")
+    found = {key: CHECKS[key](f"{name}: {key}", given[key], folder) for key in sorted(given)}
+    if found.get("preprocess") == "clip":  # as without it
+        del found["preprocess"]
+    return found
 
-    def number_value(self, key: str, value: Any) -> float:
-        if type(value) not in (int, float) or not abs(value) < float("inf"):
-            raise self.wrong(key, "a finite number", value)
-        return float(value)
 
-    def mix_value(self, key: str, value: Any) -> list[Any]:
-        pairs = list(value.items()) if isinstance(value, dict) else value
-        if (
-            not isinstance(pairs, list)
-            or not pairs
-            or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
-        ):
-            raise self.wrong(key, 'weights by file, such as {"fox.png": 0.7, "panda.png": 0.3}', value)
-        return [[self.file_value(key, file), self.number_value(key, weight)] for file, weight in pairs]
+def file_value(name: str, value: Any, folder: Path) -> str:
+    return os.path.abspath(folder / as_path(name, value))
 
-    def slerp_value(self, key: str, value: Any) -> list[Any]:
-        if not isinstance(value, list) or len(value) != 3:
-            raise self.wrong(key, 'two files and a fraction, such as ["fox.png", "panda.png", 0.5]', value)
-        return [self.file_value(key, value[0]), self.file_value(key, value[1]), self.number_value(key, value[2])]
 
-    def augment_value(self, key: str, value: Any) -> list[Any]:
-        if not isinstance(value, list) or len(value) != 2 or type(value[1]) is not int:
-            raise self.wrong(key, "the amount of noise and its seed, such as [0.5, 0]", value)
-        return [self.number_value(key, value[0]), value[1]]
+def image_value(name: str, value: Any, folder: Path) -> str:
+    if is_embedding(as_path(name, value)):
+        raise invalid(InputError, name, "an image", f"{value}, an embedding")
+    return file_value(name, value, folder)
 
-    def regions_value(self, key: str, value: Any) -> list[Item]:
-        if not isinstance(value, list) or not value or not all(isinstance(region, dict) for region in value):
-            raise self.wrong(key, 'a list such as [{"image": "fox.png", "mask": "left.png"}]', value)
-        regions = []
-        for region in value:
-            if "image" not in region or region.keys() - {"image", "mask", "scale"}:
-                raise self.wrong(key, "image, mask and scale", sorted(region))
-            files = {name: self.file_value(key, region[name]) for name in region.keys() & {"image", "mask"}}
-            scale = {"scale": region["scale"]} if "scale" in region else {}
-            regions.append({**dict(sorted(files.items())), **scale})
-        return regions
+
+def strength_value(name: str, value: Any, folder: Path) -> float:
+    return check_float(name, value)
+
+
+def preprocess_value(name: str, value: Any, folder: Path) -> Any:
+    check_option(name, value, PREPROCESS)
+    return value
+
+
+def mix_value(name: str, value: Any, folder: Path) -> list[Any]:
+    expected = 'weights by file, such as {"fox.png": 0.7, "panda.png": 0.3}'
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, list) or not pairs:
+        raise invalid(InputError, name, expected, short_repr(value))
+    parts = [members_of(name, pair, 2, expected) for pair in pairs]
+    return [[file_value(name, file, folder), check_finite(name, weight)] for file, weight in parts]
+
+
+def slerp_value(name: str, value: Any, folder: Path) -> list[Any]:
+    a, b, t = members_of(name, value, 3, 'two files and a fraction, such as ["fox.png", "panda.png", 0.5]')
+    return [file_value(name, a, folder), file_value(name, b, folder), check_float(name, t)]
+
+
+def augment_value(name: str, value: Any, folder: Path) -> list[Any]:
+    amount, seed = members_of(name, value, 2, "the amount of noise and its seed, such as [0.5, 0]")
+    return [check_float(name, amount), check_int(name, seed, low=0, high=MAX_SEED)]
+
+
+def members_of(name: str, value: Any, count: int, expected: str) -> Sequence[Any]:
+    """Return a list of this length."""
+    if not isinstance(value, (list, tuple)) or len(value) != count:
+        raise invalid(InputError, name, expected, short_repr(value))
+    return value
+
+
+def regions_value(name: str, value: Any, folder: Path) -> list[Item]:
+    if not isinstance(value, list) or not value or not all(isinstance(region, dict) for region in value):
+        raise invalid(InputError, name, 'a list such as [{"image": "fox.png", "mask": "left.png"}]', short_repr(value))
+    return [region_value(f"{name}[{i}]", region, folder) for i, region in enumerate(value)]
+
+
+def region_value(name: str, region: Item, folder: Path) -> Item:
+    if "image" not in region or region.keys() - {"image", "mask", "scale"}:
+        raise invalid(InputError, name, "image, and possibly mask and scale", ", ".join(sorted(region)) or "none")
+    checked: Item = {"image": file_value(f"{name}.image", region["image"], folder)}
+    if "mask" in region:
+        checked["mask"] = image_value(f"{name}.mask", region["mask"], folder)
+    if isinstance(scale := region.get("scale"), dict):
+        checked["scale"] = {block: check_float(f"{name}.scale.{block}", number) for block, number in scale.items()}
+    elif "scale" in region:
+        checked["scale"] = check_float(f"{name}.scale", scale)
+    return checked
+
+
+CHECKS: dict[str, Callable[[str, Any, Path], Any]] = {
+    "image": file_value,
+    "mix": mix_value,
+    "slerp": slerp_value,
+    "augment": augment_value,
+    "regions": regions_value,
+    "negative": file_value,
+    "init": image_value,
+    "strength": strength_value,
+    "mask": image_value,
+    "preprocess": preprocess_value,
+}
+"""The conditions of an item. Each function returns a checked value as the plan has it, with absolute paths, or raises
+`InputError`."""
 
 
 # Archives
 
 
-def tar_items(path: Path) -> Iterator[Item]:
-    """Yield an item for each image in an uncompressed tar file, such as a shard of webdataset."""
+def tar_images(path: Path) -> Iterator[tuple[str, Item]]:
+    """Yield name and place of each image in an uncompressed tar file, such as a shard of webdataset."""
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if member.isfile() and os.path.splitext(member.name)[1].lower() in SUFFIXES:
-                    place = {"file": os.path.abspath(path), "offset": member.offset_data, "size": member.size}
-                    yield {"id": f"{path.name}/{member.name}", "image": place | {"name": member.name}}
+                if member.isreg() and is_image_name(os.path.basename(member.name)):
+                    yield member.name, {"offset": member.offset_data, "size": member.size}
     except tarfile.TarError as error:
         raise invalid(InputError, path, "an uncompressed tar file", first_line(error)) from error
 
 
-def parquet_items(path: Path) -> Iterator[Item]:
-    """Yield an item for each row of a parquet file with a column of images, as bytes or as datasets has them."""
+def parquet_images(path: Path) -> Iterator[tuple[str, Item]]:
+    """Yield name and place of each row of a parquet file with a column of images, as bytes or as datasets has them."""
     parquet = import_parquet(path)
     try:
         file = parquet.ParquetFile(path)
@@ -198,9 +260,11 @@ def parquet_items(path: Path) -> Iterator[Item]:
         count = file.metadata.row_group(group).num_rows
         keys = file.read_row_group(group, columns=[key]).column(0).to_pylist() if key else range(row, row + count)
         for index, value in enumerate(keys):
-            place = {"file": os.path.abspath(path), "group": group, "row": index, "column": column}
-            yield {"id": f"{path.name}/{value}", "image": place | {"name": f"{path.name}/{value}"}}
+            yield str(value), {"group": group, "row": index, "column": column}
         row += count
+
+
+ARCHIVES: dict[str, Callable[[Path], Iterator[tuple[str, Item]]]] = {".tar": tar_images, ".parquet": parquet_images}
 
 
 def import_parquet(path: Any) -> Any:
@@ -208,5 +272,7 @@ def import_parquet(path: Any) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise invalid(InputError, path, "pyarrow, to read parquet", "no such package", "pip install pyarrow") from error
+        raise invalid(
+            InputError, path, "pyarrow, to read parquet", "no such package", "pip install 'imvar[parquet]'"
+        ) from error
     return pyarrow.parquet

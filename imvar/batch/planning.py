@@ -6,19 +6,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..atomic.file import write_text
-from ..atomic.filesystem import locked
+from ..atomic.file import exclusive, sync, write_text
 from ..checks import as_path
-from ..errors import CheckpointError, InputError, first_line, invalid
-from .inputs import Item, find_items
-from .processes import process_name
+from ..errors import InputError, InputTypeError, first_line, invalid, short_repr
+from .inputs import Item, checked_shared, find_items
 from .settings import Settings, setting_differences
+from .store import FULL
 
 FOLDER, NAME, FORMAT = "plan", "plan.json", 1
 
@@ -64,13 +64,14 @@ class Plan:
 
     def lines(self, number: int) -> list[bytes]:
         """Return the lines of the items of a shard."""
+        first = 0
         for part, offsets in zip(self.parts, self.offsets, strict=True):
-            if number < part.shards:
+            if 0 <= (index := number - first) < part.shards:
                 with (self.folder / part.file).open("rb") as file:
-                    file.seek(offsets[number])
-                    return file.read(offsets[number + 1] - offsets[number]).splitlines(keepends=True)
-            number -= part.shards
-        raise invalid(InputError, "shard", f"a number below {len(self)}", str(number))
+                    file.seek(offsets[index])
+                    return file.read(offsets[index + 1] - offsets[index]).splitlines(keepends=True)
+            first += part.shards
+        raise invalid(InputError, "shard", f"a number from 0 to {first - 1}", str(number))
 
     @cached_property
     def offsets(self) -> list[list[int]]:
@@ -84,16 +85,20 @@ class Plan:
 
 
 def checked_offsets(path: Path, part: Part, shard: int) -> list[int]:
-    """Return where each shard begins in a file of items. Raises `CheckpointError` for a file that has changed."""
+    """Return where each shard begins in a file of items. Raises `InputError` for a file that has changed."""
     offsets, position, digest, count = [], 0, hashlib.sha256(), 0
-    with path.open("rb") as file:
-        for count, line in enumerate(file, 1):
-            if count % shard == 1 or shard == 1:
-                offsets.append(position)
-            position += len(line)
-            digest.update(line)
+    try:
+        with path.open("rb") as file:
+            for count, line in enumerate(file, 1):
+                if (count - 1) % shard == 0:
+                    offsets.append(position)
+                position += len(line)
+                digest.update(line)
+    except FileNotFoundError:
+        pass
     if (count, digest.hexdigest()) != (part.items, part.sha256):
-        raise invalid(CheckpointError, path, f"the {part.items} items of the plan", "a file that has changed")
+        got = "a file that has changed" if count else "none"
+        raise invalid(InputError, path, f"the {part.items} inputs of the plan", got, "restore it, or use another -o")
     return [*offsets, position]
 
 
@@ -105,89 +110,119 @@ def make_plan(
     Args:
         inputs: folders, patterns, image and embedding files, JSON lines (.jsonl), tar and parquet files.
         out: the output folder, created if needed.
-        shared: conditions of all items that do not have them: `negative`, `init`, `strength` and `mask`.
+        shared: conditions of all items that do not have them: `negative`, `init`, `strength`, `mask` and `preprocess`.
         settings: fields of `Settings`.
 
     Raises `InputError` for inputs without images, ids that repeat, and a folder with another plan.
     """
-    out = Path(os.path.abspath(as_path("out", out)))
-    wanted = Settings.resolved(**settings)
-    temporary = out / f".{FOLDER}.{process_name()}.tmp"
-    temporary.mkdir(parents=True)
+    folder, wanted = plan_folder(out), Settings.resolved(**settings)
+    conditions = checked_shared(shared)
     try:
-        part = write_part(temporary / "items-0.jsonl", find_items(as_list(inputs), shared), wanted.shard, set())
-        plan = Plan(out / FOLDER, wanted, (part,))
-        (temporary / NAME).write_text(plan.json_text(), encoding="utf-8")
-        try:
-            temporary.rename(plan.folder)  # fails if there is a plan
-        except OSError:
-            if not (plan.folder / NAME).exists():
-                raise
-        else:
-            return plan
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise invalid(InputError, folder.parent, "a folder that can be written to", first_line(error)) from error
+    try:
+        with exclusive(folder, folder.parent) as temporary:
+            existing = open_plan(out) if (folder / NAME).exists() else None
+            if existing and (differing := setting_differences(asdict(existing.settings), asdict(wanted))):
+                got = f"another (its value and this command's): {'; '.join(differing)}"
+                raise invalid(InputError, out, "the batch of this command", got, "use another -o FOLDER")
+            with temporary_folder(temporary):
+                part, _ = write_part(temporary / "items-0.jsonl", inputs, conditions, folder.parent, wanted.shard)
+                if existing:
+                    if existing.parts[0] != part:
+                        got = f"one of {existing.parts[0].items} inputs, or of other ones"
+                        hint = "imvar batch extend adds inputs"
+                        raise invalid(InputError, out, f"a batch of these {part.items} inputs", got, hint)
+                    return existing
+                plan = Plan(folder, wanted, (part,))
+                write_text(temporary / NAME, plan.json_text())
+                temporary.rename(folder)
+                sync(folder.parent)
+                return plan
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    existing = open_plan(out)
-    if differing := setting_differences(asdict(existing.settings), asdict(wanted)):
-        got = f"another (its value and this command's): {'; '.join(differing)}"
-        raise invalid(InputError, out, "the batch of this command", got, "use another -o FOLDER")
-    if existing.parts[0] != part:
-        got = f"one of {existing.parts[0].items} inputs, or of other ones"
-        raise invalid(InputError, out, f"a batch of these {part.items} inputs", got, "imvar batch extend adds inputs")
-    return existing
+        with suppress(OSError):  # unless it is empty, after an error
+            folder.parent.rmdir()
+
+
+def plan_folder(out: str | Path) -> Path:
+    """Return the folder of the plan in an output folder."""
+    return Path(os.path.abspath(as_path("out", out))) / FOLDER
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[None]:
+    """Create a folder for the block, and remove it after it unless it was renamed."""
+    path.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def open_plan(out: str | Path) -> Plan:
     """Return the plan of an output folder. Raises `InputError` where there is none, and for a broken one."""
-    folder = Path(os.path.abspath(as_path("out", out))) / FOLDER
+    folder = plan_folder(out)
     path = folder / NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        parts = tuple(Part(**part) for part in content["parts"])
         if content["format"] != FORMAT:
             raise invalid(InputError, path, f"format {FORMAT}", str(content["format"]), "use the imvar that made it")
+        parts = tuple(Part(**part) for part in content["parts"])
         return Plan(folder, Settings(**content["settings"]), parts)
     except FileNotFoundError as error:
         raise invalid(InputError, out, "the output folder of imvar batch run", "a folder without a plan") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) and error.key == str(path):
             raise
         raise invalid(InputError, path, "the plan of a batch", first_line(error)) from error
 
 
 def extend_plan(out: str | Path, inputs: str | Path | Iterable[str | Path], *, shared: Item | None = None) -> Plan:
-    """Add inputs to the plan of a batch, in shards of their own, and return it."""
-    folder = open_plan(out).folder
-    with locked(folder / ".lock"):
+    """Add inputs to the plan of a batch, in shards of their own, and return it.
+
+    Inputs that were added before by such a call are not added again. Raises `InputError` for other ids that repeat.
+    """
+    folder, conditions = open_plan(out).folder, checked_shared(shared)
+    with exclusive(folder, folder.parent) as temporary, temporary_folder(temporary):
         plan = open_plan(out)
-        known = {item["id"] for number in range(len(plan)) for item in plan.shard(number)}
         name = f"items-{len(plan.parts)}.jsonl"
-        part = write_part(folder / name, find_items(as_list(inputs), shared), plan.settings.shard, known)
+        part, ids = write_part(temporary / name, inputs, conditions, folder.parent, plan.settings.shard)
+        if any(part.sha256 == known.sha256 for known in plan.parts):
+            return plan
+        for item in (item for number in range(len(plan)) for item in plan.shard(number)):
+            check_new(item["id"], ids)
+        (temporary / name).replace(folder / name)
         longer = Plan(folder, plan.settings, (*plan.parts, part))
         write_text(folder / NAME, longer.json_text())
     return longer
 
 
-def as_list(inputs: str | Path | Iterable[str | Path]) -> Sequence[str | Path]:
-    """Return the inputs as a list."""
-    return [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
-
-
-def write_part(path: Path, items: Iterator[Item], shard: int, known: set[str]) -> Part:
-    """Write items to a file of JSON lines, and return the part of the plan that it is."""
-    digest, count = hashlib.sha256(), 0
+def write_part(
+    path: Path, inputs: str | Path | Iterable[str | Path], shared: Item, out: Path, shard: int
+) -> tuple[Part, set[str]]:
+    """Write the items of inputs to a file of JSON lines; return the part of the plan that it is, and the ids."""
+    given = [inputs] if isinstance(inputs, (str, Path)) else inputs
+    if not isinstance(given, Iterable):
+        raise invalid(InputTypeError, "inputs", "a path or a list of them", short_repr(inputs))
+    digest, ids = hashlib.sha256(), set[str]()
     with path.open("wb") as file:
-        for item in items:
-            if item["id"] in known:
-                hint = "pass a pattern such as 'photos/*/*.jpg', whose ids are whole paths, or a .jsonl file with ids"
-                raise invalid(InputError, "inputs", "a different id for each", f"{item['id']} twice", hint)
-            known.add(item["id"])
+        for item in find_items(given, shared, out):
+            check_new(item["id"], ids)
+            ids.add(item["id"])
             line = json.dumps(item, separators=(",", ":")).encode() + b"\n"
             digest.update(line)
             file.write(line)
-            count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    if not count:
+    if not ids:
         raise invalid(InputError, "inputs", "at least one", "none")
-    return Part(path.name, count, -(-count // shard), digest.hexdigest())
+    sync(path)
+    return Part(path.name, len(ids), -(-len(ids) // shard), digest.hexdigest()), ids
+
+
+def check_new(identity: str, ids: set[str]) -> None:
+    """Raise `InputError` if an id is one of `ids`."""
+    if identity in ids:
+        hint = "pass a relative pattern such as 'photos/*/*.jpg', whose ids are whole paths, or a .jsonl file with ids"
+        raise invalid(InputError, "inputs", "a different id for each", f"{identity} twice", hint)

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from ..checks import check_float, check_int, check_type
+from ..checks import TYPE_NAMES, as_path, check_int
 from ..choices import CHECKPOINT, DTYPES, EMOJI_STEPS, FLAG_NOTES, SCHEDULERS, STEPS
-from ..errors import InputError, invalid, short_repr
+from ..errors import InputError, InputTypeError, invalid, short_repr
 from ..limits import MAX_SEED
 from ..loading import is_emoji
+from ..pipeline.arguments import check_option, check_scale
 from ..records.files import FORMATS
 
-LAYOUTS = ("files", "tar")
-SEEDS = ("own", "same")
-MAX_BATCH = 4096
+MAXIMA = {"n": 10**6, "batch": 4096, "shard": 10**6, "steps": 10**6, "threads": 1024, "height": 2**16, "width": 2**16}
+CHOICES = {
+    "scheduler": tuple(SCHEDULERS),
+    "dtype": ("auto", *DTYPES),
+    "seeds": ("own", "same"),
+    "on_flagged": tuple(FLAG_NOTES),
+    "format": ("files", "tar"),
+    "save": tuple(FORMATS),
+}
+OPTIONAL = {"revision", "scheduler", "threads", "steps", "height", "width"}
+"""Settings that may be None: as the checkpoint has it, or for `threads` as many as PyTorch takes at first."""
 
 
 @dataclass(frozen=True)
@@ -54,41 +61,37 @@ class Settings:
     metadata: bool = True
 
     def __post_init__(self) -> None:
-        check_type("checkpoint", self.checkpoint, str, Path)
-        integers = {"n": 10**6, "batch": MAX_BATCH, "shard": 10**6, "steps": 10**6, "threads": 1024}
-        for name, high in integers.items():
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), low=1, high=high)
-        check_int("seed", self.seed, low=0, high=MAX_SEED - self.n + 1)
-        check_float("guidance", self.guidance, high=math.inf)
-        choices = {
-            "scheduler": (None, *SCHEDULERS),
-            "dtype": ("auto", *DTYPES),
-            "seeds": SEEDS,
-            "on_flagged": tuple(FLAG_NOTES),
-            "format": LAYOUTS,
-            "save": tuple(FORMATS),
-        }
-        for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
-                expected = f"one of {', '.join(map(str, accepted))}"
-                raise invalid(InputError, name, expected, short_repr(getattr(self, name)))
+        values: dict[str, Any] = {"guidance": check_scale("guidance", self.guidance)}
+        for name, high in MAXIMA.items():
+            value = getattr(self, name)
+            values[name] = None if value is None and name in OPTIONAL else check_int(name, value, high=high)
+        values["seed"] = check_int("seed", self.seed, low=0, high=MAX_SEED - values["n"] + 1)
+        for name in ("height", "width"):
+            if values[name] is not None and values[name] % 8:
+                raise invalid(InputError, name, "a multiple of 8", str(values[name]))
+        for name, kind in {"checkpoint": str, "device": str, "revision": str, "metadata": bool}.items():
+            if not isinstance(getattr(self, name), kind) and not (name in OPTIONAL and getattr(self, name) is None):
+                raise invalid(InputTypeError, name, TYPE_NAMES[kind], short_repr(getattr(self, name)))
+        for name, choices in CHOICES.items():
+            if not (name in OPTIONAL and getattr(self, name) is None):
+                check_option(name, getattr(self, name), choices)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the class is frozen
 
     @classmethod
     def resolved(cls, **options: Any) -> Settings:
         """Return settings whose paths and defaults do not depend on the folder or the checkpoint any more."""
         if unknown := options.keys() - {field.name for field in fields(cls)}:
-            raise invalid(InputError, min(unknown), "an option of a batch", short_repr(options[min(unknown)]))
-        settings = cls(**options)
-        emoji = is_emoji(str(settings.checkpoint))
-        if not emoji and os.path.exists(settings.checkpoint):  # workers may have another working folder
-            options["checkpoint"] = os.path.abspath(settings.checkpoint)
-        options["checkpoint"] = str(options.get("checkpoint", settings.checkpoint))
-        options["steps"] = settings.steps or (EMOJI_STEPS if emoji else STEPS)
-        if emoji and settings.dtype == "auto":
-            options["dtype"] = "float32"
-        if settings.threads is None:
-            options["threads"] = 1 if emoji else int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+            name = min(unknown)
+            raise invalid(InputTypeError, name, "an option of a batch", f"{name}={short_repr(options[name])}")
+        options["checkpoint"] = checkpoint = str(as_path("checkpoint", options.get("checkpoint", CHECKPOINT)))
+        if is_emoji(checkpoint):
+            options["steps"] = EMOJI_STEPS if options.get("steps") is None else options["steps"]
+            options["dtype"] = "float32" if options.get("dtype", "auto") == "auto" else options["dtype"]
+            options["threads"] = 1 if options.get("threads") is None else options["threads"]
+        elif os.path.exists(checkpoint):
+            options["checkpoint"] = os.path.abspath(checkpoint)  # workers may have another working folder
+        options["steps"] = STEPS if options.get("steps") is None else options["steps"]
         return cls(**options)
 
     def json_text(self) -> str:
@@ -99,7 +102,7 @@ class Settings:
         """Return the seed of variation k of the input with this id."""
         if self.seeds == "same":
             return self.seed + k
-        text = f"{self.seed}\n{k}\n".encode() + os.fsencode(item)
+        text = f"{self.seed}\n{k}\n{item}".encode(errors="surrogatepass")
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1  # 63 bits
 
     def call_options(self) -> dict[str, Any]:

@@ -6,13 +6,15 @@ the bytes of an image do not depend on its neighbours, of which some may be brok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checks import as_path
-from ..errors import ImvarError, OutOfMemoryError
+from ..errors import ImvarError, OutOfMemoryError, first_line, invalid
 from ..oom import explain_out_of_memory
 from .conditions import OF_ONE, Condition, arguments_of_call, kind_of_item, open_item
 from .inputs import Item
@@ -23,7 +25,6 @@ from .store import FullDiskError, Marker, Row, Store, rows_as_bytes, sha256
 from .write import FolderWriter, TarWriter, image_bytes, stems_of
 
 TRIES = 3
-MEMORY_HINT = "use a smaller --batch, in another output folder, as it changes the bytes of images"
 
 
 class StoppedError(Exception):
@@ -55,7 +56,13 @@ def run_shard(
     `OutOfMemoryError`.
     """
     store = out if isinstance(out, Store) else Store(as_path("out", out))
-    return ShardRun(store, plan, number, pipe, stop, tries).run()
+    try:
+        return ShardRun(store, plan, number, pipe, stop, tries).run()
+    finally:
+        if store is not out:
+            shutil.rmtree(store.temporary, ignore_errors=True)
+            with suppress(OSError):  # there are workers
+                store.temporary.parent.rmdir()
 
 
 class ShardRun:
@@ -67,7 +74,7 @@ class ShardRun:
         self.stems, self.journal = stems_of(self.items), Journal(store, number)
         self.rows: dict[tuple[int, int], Row] = {}
         self.errors: dict[int, str] = {}
-        self.bytes = 0
+        self.sizes: dict[tuple[int, int], int] = {}
 
     def run(self) -> Marker:
         for index, item in enumerate(self.items):
@@ -109,16 +116,16 @@ class ShardRun:
             raise StoppedError
         names = [self.items[index]["id"] for index in group]
         self.journal.note_begin(names)
-        conditions = self.open_items(group)
-        rows = [row if row[0] in conditions else None for row in layout.rows]
-        rows += [None] * (self.settings.batch - len(rows))
-        if conditions:
-            seeds = [0 if row is None else self.row_seed(*row) for row in rows]
-            of_rows = [None if row is None else conditions[row[0]] for row in rows]
-            arguments = arguments_of_call(of_rows, seeds, layout.is_of_one)
-            with explain_out_of_memory(MEMORY_HINT):
-                made = self.pipe(**arguments, **self.settings.call_options())
-            self.write_images(rows, seeds, made)
+        try:
+            with explain_memory(self.settings.batch):
+                self.make_rows(layout, self.open_items(group))
+        except (OutOfMemoryError, FullDiskError):  # by no fault of the items
+            with suppress(OSError):
+                self.journal.note_stop()
+            raise
+        except ImvarError:
+            self.journal.note_end(names)
+            raise
         self.journal.note_end(names)
 
     def open_items(self, group: Sequence[int]) -> dict[int, Condition]:
@@ -126,32 +133,46 @@ class ShardRun:
         conditions: dict[int, Condition] = {}
         for index in group:
             try:
-                with explain_out_of_memory(MEMORY_HINT):
-                    conditions[index] = open_item(self.items[index], self.pipe)
+                conditions[index] = open_item(self.items[index], self.pipe)
             except OutOfMemoryError:
                 raise
             except (ImvarError, OSError) as error:
                 self.errors[index] = str(error) or type(error).__name__
         return conditions
 
+    def make_rows(self, layout: CallLayout, conditions: Mapping[int, Condition]) -> None:
+        """Make and write the images of those rows of a layout whose items have conditions."""
+        if not conditions:
+            return
+        rows = [row if row[0] in conditions else None for row in layout.rows]
+        rows += [None] * (self.settings.batch - len(rows))
+        seeds = [0 if row is None else self.row_seed(*row) for row in rows]
+        of_rows = [None if row is None else conditions[row[0]] for row in rows]
+        arguments = arguments_of_call(of_rows, seeds, layout.is_of_one)
+        made = self.pipe(**arguments, **self.settings.call_options())
+        records = made.records if self.settings.metadata else [None] * len(rows)
+        if not layout.is_of_one:  # which row it is depends on the other items, and no byte of its file should
+            records = [record and record | {"call": record["call"] | {"row": 0, "image": 0}} for record in records]
+        self.write_images(rows, seeds, made, records)
+
     def row_seed(self, index: int, k: int) -> int:
         return self.settings.seed_of(self.items[index]["id"], k)
 
-    def write_images(self, rows: Sequence[tuple[int, int] | None], seeds: Sequence[int], made: Any) -> None:
+    def write_images(
+        self, rows: Sequence[tuple[int, int] | None], seeds: Sequence[int], made: Any, records: Sequence[Any]
+    ) -> None:
         """Write the images of the rows of a call."""
         flags, scores = made.nsfw_content_detected, getattr(made, "scores", None)
-        records = made.records if self.settings.metadata else None
         for position, row in enumerate(rows):
-            if row is not None:
-                index, k = row
-                image = made.images[position]
-                data = image_bytes(image, records[position] if records else None, self.settings.save)
-                entry = {"id": self.items[index]["id"], "k": k, "seed": seeds[position], "sha256": sha256(data)}
-                entry["flagged"] = bool(flags[position]) if flags else None
-                entry["bad_concepts"] = list(scores[position]["bad_concepts"]) if scores else None
-                entry |= self.writer.add(f"{self.stems[index]}-{k}.{self.settings.save}", data)
-                self.rows[row] = entry
-                self.bytes += len(data)
+            if row is None:
+                continue
+            index, k = row
+            data = image_bytes(made.images[position], records[position], self.settings.save)
+            entry = {"id": self.items[index]["id"], "k": k, "seed": seeds[position], "sha256": sha256(data)}
+            entry["flagged"] = bool(flags[position]) if flags else None
+            entry["bad_concepts"] = list(scores[position]["bad_concepts"]) if scores else None
+            self.rows[row] = entry | self.writer.add(f"{self.stems[index]}-{k}.{self.settings.save}", data)
+            self.sizes[row] = len(data)
 
     def write_results(self) -> Marker:
         """Write rows and marker."""
@@ -166,12 +187,24 @@ class ShardRun:
             made=len(made),
             errors=len(errors),
             flagged=sum(bool(row["flagged"]) for row in made),
-            bytes=self.bytes,
+            bytes=sum(size for (index, _), size in self.sizes.items() if index not in self.errors),
             data=digest,
         )
         self.store.finish_shard(marker, rows, files)
         self.journal.discard()
         return marker
+
+
+@contextmanager
+def explain_memory(batch: int) -> Iterator[None]:
+    """Turn any out-of-memory error inside the block into an `OutOfMemoryError` that names `batch`."""
+    try:
+        with explain_out_of_memory():
+            yield
+    except OutOfMemoryError as error:
+        got = first_line(error.__cause__ or error)
+        hint = "use a smaller --batch, in another output folder, as it changes the bytes of images"
+        raise invalid(OutOfMemoryError, "out of memory", f"enough for calls of {batch} rows", got, hint) from error
 
 
 def call_layouts(settings: Settings, items: Sequence[Item]) -> Iterator[CallLayout]:

@@ -16,7 +16,7 @@ from ..records.files import write_image
 from .inputs import Item
 from .store import Row, Store, file_sha256, listed, rows_as_bytes, sha256
 
-MAX_STEM = 100  # characters
+MAX_STEM = 64  # bytes; with its numbers and suffix a name fits into the 100 of a tar file
 NOT_IN_NAMES = re.compile(r"[^\w+=@~^-]")  # dots neither: webdataset ends a name at its first
 
 
@@ -84,13 +84,15 @@ def stem_of_id(identity: str) -> str:
     """Return the name that an id would give a file."""
     stem, suffix = os.path.splitext(identity)
     stem = stem if suffix.lower() in SUFFIXES | {".safetensors"} else identity
-    stem = NOT_IN_NAMES.sub("_", stem.encode("utf-8", "replace").decode())
-    return stem if len(stem.encode()) <= MAX_STEM else f"{stem[: MAX_STEM // 4]}-{sha256(os.fsencode(identity))[:16]}"
+    name = NOT_IN_NAMES.sub("_", stem).encode()
+    if len(name) <= MAX_STEM:
+        return name.decode()
+    digest = sha256(identity.encode(errors="surrogatepass"))[:16]
+    return f"{name[: MAX_STEM - 17].decode(errors='ignore')}-{digest}"
 
 
 def image_bytes(image: Any, record: Any, format: str) -> bytes:
     """Return the file of an image, with its record if there is one."""
-
     buffer = io.BytesIO()
     write_image(image, buffer, record=record, format=format)
     return buffer.getvalue()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import schedulers
-from ..embeddings import augment, mix, slerp
+from ..embeddings import augment, join_embeds, mix, slerp
 from ..errors import InputError, invalid, short_repr
 from ..pipeline import StableDiffusionImageVariationPipeline
 from ..records.digests import pixels_digest
@@ -180,9 +180,7 @@ def recorded_call(record: Record, inputs: Sequence[InputImage], pipe: Any, alone
     if main and not main[0][1].is_embedding and not main[0][0].keys() & {*OPERATIONS, "preprocess"}:
         arguments["image"] = [main[0][1].photo()] * images
     elif main:
-        arguments["image_embeds"] = (
-            embedding_of(main, pipe).expand(images, -1, -1) if images > 1 else embedding_of(main, pipe)
-        )
+        arguments["image_embeds"] = join_embeds([embedding_of(main, pipe)] * images)
     if negative := by_role.get("negative"):
         arguments["negative_image_embeds"] = embedding_of(negative, pipe)
     for role, name in {"init": "init_image", "mask": "mask_image"}.items():
