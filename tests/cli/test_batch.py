@@ -15,7 +15,7 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("needs signals and a pseudo-terminal", allow_module_level=True)
 
-from imvar import batch, bundled_examples
+from imvar import batch, bundled_examples, cli
 from imvar.batch.worker import work
 from imvar.cli.batch import use_gpu_of_rank
 from tests.support.terminal import run_in_terminal
@@ -57,6 +57,12 @@ def imvar_batch(cwd, *args):
     return end(start(cwd, *args))
 
 
+def here(capsys, *args):
+    """Run `imvar batch` in this process, and return the same."""
+    status = cli.main(["batch", *map(str, args)])
+    return status, *capsys.readouterr()
+
+
 def rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -66,7 +72,7 @@ def images(out):
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.glob("images/*/*/*")}
 
 
-def test_from_a_broken_photo_to_a_larger_batch(folder):
+def test_from_a_broken_photo_to_a_larger_batch(folder, capsys):
     out, broken = folder / "out", folder / "photos" / "broken.png"
     broken.write_text("not an image")
 
@@ -95,14 +101,14 @@ def test_from_a_broken_photo_to_a_larger_batch(folder):
 
     spoiled = next(iter(sorted(made)))
     (out / spoiled).write_bytes(made[spoiled][:-1])
-    status, printed, errors = imvar_batch(folder, "verify", "out")
+    status, printed, errors = here(capsys, "verify", out)
     assert (status, printed) == (75, spoiled + "\n")
     assert errors.startswith("imvar: files: expected the bytes that were written, got 1 with other bytes or missing; ")
     assert imvar_batch(folder, "join", "out", "-q") == (0, "", "")
     assert images(out) == made
-    assert imvar_batch(folder, "verify", "out") == (0, "", "")
+    assert here(capsys, "verify", out) == (0, "", "")
 
-    status, _, errors = imvar_batch(folder, "run", "photos", "-o", "out", *OPTIONS, "--guidance", "4")
+    status, _, errors = here(capsys, "run", folder / "photos", "-o", out, *OPTIONS, "--guidance", "4")
     assert status == 2
     assert "got another (its value and this command's): guidance: 3.0 and 4.0; use another -o FOLDER" in errors
 
@@ -171,8 +177,9 @@ def test_the_progress_on_a_terminal_is_one_line_that_fits(folder):
     assert shown[-1] == f"3/3 shards, 6 images: {folder / 'out' / 'manifest.jsonl'}"
 
 
-def test_files_of_shared_conditions_are_checked_first(folder):
-    status, _, errors = imvar_batch(folder, "run", "photos", "-o", "out", "--negative", "nowhere.png")
+def test_files_of_shared_conditions_are_checked_first(folder, capsys):
+    arguments = (folder / "photos", "-o", folder / "out", "--negative", "nowhere.png")
+    status, _, errors = here(capsys, "run", *arguments)
     assert (status, errors) == (2, "imvar: --negative: expected an image file, got 'nowhere.png'\n")
     assert not (folder / "out").exists()
 
