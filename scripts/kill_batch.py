@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill test of `imvar batch`: kill its processes at random moments, spoil its files, and compare with a quiet run.
 
-    python scripts/kill_batch.py [--rounds 5] [--seed 0] [--photos 6] [--format files tar] [--keep] [ROW ...]
+    python scripts/kill_batch.py [--rounds 5] [--seed 0] [--photos 6] [--format files|tar|both] [--keep] [ROW ...]
 
 Each round is a batch of drawings by imvar-emoji, of which one is broken, with 3 variations each in shards of 2. At its
 end the whole output folder has to be that of one worker that was left alone: the same files with the same bytes, every
@@ -36,21 +36,26 @@ from tests.support.crashes import mount, run_in_child
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120  # seconds for one command
 HOOK = """
-import os, signal, sys
+import os, signal, sys, time
 
 def hook(event, args):
     path = args[0] if event == "open" else None
-    if isinstance(path, (str, os.PathLike)) and (name := os.fspath(path)).startswith(os.environ["KILL_BATCH_PHOTOS"]):
-        if sys._getframe(1).f_code.co_name != "checked_offsets" and "join" in sys.orig_argv:
-            os.write(log, f"{os.getpid()} {os.path.basename(name)}\\n".encode())
-            if os.path.basename(name) == os.environ.get("KILL_BATCH_POISON"):
-                os.kill(os.getpid(), signal.SIGKILL)
+    if isinstance(path, (str, os.PathLike)):
+        folder, name = os.path.split(os.fspath(path))
+        if folder == os.environ["KILL_BATCH_PHOTOS"]:
+            os.write(log, f"{os.getpid()} {name}\\n".encode())
+        if name == os.environ.get("KILL_BATCH_POISON"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == os.environ.get("KILL_BATCH_HANG"):
+            os.write(log, f"{os.getpid()} hang\\n".encode())
+            time.sleep(1000)
 
-log = os.open(os.environ["KILL_BATCH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-sys.addaudithook(hook)
+if "join" in sys.orig_argv:
+    log = os.open(os.environ["KILL_BATCH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    sys.addaudithook(hook)
 """
-"""A sitecustomize.py, which Python imports at its start: logs which process opens which photo, and ends the process,
-as a decoder that crashes does, when it opens the photo that the environment names."""
+"""A sitecustomize.py, which Python imports at its start: in workers it logs which photo is opened, and for the file
+that the environment names it kills the process, as a decoder that crashes does, or hangs, as a network disk does."""
 
 
 class RoundError(AssertionError):
@@ -60,6 +65,11 @@ class RoundError(AssertionError):
 def check(condition: Any, text: Any) -> None:
     if not condition:
         raise RoundError(text)
+
+
+def accept_interrupts() -> None:
+    """Undo what a shell does for jobs in the background, as this may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -124,11 +134,11 @@ class Round:
 
     # Processes
 
-    def start(self, *arguments: str, poison: str | None = None) -> subprocess.Popen[bytes]:
-        """Start an action of `imvar batch`."""
+    def start(self, *arguments: str, poison: str = "", hang: str = "") -> subprocess.Popen[bytes]:
+        """Start an action of `imvar batch`, with the name of a file that kills its workers, or lets them hang."""
         path = os.pathsep.join(filter(None, [str(self.bench.hooks), str(ROOT), os.environ.get("PYTHONPATH")]))
         own = {"KILL_BATCH_PHOTOS": str(self.bench.photos), "KILL_BATCH_LOG": str(self.log), "OMP_NUM_THREADS": "1"}
-        own |= {"KILL_BATCH_POISON": poison} if poison else {}
+        own |= {"KILL_BATCH_POISON": poison, "KILL_BATCH_HANG": hang}
         with self.errors.open("ab") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "imvar", "batch", *arguments],
@@ -137,15 +147,16 @@ class Round:
                 stderr=errors,
                 env={**os.environ, "PYTHONPATH": path, **own},
                 start_new_session=True,
+                preexec_fn=accept_interrupts,
             )
         self.processes.append(process)
         return process
 
-    def run(self, jobs: int = 1, *more: str, poison: str | None = None) -> subprocess.Popen[bytes]:
+    def run(self, jobs: int = 1, *more: str, **bad: str) -> subprocess.Popen[bytes]:
         """Start the command of the batch."""
         settings = f"--checkpoint imvar-emoji -n 3 --steps 2 --batch 2 --shard {self.bench.shard} --max-errors 1"
         options = [*settings.split(), "--format", self.layout, "-j", str(jobs), *more]
-        return self.start("run", str(self.bench.photos), "-o", str(self.out), *options, poison=poison)
+        return self.start("run", str(self.bench.photos), "-o", str(self.out), *options, **bad)
 
     def end(self, process: subprocess.Popen[bytes], status: int = 0) -> None:
         """Wait for the end of a process, which has to have this status, and not an error of Python's."""
@@ -192,10 +203,21 @@ class Round:
     def made_again(self) -> int:
         """Return how many shards were begun once more, by another process."""
         processes = defaultdict(set)
-        for line in self.log.read_text().splitlines() if self.log.exists() else ():
-            process, name = line.split()
-            processes[self.bench.names.index(name) // self.bench.shard].add(process)
+        for process, name in self.opened():
+            if name in self.bench.names:
+                processes[self.bench.names.index(name) // self.bench.shard].add(process)
         return sum(len(those) - 1 for those in processes.values())
+
+    def opened(self) -> list[tuple[str, str]]:
+        """Return which process opened which photo, in order."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [(process, name) for process, name in map(str.split, lines)]
+
+    def check_left(self) -> None:
+        """Check that no process, claim or temporary file is left."""
+        check(not self.workers(), "workers have not left")
+        left = [*self.out.glob("claims*"), *self.out.glob("workers*"), *self.out.rglob("*.tmp")]
+        check(not left, f"left: {left}")
 
     def check_equal(self) -> None:
         """Check that the output folder is that of a quiet run, and that no work was done again without a cause."""
@@ -303,8 +325,7 @@ def markers_spoiled(r: Round) -> None:
     r.spoiled = 2
     r.end(r.run(1))
     r.check_equal()
-    opened = {line.split()[1] for line in r.log.read_text().splitlines()}
-    made = {r.bench.names.index(name) // r.bench.shard for name in opened}
+    made = {r.bench.names.index(name) // r.bench.shard for _, name in r.opened()}
     check(made == {int(path.stem) for path in markers[:3]}, f"other shards were made: {made}")
 
 
@@ -329,7 +350,7 @@ def poison(r: Round) -> None:
     """A photo that kills every process that opens it."""
     name = r.rng.choice([name for name in r.bench.names if name != "broken.png"])
     r.end(r.run(2, poison=name))
-    deaths = sum(line.split()[1] == name for line in r.log.read_text().splitlines())
+    deaths = sum(opened == name for _, opened in r.opened())
     check(1 <= deaths <= 4, f"{deaths} deaths")
     r.lost = deaths
     check(r.made_again() <= deaths, f"{r.made_again()} shards made again")
@@ -387,10 +408,42 @@ def terminated(r: Round) -> None:
     r.lost = len(r.workers())
     driver.terminate()
     r.end(driver, 143 if driver.poll() is None else 0)
-    check(not r.workers(), "workers have not left")
-    left = [*r.out.glob("claims*"), *r.out.glob("workers*"), *r.out.rglob("*.tmp")]
-    check(not left, f"left: {left}")
+    r.check_left()
     r.end(r.run(2))
+    r.check_equal()
+
+
+def terminated_while_loading(r: Round) -> None:
+    """SIGTERM of the driver while its worker waits for a file of the model; the same command."""
+    driver = r.run(1, hang="model_index.json")
+    r.until(lambda: "hang" in [name for _, name in r.opened()])
+    driver.terminate()
+    r.end(driver, 143)
+    r.check_left()
+    r.end(r.run(1))
+    r.check_equal()
+
+
+def interrupted_twice(r: Round) -> None:
+    """Ctrl-C while a worker waits for a photo, which would take for ever, and once more; the same command."""
+    driver = r.run(1, hang=r.rng.choice(r.bench.names))
+    r.until(lambda: "hang" in [name for _, name in r.opened()])
+    driver.send_signal(signal.SIGINT)
+    time.sleep(1)
+    check(driver.poll() is None, "the first interrupt did not wait for the worker")
+    driver.send_signal(signal.SIGINT)
+    r.end(driver, 130)
+    r.check_left()
+    r.lost = 1
+    r.end(r.run(1))
+    r.check_equal()
+
+
+def given_up(r: Round) -> None:
+    """A model whose loading kills every worker: exit status 70; then the same command with one that does not."""
+    r.end(r.run(1, "--tries", "1", poison="model_index.json"), 70)
+    r.check_left()
+    r.end(r.run(1))
     r.check_equal()
 
 
@@ -402,16 +455,19 @@ def skewed_clocks(r: Round) -> None:
         here = process_name(dead.pid)
     hour = 3600 * r.rng.uniform(0.1, 1000)
     other_boot = here.replace(machine(), "0123456789ab")
-    owners = {here: 0.0, other_boot: -hour, "elsewhere-fedcba987654-1-1-00000000": hour, "written by hand": -hour}
+    host, digest, pid, *_ = process_name().split("-")
+    reused = f"{host}-{digest}-{pid}-1-00000000"  # a living process has its number
+    elsewhere = [f"elsewhere-fedcba987654-{number}-1-00000000" for number in range(3)]
+    owners = {here: 0.0, reused: 0.0, other_boot: -hour, elsewhere[0]: hour, "written by hand": -hour}
     for number, (owner, seconds) in enumerate(owners.items()):
         (r.out / "workers" / owner).mkdir(parents=True)
         (r.out / "workers" / owner / "0000000").write_bytes(b"cut")
         (r.out / "claims" / f"{number % r.shards:07d}").write_text(owner)
         move_clock(r.out / "workers" / owner, seconds)
-    (r.out / "claims" / f"{r.shards - 1:07d}").write_text("elsewhere-fedcba987654-2-2-00000000")  # without a folder
-    (r.out / ".plan.elsewhere-fedcba987654-1-1-00000000.tmp").mkdir()
-    move_clock(r.out / ".plan.elsewhere-fedcba987654-1-1-00000000.tmp", hour)
-    living = "elsewhere-fedcba987654-3-3-00000000"
+    (r.out / "claims" / f"{r.shards - 1:07d}").write_text(elsewhere[1])  # without a folder
+    (r.out / f".plan.{elsewhere[0]}.tmp").mkdir()
+    move_clock(r.out / f".plan.{elsewhere[0]}.tmp", hour)
+    living = elsewhere[2]
     (r.out / "workers" / living).mkdir()
     (r.out / "claims" / f"{0:07d}").write_text(living)
     driver = r.run(2)
@@ -439,6 +495,9 @@ ROWS = {
     "poison": poison,
     "full disk": full_disk,
     "terminated": terminated,
+    "terminated while loading": terminated_while_loading,
+    "interrupted twice": interrupted_twice,
+    "given up": given_up,
     "skewed clocks": skewed_clocks,
 }
 
@@ -460,7 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the random moments")
     parser.add_argument("--photos", type=int, default=6, metavar="N", help="5 or more")
-    parser.add_argument("--format", nargs="+", choices=("files", "tar"), default=["files", "tar"], metavar="F")
+    parser.add_argument("--format", choices=("files", "tar", "both"), default="both")
     parser.add_argument("--keep", action="store_true", help="keep the folders, and print where they are")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     args = parser.parse_args(arguments)
@@ -470,10 +529,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| row | format | rounds | equal | workers lost | shards made again | seconds |", "|---" * 7 + "|", sep="\n")
     try:
         bench = Bench(folder, args.photos)
-        for layout in args.format:
+        layouts = ("files", "tar") if args.format == "both" else (args.format,)
+        for layout in layouts:
             bench.expected(layout)
         for row in args.rows or ROWS:
-            for layout in args.format:
+            for layout in layouts:
                 start = time.monotonic()
                 results = list(rounds_of(bench, row, layout, args.rounds, args.seed))
                 equal, lost, again = (

@@ -67,21 +67,32 @@ def spoiled_files(store: Store, plan: Plan) -> Iterator[tuple[int, str]]:
                     yield number, row["file"]
 
 
-def write_manifest(store: Store, plan: Plan) -> None:
-    """Write the rows of all shards, those of images and those of errors each into a file."""
+def write_manifest(store: Store, plan: Plan) -> bool:
+    """Write the rows of all shards, those of images and those of errors each into a file.
+
+    Returns False if a shard has been opened again since its marker was checked.
+    """
     failed: list[bytes] = []
-    store.put(store.folder / MANIFEST, manifest_lines(store, plan, failed))
+    bad: list[int] = []
+    store.put(store.folder / MANIFEST, manifest_lines(store, plan, failed, bad))
     store.put(store.folder / ERRORS, failed)
     store.flush_files([store.folder / MANIFEST, store.folder / ERRORS])
+    return not bad
 
 
-def manifest_lines(store: Store, plan: Plan, failed: list[bytes]) -> Iterator[bytes]:
-    """Yield the rows of all images, with the number of the shard, and append those of errors to `failed`."""
+def manifest_lines(store: Store, plan: Plan, failed: list[bytes], bad: list[int]) -> Iterator[bytes]:
+    """Yield the rows of all images, with the number of the shard; append those of errors to `failed`.
+
+    Shards without rows are appended to `bad`.
+    """
     for number, marker in markers(store, plan):
-        if marker:
-            lines = [b'%s,"shard":%d}\n' % (line[:-1], number) for line in store.row_lines(marker) or ()]
-            yield from lines[: marker.made]
-            failed += lines[marker.made :]
+        found = marker and store.row_lines(marker)
+        if marker is None or found is None:
+            bad.append(number)
+            continue
+        lines = [b'%s,"shard":%d}\n' % (line[:-1], number) for line in found]
+        yield from lines[: marker.made]
+        failed += lines[marker.made :]
 
 
 def batch_report(store: Store, plan: Plan) -> Report:

@@ -125,12 +125,12 @@ class Store:
             raise invalid(FullDiskError, path or self.folder, "room on the disk", got, MORE_ROOM) from error
 
     def flush_files(self, paths: Iterable[Path]) -> None:
-        """Flush files, and the folders that they are in, to the disk."""
-        folders = set()
+        """Flush files to the disk, and the folders that lead to them."""
+        folders: set[Path] = set()
         with self.explain_full_disk():
             for path in paths:
                 sync(path)
-                folders.add(path.parent)
+                folders |= {folder for folder in path.parents if folder.is_relative_to(self.folder)}
             for folder in folders:
                 sync(folder)
 

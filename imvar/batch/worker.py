@@ -130,10 +130,12 @@ class Loop:
                 return False  # the other parts are not done
             else:
                 self.bad = {number for number in range(len(self.plan)) if is_bad(self.store, self.plan, number)}
-                if not self.bad:
-                    write_manifest(self.store, self.plan)
+                if not self.bad and write_manifest(self.store, self.plan):
                     self.worker.clean_up()
                     return True
+                for number in self.bad:
+                    if number not in self.part:
+                        self.store.reopen(number)
 
     def make_shard(self, number: int) -> bool:
         """Make a shard unless it is done or claimed; return whether it was made."""

@@ -41,8 +41,7 @@ class Worker:
         self.ended.set()
         self.signs.join()  # which may be about to make the folder again
         for name in listed(self.claims):
-            if self.owner(name) == self.name:
-                self.remove_claim(name, self.name)
+            self.remove_claim(name, self.name)
         shutil.rmtree(self.folder, ignore_errors=True)
         for folder in (self.folder.parent, self.claims):
             with suppress(OSError):  # there are other workers
@@ -100,15 +99,14 @@ class Worker:
 
     def release(self, number: int) -> None:
         """Give up a claim, unless another worker has taken it over."""
-        name = f"{number:07d}"
-        if self.owner(name) == self.name:
-            self.remove_claim(name, self.name)
+        self.remove_claim(f"{number:07d}", self.name)
 
     def remove_claim(self, name: str, owner: str) -> None:
         """Remove a claim if it is that of `owner`, and not by now the one of a worker that has taken it over."""
         taken = self.folder / f"{CLAIM}-{os.urandom(8).hex()}"
         try:
-            (self.claims / name).rename(taken)  # of several processes one succeeds
+            if self.owner(name) == owner:
+                (self.claims / name).rename(taken)  # of several processes one succeeds
         except OSError:
             return
         with suppress(OSError):
