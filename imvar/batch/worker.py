@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 from ..errors import InputError, invalid, short_repr
 from .environment import pipeline_of
 from .finish import bytes_needed, is_bad, write_manifest
+from .journal import Journal
 from .planning import Plan, open_plan
 from .shard import TRIES, StoppedError, run_shard
 from .store import FULL, MORE_ROOM, FullDiskError, full_disk_text
@@ -52,9 +54,10 @@ class Stop:
         return bool(self.signal)
 
     def handle(self, number: int, _: Any = None) -> None:
-        """Note a signal; within `interrupting`, raise `KeyboardInterrupt`."""
+        """Note a signal; within `interrupting`, and at a second Ctrl-C, raise `KeyboardInterrupt`."""
+        is_second = self.signal and number == signal.SIGINT
         self.signal = self.signal or number
-        if self.at_once:
+        if self.at_once or is_second:
             raise KeyboardInterrupt
 
     @contextmanager
@@ -153,6 +156,9 @@ class Loop:
             run_shard(self.store, self.plan, number, self.pipe, self.stop, self.tries)
             self.bad.discard(number)
             return True
+        except KeyboardInterrupt:  # within a call, whose inputs are not to blame
+            Journal(self.store, number).note_stop()
+            raise
         finally:
             self.worker.release(number)
 

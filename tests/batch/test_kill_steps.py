@@ -10,6 +10,9 @@ from functools import cache
 
 import pytest
 
+if sys.platform == "win32":
+    pytest.skip("needs fork", allow_module_level=True)
+
 import imvar
 from imvar import batch
 from imvar.batch.environment import check_environment

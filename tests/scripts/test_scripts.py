@@ -41,6 +41,7 @@ def test_help():
         "evaluate_emoji.py",
         "fit_preview.py",
         "gallery.py",
+        "kill_batch.py",
         "mutation_test.py",
         "sampler_figure.py",
         "train_emoji",
