@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_int
 from ..errors import ImvarError, InputError, invalid, short_repr
 from .exits import DONE, EXPECTED, GIVEN_UP, MEANINGS
 from .finish import Report, batch_report
@@ -40,7 +41,7 @@ class BatchError(ImvarError):
 def run(
     inputs: str | Path | Iterable[str | Path],
     out: str | Path,
-    checkpoint: str | None = None,
+    checkpoint: str | Path | None = None,
     *,
     shared: Item | None = None,
     jobs: int | None = None,
@@ -62,7 +63,7 @@ def run(
 
     Raises `InputError` as `make_plan`, and `BatchError` where workers cannot work.
     """
-    options = settings if checkpoint is None else {"checkpoint": str(checkpoint), **settings}
+    options = settings if checkpoint is None else {"checkpoint": checkpoint, **settings}
     plan = make_plan(inputs, out, shared=shared, **options)
     return drive(plan.folder.parent, jobs=jobs, gpus=gpus, part=part, tries=tries, progress=progress)
 
@@ -112,7 +113,7 @@ class Driver:
         progress: Callable[[Report], None] | None,
     ):
         self.plan, self.gpus, self.part, self.tries, self.progress = plan, gpus, part, tries, progress
-        self.jobs = jobs or len(gpus) or 1
+        self.jobs = len(gpus) or 1 if jobs is None else check_int("jobs", jobs)
         self.store = Store(plan.folder.parent)
         self.workers: dict[int, subprocess.Popen[bytes]] = {}
         self.progress_at_death = dict.fromkeys(range(self.jobs), self.signs_of_progress())

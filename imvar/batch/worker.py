@@ -133,7 +133,9 @@ class Loop:
                 return False  # the other parts are not done
             else:
                 self.bad = {number for number in range(len(self.plan)) if is_bad(self.store, self.plan, number)}
-                if not self.bad and write_manifest(self.store, self.plan):
+                if len(plan := open_plan(self.store.folder)) > len(self.plan):  # it was extended
+                    self.plan = plan
+                elif not self.bad and write_manifest(self.store, self.plan):
                     self.worker.clean_up()
                     return True
                 for number in self.bad:

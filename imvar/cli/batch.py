@@ -33,7 +33,7 @@ from ..batch.shard import StoppedError
 from ..batch.store import FULL, FullDiskError, Store
 from ..batch.worker import PartOf, Stop, work
 from ..batch.workers import Worker
-from ..errors import ImvarError, InputError, OutOfMemoryError, invalid, short_repr
+from ..errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, invalid, short_repr
 
 WATCH = 2.0  # seconds
 SETTINGS = ("checkpoint", "revision", "scheduler", "dtype", "device", "threads", "n", "seed", "seeds", "steps")
@@ -61,12 +61,13 @@ def run(args: argparse.Namespace) -> int:
         return fail(FULL_DISK, error)
     except BatchError as error:
         return fail(error.status, error)
-    except InputError as error:
-        return fail(MISUSED, error)
-    except OSError as error:
-        if error.errno not in FULL:
+    except (InputError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error
+        if isinstance(cause, OSError) and cause.errno in FULL:
+            return fail(FULL_DISK, error)
+        if not isinstance(error, (InputError, CheckpointError)):
             raise
-        return fail(FULL_DISK, error)
+        return fail(MISUSED, error)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -70,6 +70,9 @@ def test_a_checkpoint_that_was_moved(photos, folder):
         make(photos, moved)
     with pytest.raises(CheckpointError, match=re.escape(str(folder))):
         batch.pipeline_of(plan)
+    with pytest.raises(batch.BatchError) as error:  # at once: another start would not help
+        batch.drive(plan.folder.parent)
+    assert error.value.status == 2
 
 
 def test_threads_dtype_and_device_are_those_of_the_first_worker(photos, checkpoint):

@@ -128,6 +128,8 @@ def test_all_of_imvar_loads_no_other_library():
         "httpx",
         "httpx2",
         "torch._dynamo",
+        "pyarrow",
+        "imvar.batch",
     }
     assert loaded >= DEPENDENCIES
     assert not heavy & loaded

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from imvar import batch, bundled_examples
-from imvar.batch.inputs import CONDITIONS
+from imvar.batch.inputs import CHECKS
 from imvar.batch.worker import work
 from imvar.cli.parser import command_parser
 
@@ -205,7 +205,7 @@ def test_the_kubernetes_job():
 def test_the_keys_of_lists():
     rows = PAGE.partition("| key | value |")[2].partition("\n\n")[0].splitlines()[2:]
     keys = {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])}
-    assert keys == CONDITIONS | {"id"}
+    assert keys == CHECKS.keys() | {"id"}
 
 
 def test_the_exit_statuses():
