@@ -50,7 +50,7 @@ def hook(event, args):
             os.write(log, f"{os.getpid()} hang\\n".encode())
             time.sleep(1000)
 
-if "join" in sys.orig_argv:
+if any(word == "join" or "default_worker" in word for word in sys.orig_argv):  # the latter of Ray
     log = os.open(os.environ["KILL_BATCH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     sys.addaudithook(hook)
 """

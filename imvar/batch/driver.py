@@ -24,6 +24,7 @@ from .store import Store, json_lines, listed
 from .worker import PartOf
 from .workers import Worker
 
+ENGINES = ("local", "ray")
 POLL = 0.2  # seconds
 PAUSE = 1.0  # seconds before a dead worker is started again
 MORE_STARTS = 3  # than tries, without progress, after which the driver gives up
@@ -48,6 +49,9 @@ def run(
     gpus: str | Sequence[int] | None = None,
     part: str | None = None,
     tries: int = TRIES,
+    engine: str = "local",
+    address: str | None = None,
+    gpus_per_worker: float = 1.0,
     progress: Callable[[Report], None] | None = None,
     **settings: Any,
 ) -> Report:
@@ -59,13 +63,29 @@ def run(
         gpus: the numbers of the GPUs that the workers use in turn, or "all".
         part: "I/N" to make only shards I, I + N, I + 2 N, ...
         tries: how often workers may die at an input alone before that becomes an error.
+        engine: "local" for processes of this machine, "ray" for actors on a Ray cluster, by default one for each share
+            of a GPU or, without GPUs, for each node.
+        address: of the Ray cluster, "auto" or "HOST:PORT"; by default RAY_ADDRESS, or a cluster of this machine alone
+            that is started and ended.
+        gpus_per_worker: the share of a GPU that an actor has, such as 0.5.
         progress: a function that is called with the report whenever that has changed.
 
     Raises `InputError` as `make_plan`, and `BatchError` where workers cannot work.
     """
+    check_engine(engine, address, gpus, gpus_per_worker)
     options = settings if checkpoint is None else {"checkpoint": checkpoint, **settings}
     plan = make_plan(inputs, out, shared=shared, **options)
-    return drive(plan.folder.parent, jobs=jobs, gpus=gpus, part=part, tries=tries, progress=progress)
+    return drive(
+        plan.folder.parent,
+        jobs=jobs,
+        gpus=gpus,
+        part=part,
+        tries=tries,
+        engine=engine,
+        address=address,
+        gpus_per_worker=gpus_per_worker,
+        progress=progress,
+    )
 
 
 def drive(
@@ -75,12 +95,46 @@ def drive(
     gpus: str | Sequence[int] | None = None,
     part: str | None = None,
     tries: int = TRIES,
+    engine: str = "local",
+    address: str | None = None,
+    gpus_per_worker: float = 1.0,
     progress: Callable[[Report], None] | None = None,
 ) -> Report:
     """Work on the existing plan of `out` with worker processes, as `run` does."""
-    plan = open_plan(out)
-    Driver(plan, jobs, gpu_list(gpus), PartOf.from_text(part) if part else PartOf(), tries, progress).run()
+    check_engine(engine, address, gpus, gpus_per_worker)
+    plan, part_of = open_plan(out), PartOf.from_text(part) if part else PartOf()
+    if engine == "ray":
+        from .on_ray import drive_on_ray
+
+        drive_on_ray(plan, address, jobs, gpus_per_worker, part_of, tries, progress)
+    else:
+        Driver(plan, jobs, gpu_list(gpus), part_of, tries, progress).run()
     return batch_report(Store(plan.folder.parent), plan)
+
+
+def check_engine(
+    engine: str, address: str | None, gpus: str | Sequence[int] | None, gpus_per_worker: float = 1.0
+) -> None:
+    """Raise `InputError` for options of one engine with the other, and without the package of the engine."""
+    if engine not in ENGINES:
+        raise invalid(InputError, "engine", " or ".join(ENGINES), short_repr(engine))
+    if not 0 < gpus_per_worker <= 1:
+        raise invalid(
+            InputError, "gpus_per_worker", "a share of a GPU, above 0 and up to 1", short_repr(gpus_per_worker)
+        )
+    if engine == "ray":
+        from .on_ray import import_ray
+
+        if gpus is not None:
+            hint = "Ray places the workers; see gpus_per_worker"
+            raise invalid(InputError, "gpus", "none with the engine ray", short_repr(gpus), hint)
+        import_ray()
+    elif address is not None:
+        raise invalid(InputError, "address", "none with the engine local", short_repr(address), "use the engine ray")
+    elif gpus_per_worker != 1:
+        raise invalid(
+            InputError, "gpus_per_worker", "1 with the engine local", short_repr(gpus_per_worker), "use the engine ray"
+        )
 
 
 def gpu_list(gpus: str | Sequence[int] | None) -> list[str]:
@@ -130,7 +184,7 @@ class Driver:
                 time.sleep(POLL)
                 self.show()
                 for slot in sorted(running):
-                    status = self.workers[slot].poll()
+                    status = self.poll_worker(slot)
                     if status == DONE:
                         running.discard(slot)
                     elif status is not None:
@@ -150,10 +204,18 @@ class Driver:
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
         )
 
+    def poll_worker(self, slot: int) -> int | None:
+        """Return the exit status of a worker, None while it works."""
+        return self.workers[slot].poll()
+
+    def reason_of_end(self, slot: int, status: int) -> str:
+        """Return why a worker has ended, for a message."""
+        return MEANINGS.get(status, f"status {status}")
+
     def after_death(self, slot: int, status: int) -> None:
         """Start a dead worker again, unless it said why it ended, or starts are in vain."""
         if status in EXPECTED:
-            raise invalid(BatchError, "worker", "an end of its work", MEANINGS[status], status=status)
+            raise invalid(BatchError, "worker", "an end of its work", self.reason_of_end(slot, status), status=status)
         signs, before = self.signs_of_progress(), self.progress_at_death[slot]
         has_progressed = (signs.done, signs.ended) != (before.done, before.ended)
         if has_progressed:
@@ -162,7 +224,8 @@ class Driver:
         has_begun = signs.begun > before.begun and not has_progressed
         limit = BAD_INPUTS * (self.tries + 1) if has_begun else self.tries + MORE_STARTS
         if self.starts_in_vain[slot] >= limit:
-            got = f"{self.starts_in_vain[slot]} that died one after the other, the last with status {status}"
+            last = self.reason_of_end(slot, status)
+            got = f"{self.starts_in_vain[slot]} that died one after the other, the last with {last}"
             hint = "imvar batch status says what is done; the same command goes on"
             raise invalid(BatchError, "workers", "one that makes a shard", got, hint, status=GIVEN_UP)
         time.sleep(PAUSE)

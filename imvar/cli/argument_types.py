@@ -43,6 +43,7 @@ def float_arg(text: str, low: float = -math.inf, high: float = math.inf) -> floa
 
 
 fraction_arg = partial(float_arg, low=0, high=1)
+share_arg = partial(float_arg, low=0.01, high=1)
 guidance_arg = partial(float_arg, low=0)
 
 

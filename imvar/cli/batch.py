@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import batch
-from ..batch.driver import BatchError
+from ..batch.driver import BatchError, check_engine
 from ..batch.exits import (
     DONE,
     FULL_DISK,
@@ -39,6 +39,7 @@ WATCH = 2.0  # seconds
 SETTINGS = ("checkpoint", "revision", "scheduler", "dtype", "device", "threads", "n", "seed", "seeds", "steps")
 SETTINGS += ("guidance", "on_flagged", "batch", "shard", "format", "save")
 SIGNALS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+OF_ENGINE = ("engine", "address", "gpus_per_worker")
 SHARED = ("negative", "init", "mask")
 
 
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     }
     previous = end_by_signals("" if args.action in ("status", "verify") else "; the workers finish their present calls")
     try:
+        if "engine" in args:
+            check_engine(args.engine, args.address, args.gpus, args.gpus_per_worker)
         return actions[args.action](args)
     except OutOfMemoryError as error:
         return fail(OUT_OF_MEMORY, error)
@@ -135,9 +138,8 @@ def drive_batch(args: argparse.Namespace, plan: batch.Plan) -> int:
         return DONE
     progress = BatchProgress() if sys.stderr.isatty() and not args.quiet and not args.json else None
     try:
-        made = batch.drive(
-            plan.folder.parent, jobs=args.jobs, gpus=args.gpus, part=args.part, tries=args.tries, progress=progress
-        )
+        options = {name: getattr(args, name) for name in ("jobs", "gpus", "part", "tries", *OF_ENGINE)}
+        made = batch.drive(plan.folder.parent, **options, progress=progress)
     finally:
         if progress:
             progress.replace_line("")

@@ -16,6 +16,7 @@ from .argument_types import (
     part_arg,
     photo_arg,
     seed_arg,
+    share_arg,
     size_arg,
 )
 from .command_parser import CommandParser, add_command, add_model_options
@@ -178,6 +179,10 @@ def add_workers(command: CommandParser, has_plan: bool = False) -> None:
     add = command.add_argument_group("workers").add_argument
     add("-j", dest="jobs", type=int_arg, metavar="N", help="processes (default: one, or one for each GPU)")
     add("--gpus", type=gpus_arg, metavar="0,1|all", help="the GPUs that the processes use in turn")
+    add("--engine", choices=("local", "ray"), default="local", metavar="E", help="local (default), or ray: a cluster")
+    add("--address", metavar="A", help="of the Ray cluster: auto or HOST:PORT (default: start one here)")
+    share = "the share of a GPU of a process on Ray (default: 1)"
+    add("--gpus-per-worker", type=share_arg, default=1.0, metavar="0..1", help=share)
     if has_plan:
         plan_only = "write the plan, and leave the work to imvar batch join"
         add("--plan-only", action="store_true", help=plan_only)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "imvar"
 SHARED = {
+    "after_death": "what the driver of a batch does when a worker has ended otherwise than well",
     "_apply": "move or cast the tensors of a module, which PyTorch calls",
     "add_noise": "a scheduler's forward process",
     "check": "validate a config's own fields",
@@ -32,6 +33,7 @@ SHARED = {
     "from_layer": "build a layer of this class from another, with its weights",
     "from_pretrained": "load from a folder or the hub",
     "from_single_file": "load from one file in the original layout",
+    "end_workers": "let the workers of a batch end",
     "encode": "images to latents",
     "fuse_qkv_projections": "diffusers' switch for what is fused already",
     "fuse_lora": "make LoRA adapters part of the weights",
@@ -46,7 +48,10 @@ SHARED = {
     "make_tables": "what a scheduler computes from its config alone",
     "min_tensor_count": "the fewest tensors that a model's config can have",
     "numpy_to_pil": "arrays to PIL images",
+    "poll_worker": "the exit status of a worker of a batch, None while it works",
     "precompute": "compute the part of a module that depends on the conditioning alone",
+    "reason_of_end": "why a worker of a batch has ended",
+    "start_worker": "start a worker of a batch",
     "read": "build from local files",
     "record_fields": "note which fields of a config were given",
     "Report": "what a command has done",
