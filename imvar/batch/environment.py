@@ -20,6 +20,7 @@ from ..errors import InputError, first_line, invalid
 from ..records.record import Record, differences
 from ..records.schema import SCHEMA, check_entry
 from .conditions import BLANK
+from .inputs import import_pyarrow
 from .planning import Plan
 from .processes import process_name
 
@@ -58,11 +59,12 @@ def check_environment(plan: Plan, pipe: Any) -> None:
         try:
             temporary.write_text(json.dumps(here, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             sync(temporary)
-            os.link(temporary, path)
-        except FileExistsError:  # another worker was the first one
-            pass
-        except OSError:  # a file system without hard links
-            temporary.replace(path)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:  # another worker was the first one
+                pass
+            except OSError:  # a file system without hard links
+                temporary.replace(path)
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
@@ -96,4 +98,6 @@ def environment_of(plan: Plan, pipe: Any) -> Record:
     if record["reasons"]:
         raise invalid(InputError, "pipeline", "one whose images can be made again", "; ".join(record["reasons"]))
     shared: Record = json.loads(json.dumps({name: value for name, value in record.items() if name not in OF_ROW}))
+    if settings.format == "parquet":
+        shared["versions"]["pyarrow"] = import_pyarrow("format").__version__
     return shared
