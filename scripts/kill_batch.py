@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill test of `imvar batch`: kill its processes at random moments, spoil its files, and compare with a quiet run.
 
-    python scripts/kill_batch.py [--rounds 5] [--seed 0] [--photos 6] [--format files|tar|both] [--keep] [ROW ...]
+    python scripts/kill_batch.py [--rounds 5] [--seed 0] [--photos 6] [--format files|tar|parquet] [--keep] [ROW ...]
 
 Each round is a batch of drawings by imvar-emoji, of which one is broken, with 3 variations each in shards of 2. At its
 end the whole output folder has to be that of one worker that was left alone: the same files with the same bytes, every
@@ -527,7 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the random moments")
     parser.add_argument("--photos", type=int, default=6, metavar="N", help="5 or more")
-    parser.add_argument("--format", choices=("files", "tar", "both"), default="both")
+    parser.add_argument("--format", choices=("files", "tar", "parquet"), help="default: all")
     parser.add_argument("--keep", action="store_true", help="keep the folders, and print where they are")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     args = parser.parse_args(arguments)
@@ -537,7 +537,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| row | format | rounds | equal | workers lost | shards made again | seconds |", "|---" * 7 + "|", sep="\n")
     try:
         bench = Bench(folder, args.photos)
-        layouts = ("files", "tar") if args.format == "both" else (args.format,)
+        layouts = (args.format,) if args.format else ("files", "tar", "parquet")
         for layout in layouts:
             bench.expected(layout)
         for row in args.rows or ROWS:

@@ -20,7 +20,7 @@ from ..image.mask import check_opaque
 from ..photos import is_embedding
 from ..pipeline import Region
 from ..sources import embeds_note, note_embeds
-from .inputs import Item, import_parquet
+from .inputs import Item, import_pyarrow
 
 BLANK = (64, 64), "white"  # of the image that fills up a call
 OF_ONE = {"init", "mask", "strength", "regions"}
@@ -142,7 +142,7 @@ def read_parquet(place: Item) -> Any:
 @functools.lru_cache(maxsize=2)
 def parquet_column(path: str, group: int, column: str) -> Sequence[Any]:
     """Return the values of a column in a row group of a parquet file."""
-    table = import_parquet(path).ParquetFile(path).read_row_group(group, columns=[column])
+    table = import_pyarrow(path).parquet.ParquetFile(path).read_row_group(group, columns=[column])
     values: list[Any] = table.column(0).to_pylist()
     return values
 

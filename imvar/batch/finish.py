@@ -58,7 +58,7 @@ def spoiled_files(store: Store, plan: Plan) -> Iterator[tuple[int, str]]:
         if marker is None or rows is None:
             yield number, store.path("done", number, ".json").relative_to(store.folder).as_posix()
         elif marker.data is not None:
-            path = store.path("shards", number, ".tar")
+            path = store.path("shards", number, f".{plan.settings.format}")
             if file_sha256(path) != marker.data:
                 yield number, path.relative_to(store.folder).as_posix()
         else:

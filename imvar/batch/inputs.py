@@ -245,7 +245,7 @@ def tar_images(path: Path) -> Iterator[tuple[str, Item]]:
 
 def parquet_images(path: Path) -> Iterator[tuple[str, Item]]:
     """Yield name and place of each row of a parquet file with a column of images, as bytes or as datasets has them."""
-    parquet = import_parquet(path)
+    parquet = import_pyarrow(path).parquet
     try:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's errors derive from these
@@ -254,25 +254,34 @@ def parquet_images(path: Path) -> Iterator[tuple[str, Item]]:
     column = next((name for name in IMAGE_COLUMNS if name in names), None)
     if column is None:
         raise invalid(InputError, path, f"a column named {' or '.join(IMAGE_COLUMNS)}", ", ".join(names) or "none")
-    key = next((name for name in ID_COLUMNS if name in names), None)
     row = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
-        keys = file.read_row_group(group, columns=[key]).column(0).to_pylist() if key else range(row, row + count)
-        for index, value in enumerate(keys):
-            yield str(value), {"group": group, "row": index, "column": column}
+        for index, name in enumerate(parquet_names(file, group) or map(str, range(row, row + count))):
+            yield name, {"group": group, "row": index, "column": column}
         row += count
+
+
+def parquet_names(file: Any, group: int) -> Iterator[str] | None:
+    """Return the names of the rows of a row group, of their column of ids; with `k`, as batches have it, ID-K."""
+    names = file.schema_arrow.names
+    key = next((name for name in ID_COLUMNS if name in names), None)
+    if key is None:
+        return None
+    keys = [key, "k"] if key == "id" and "k" in names else [key]
+    batches = file.iter_batches(row_groups=[group], columns=keys)
+    columns = ([batch.column(name).to_pylist() for name in keys] for batch in batches)
+    return ("-".join(map(str, values)) for batch in columns for values in zip(*batch, strict=True))
 
 
 ARCHIVES: dict[str, Callable[[Path], Iterator[tuple[str, Item]]]] = {".tar": tar_images, ".parquet": parquet_images}
 
 
-def import_parquet(path: Any) -> Any:
-    """Return pyarrow's module for parquet files."""
+def import_pyarrow(name: Any) -> Any:
+    """Return pyarrow, with its module for parquet files. Raises `InputError` that begins with `name` without it."""
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise invalid(
-            InputError, path, "pyarrow, to read parquet", "no such package", "pip install 'imvar[parquet]'"
-        ) from error
-    return pyarrow.parquet
+        hint = "pip install 'imvar[parquet]'"
+        raise invalid(InputError, name, "pyarrow, for parquet files", "no such package", hint) from error
+    return pyarrow

@@ -16,7 +16,7 @@ from typing import Any
 from ..atomic.file import exclusive, sync, write_text
 from ..checks import as_path
 from ..errors import InputError, InputTypeError, first_line, invalid, short_repr
-from .inputs import Item, checked_shared, find_items
+from .inputs import Item, checked_shared, find_items, import_pyarrow
 from .settings import Settings, setting_differences
 from .store import FULL
 
@@ -117,6 +117,8 @@ def make_plan(
     """
     folder, wanted = plan_folder(out), Settings.resolved(**settings)
     conditions = checked_shared(shared)
+    if wanted.format == "parquet":
+        import_pyarrow("format")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -23,7 +23,7 @@ CHOICES = {
     "dtype": ("auto", *DTYPES),
     "seeds": ("own", "same"),
     "on_flagged": tuple(FLAG_NOTES),
-    "format": ("files", "tar"),
+    "format": ("files", "tar", "parquet"),
     "save": tuple(FORMATS),
 }
 OPTIONAL = {"revision", "scheduler", "threads", "steps", "height", "width"}

@@ -22,7 +22,7 @@ from .journal import Journal
 from .planning import Plan
 from .settings import Settings
 from .store import FullDiskError, Marker, Row, Store, rows_as_bytes, sha256
-from .write import FolderWriter, TarWriter, image_bytes, stems_of
+from .write import image_bytes, stems_of, writer_of
 
 TRIES = 3
 
@@ -81,7 +81,7 @@ class ShardRun:
             if self.journal.deaths[item["id"]] > self.tries:
                 deaths = self.journal.deaths[item["id"]]
                 self.errors[index] = f"{deaths} processes died while they worked on it"
-        self.writer = (FolderWriter if self.settings.format == "files" else TarWriter)(self.store, self.number)
+        self.writer = writer_of(self.settings.format, self.store, self.number)
         for layout in call_layouts(self.settings, self.items):
             self.run_layout(layout)
         return self.write_results()

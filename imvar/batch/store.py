@@ -2,7 +2,7 @@
 
 plan/                       the plan, see `planning.py` and `environment.py`
 images/0000/0000042/        the images of shard 42, or
-shards/0000/0000042.tar     the same as one file
+shards/0000/0000042.tar     the same as one file, .tar or .parquet
 rows/0000/0000042.jsonl     a line for each image, and for each input that could not be read
 done/0000/0000042.json      the marker of the shard, written last
 manifest.jsonl              all rows of images, once all shards are done
@@ -61,7 +61,7 @@ def free_bytes(path: Path) -> int:
 class Marker:
     """The statement that a shard is finished: the digest of its part of the plan and of its rows, and counts.
 
-    `data`: the digest of the shard's tar file, if it is one; `bytes`: of its images.
+    `data`: the digest of the shard's tar or parquet file, if it is one; `bytes`: of its images.
     """
 
     shard: int
@@ -97,7 +97,7 @@ class Store:
         self.temporary = temporary or folder / "workers" / process_name()
 
     def path(self, kind: str, number: int, suffix: str = "") -> Path:
-        """Return the path of the rows, the marker, the images or the tar file of a shard."""
+        """Return the path of the rows, the marker, the images or the one file of a shard."""
         return self.folder / kind / f"{number // GROUP:04d}" / f"{number:07d}{suffix}"
 
     def put(self, path: Path, data: bytes | Iterable[bytes]) -> None:

@@ -72,7 +72,8 @@ def add_run_action(actions: Any) -> None:
     add("--on-flagged", choices=FLAG_NOTES, default="black", metavar="HOW", help="black, blur or keep (default: black)")
     add = command.add_argument_group("output").add_argument
     add("-o", dest="out", required=True, type=folder_arg, metavar="OUT", help="the folder of the batch")
-    add("--format", choices=("files", "tar"), default="files", metavar="F", help="files (default), or tar: one a shard")
+    layouts = "files (default); tar or parquet: one file a shard"
+    add("--format", choices=("files", "tar", "parquet"), default="files", metavar="F", help=layouts)
     add("--save", choices=("png", "webp", "jpeg"), default="png", metavar="F", help="png, webp or jpeg (default: png)")
     add("--no-metadata", action="store_true", help="save no record of how images were made")
     add("--shard", type=int_arg, default=64, metavar="N", help="inputs that are made as one (default: 64)")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import pyarrow
 import pytest
 import torch
 
@@ -52,6 +53,18 @@ def test_another_environment_is_refused_by_name(section, entries, named, photos,
     message = "out: expected the versions, device and weights of the batch, got others (of the batch and here): "
     with pytest.raises(InputError, match=re.escape(message) + f".*{re.escape(named)}.*; images would not be equal"):
         batch.pipeline_of(plan)
+
+
+def test_another_pyarrow_is_refused_with_parquet_alone(photos, checkpoint):
+    """Other formats do not depend on it."""
+    plan = make(photos, checkpoint, "parquet", format="parquet")
+    batch.pipeline_of(plan)
+    edit(plan, "versions", pyarrow="1.0")
+    with pytest.raises(InputError, match=rf"versions.pyarrow: 1.0 and {pyarrow.__version__}"):
+        batch.pipeline_of(plan)
+    plan = make(photos, checkpoint)
+    batch.pipeline_of(plan)
+    assert "pyarrow" not in (plan.folder / "environment.json").read_text()
 
 
 def test_other_weights_of_the_same_path_are_refused(photos, folder):

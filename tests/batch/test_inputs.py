@@ -181,7 +181,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("format", ["files", "tar"])
+@pytest.mark.parametrize("format", ["files", "tar", "parquet"])
 def test_ids_of_any_characters(format, tmp_path):
     """They lead to no other folder, and not to one file, not even where case does not distinguish names."""
     save_drawings(tmp_path)
@@ -191,11 +191,11 @@ def test_ids_of_any_characters(format, tmp_path):
     assert [item["id"] for item in plan.shard(0)] == ODD
     rows = make_shards(plan, Stub())
     assert [(row["id"], row["k"]) for row in rows] == [(name, k) for name in ODD for k in range(2)]
-    names = [row["member"] if format == "tar" else row["file"].rpartition("/")[2] for row in rows]
+    names = [row["file"].rpartition("/")[2] if format == "files" else row["member"] for row in rows]
     assert len({name.casefold() for name in names}) == len(rows) == 2 * len(ODD)
     assert all(name.count(".") == 1 and len(name.encode()) <= 100 for name in names)
     assert os.listdir(tmp_path / "folder") == ["out"]
-    assert {*os.listdir(out)} == {"plan", "rows", "done", "shards" if format == "tar" else "images"}
+    assert {*os.listdir(out)} == {"plan", "rows", "done", "images" if format == "files" else "shards"}
     if format == "tar":
         with tarfile.open(out / rows[0]["file"]) as archive:
             found = archive.getnames()
@@ -372,10 +372,30 @@ def test_a_parquet_file_that_is_none_or_has_changed(tmp_path):
 def test_without_pyarrow(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", {"image": [b""]})
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(
-        InputError, match=r"pyarrow, to read parquet, got no such package; pip install 'imvar\[parquet\]'"
-    ):
+    message = r"pyarrow, for parquet files, got no such package; pip install 'imvar\[parquet\]'"
+    with pytest.raises(InputError, match=message):
         batch.plan(path, tmp_path / "out")
+    with pytest.raises(InputError, match=f"format: expected {message}"):
+        batch.plan(save_drawings(tmp_path / "photos"), tmp_path / "out", format="parquet")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parquet_of_a_batch_as_the_input_of_another(tmp_path):
+    """Each image has an id of its own, also those of one input and those of ids that are no Unicode."""
+    save_drawings(tmp_path)
+    listed = write_lines(tmp_path / "list.jsonl", *({"id": name, "image": "cake.png"} for name in ("a", "\udc80")))
+    plan = batch.plan(listed, tmp_path / "a", checkpoint="imvar-emoji", n=2, shard=1, format="parquet")
+    make_shards(plan, Stub())
+    again = batch.plan(str(tmp_path / "a/shards/0000/*.parquet"), tmp_path / "b", checkpoint="imvar-emoji", n=1)
+    assert [item["id"] for item in again.shard(0)] == [
+        *(f"0000000.parquet/a-{k}" for k in range(2)),
+        *(f"0000001.parquet/\\udc80-{k}" for k in range(2)),
+    ]
+    stub = Stub()
+    rows = make_shards(again, stub)
+    assert [image.tobytes() for image in stub.calls[0]["image"]] == [drawing("fox").tobytes()] * 4
+    assert len(rows) == 4
+    assert not errors_of(tmp_path / "b")
 
 
 def test_webdataset_of_a_batch_as_the_input_of_another(tmp_path):

@@ -16,7 +16,7 @@ from imvar.batch.finish import bytes_needed
 from imvar.batch.store import Store
 from tests.support.crashes import mount, run_in_child
 
-TAR = ("worker killed", "full disk")  # also with this layout, whose images are kept together until a shard ends
+OF_KEPT = [("worker killed", "tar"), ("full disk", "tar"), ("worker killed", "parquet"), ("picture spoiled", "parquet")]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("kill"), photos=3, shard=1)
 
 
-@pytest.mark.parametrize(("row", "layout"), [*((row, "files") for row in ROWS), *((row, "tar") for row in TAR)])
+@pytest.mark.parametrize(("row", "layout"), [*((row, "files") for row in ROWS), *OF_KEPT])
 def test_row(bench, row, layout):
     if row == "full disk" and run_in_child(lambda: None if mount(b"tmpfs", "none", "/mnt") else 1 / 0):
         pytest.skip("a tmpfs cannot be mounted here")

@@ -20,6 +20,7 @@ from imvar.batch.store import FULL, FullDiskError
 from imvar.batch.worker import work
 from tests.support.crashes import changes_files, nano_pipeline, read_files, run_and_exit, run_in_child
 
+LAYOUTS = ("files", "tar", "parquet")
 CREATES = {"open", "os.link", "os.mkdir"}  # what a full disk refuses
 
 
@@ -32,7 +33,7 @@ def planned(tmp_path_factory, photo):
     (folder / "photos" / "broken.png").write_text("no image")
     nano_pipeline(0, scheduler=imvar.DDIMScheduler()).save_pretrained(folder / "model")
     loaded(str(folder / "model"))
-    for layout in ("files", "tar"):
+    for layout in LAYOUTS:
         options = {"n": 1, "steps": 1, "batch": 1, "shard": 2, "format": layout, "device": "cpu", "dtype": "float32"}
         batch.plan(folder / "photos", folder / layout, checkpoint=folder / "model", **options)
         shutil.copytree(folder / layout, folder / f"{layout}-quiet")
@@ -77,7 +78,7 @@ def child_with(hook, run):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("layout", ["files", "tar"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_before_each_file_operation(planned, layout, tmp_path, no_fsync):
     expected, killed = everything(planned / f"{layout}-quiet"), []
     for step in itertools.count():
@@ -97,7 +98,7 @@ def test_killed_before_each_file_operation(planned, layout, tmp_path, no_fsync):
     assert set(killed[:-1]) == {-signal.SIGKILL}
 
 
-@pytest.mark.parametrize("layout", ["files", "tar"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_full_disk_at_each_file_operation(planned, layout, tmp_path, no_fsync):
     """Workers end with the error that becomes exit status 74, leave nothing, and the next one goes on."""
     expected, errors = everything(planned / f"{layout}-quiet"), []

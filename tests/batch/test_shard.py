@@ -1,5 +1,6 @@
 """Shards: what the pipeline is called with, and images that depend on nothing but their input, seed and settings."""
 
+import json
 import shutil
 
 import pytest
@@ -232,6 +233,33 @@ def test_tar_has_the_bytes_of_the_files(photos, checkpoint, pipe, tmp_path):
     with tarfile.open(path) as archive:
         members = {member.name: archive.extractfile(member).read() for member in archive}
     assert {name: data for name, data in members.items() if name.endswith(".png")} == files
+
+
+def test_parquet_has_the_bytes_of_the_files(photos, checkpoint, pipe, tmp_path):
+    """In the columns and the metadata by which datasets shows images; more of them than one row group."""
+    import pyarrow.parquet
+
+    inputs, settings = [photos / "fox.png", photos / "cake.png"], {"n": 51, "batch": 51, "shard": 3}
+    settings |= {"steps": 1, "on_flagged": "keep"}
+    (tmp_path / "broken.png").write_text("")
+    inputs.append(tmp_path / "broken.png")
+    rows = make_shards(plan_of(inputs, tmp_path / "files", checkpoint, **settings), pipe)
+    for name in "a", "b":
+        make_shards(plan_of(inputs, tmp_path / name, checkpoint, **settings, format="parquet"), pipe)
+    path = tmp_path / "a" / "shards" / "0000" / "0000000.parquet"
+    assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+    file = pyarrow.parquet.ParquetFile(path)
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [100, 2]
+    features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
+    assert features == {"image": {"_type": "Image"}}
+    found = file.read().to_pylist()
+    assert [*found[0]] == ["id", "k", "seed", "image", "sha256", "flagged", "bad_concepts"]
+    assert found == [
+        {key: row[key] for key in ("id", "k", "seed", "sha256", "flagged", "bad_concepts")}
+        | {"image": {"bytes": data.read_bytes(), "path": data.name}}
+        for row in rows
+        if "file" in row and (data := tmp_path / "files" / row["file"])
+    ]
 
 
 def test_same_seeds(photos, checkpoint, pipe, tmp_path):

@@ -215,9 +215,11 @@ def test_the_exit_statuses():
 
 
 def test_the_tree(tmp_path, photos, expected):
-    """The tree has the files of a batch, in both formats, and no others."""
-    work(batch.plan(photos, tmp_path, **SETTINGS, format="tar").folder.parent)
-    found = {*expected, *contents(tmp_path), "plan/items-0.jsonl"}
+    """The tree has the files of a batch, in all formats, and no others."""
+    found = {*expected, "plan/items-0.jsonl"}
+    for format in "tar", "parquet":
+        work(batch.plan(photos, tmp_path / format, **SETTINGS, format=format).folder.parent)
+        found |= contents(tmp_path / format).keys()
     names = {line.split()[0] for line in block("", "variations/\n").splitlines()[1:] if "claims/" not in line}
     assert {general(name) for name in found} == {general(name) for name in names}
 
