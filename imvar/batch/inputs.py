@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import glob
+import itertools
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..checks import as_path, check_finite, check_float, check_int
 from ..errors import InputError, first_line, invalid, short_repr
@@ -24,6 +25,7 @@ a place within a tar or parquet file."""
 SOURCES = {"image", "mix", "slerp", "regions"}
 SHARED = {"negative", "init", "strength", "mask", "preprocess"}
 MAX_ID = 1000  # characters
+MAX_LOOSE = 10**6  # inputs that are files of their own
 LISTS = {".jsonl", ".ndjson"}
 IMAGE_COLUMNS, ID_COLUMNS = ("image", "jpg", "png", "webp", "bytes"), ("id", "__key__", "key", "path", "file_name")
 
@@ -33,17 +35,26 @@ def find_items(inputs: Iterable[str | Path], shared: Item, out: Path) -> Iterato
 
     The id of a file in a folder is its path within the folder, that of a file or pattern the path as given or found,
     unless that is absolute or leads upwards: then its name. Files in `out` are none of the inputs. Raises `InputError`
-    for inputs without images.
+    for inputs without images, and for more than `MAX_LOOSE` that are not in tar or parquet files.
     """
+    loose = 0
     for given in inputs:
         path, count = as_path("inputs", given), 0
         if is_within(str(path), out):
             raise invalid(InputError, path, "an input outside the output folder", f"one in {out}", "use another -o")
         for item in items_of(path, shared, out):
-            count += 1
+            count, loose = count + 1, loose + (not isinstance(item.get("image"), dict))
+            check_loose(path, loose)
             yield item
         if not count:
             raise invalid(InputError, path, "images", "none")
+
+
+def check_loose(path: Path, count: int) -> None:
+    """Raise `InputError` if inputs that are files of their own are too many."""
+    if count > MAX_LOOSE:
+        hint = "put the images into .tar or .parquet files, of some thousands each"
+        raise invalid(InputError, path, f"up to {MAX_LOOSE:,} files", "more", hint)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -58,21 +69,24 @@ def items_of(path: Path, shared: Item, out: Path) -> Iterator[Item]:
         for name, file in images_below(path, out):
             yield {"id": name, **shared, "image": file}
     elif not os.path.exists(path) and glob.has_magic(str(path)):
-        files = filter(os.path.isfile, glob.glob(str(path), recursive=True))
+        found = filter(os.path.isfile, glob.iglob(str(path), recursive=True))
+        outside = (file for file in found if not is_within(os.path.dirname(file), out))
+        files = list(itertools.islice(outside, MAX_LOOSE + 1))
+        check_loose(path, len(files))
         for file in sorted(files, key=natural_order):
-            if not is_within(os.path.dirname(file), out):
-                yield from items_of(Path(file), shared, out)
+            yield from items_of(Path(file), shared, out)
     elif not os.path.isfile(path):
         raise invalid(InputError, path, "a folder, a file or a pattern", "no such file")
     elif path.suffix.lower() in LISTS:
         yield from listed_items(path, shared)
     elif path.suffix.lower() in ARCHIVES:
+        whole = os.path.abspath(path)
         for name, place in ARCHIVES[path.suffix.lower()](path):
-            place |= {"file": os.path.abspath(path), "name": f"{path.name}/{name}"}
+            place |= {"file": whole, "name": f"{path.name}/{name}"}
             yield {"id": place["name"], **shared, "image": place}
     else:
-        outside = path.is_absolute() or ".." in path.parts
-        yield {"id": path.name if outside else path.as_posix(), **shared, "image": os.path.abspath(path)}
+        elsewhere = path.is_absolute() or ".." in path.parts
+        yield {"id": path.name if elsewhere else path.as_posix(), **shared, "image": os.path.abspath(path)}
 
 
 def images_below(folder: Path, out: Path) -> Iterator[tuple[str, str]]:
@@ -236,7 +250,8 @@ def tar_images(path: Path) -> Iterator[tuple[str, Item]]:
     """Yield name and place of each image in an uncompressed tar file, such as a shard of webdataset."""
     try:
         with tarfile.open(path, "r:") as archive:
-            for member in archive:
+            while member := archive.next():
+                cast(Any, archive).members.clear()  # which would hold all of them
                 if member.isreg() and is_image_name(os.path.basename(member.name)):
                     yield member.name, {"offset": member.offset_data, "size": member.size}
     except tarfile.TarError as error:

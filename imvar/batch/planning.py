@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..atomic.file import exclusive, sync, write_text
 from ..checks import as_path
@@ -191,11 +194,12 @@ def extend_plan(out: str | Path, inputs: str | Path | Iterable[str | Path], *, s
     with exclusive(folder, folder.parent) as temporary, temporary_folder(temporary):
         plan = open_plan(out)
         name = f"items-{len(plan.parts)}.jsonl"
-        part, ids = write_part(temporary / name, inputs, conditions, folder.parent, plan.settings.shard)
+        part, hashes = write_part(temporary / name, inputs, conditions, folder.parent, plan.settings.shard)
         if any(part.sha256 == known.sha256 for known in plan.parts):
             return plan
-        for item in (item for number in range(len(plan)) for item in plan.shard(number)):
-            check_new(item["id"], ids)
+        before = [folder / known.file for known in plan.parts]
+        hashes.extend(hash(json.loads(line)["id"]) for line in read_lines(before))
+        check_ids(hashes, [*before, temporary / name])
         (temporary / name).replace(folder / name)
         longer = Plan(folder, plan.settings, (*plan.parts, part))
         write_text(folder / NAME, longer.json_text())
@@ -204,27 +208,46 @@ def extend_plan(out: str | Path, inputs: str | Path | Iterable[str | Path], *, s
 
 def write_part(
     path: Path, inputs: str | Path | Iterable[str | Path], shared: Item, out: Path, shard: int
-) -> tuple[Part, set[str]]:
-    """Write the items of inputs to a file of JSON lines; return the part of the plan that it is, and the ids."""
+) -> tuple[Part, array[int]]:
+    """Write the items of inputs to a file of JSON lines; return the part of the plan that it is, and hashes of ids."""
     given = [inputs] if isinstance(inputs, (str, Path)) else inputs
     if not isinstance(given, Iterable):
         raise invalid(InputTypeError, "inputs", "a path or a list of them", short_repr(inputs))
-    digest, ids = hashlib.sha256(), set[str]()
+    digest, hashes = hashlib.sha256(), array("q")
     with path.open("wb") as file:
         for item in find_items(given, shared, out):
-            check_new(item["id"], ids)
-            ids.add(item["id"])
+            hashes.append(hash(item["id"]))
             line = json.dumps(item, separators=(",", ":")).encode() + b"\n"
             digest.update(line)
             file.write(line)
-    if not ids:
+    if not hashes:
         raise invalid(InputError, "inputs", "at least one", "none")
+    check_ids(hashes, [path])
     sync(path)
-    return Part(path.name, len(ids), -(-len(ids) // shard), digest.hexdigest()), ids
+    return Part(path.name, len(hashes), -(-len(hashes) // shard), digest.hexdigest()), hashes
 
 
-def check_new(identity: str, ids: set[str]) -> None:
-    """Raise `InputError` if an id is one of `ids`."""
-    if identity in ids:
-        hint = "pass a relative pattern such as 'photos/*/*.jpg', whose ids are whole paths, or a .jsonl file with ids"
-        raise invalid(InputError, "inputs", "a different id for each", f"{identity} twice", hint)
+def check_ids(hashes: array[int], paths: Sequence[Path]) -> None:
+    """Raise `InputError` if an id repeats in files of items.
+
+    `hashes`: of all ids, 8 bytes each; they are sorted here, and only where some are equal the ids are compared.
+    """
+    values = np.frombuffer(hashes, np.int64)
+    values.sort()
+    repeated, seen = set(values[1:][values[1:] == values[:-1]].tolist()), set[str]()
+    for line in read_lines(paths) if repeated else ():
+        identity = json.loads(line)["id"]
+        if identity in seen:
+            hint = (
+                "pass a relative pattern such as 'photos/*/*.jpg', whose ids are whole paths, or a .jsonl file with ids"
+            )
+            raise invalid(InputError, "inputs", "a different id for each", f"{identity} twice", hint)
+        if hash(identity) in repeated:
+            seen.add(identity)
+
+
+def read_lines(paths: Iterable[Path]) -> Iterator[bytes]:
+    """Yield the lines of files."""
+    for path in paths:
+        with path.open("rb") as file:
+            yield from file

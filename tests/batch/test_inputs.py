@@ -134,6 +134,25 @@ def test_ids_that_repeat(tmp_path):
         batch.plan([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["folder", "pattern", "list", "files"])
+def test_more_loose_files_than_a_plan_has(kind, tmp_path, monkeypatch):
+    """They are refused with what to do; members of archives count only where a list has them as files."""
+    monkeypatch.setattr("imvar.batch.inputs.MAX_LOOSE", 2)
+    save_drawings(tmp_path / "photos", "fox", "panda", "cake")
+    archive = write_tar(tmp_path / "a.tar", {f"{k}.png": b"" for k in range(9)})
+    names = sorted((tmp_path / "photos").iterdir())
+    given = {
+        "folder": tmp_path / "photos",
+        "pattern": tmp_path / "photos" / "*.png",
+        "list": write_lines(tmp_path / "list.jsonl", *({"image": str(name)} for name in names)),
+        "files": [archive, *names],
+    }[kind]
+    with pytest.raises(InputError, match=r"expected up to 2 files, got more; put the images into .tar or .parquet"):
+        batch.plan(given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(ids([archive, *names[:2]], tmp_path / "out")) == 11
+
+
 ODD = [
     *(
         "../../up",

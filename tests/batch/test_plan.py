@@ -231,7 +231,7 @@ WRONG = {
     ("checkpoint", ""): "checkpoint: expected a path that is not empty",
     ("seeds", ("own",)): "seeds: expected one of 'own', 'same', got ('own',)",
     ("on_flagged", "raise"): "on_flagged: expected one of 'black', 'blur', 'keep', got 'raise'",
-    ("format", "zip"): "format: expected one of 'files', 'tar', got 'zip'",
+    ("format", "zip"): "format: expected one of 'files', 'tar', 'parquet', got 'zip'",
     ("save", "jpg"): "save: expected one of 'png', 'webp', 'jpeg', got 'jpg'",
     ("metadata", "no"): "metadata: expected True or False, got 'no'",
     ("size", 64): "size: expected an option of a batch, got size=64",
