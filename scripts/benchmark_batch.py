@@ -1,11 +1,14 @@
 """Measure what `imvar batch` costs beside the model: CPU time, idle workers, memory, and the time for many markers.
 
     python scripts/benchmark_batch.py [--suites overhead workers plan markers] [--rounds 5] [--markers 100000]
+    python scripts/benchmark_batch.py --suites scale --items 10000000
 
 overhead: CPU time of a batch beside a loop of load, call and save, with a pipeline that answers at once.
 workers: images by processes whose pipeline sleeps, from the first claim to the last marker, beside no cost at all.
 plan: CPU time and memory of planning many files.
 markers: a finished batch of one input a shard is listed, reported, checked, and run again.
+scale: many inputs in parquet files are planned in shards of 64, and a finished batch of one variation of each, of which
+    only the images are missing, is reported, checked and resumed; then what the images would cost.
 
 The last column has the limits. Nothing else should run meanwhile. Memory is read from Linux's /proc.
 """
@@ -44,20 +47,36 @@ from imvar.records.files import write_image
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "tests" / "photos" / "chelsea.jpg"
-SUITES = ("overhead", "workers", "plan", "markers")
+SUITES = ("overhead", "workers", "plan", "markers", "scale")
 VARIATIONS = 4
-PLAN_CODE = """
+MEASURE_CODE = """
 import re, sys, time
 from pathlib import Path
-from imvar import batch
+from imvar import batch, cli
+from imvar.batch.finish import batch_report, is_bad, write_manifest
+from imvar.batch.store import Store
 
-def megabytes(name):  # of this program, where getrusage counts the one that started it as well
-    return int(re.search(rf"{name}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+def megabytes():  # of this program, where getrusage counts the one that started it as well
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-before, start = megabytes("VmHWM"), time.process_time()
-batch.plan(sys.argv[1], sys.argv[2], checkpoint="missing")
-print(time.process_time() - start, megabytes("VmHWM"), megabytes("VmHWM") - before)
+before, start, cpu = megabytes(), time.perf_counter(), time.process_time()
+exec(sys.argv[1])
+print("measured", time.perf_counter() - start, time.process_time() - cpu, megabytes(), megabytes() - before)
 """
+PLAN_CODE = "batch.plan(sys.argv[2], sys.argv[3], checkpoint='missing')"
+SCALE_SUITE = {
+    "planned": "batch.plan(sys.argv[2], sys.argv[3], checkpoint='missing', n=1, format='parquet')",
+    "plan opened, and its file checked": "batch.open_plan(sys.argv[3]).offsets",
+    "markers listed": "Store(Path(sys.argv[3])).done()",
+    "`imvar batch status`": "cli.main(['batch', 'status', sys.argv[3]])",
+    "all markers and rows checked": "store, plan = Store(Path(sys.argv[3])), batch.open_plan(sys.argv[3])\n"
+    "assert not any(is_bad(store, plan, number) for number in range(len(plan)))",
+    "manifest written": "assert write_manifest(Store(Path(sys.argv[3])), batch.open_plan(sys.argv[3]))",
+    "`imvar batch join`, with all done": "cli.main(['batch', 'join', sys.argv[3]])",
+}
+"""What is measured, each in a process of its own, of argv[2], the inputs, and argv[3], the output folder."""
+IN_FILE = 100_000  # inputs
+IMAGE_SECONDS, IMAGE_BYTES = 1.0, 330_000  # on an H200, and as PNG with 512 px
 
 
 @dataclass
@@ -170,14 +189,19 @@ def sleepy_work(out: Path, sleep: float, barrier: Any, starts: Any) -> None:
 def plan(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, str]]:
     tree = folder / "tree"
     make_tree(tree, args.files)
-    command = [sys.executable, "-c", PLAN_CODE, str(tree), str(folder / "planned")]
-    text = subprocess.run(command, check=True, capture_output=True, text=True, env=environment()).stdout
-    seconds, peak, more = map(float, text.split())
+    _, seconds, peak, more = measured(PLAN_CODE, tree, folder / "planned")
     size = sum(path.stat().st_size for path in (folder / "planned" / "plan").iterdir()) / 2**20
     yield f"plan of {args.files} files, CPU", f"{seconds:.2f} s", "3 s"
     yield "its peak of memory beyond the imports'", f"{more:.0f} MB", "100 MB"
     yield "peak of the process", f"{peak:.0f} MB", ""
     yield "plan on the disk", f"{size:.1f} MB", ""
+
+
+def measured(code: str, *arguments: Path) -> list[float]:
+    """Run code in a process; return its seconds, also those of CPU, its peak of memory and that beyond the imports'."""
+    command = [sys.executable, "-c", MEASURE_CODE, code, *map(str, arguments)]
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment()).stdout
+    return [float(number) for number in text.rpartition("measured")[2].split()]
 
 
 def make_tree(tree: Path, files: int) -> None:
@@ -232,22 +256,60 @@ def markers(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, 
 
 def write_results(store: Store, made: batch.Plan) -> None:
     """Write rows and markers as if the images of all shards had been made."""
+    is_folder = made.settings.format == "files"
     for number in range(len(made)):
         items, rows = made.shard(number), []
+        images = store.path("images" if is_folder else "shards", number, "" if is_folder else ".parquet")
+        place = images.relative_to(store.folder).as_posix()
         for item in items:
-            for k in range(VARIATIONS):
+            stem = Path(item["id"]).stem
+            for k in range(made.settings.n):
                 row = {"id": item["id"], "k": k, "seed": made.settings.seed_of(item["id"], k), "sha256": "0" * 64}
-                file = store.path("images", number) / f"{Path(item['id']).stem}-{k}.png"
-                name = file.relative_to(store.folder).as_posix()
-                rows.append({**row, "flagged": False, "bad_concepts": [], "file": name})
+                name = f"{stem}-{k}.png"
+                file = {"file": f"{place}/{name}"} if is_folder else {"file": place, "member": name}
+                rows.append({**row, "flagged": False, "bad_concepts": [], **file})
         paths = [store.path("rows", number, ".jsonl"), store.path("done", number, ".json")]
         if number % GROUP == 0:
             for path in paths:
                 path.parent.mkdir(parents=True)
         digest = sha256(rows_as_bytes(rows))
-        marker = Marker(number, made.digest(number), digest, made=len(rows), errors=0, flagged=0, bytes=4 * 80_000)
+        marker = Marker(number, made.digest(number), digest, len(rows), 0, 0, len(rows) * IMAGE_BYTES)
         paths[0].write_bytes(rows_as_bytes(rows))
         paths[1].write_text(marker.json_text())
+
+
+# Scale
+
+
+def scale(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, str]]:
+    inputs, out = folder / "inputs", folder / "batch"
+    write_inputs(inputs, args.items)
+    for name, code in SCALE_SUITE.items():
+        wall, cpu, peak, more = measured(code, inputs / "*.parquet", out)
+        yield name, f"{wall:.1f} s ({cpu:.1f} s CPU), {peak:.0f} MB", ""
+        if name == "planned":
+            yield "its peak of memory beyond the imports'", f"{more:.0f} MB", "200 MB"
+            made = batch.open_plan(out)
+            write_results(Store(out), made)
+    for name in "plan", "rows", "done", "manifest.jsonl":
+        paths = [path for path in (out / name).rglob("*") if path.is_file()] or [out / name]
+        sizes = [path.stat() for path in paths]
+        size, blocks = sum(size.st_size for size in sizes), sum(512 * size.st_blocks for size in sizes)
+        yield f"{name}, {len(paths)} files", f"{size / 1e9:.2f} GB, {blocks / 1e9:.2f} GB of the disk", ""
+    days, terabytes = args.items * IMAGE_SECONDS / 86400, args.items * IMAGE_BYTES / 1e12
+    yield "images, not made", f"{days:.1f} GPU-days, {terabytes:.2f} TB", ""
+
+
+def write_inputs(folder: Path, items: int) -> None:
+    """Write parquet files whose rows have keys, and no images."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir()
+    for first in range(0, items, IN_FILE):
+        keys = [f"photo-{k:08d}.jpg" for k in range(first, min(first + IN_FILE, items))]
+        columns = {"key": keys, "image": pyarrow.nulls(len(keys), pyarrow.binary())}
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"{first // IN_FILE:05d}.parquet")
 
 
 def children_seconds() -> float:
@@ -283,10 +345,12 @@ def main() -> None:
     parser.add_argument("--sleep", type=float, default=1.0, help="seconds a call")
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--markers", type=int, default=100_000)
+    parser.add_argument("--items", type=int, default=1_000_000, help="of scale")
+    parser.add_argument("--folder", type=Path, help="where temporary files are; scale takes 1 kB of it for each item")
     args = parser.parse_args()
     print(json.dumps(machine()), end="\n\n")
     print("| | measured | limit |\n|---|---:|---:|")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for suite in args.suites:
             for row in globals()[suite](args, Path(folder)):
                 print(f"| {' | '.join(row)} |", flush=True)
