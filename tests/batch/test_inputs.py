@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -330,6 +331,23 @@ def test_tar(tmp_path):
     errors = errors_of(tmp_path / "out")
     assert errors.keys() == {"shard.tar/c.jpg"}
     assert errors["shard.tar/c.jpg"].startswith("'shard.tar/c.jpg': expected a JPEG, PNG")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_memory_does_not_grow_with_archives(kind, tmp_path):
+    """Of each member, 8 bytes are kept while the plan is made, to find ids that repeat."""
+    peaks = []
+    for members in 1, 2000, 8000:
+        names, path = [f"{k:05d}.png" for k in range(members)], tmp_path / f"{members}.{kind}"
+        if kind == "tar":
+            write_tar(path, dict.fromkeys(names, b""))
+        else:
+            write_parquet(path, {"key": names, "image": [b""] * members}, row_group_size=1000)
+        tracemalloc.start()
+        batch.plan(path, tmp_path / f"out-{members}", checkpoint="imvar-emoji")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 6000 * 50
 
 
 def test_a_tar_that_is_none_or_has_changed(tmp_path):
