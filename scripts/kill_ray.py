@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kill_batch import ROOT, Bench, Round, RoundError, bytes_by_file, check
 
-from tests.support.ray_cluster import NO_TOKEN, RayCluster, actors_of, send
+from tests.support.ray_cluster import ENVIRONMENT, RayCluster, actors_of, send
 
 NODES = ("head", "other")
 
@@ -57,7 +57,6 @@ class RayRound(Round):
     def run_on_ray(self, **bad: str) -> subprocess.Popen[bytes]:
         """Start the command of the batch with two actors."""
         address = ["--address", self.cluster.address] if self.cluster else []
-        os.environ.update(NO_TOKEN)
         return self.run(2, "--engine", "ray", *address, **bad)
 
     def workers(self) -> list[int]:
@@ -169,7 +168,7 @@ def poison(r: RayRound) -> None:
 
 
 def terminated(r: RayRound) -> None:
-    """SIGTERM of the driver, exit status 143 with nothing left of its processes; the same command."""
+    """SIGTERM of the driver, exit status 143 with nothing left of its processes; then a local worker."""
     driver = r.run_on_ray()
     r.until_done(driver, r.rng.randrange(r.shards - 1))
     driver.terminate()
@@ -178,7 +177,7 @@ def terminated(r: RayRound) -> None:
     check(not r.workers(), "workers have not left")
     left = [*r.out.glob("claims*"), *r.out.glob("workers*"), *r.out.rglob("*.tmp")]
     check(not left, f"left: {left}")
-    r.end(r.run_on_ray())
+    r.end(r.run(1))
     r.check_all()
 
 
@@ -203,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if unknown := set(args.rows) - ROWS.keys():
         parser.error(f"no such row: {min(unknown)}")
+    os.environ.update(ENVIRONMENT)
     folder, failed = Path(tempfile.mkdtemp(prefix="kill-ray-")), 0
     print("| row | rounds | equal | seconds after the loss | seconds |", "|---" * 5 + "|", sep="\n")
     try:

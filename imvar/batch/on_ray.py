@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from .workers import Worker, remove_any
 DEAD = -1  # the status of an actor whose process is lost
 OBJECTS = 10**8  # bytes of Ray's memory for objects, of which there are none
 PATIENCE = 30.0  # seconds without any actor before a warning
+CLUSTER = "that of a running Ray cluster with this version of Ray"
 
 
 class WorkingActor:
@@ -99,6 +101,7 @@ def drive_on_ray(
 def import_ray() -> Any:
     """Return the module ray."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     try:
         import ray
     except ImportError as error:
@@ -114,6 +117,12 @@ def connected(ray: Any, address: str | None, jobs: int | None) -> Iterator[None]
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:  # Ray itself tries for minutes
+        try:
+            socket.create_connection((host, int(port)), PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise invalid(InputError, "address", CLUSTER, f"{address} ({error})") from error
     if address == "local":
         cpus = max(jobs or 1, os.cpu_count() or 1)
         options |= {"include_dashboard": False, "object_store_memory": OBJECTS, "num_cpus": cpus}
@@ -122,8 +131,7 @@ def connected(ray: Any, address: str | None, jobs: int | None) -> Iterator[None]
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         ray.shutdown()
-        expected = "that of a running Ray cluster with this version of Ray"
-        raise invalid(InputError, "address", expected, f"{address} ({first_line(error)})") from error
+        raise invalid(InputError, "address", CLUSTER, f"{address} ({first_line(error)})") from error
     try:
         yield
     finally:
@@ -175,7 +183,8 @@ class RayDriver(Driver):
         options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
         self.actor_class = ray.remote(**needs, **options)(WorkingActor)
         self.actors: dict[int, Placed] = {}
-        self.is_finished, self.warn_at = False, time.monotonic() + PATIENCE
+        self.is_finished = self.has_had_room = False
+        self.warn_at = time.monotonic() + PATIENCE
         super().__init__(plan, jobs or places or 1, [], part, tries, progress)
 
     def start_worker(self, slot: int) -> None:
@@ -195,7 +204,7 @@ class RayDriver(Driver):
             placed.reason = f"the error {' '.join(str(error).split())}"
             return DEAD
         if not placed.name:
-            placed.name = result
+            placed.name, self.has_had_room = result, True
             placed.future = placed.actor.make_shards.remote(str(self.store.folder), str(self.part), self.tries)
             return None
         status, placed.reason = result
@@ -211,11 +220,10 @@ class RayDriver(Driver):
         return self.actors[slot].reason
 
     def warn_of_no_room(self) -> None:
-        """Warn once if no actor has a place after a while."""
-        if time.monotonic() > self.warn_at:
-            self.warn_at = float("inf")
-            if not any(placed.name for placed in self.actors.values()):
-                warn_user(f"the Ray cluster has had no room for a worker ({self.needs}) for {PATIENCE:g} s")
+        """Warn once if no actor has had a place after a while."""
+        if not self.has_had_room and time.monotonic() > self.warn_at:
+            self.has_had_room = True
+            warn_user(f"the Ray cluster has had no room for a worker ({self.needs}) for {PATIENCE:g} s")
 
     def end_workers(self) -> None:
         """Let the actors end, after the calls that they are in; at a second signal at once."""

@@ -34,6 +34,7 @@ from ..batch.store import FULL, FullDiskError, Store
 from ..batch.worker import PartOf, Stop, work
 from ..batch.workers import Worker
 from ..errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, invalid, short_repr
+from .printer import Printer
 
 WATCH = 2.0  # seconds
 SETTINGS = ("checkpoint", "revision", "scheduler", "dtype", "device", "threads", "n", "seed", "seeds", "steps")
@@ -139,7 +140,8 @@ def drive_batch(args: argparse.Namespace, plan: batch.Plan) -> int:
     progress = BatchProgress() if sys.stderr.isatty() and not args.quiet and not args.json else None
     try:
         options = {name: getattr(args, name) for name in ("jobs", "gpus", "part", "tries", *OF_ENGINE)}
-        made = batch.drive(plan.folder.parent, **options, progress=progress)
+        with Printer(args.quiet):
+            made = batch.drive(plan.folder.parent, **options, progress=progress)
     finally:
         if progress:
             progress.replace_line("")

@@ -14,15 +14,19 @@ from pathlib import Path
 import ray
 
 TIMEOUT = 180  # seconds until a node is there
-NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}  # for nodes and drivers, as Ray writes one to the home folder
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",  # Ray writes a token to the home folder otherwise
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # for drivers whose cluster is lost, 60 otherwise
+}
+"""For nodes and drivers."""
 RENAMED = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"']  # a machine with another name
 
 
 class RayCluster:
-    """Nodes with a CPU each, "head" and others, until the end of the context. `environment`: of their processes."""
+    """Nodes of this machine until the end of the context. `environment`: of their processes."""
 
     def __init__(self, environment=None):
-        self.environment = {**os.environ, **(environment or {}), **NO_TOKEN}
+        self.environment = {**os.environ, **(environment or {}), **ENVIRONMENT}
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # paths of sockets have to be short
         self.nodes = {}
         self.host = ray.util.get_node_ip_address()
@@ -39,13 +43,13 @@ class RayCluster:
             node.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def add_node(self, name, gpus=0):
-        """Start a node, the first one being the head, and wait until it is there."""
+    def add_node(self, name, cpus=1, gpus=0):
+        """Start a node, the first one being the head, and wait until it is there. GPUs need not exist."""
         place = [f"--address={self.address}"]
         if not self.nodes:
             place = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
             place += [f"--temp-dir={self.folder}", "--disable-usage-stats"]
-        resources = ["--num-cpus=1", f"--num-gpus={gpus}", f"--object-store-memory={10**8}"]
+        resources = [f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={10**8}"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={self.host}"]
         renamed = [*RENAMED, name] if can_rename() else []
         log = self.folder / f"{name}.log"
