@@ -1,7 +1,9 @@
 """The scripts of docs/scale.md run, on imvar-emoji and without a cluster: each makes the same files as one process."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import ray
 import yaml
 
 from imvar import batch, bundled_examples
@@ -197,6 +200,34 @@ def test_the_kubernetes_job():
     assert (program, args.command, args.action) == ("imvar", "batch", "join")
     mounts = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
     assert args.out.parent in mounts
+
+
+# ---- Ray and Spark
+
+
+def test_the_ray_cluster():
+    schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+    cluster = yaml.safe_load(block("yaml", "cluster_name:"))
+    jsonschema.validate(cluster, json.loads(schema.read_text(encoding="utf-8")))
+    head, gpu = (cluster["available_node_types"].pop(name) for name in (cluster["head_node_type"], "gpu"))
+    assert cluster["available_node_types"] == {}
+    assert "GPU" not in head["resources"]
+
+    exec_, config, line = shlex.split(block("bash", "ray exec").replace("\\\n", ""))[1:]
+    assert (exec_, config) == ("exec", "cluster.yaml")
+    args = command_parser().parse_args(shlex.split(line)[1:])
+    assert (args.command, args.action, args.engine) == ("batch", "run", "ray")
+    assert args.jobs == gpu["max_workers"] == cluster["max_workers"]
+    assert args.threads == gpu["resources"]["CPU"]
+
+
+def test_the_function_for_spark(photos, expected, tmp_path):
+    plan = batch.plan(photos, tmp_path, **SETTINGS)
+    names = {"batch": batch}
+    exec("def make_shards" + PAGE.partition("def make_shards")[2].partition("\n\n")[0], names)
+    assert [sum(names["make_shards"](part, tmp_path)) for part in ([3, 0], [2, 1])] == [4, 4]
+    work(plan.folder.parent)
+    assert contents(tmp_path) == expected
 
 
 # ---- Tables
