@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,15 +98,14 @@ def manifest_lines(store: Store, plan: Plan, failed: list[bytes], bad: list[int]
 
 def batch_report(store: Store, plan: Plan) -> Report:
     """Return what is made of a plan so far."""
-    found = [marker for _, marker in markers(store, plan) if marker]
+    names, totals = ("made", "flagged", "errors", "bytes"), Counter[str]()
+    for _, marker in markers(store, plan):
+        if marker:
+            totals.update({"done": 1, **{name: getattr(marker, name) for name in names}})
     return Report(
         inputs=plan.items,
         shards=len(plan),
-        done=len(found),
-        made=sum(marker.made for marker in found),
-        flagged=sum(marker.flagged for marker in found),
-        errors=sum(marker.errors for marker in found),
-        bytes=sum(marker.bytes for marker in found),
+        **{name: totals[name] for name in ("done", *names)},
         manifest=store.folder / MANIFEST,
         errors_file=store.folder / ERRORS,
     )
