@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--markers", type=int, default=100_000)
     parser.add_argument("--items", type=int, default=1_000_000, help="of scale")
-    parser.add_argument("--folder", type=Path, help="where temporary files are; scale takes 1 kB of it for each item")
+    parser.add_argument("--folder", type=Path, help="where temporary files are; scale takes 1 kB for each item")
     args = parser.parse_args()
     print(json.dumps(machine()), end="\n\n")
     print("| | measured | limit |\n|---|---:|---:|")
