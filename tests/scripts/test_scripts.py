@@ -42,6 +42,7 @@ def test_help():
         "fit_preview.py",
         "gallery.py",
         "kill_batch.py",
+        "kill_ray.py",
         "mutation_test.py",
         "sampler_figure.py",
         "train_emoji",
