@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from . import schedulers
 from .choices import CHECKPOINT, EMOJI, REVISION, SCHEDULERS
 from .errors import InputError, invalid, short_repr
 from .pipeline import StableDiffusionImageVariationPipeline
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_pipeline(

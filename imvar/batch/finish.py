@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .planning import Plan
-from .store import Marker, Store, file_sha256, listed
+from .store import Marker, Store, file_sha256, listed, sha256
 
 MANIFEST, ERRORS = "manifest.jsonl", "errors.jsonl"
 SAMPLE = 100  # markers from which the size of the remaining images is estimated
@@ -66,6 +67,16 @@ def spoiled_files(store: Store, plan: Plan) -> Iterator[tuple[int, str]]:
             for row in rows:
                 if "file" in row and file_sha256(store.folder / row["file"]) != row["sha256"]:
                     yield number, row["file"]
+
+
+def spoiled_summaries(store: Store, plan: Plan) -> list[str]:
+    """Return which of the manifest and the file of errors of a finished batch are not the rows of its shards."""
+    failed: list[bytes] = []
+    digest = hashlib.sha256()
+    for line in manifest_lines(store, plan, failed, []):
+        digest.update(line)
+    expected = {MANIFEST: digest.hexdigest(), ERRORS: sha256(b"".join(failed))}
+    return [name for name, value in expected.items() if file_sha256(store.folder / name) != value]
 
 
 def write_manifest(store: Store, plan: Plan) -> bool:

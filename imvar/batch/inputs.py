@@ -174,7 +174,9 @@ def image_value(name: str, value: Any, folder: Path) -> str:
 
 
 def strength_value(name: str, value: Any, folder: Path) -> float:
-    return check_float(name, value)
+    if not (strength := check_float(name, value)):
+        raise invalid(InputError, name, "a number above 0, so that a step is run", short_repr(value))
+    return strength
 
 
 def preprocess_value(name: str, value: Any, folder: Path) -> Any:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..checks import TYPE_NAMES, as_path, check_int
-from ..choices import CHECKPOINT, DTYPES, EMOJI_STEPS, FLAG_NOTES, SCHEDULERS, STEPS
+from ..choices import CHECKPOINT, DTYPES, EMOJI, EMOJI_STEPS, FLAG_NOTES, SCHEDULERS, STEPS
 from ..errors import InputError, InputTypeError, invalid, short_repr
 from ..limits import MAX_SEED
-from ..loading import is_emoji
+from ..loading import HUB_ID, is_emoji
 from ..pipeline.arguments import check_option, check_scale
 from ..records.files import FORMATS
 
@@ -91,6 +91,8 @@ class Settings:
             options["threads"] = 1 if options.get("threads") is None else options["threads"]
         elif os.path.exists(checkpoint):
             options["checkpoint"] = os.path.abspath(checkpoint)  # workers may have another working folder
+        elif not HUB_ID.fullmatch(checkpoint):
+            raise invalid(InputError, "checkpoint", f"a file, a folder, a hub id or {EMOJI}", short_repr(checkpoint))
         options["steps"] = STEPS if options.get("steps") is None else options["steps"]
         return cls(**options)
 

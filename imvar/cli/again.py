@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageChops
 
 from ..errors import InputError, invalid
-from ..loading import pick_device
+from ..loading import HUB_ID, pick_device
 from ..records.files import read_record, write_image
 from ..records.remaking import inexactness, obstacles
 from ..weights.bundled import BUNDLED
@@ -26,8 +26,6 @@ from .remake import (
     read_inputs,
     recorded_call,
 )
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from .. import batch
-from ..batch.driver import BatchError, check_engine
+from ..batch.driver import BatchError, check_engine, gpu_list
 from ..batch.exits import (
     DONE,
     FULL_DISK,
@@ -28,7 +29,7 @@ from ..batch.exits import (
     TO_BE_MADE_AGAIN,
     TOO_MANY_ERRORS,
 )
-from ..batch.finish import Report, batch_report, reopen_errors, spoiled_files
+from ..batch.finish import Report, batch_report, reopen_errors, spoiled_files, spoiled_summaries
 from ..batch.shard import StoppedError
 from ..batch.store import FULL, FullDiskError, Store
 from ..batch.worker import PartOf, Stop, work
@@ -37,9 +38,11 @@ from ..errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, 
 from .printer import Printer
 
 WATCH = 2.0  # seconds
+MINUTE = 60.0  # seconds between lines in a log
 SETTINGS = ("checkpoint", "revision", "scheduler", "dtype", "device", "threads", "n", "seed", "seeds", "steps")
 SETTINGS += ("guidance", "on_flagged", "batch", "shard", "format", "save")
 SIGNALS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 OF_ENGINE = ("engine", "address", "gpus_per_worker")
 SHARED = ("negative", "init", "mask")
 
@@ -69,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
         cause = error.__cause__ if isinstance(error, CheckpointError) else error
         if isinstance(cause, OSError) and cause.errno in FULL:
             return fail(FULL_DISK, error)
+        if isinstance(error, OSError) and error.errno in READ_ONLY:
+            got = f"{error.strerror} at {error.filename}"
+            return fail(MISUSED, invalid(InputError, str(args.out), "a folder that can be written to", got))
         if not isinstance(error, (InputError, CheckpointError)):
             raise
         return fail(MISUSED, error)
@@ -101,6 +107,8 @@ def fail(status: int, error: Exception) -> int:
 
 
 def run_action(args: argparse.Namespace) -> int:
+    if not args.plan_only:
+        gpu_list(args.gpus)  # which raises an error before there is a plan
     plan = batch.plan(args.photos, args.out, shared=shared_conditions(args), **plan_settings(args))
     return drive_batch(args, plan)
 
@@ -137,7 +145,7 @@ def drive_batch(args: argparse.Namespace, plan: batch.Plan) -> int:
     if vars(args).get("plan_only"):
         print_report(args, batch_report(Store(plan.folder.parent), plan))
         return DONE
-    progress = BatchProgress() if sys.stderr.isatty() and not args.quiet and not args.json else None
+    progress = None if args.quiet or args.json else BatchProgress() if sys.stderr.isatty() else BatchLog()
     try:
         options = {name: getattr(args, name) for name in ("jobs", "gpus", "part", "tries", *OF_ENGINE)}
         with Printer(args.quiet):
@@ -171,6 +179,19 @@ class BatchProgress:
         print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
 
 
+class BatchLog(BatchProgress):
+    """The same as lines, for files in which it is read later: at most one a minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = self.start
+
+    def replace_line(self, text: str) -> None:
+        if text and time.monotonic() - self.last >= MINUTE:
+            self.last = time.monotonic()
+            print(f"imvar: {text}", file=sys.stderr, flush=True)
+
+
 def time_left(seconds: float) -> str:
     """Return a time in its two largest units."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
@@ -192,7 +213,9 @@ def counted(number: int, name: str) -> str:
 def print_report(args: argparse.Namespace, made: Report, workers: int | None = None) -> None:
     """Print what a batch has made, and the number of its workers, as a line or as JSON."""
     if args.json:
-        print(json.dumps(asdict(made) | ({} if workers is None else {"workers": workers}), default=str))
+        files = {"manifest": made.manifest, "errors_file": made.errors_file}
+        existing = {name: str(path) if path.exists() else None for name, path in files.items()}
+        print(json.dumps(asdict(made) | existing | ({} if workers is None else {"workers": workers})))
     elif not args.quiet:
         tail = "" if workers is None else f", {counted(workers, 'worker')}"
         is_whole = made.done == made.shards and made.manifest.exists()
@@ -261,8 +284,12 @@ def verify_action(args: argparse.Namespace) -> int:
         print(name)
         store.reopen(number)
         spoiled += 1
+    if not spoiled and (made := batch_report(store, plan)).done == made.shards:
+        names = spoiled_summaries(store, plan)
+        print(*names, sep="\n", end="\n" if names else "")
+        spoiled = len(names)
     if not spoiled:
         return DONE
-    hint = "the next imvar batch run, join or retry makes their shards again"
+    hint = "the next imvar batch run, join or retry writes them again"
     error = invalid(ImvarError, "files", "the bytes that were written", f"{spoiled} with other bytes or missing", hint)
     return fail(TO_BE_MADE_AGAIN, error)

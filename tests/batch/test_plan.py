@@ -20,7 +20,7 @@ from tests.support.batches import FAST, Stub, images_of, make_shards, save_drawi
 OTHER = {
     **{"revision": "v2", "scheduler": "ddim", "dtype": "bfloat16", "device": "cpu", "threads": 2, "n": 3, "seed": 1},
     **{"seeds": "same", "steps": 3, "guidance": 1.5, "height": 64, "width": 72, "on_flagged": "keep", "batch": 2},
-    **{"shard": 3, "format": "tar", "save": "webp", "metadata": False, "checkpoint": "other"},
+    **{"shard": 3, "format": "tar", "save": "webp", "metadata": False, "checkpoint": "someone/other"},
 }
 
 
@@ -54,6 +54,12 @@ def test_the_same_command_returns_the_plan(photos, out, monkeypatch):
     assert len(first) == 1
     assert first.items == 5
     assert batch.open_plan("out").settings == first.settings
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused(photos, out):
+    with pytest.raises(InputError, match="checkpoint: expected a file, a folder, a hub id or imvar-emoji, got 'none'"):
+        make(photos, out, checkpoint="none")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(batch.Settings)])

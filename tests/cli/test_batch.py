@@ -107,6 +107,12 @@ def test_from_a_broken_photo_to_a_larger_batch(folder, capsys):
     assert imvar_batch(folder, "join", "out", "-q") == (0, "", "")
     assert images(out) == made
     assert here(capsys, "verify", out) == (0, "", "")
+    (out / "manifest.jsonl").write_text("")
+    (out / "errors.jsonl").unlink()
+    assert here(capsys, "verify", out)[:2] == (75, "manifest.jsonl\nerrors.jsonl\n")
+    assert here(capsys, "status", out, "--json")[1].endswith('"errors_file": null, "workers": 0}\n')
+    assert here(capsys, "join", out, "-q")[0] == 0
+    assert here(capsys, "verify", out) == (0, "", "")
 
     status, _, errors = here(capsys, "run", folder / "photos", "-o", out, *OPTIONS, "--guidance", "4")
     assert status == 2
