@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from ..image.mask import check_opaque
 from ..photos import is_embedding
 from ..pipeline import Region
 from ..sources import embeds_note, note_embeds
-from .inputs import Item, import_pyarrow
+from .bucket import BucketPath, absolute, location
+from .inputs import Item, import_pyarrow, opened_parquet
 
 BLANK = (64, 64), "white"  # of the image that fills up a call
 OF_ONE = {"init", "mask", "strength", "regions"}
@@ -90,7 +92,14 @@ def read_embedding(place: Any, pipe: Any, preprocess: str = "clip") -> Tensor:
     if not is_embedding_place(place):
         embeds: Tensor = pipe.encode_image(read_place(place), preprocess=preprocess)
         return embeds
-    embeds = load_image_embeds(place)
+    path = location("image", place)
+    if isinstance(path, BucketPath):
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, path.name)
+            copy.write_bytes(path.read_bytes())
+            embeds = load_image_embeds(copy)
+    else:
+        embeds = load_image_embeds(path)
     if len(embeds) != 1:
         raise invalid(CheckpointError, place, "one embedding (1, 1, c)", describe(embeds))
     note = embeds_note(embeds)
@@ -112,24 +121,33 @@ def read_mask_image(place: Any) -> Image.Image:
 def opened(place: Any) -> Any:
     """Return a path, or the bytes at a place as a file with a name. Raises `InputError` where there are none."""
     if isinstance(place, str):
-        return Path(place)
+        path = location("image", place)
+        return named_file(path.read_bytes(), place) if isinstance(path, BucketPath) else path
     try:
         data = read_tar(place) if "offset" in place else read_parquet(place)
     except (OSError, ValueError, LookupError, TypeError) as error:  # of files that have changed, pyarrow's among them
         raise invalid(InputError, place["name"], f"an image in {place['file']}", first_line(error)) from error
     if isinstance(data, str):
-        return Path(place["file"]).parent / data
+        return opened(str(absolute(location("image", data), location("image", place["file"]).parent)))
     if not isinstance(data, bytes):
         raise invalid(InputTypeError, place["name"], "the bytes of an image", short_repr(data))
+    return named_file(data, place["name"])
+
+
+def named_file(data: bytes, name: str) -> io.BytesIO:
+    """Return bytes as a file with a name."""
     file = io.BytesIO(data)
-    file.name = place["name"]
+    file.name = name
     return file
 
 
 def read_tar(place: Item) -> bytes:
     """Return the bytes at a place in a tar file."""
-    with open(place["file"], "rb") as archive:
-        archive.seek(place["offset"])
+    path, start = location("image", place["file"]), place["offset"]
+    if isinstance(path, BucketPath):
+        return path.read_bytes(start, start + place["size"])
+    with path.open("rb") as archive:
+        archive.seek(start)
         return archive.read(place["size"])
 
 
@@ -142,7 +160,8 @@ def read_parquet(place: Item) -> Any:
 @functools.lru_cache(maxsize=2)
 def parquet_column(path: str, group: int, column: str) -> Sequence[Any]:
     """Return the values of a column in a row group of a parquet file."""
-    table = import_pyarrow(path).parquet.ParquetFile(path).read_row_group(group, columns=[column])
+    source = opened_parquet(location("image", path))
+    table = import_pyarrow(path).parquet.ParquetFile(source).read_row_group(group, columns=[column])
     values: list[Any] = table.column(0).to_pylist()
     return values
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_int
-from ..errors import ImvarError, InputError, invalid, short_repr
-from .exits import DONE, EXPECTED, GIVEN_UP, MEANINGS
+from ..errors import InputError, invalid, short_repr
+from .bucket import BucketPath, Location
+from .exits import DONE, EXPECTED, GIVEN_UP, MEANINGS, BatchError
 from .finish import Report, batch_report
 from .inputs import Item
 from .journal import path_of
@@ -22,7 +23,7 @@ from .planning import Plan, make_plan, open_plan
 from .shard import TRIES
 from .store import Store, json_lines, listed
 from .worker import PartOf
-from .workers import Worker
+from .workers import worker_of
 
 ENGINES = ("local", "ray")
 POLL = 0.2  # seconds
@@ -31,17 +32,9 @@ MORE_STARTS = 3  # than tries, without progress, after which the driver gives up
 BAD_INPUTS = 3  # in a row, each with its tries, after which it gives up as well
 
 
-class BatchError(ImvarError):
-    """A batch cannot go on. `status`: the exit status of the command."""
-
-    def __init__(self, *args: Any, status: int = 1):
-        super().__init__(*args)
-        self.status = status
-
-
 def run(
     inputs: str | Path | Iterable[str | Path],
-    out: str | Path,
+    out: str | Location,
     checkpoint: str | Path | None = None,
     *,
     shared: Item | None = None,
@@ -89,7 +82,7 @@ def run(
 
 
 def drive(
-    out: str | Path,
+    out: str | Location,
     *,
     jobs: int | None = None,
     gpus: str | Sequence[int] | None = None,
@@ -106,6 +99,8 @@ def drive(
     if engine == "ray":
         from .on_ray import drive_on_ray
 
+        if isinstance(plan.folder, BucketPath):
+            raise invalid(InputError, "engine", "local for a batch in an object store", engine, "see --part")
         drive_on_ray(plan, address, jobs, gpus_per_worker, part_of, tries, progress)
     else:
         Driver(plan, jobs, gpu_list(gpus), part_of, tries, progress).run()
@@ -196,13 +191,17 @@ class Driver:
     def start_worker(self, slot: int) -> None:
         """Start a worker. It ends when its standard input does, so also when this process is killed."""
         command = [sys.executable, "-m", "imvar", "batch", "join", str(self.store.folder), "--until-stdin-ends"]
-        command += ["--tries", str(self.tries), "--part", str(self.part)]
+        command += ["--tries", str(self.tries), "--part", str(self.part_of_worker(slot))]
         gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {}
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, **gpu, "PYTHONPATH": path}
         self.workers[slot] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True
         )
+
+    def part_of_worker(self, slot: int) -> PartOf:
+        """Return the shards of a worker, which in an object store sees no claims."""
+        return self.part.divided(slot, self.jobs) if isinstance(self.store.folder, BucketPath) else self.part
 
     def poll_worker(self, slot: int) -> int | None:
         """Return the exit status of a worker, None while it works."""
@@ -262,7 +261,7 @@ class Driver:
                 worker.kill()  # does nothing to those that have ended
             statuses = [worker.wait() for worker in self.workers.values()]
             if any(statuses):
-                with suppress(OSError), Worker(self.store.folder) as remover:
+                with suppress(OSError), worker_of(self.store.folder) as remover:
                     remover.remove_dead()
 
 

@@ -19,6 +19,7 @@ from ..atomic.file import sync
 from ..errors import InputError, first_line, invalid
 from ..records.record import Record, differences
 from ..records.schema import SCHEMA, check_entry
+from .bucket import BucketPath
 from .conditions import BLANK
 from .inputs import import_pyarrow
 from .planning import Plan
@@ -54,10 +55,13 @@ def check_environment(plan: Plan, pipe: Any) -> None:
     """Write the environment of a pipeline to the plan, if it is the first one; raise `InputError` if it differs."""
     here = environment_of(plan, pipe)
     path = plan.folder / NAME
-    if not path.exists():
+    content = json.dumps(here, indent=1, sort_keys=True) + "\n"
+    if isinstance(path, BucketPath):
+        path.put_new(content.encode())
+    elif not path.exists():
         temporary = path.with_name(f".{NAME}.{process_name()}.tmp")
         try:
-            temporary.write_text(json.dumps(here, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
             sync(temporary)
             try:
                 os.link(temporary, path)
@@ -79,8 +83,8 @@ def read_environment(plan: Plan) -> Record | None:
     """Return the environment in a plan; None if there is none yet."""
     path = plan.folder / NAME
     try:
-        record: Record = json.loads(path.read_text(encoding="utf-8"))
-        check_entry(record, {name: SCHEMA[name] for name in ("versions", "checkpoint", "machine")}, "", path)
+        record: Record = json.loads(path.read_bytes())
+        check_entry(record, {name: SCHEMA[name] for name in ("versions", "checkpoint", "machine")}, "", str(path))
         return record
     except FileNotFoundError:
         return None

@@ -1,5 +1,9 @@
 """Exit statuses of `imvar batch`; those from sysexits.h have its numbers."""
 
+from typing import Any
+
+from ..errors import ImvarError
+
 DONE, TOO_MANY_ERRORS, MISUSED = 0, 1, 2
 GIVEN_UP = 70  # EX_SOFTWARE: workers die whatever the driver does
 OUT_OF_MEMORY = 71  # EX_OSERR
@@ -16,3 +20,11 @@ MEANINGS = {
 }
 EXPECTED = set(MEANINGS)
 """What a worker ends with that does not change when it is started again."""
+
+
+class BatchError(ImvarError):
+    """A batch cannot go on. `status`: the exit status of the command."""
+
+    def __init__(self, *args: Any, status: int = 1):
+        super().__init__(*args)
+        self.status = status

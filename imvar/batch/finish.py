@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from .bucket import BucketPath, Location
 from .planning import Plan
 from .store import Marker, Store, file_sha256, listed, sha256
 
@@ -31,14 +33,14 @@ class Report:
     flagged: int
     errors: int
     bytes: int
-    manifest: Path
-    errors_file: Path
+    manifest: Location
+    errors_file: Location
 
 
 def markers(store: Store, plan: Plan) -> Iterator[tuple[int, Marker | None]]:
     """Yield the number of each shard and its marker, if that is one of this plan."""
-    for number in range(len(plan)):
-        yield number, plan_marker(store, plan, number)
+    numbers = range(len(plan))
+    yield from zip(numbers, store.map(partial(plan_marker, store, plan), numbers), strict=True)
 
 
 def plan_marker(store: Store, plan: Plan, number: int) -> Marker | None:
@@ -49,8 +51,20 @@ def plan_marker(store: Store, plan: Plan, number: int) -> Marker | None:
 
 def is_bad(store: Store, plan: Plan, number: int) -> bool:
     """Return whether the marker or the rows of a shard are missing, broken, or of another plan."""
+    return marked_lines(store, plan, number) is None
+
+
+def bad_shards(store: Store, plan: Plan, numbers: Sequence[int]) -> set[int]:
+    """Return those shards that are bad."""
+    found = store.map(partial(is_bad, store, plan), numbers)
+    return {number for number, bad in zip(numbers, found, strict=True) if bad}
+
+
+def marked_lines(store: Store, plan: Plan, number: int) -> tuple[Marker, list[bytes]] | None:
+    """Return the marker and the rows of a shard as lines of JSON; None if it is bad."""
     marker = plan_marker(store, plan, number)
-    return marker is None or store.row_lines(marker) is None
+    lines = marker and store.row_lines(marker)
+    return None if marker is None or lines is None else (marker, lines)
 
 
 def spoiled_files(store: Store, plan: Plan) -> Iterator[tuple[int, str]]:
@@ -97,11 +111,11 @@ def manifest_lines(store: Store, plan: Plan, failed: list[bytes], bad: list[int]
 
     Shards without rows are appended to `bad`.
     """
-    for number, marker in markers(store, plan):
-        found = marker and store.row_lines(marker)
-        if marker is None or found is None:
+    for number, whole in enumerate(store.map(partial(marked_lines, store, plan), range(len(plan)))):
+        if whole is None:
             bad.append(number)
             continue
+        marker, found = whole
         lines = [b'%s,"shard":%d}\n' % (line[:-1], number) for line in found]
         yield from lines[: marker.made]
         failed += lines[marker.made :]
@@ -135,11 +149,13 @@ def bytes_needed(store: Store, plan: Plan) -> int | None:
 
     Images of shards that are not done count as missing, less the room that they take: they are written again.
     """
+    if isinstance(store.folder, BucketPath):
+        return None
     done = sorted(store.done())
     sample = [plan_marker(store, plan, number) for number in done[:: -(-len(done) // SAMPLE) or 1]]
     found = [marker for marker in sample if marker and marker.made]
     missing = set(range(len(plan))).difference(done)
-    folders = [store.path("images", number) for number in missing]
+    folders = [Path(store.path("images", number)) for number in missing]
     folders += [path for path in (store.folder / "workers").glob("*/*") if path.is_dir()]
     present = [size for folder in folders for size in sizes_of_files(folder)]
     images, total = len(present), sum(present)

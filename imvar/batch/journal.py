@@ -10,8 +10,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 
+from .bucket import BucketPath, Location
 from .store import Store, in_folder, json_lines
 
 
@@ -59,12 +59,15 @@ class Journal:
             self.path.parent.rmdir()
 
 
-def append_bytes(path: Path, data: bytes) -> None:
-    """Append bytes to a file, in one piece where other processes do so too."""
+def append_bytes(path: Location, data: bytes) -> None:
+    """Append bytes to a file, in one piece where other processes do so too; in an object store none may."""
+    if isinstance(path, BucketPath):
+        path.write_bytes((path.read_bytes() if path.exists() else b"") + data)
+        return
     with path.open("ab", buffering=0) as file:
         file.write(data)
 
 
-def path_of(folder: Path, number: int) -> Path:
+def path_of(folder: Location, number: int) -> Location:
     """Return the path of the journal of a shard."""
     return folder / "journal" / f"{number:07d}.jsonl"

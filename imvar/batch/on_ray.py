@@ -240,7 +240,7 @@ class RayDriver(Driver):
 
     def remove_lost(self, *names: str) -> None:
         """Remove the claims and the folders of actors that are lost, which other machines cannot know at once."""
-        with suppress(OSError), Worker(self.store.folder) as remover:
+        with suppress(OSError), Worker(Path(self.store.folder)) as remover:
             for name in listed(remover.claims):
                 owner = remover.owner(name) or ""
                 if owner.rpartition("-")[0] in names:

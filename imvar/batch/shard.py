@@ -6,17 +6,16 @@ the bytes of an image do not depend on its neighbours, of which some may be brok
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..checks import as_path
 from ..errors import ImvarError, OutOfMemoryError, first_line, invalid
 from ..oom import explain_out_of_memory
+from .bucket import BucketError, Location, location
 from .conditions import OF_ONE, Condition, arguments_of_call, kind_of_item, open_item
+from .exits import MISUSED
 from .inputs import Item
 from .journal import Journal
 from .planning import Plan
@@ -25,6 +24,7 @@ from .store import FullDiskError, Marker, Row, Store, rows_as_bytes, sha256
 from .write import image_bytes, stems_of, writer_of
 
 TRIES = 3
+NOT_OF_INPUTS = (OutOfMemoryError, FullDiskError, BucketError)
 
 
 class StoppedError(Exception):
@@ -40,7 +40,12 @@ class CallLayout:
 
 
 def run_shard(
-    out: str | Path | Store, plan: Plan, number: int, pipe: Any, stop: Callable[[], bool] = bool, tries: int = TRIES
+    out: str | Location | Store,
+    plan: Plan,
+    number: int,
+    pipe: Any,
+    stop: Callable[[], bool] = bool,
+    tries: int = TRIES,
 ) -> Marker:
     """Make the images of a shard, and return its marker.
 
@@ -55,14 +60,12 @@ def run_shard(
     Inputs that cannot be read become errors in the rows of the shard. Raises `StoppedError`, `FullDiskError` and
     `OutOfMemoryError`.
     """
-    store = out if isinstance(out, Store) else Store(as_path("out", out))
+    store = out if isinstance(out, Store) else Store(location("out", out))
     try:
         return ShardRun(store, plan, number, pipe, stop, tries).run()
     finally:
         if store is not out:
-            shutil.rmtree(store.temporary, ignore_errors=True)
-            with suppress(OSError):  # there are workers
-                store.temporary.parent.rmdir()
+            store.remove_temporary()
 
 
 class ShardRun:
@@ -101,7 +104,7 @@ class ShardRun:
         """Make the images of some items of a layout; if an error does not tell of which it is, one at a time."""
         try:
             self.call_pipeline(layout, group)
-        except (OutOfMemoryError, FullDiskError):
+        except NOT_OF_INPUTS:
             raise
         except ImvarError as error:  # of an input that can be read, but not used
             if len(group) == 1:
@@ -119,8 +122,8 @@ class ShardRun:
         try:
             with explain_memory(self.settings.batch):
                 self.make_rows(layout, self.open_items(group))
-        except (OutOfMemoryError, FullDiskError):  # by no fault of the items
-            with suppress(OSError):
+        except NOT_OF_INPUTS:  # by no fault of the items
+            with suppress(OSError, BucketError):
                 self.journal.note_stop()
             raise
         except ImvarError:
@@ -134,9 +137,11 @@ class ShardRun:
         for index in group:
             try:
                 conditions[index] = open_item(self.items[index], self.pipe)
-            except OutOfMemoryError:
+            except (OutOfMemoryError, FullDiskError):
                 raise
             except (ImvarError, OSError) as error:
+                if isinstance(error, BucketError) and error.status != MISUSED:  # a lost connection
+                    raise
                 self.errors[index] = str(error) or type(error).__name__
         return conditions
 

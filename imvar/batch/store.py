@@ -8,6 +8,8 @@ done/0000/0000042.json      the marker of the shard, written last
 manifest.jsonl              all rows of images, once all shards are done
 errors.jsonl                all rows of errors
 workers/, claims/, journal/ of the present processes, see `workers.py` and `journal.py`
+
+In an object store, files are put whole, and there are neither workers/ nor claims/: see `bucket.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,7 @@ from typing import Any, TypeVar
 from ..atomic.file import sync
 from ..errors import ImvarError, invalid
 from ..text import format_bytes
+from .bucket import BucketPath, Location, place_file
 from .processes import process_name
 
 T = TypeVar("T")
@@ -35,6 +40,8 @@ Row = dict[str, Any]
 GROUP = 1000  # shards in a folder
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MORE_ROOM = "make room; the same command goes on"
+TEMPORARY = "imvar-batch-"  # and the name of the process, where its files are before they go to an object store
+READERS, READ_AHEAD = 16, 1024  # threads that read an object store, and shards that they read at once
 ATTEMPTS = 100  # at a file in a folder that other processes remove when it is empty
 
 
@@ -92,51 +99,78 @@ class Marker:
 class Store:
     """The output folder of a batch. `temporary`: where the files of this process are until they are whole."""
 
-    def __init__(self, folder: Path, temporary: Path | None = None):
+    def __init__(self, folder: Location, temporary: Path | None = None):
         self.folder = folder
-        self.temporary = temporary or folder / "workers" / process_name()
+        if temporary is None:
+            workers = Path(tempfile.gettempdir()) if isinstance(folder, BucketPath) else folder / "workers"
+            prefix = TEMPORARY if isinstance(folder, BucketPath) else ""
+            temporary = workers / f"{prefix}{process_name()}"
+        self.temporary = temporary
 
-    def path(self, kind: str, number: int, suffix: str = "") -> Path:
+    @property
+    def disk(self) -> Path:
+        """A folder of the disk that files are written to at first."""
+        return self.temporary if isinstance(self.folder, BucketPath) else self.folder
+
+    def remove_temporary(self) -> None:
+        """Remove the temporary files, and a folder of workers that is empty then."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        if isinstance(self.folder, Path):
+            with suppress(OSError):  # there are other workers
+                self.temporary.parent.rmdir()
+
+    def path(self, kind: str, number: int, suffix: str = "") -> Location:
         """Return the path of the rows, the marker, the images or the one file of a shard."""
         return self.folder / kind / f"{number // GROUP:04d}" / f"{number:07d}{suffix}"
 
-    def put(self, path: Path, data: bytes | Iterable[bytes]) -> None:
+    def put(self, path: Location, data: bytes | Iterable[bytes]) -> None:
         """Write a file whole, or not at all, from its content or parts of it; `flush_files` flushes it to the disk."""
         temporary = self.temporary / os.urandom(8).hex()
         with self.explain_full_disk():
             try:
                 with in_folder(temporary, lambda: temporary.open("wb")) as file:
                     file.writelines([data] if isinstance(data, bytes) else data)
-                in_folder(path, lambda: temporary.replace(path))
+                in_folder(path, lambda: place_file(temporary, path))
             except OSError:
                 with suppress(OSError):
                     temporary.unlink()
                 raise
 
     @contextmanager
-    def explain_full_disk(self, path: Path | None = None) -> Iterator[None]:
+    def explain_full_disk(self, path: Location | None = None) -> Iterator[None]:
         """Convert the error of a full disk in the block, or of an exhausted quota, to a `FullDiskError`."""
         try:
             yield
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            got = full_disk_text(self.folder, error.errno)
-            raise invalid(FullDiskError, path or self.folder, "room on the disk", got, MORE_ROOM) from error
+            got = full_disk_text(self.disk, error.errno)
+            raise invalid(FullDiskError, path or self.disk, "room on the disk", got, MORE_ROOM) from error
 
-    def flush_files(self, paths: Iterable[Path]) -> None:
-        """Flush files to the disk, and the folders that lead to them."""
+    def flush_files(self, paths: Iterable[Location]) -> None:
+        """Flush files to the disk, and the folders that lead to them. An object store has done so."""
         folders: set[Path] = set()
         with self.explain_full_disk():
             for path in paths:
+                if isinstance(path, BucketPath):
+                    continue
                 sync(path)
                 folders |= {folder for folder in path.parents if folder.is_relative_to(self.folder)}
             for folder in folders:
                 sync(folder)
 
+    def map(self, function: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
+        """Yield `function` of each number, in order; with an object store by threads, as each waits for answers."""
+        if not isinstance(self.folder, BucketPath):
+            yield from map(function, numbers)
+            return
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(numbers), READ_AHEAD):
+                yield from pool.map(function, numbers[start : start + READ_AHEAD])
+
     # Shards
 
-    def finish_shard(self, marker: Marker, rows: Sequence[Row], files: Sequence[Path]) -> None:
+    def finish_shard(self, marker: Marker, rows: Sequence[Row], files: Sequence[Location]) -> None:
         """Write the rows and, after everything is on the disk, the marker of a shard."""
         path, done = self.path("rows", marker.shard, ".jsonl"), self.path("done", marker.shard, ".json")
         self.put(path, rows_as_bytes(rows))
@@ -181,7 +215,7 @@ class Store:
         self.path("done", number, ".json").unlink(missing_ok=True)
 
 
-def in_folder(path: Path, act: Callable[[], T]) -> T:
+def in_folder(path: Location, act: Callable[[], T]) -> T:
     """Create the folder of a path and return `act()`; again if another process has removed the folder in between."""
     for _ in range(ATTEMPTS):
         with suppress(FileNotFoundError, FileExistsError):
@@ -196,8 +230,10 @@ def is_marker_name(name: str) -> bool:
     return name.endswith(".json") and name[:-5].isdecimal()
 
 
-def listed(folder: Path) -> list[str]:
+def listed(folder: Location) -> list[str]:
     """Return the names in a folder, sorted; none if it does not exist."""
+    if isinstance(folder, BucketPath):
+        return folder.names()
     try:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -214,7 +250,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def file_sha256(path: Path) -> str | None:
+def file_sha256(path: Location) -> str | None:
     """Return the digest of a file; None if it cannot be read."""
     try:
         with path.open("rb") as file:
@@ -223,7 +259,7 @@ def file_sha256(path: Path) -> str | None:
         return None
 
 
-def json_lines(path: Path) -> Iterator[Any]:
+def json_lines(path: Location) -> Iterator[Any]:
     """Yield the whole lines of a file that a killed process may have left; none if it does not exist."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)

@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, invalid, short_repr
+from .bucket import Location
 from .environment import pipeline_of
-from .finish import bytes_needed, is_bad, write_manifest
+from .finish import bad_shards, bytes_needed, is_bad, write_manifest
 from .journal import Journal
 from .planning import Plan, open_plan
 from .shard import TRIES, StoppedError, run_shard
 from .store import FULL, MORE_ROOM, FullDiskError, full_disk_text
-from .workers import Worker
+from .workers import LoneWorker, Worker, worker_of
 
 POLL = 0.5  # seconds between looks at shards that other workers have claimed
 
@@ -36,6 +36,10 @@ class PartOf:
         if not slash or not index.isdecimal() or not of.isdecimal() or not int(index) < int(of):
             raise invalid(InputError, "part", "I/N with I from 0 to N - 1, such as 0/4", short_repr(text))
         return cls(int(index), int(of))
+
+    def divided(self, index: int, of: int) -> PartOf:
+        """Return a part of this part."""
+        return PartOf(self.index + self.of * index, self.of * of)
 
     def __str__(self) -> str:
         return f"{self.index}/{self.of}"
@@ -77,7 +81,7 @@ class Stop:
 
 
 def work(
-    out: Path,
+    out: Location,
     *,
     part: PartOf = PartOf(),
     stop: Callable[[], bool] = bool,
@@ -91,15 +95,16 @@ def work(
     `load` as well. Raises `FullDiskError` with an estimate of what is needed.
     """
     plan = open_plan(out)
-    with Worker(plan.folder.parent) as worker:
+    with worker_of(plan.folder.parent) as worker:
         try:
             return Loop(worker, plan, part, stop, tries, load).run()
         except OSError as error:
             cause = error.__cause__ if isinstance(error, FullDiskError) else error
             if not isinstance(cause, OSError) or cause.errno not in FULL:
                 raise
-            got = full_disk_text(worker.store.folder, cause.errno, bytes_needed(worker.store, plan))
-            raise invalid(FullDiskError, worker.store.folder, "room on the disk", got, MORE_ROOM) from error
+            disk = worker.store.disk
+            got = full_disk_text(disk, cause.errno, bytes_needed(worker.store, plan))
+            raise invalid(FullDiskError, disk, "room on the disk", got, MORE_ROOM) from error
 
 
 class Loop:
@@ -107,7 +112,7 @@ class Loop:
 
     def __init__(
         self,
-        worker: Worker,
+        worker: Worker | LoneWorker,
         plan: Plan,
         part: PartOf,
         stop: Callable[[], bool],
@@ -130,9 +135,11 @@ class Loop:
                 if not made:  # others have claimed them all
                     time.sleep(POLL)
             elif len(done) < len(self.plan):
-                return False  # the other parts are not done
+                self.bad = bad_shards(self.store, self.plan, [number for number in sorted(done) if number in self.part])
+                if not self.bad:
+                    return False  # the other parts are not done
             else:
-                self.bad = {number for number in range(len(self.plan)) if is_bad(self.store, self.plan, number)}
+                self.bad = bad_shards(self.store, self.plan, range(len(self.plan)))
                 if len(plan := open_plan(self.store.folder)) > len(self.plan):  # it was extended
                     self.plan = plan
                 elif not self.bad and write_manifest(self.store, self.plan):

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .bucket import BucketPath, Location
 from .processes import gives_signs, lives_here, process_name, read_text
-from .store import Store, in_folder, listed
+from .store import TEMPORARY, Store, in_folder, listed
 
 HEARTBEAT = 5.0  # seconds between the signs of life of a worker
 CLAIM = "claim"
@@ -42,10 +43,9 @@ class Worker:
         self.signs.join()  # which may be about to make the folder again
         for name in listed(self.claims):
             self.remove_claim(name, self.name)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for folder in (self.folder.parent, self.claims):
-            with suppress(OSError):  # there are other workers
-                folder.rmdir()
+        self.store.remove_temporary()
+        with suppress(OSError):  # there are other workers
+            self.claims.rmdir()
 
     def give_signs(self) -> None:
         """Set the time of the worker's folder, by the clock of the file system, until the end."""
@@ -153,7 +153,7 @@ class Worker:
         for name in listed(self.folder.parent):
             if name != self.name and not self.is_alive(name):
                 remove_any(self.folder.parent / name)
-        folder = self.store.folder
+        folder = self.folder.parent.parent
         for path in (*folder.glob(".plan.*.tmp"), *(folder / "plan").glob(".*.tmp")):
             if not self.is_alive(path.suffixes[-2][1:] if len(path.suffixes) > 1 else "", path):
                 remove_any(path)
@@ -164,6 +164,42 @@ class Worker:
                 remove_any(journals / name)
         with suppress(OSError):
             journals.rmdir()
+
+
+class LoneWorker:
+    """This process as a worker in an object store, where it sees no other one: its shards are nobody else's."""
+
+    def __init__(self, folder: BucketPath):
+        self.store = Store(folder)
+
+    def __enter__(self) -> LoneWorker:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.store.remove_temporary()
+
+    def claim(self, number: int) -> bool:
+        return True
+
+    def release(self, number: int) -> None:
+        pass
+
+    def alive(self) -> None:
+        """Return None: which workers are alive is unknown."""
+
+    def remove_dead(self) -> None:
+        """Remove the temporary files of dead processes of this machine."""
+        folder = self.store.temporary.parent
+        for name in listed(folder):
+            if name.startswith(TEMPORARY) and lives_here(name.removeprefix(TEMPORARY)) is False:
+                shutil.rmtree(folder / name, ignore_errors=True)
+
+    clean_up = remove_dead
+
+
+def worker_of(folder: Location) -> Worker | LoneWorker:
+    """Return this process as a worker in an output folder."""
+    return LoneWorker(folder) if isinstance(folder, BucketPath) else Worker(folder)
 
 
 def remove_any(path: Path) -> None:

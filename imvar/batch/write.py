@@ -10,11 +10,11 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..photos import SUFFIXES, unique_names
 from ..records.files import write_image
+from .bucket import Location, place_file
 from .inputs import Item, import_pyarrow
 from .store import Row, Store, file_sha256, listed, rows_as_bytes, sha256
 
@@ -34,9 +34,9 @@ class FolderWriter:
         self.store.put(self.folder / name, data)
         return {"file": (self.folder / name).relative_to(self.store.folder).as_posix()}
 
-    def assemble(self, rows: Sequence[Row]) -> tuple[list[Path], str | None]:
+    def assemble(self, rows: Sequence[Row]) -> tuple[list[Location], str | None]:
         """Return the files of the rows, and no digest; files of earlier attempts that are none of them are removed."""
-        paths = [self.store.folder / row["file"] for row in rows]
+        paths: list[Location] = [self.store.folder / row["file"] for row in rows]
         for name in set(listed(self.folder)) - {path.name for path in paths}:
             (self.folder / name).unlink(missing_ok=True)
         return paths, None
@@ -54,7 +54,7 @@ class ShardWriter:
         self.store.put(self.staged / name, data)
         return {"file": self.path.relative_to(self.store.folder).as_posix(), "member": name}
 
-    def assemble(self, rows: Sequence[Row]) -> tuple[list[Path], str | None]:
+    def assemble(self, rows: Sequence[Row]) -> tuple[list[Location], str | None]:
         """Write the images of the rows and the rows; return the file and its digest."""
         temporary = self.store.temporary / f"{self.path.name}"
         with self.store.explain_full_disk(self.path):
@@ -63,7 +63,7 @@ class ShardWriter:
                 self.write(file, ((row, (self.staged / row["member"]).read_bytes()) for row in rows))
             digest = file_sha256(temporary)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, self.path)
+            place_file(temporary, self.path)
         shutil.rmtree(self.staged, ignore_errors=True)
         return [self.path], digest
 

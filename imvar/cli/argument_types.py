@@ -77,6 +77,11 @@ def photo_arg(text: str) -> Path:
     return Path(text)
 
 
+def address_arg(text: str) -> Path | str:
+    """Parse the path of an input or of a folder, or an address in an object store, which is kept as it is."""
+    return text if URL.match(text) else folder_arg(text)
+
+
 def folder_arg(text: str) -> Path:
     """Parse the path of a folder."""
     if not text:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from .. import batch
-from ..batch.driver import BatchError, check_engine, gpu_list
+from ..batch.bucket import absolute, location
+from ..batch.driver import check_engine, gpu_list
 from ..batch.exits import (
     DONE,
     FULL_DISK,
@@ -28,12 +29,13 @@ from ..batch.exits import (
     TERMINATED,
     TO_BE_MADE_AGAIN,
     TOO_MANY_ERRORS,
+    BatchError,
 )
 from ..batch.finish import Report, batch_report, reopen_errors, spoiled_files, spoiled_summaries
 from ..batch.shard import StoppedError
 from ..batch.store import FULL, FullDiskError, Store
 from ..batch.worker import PartOf, Stop, work
-from ..batch.workers import Worker
+from ..batch.workers import worker_of
 from ..errors import CheckpointError, ImvarError, InputError, OutOfMemoryError, invalid, short_repr
 from .printer import Printer
 
@@ -133,11 +135,12 @@ def plan_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def shared_conditions(args: argparse.Namespace) -> dict[str, Any]:
     """Return the conditions of all items, with absolute paths."""
-    files = {name: os.path.abspath(path) for name in SHARED if (path := getattr(args, name))}
+    files = {name: absolute(location(f"--{name}", path)) for name in SHARED if (path := getattr(args, name))}
     for name, path in files.items():  # in a shard, it would be an error of every input
-        if not os.path.isfile(path):
+        if not path.is_file():
             raise invalid(InputError, f"--{name}", "an image file", short_repr(str(getattr(args, name))))
-    return files | ({} if args.strength is None else {"strength": args.strength})
+    paths = {name: str(path) for name, path in files.items()}
+    return paths | ({} if args.strength is None else {"strength": args.strength})
 
 
 def drive_batch(args: argparse.Namespace, plan: batch.Plan) -> int:
@@ -266,7 +269,8 @@ def status_action(args: argparse.Namespace) -> int:
     store = Store(plan.folder.parent)
     last = None
     while True:
-        found = batch_report(store, plan), len(Worker(store.folder).alive())
+        workers = worker_of(store.folder).alive()
+        found = batch_report(store, plan), None if workers is None else len(workers)
         if found != last:
             print_report(args, found[0], workers=found[1])
             sys.stdout.flush()

@@ -8,13 +8,12 @@ from typing import Any
 
 from ..choices import CHECKPOINT, EMOJI, EMOJI_STEPS, FLAG_NOTES, SCHEDULERS, STEPS
 from .argument_types import (
-    folder_arg,
+    address_arg,
     fraction_arg,
     gpus_arg,
     guidance_arg,
     int_arg,
     part_arg,
-    photo_arg,
     seed_arg,
     share_arg,
     size_arg,
@@ -22,7 +21,7 @@ from .argument_types import (
 from .command_parser import CommandParser, add_command, add_model_options
 
 BATCH = "imvar batch"
-PHOTOS_HELP = "folders, patterns, images; .jsonl, .tar, .parquet files"
+PHOTOS_HELP = "folders, patterns, images, .jsonl, .tar, .parquet; s3://..."
 OUT_HELP = "the output folder of imvar batch run"
 STATUSES = (
     "Exit status: 0 done, 1 too many errors or failure, 2 usage error or another environment, 70 workers die, 71 out "
@@ -59,7 +58,7 @@ def add_run_action(actions: Any) -> None:
         example="imvar batch run photos -o variations -j 2",
     )
     add = command.add_argument_group("images").add_argument
-    add("photos", nargs="+", type=photo_arg, metavar="PHOTOS", help=PHOTOS_HELP)
+    add("photos", nargs="+", type=address_arg, metavar="PHOTOS", help=PHOTOS_HELP)
     add("-n", type=int_arg, default=4, metavar="N", help="variations of each input (default: 4)")
     add("--seed", type=seed_arg, default=0, metavar="S", help="what all seeds are derived from (default: 0)")
     seeds = "own: of each image its own (default); same: S + k"
@@ -71,7 +70,7 @@ def add_run_action(actions: Any) -> None:
     add_conditions(add)
     add("--on-flagged", choices=FLAG_NOTES, default="black", metavar="HOW", help="black, blur or keep (default: black)")
     add = command.add_argument_group("output").add_argument
-    add("-o", dest="out", required=True, type=folder_arg, metavar="OUT", help="the folder of the batch")
+    add("-o", dest="out", required=True, type=address_arg, metavar="OUT", help="the folder of the batch, or s3://...")
     layouts = "files (default); tar or parquet: one file a shard"
     add("--format", choices=("files", "tar", "parquet"), default="files", metavar="F", help=layouts)
     add("--save", choices=("png", "webp", "jpeg"), default="png", metavar="F", help="png, webp or jpeg (default: png)")
@@ -96,7 +95,7 @@ def add_join(actions: Any) -> None:
         example="imvar batch join variations",
     )
     add = command.add_argument
-    add("out", type=folder_arg, metavar="OUT", help=OUT_HELP)
+    add("out", type=address_arg, metavar="OUT", help=OUT_HELP)
     add_part(add)
     add_tries(add)
     add_printing(add)
@@ -114,7 +113,7 @@ def add_status(actions: Any) -> None:
         example="imvar batch status variations --watch",
     )
     add = command.add_argument
-    add("out", type=folder_arg, metavar="OUT", help=OUT_HELP)
+    add("out", type=address_arg, metavar="OUT", help=OUT_HELP)
     add("--watch", action="store_true", help="print it again whenever it changes, until all is done")
     add("--json", action="store_true", help="print it as JSON")
     command.set_defaults(quiet=False)
@@ -131,7 +130,7 @@ def add_verify(actions: Any) -> None:
         arguments="OUT",
         example="imvar batch verify variations",
     )
-    command.add_argument("out", type=folder_arg, metavar="OUT", help=OUT_HELP)
+    command.add_argument("out", type=address_arg, metavar="OUT", help=OUT_HELP)
 
 
 def add_retry(actions: Any) -> None:
@@ -144,7 +143,7 @@ def add_retry(actions: Any) -> None:
         arguments="OUT [options]",
         example="imvar batch retry variations -j 2",
     )
-    command.add_argument("out", type=folder_arg, metavar="OUT", help=OUT_HELP)
+    command.add_argument("out", type=address_arg, metavar="OUT", help=OUT_HELP)
     add_workers(command)
 
 
@@ -159,20 +158,20 @@ def add_extend(actions: Any) -> None:
         example="imvar batch extend variations more -j 2",
     )
     add = command.add_argument_group("images").add_argument
-    add("out", type=folder_arg, metavar="OUT", help=OUT_HELP)
-    add("photos", nargs="+", type=photo_arg, metavar="MORE", help=PHOTOS_HELP)
+    add("out", type=address_arg, metavar="OUT", help=OUT_HELP)
+    add("photos", nargs="+", type=address_arg, metavar="MORE", help=PHOTOS_HELP)
     add_conditions(add)
     add_workers(command, has_plan=True)
 
 
 def add_conditions(add: Callable[..., Any]) -> None:
     """Add the conditions that all inputs of a batch share."""
-    add("--negative", type=photo_arg, metavar="PHOTO", help="an image that guidance leads away from")
-    add("--init", type=photo_arg, metavar="PHOTO", help="start from this image instead of from noise")
+    add("--negative", type=address_arg, metavar="PHOTO", help="an image that guidance leads away from")
+    add("--init", type=address_arg, metavar="PHOTO", help="start from this image instead of from noise")
     add(
         "--strength", type=fraction_arg, metavar="0..1", help="how much of --init changes (default: 0.8; 1 with --mask)"
     )
-    add("--mask", type=photo_arg, metavar="PHOTO", help="white where --init is repainted")
+    add("--mask", type=address_arg, metavar="PHOTO", help="white where --init is repainted")
 
 
 def add_workers(command: CommandParser, has_plan: bool = False) -> None:

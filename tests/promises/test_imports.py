@@ -42,7 +42,7 @@ DEPENDENCIES = {"torch", "safetensors", "huggingface_hub", "PIL", "numpy", "eino
 TYPES_ONLY = {"typing_extensions"}  # whose types every type checker has
 EXTRAS = {
     "cli": {"shtab", "fastapi", "gradio", "uvicorn"},
-    "batch": {"pyarrow", "ray"},
+    "batch": {"fsspec", "pyarrow", "ray"},
 }  # imported where they are used, and said how to get
 MODULES = {".".join(("imvar", *file.relative_to(PACKAGE).with_suffix("").parts)) for file in FILES}
 
