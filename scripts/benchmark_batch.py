@@ -63,9 +63,9 @@ before, start, cpu = megabytes(), time.perf_counter(), time.process_time()
 exec(sys.argv[1])
 print("measured", time.perf_counter() - start, time.process_time() - cpu, megabytes(), megabytes() - before)
 """
-PLAN_CODE = "batch.plan(sys.argv[2], sys.argv[3], checkpoint='missing')"
+PLAN_CODE = "batch.plan(sys.argv[2], sys.argv[3], checkpoint='imvar/missing')"
 SCALE_SUITE = {
-    "planned": "batch.plan(sys.argv[2], sys.argv[3], checkpoint='missing', n=1, format='parquet')",
+    "planned": "batch.plan(sys.argv[2], sys.argv[3], checkpoint='imvar/missing', n=1, format='parquet')",
     "plan opened, and its file checked": "batch.open_plan(sys.argv[3]).offsets",
     "markers listed": "Store(Path(sys.argv[3])).done()",
     "`imvar batch status`": "cli.main(['batch', 'status', sys.argv[3]])",
@@ -224,7 +224,7 @@ def markers(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, 
     tree, out = folder / "tree-of-markers", folder / "finished"
     make_tree(tree, args.markers)
     # workers that load the model fail, since there is none
-    made = batch.plan(tree, out, checkpoint="missing", n=VARIATIONS, shard=1)
+    made = batch.plan(tree, out, checkpoint="imvar/missing", n=VARIATIONS, shard=1)
     store = Store(made.folder.parent)
     started = time.perf_counter()
     write_results(store, made)
@@ -244,7 +244,7 @@ def markers(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, 
         function()
         yield name, f"{time.perf_counter() - start:.2f} s ({time.process_time() - cpu:.2f} s CPU)", limit
     for name, tail in (
-        ("run again until done", ["run", tree, "-o", out, "--checkpoint", "missing", "--shard", "1"]),
+        ("run again until done", ["run", tree, "-o", out, "--checkpoint", "imvar/missing", "--shard", "1"]),
         ("status by the command", ["status", out]),
     ):
         command = [sys.executable, "-m", "imvar", "batch", *map(str, tail)]

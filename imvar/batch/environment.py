@@ -22,10 +22,9 @@ from ..records.schema import SCHEMA, check_entry
 from .bucket import BucketPath
 from .conditions import BLANK
 from .inputs import import_pyarrow
-from .planning import Plan
+from .planning import ENVIRONMENT, Plan
 from .processes import process_name
 
-NAME = "environment.json"
 OF_ROW = ("seed", "inputs", "call", "exact", "reasons", "flagged")
 """Entries of a record that are not the same for all images of a batch."""
 UNIMPORTANT = ("checkpoint.name", "checkpoint.revision", "checkpoint.commit")
@@ -54,12 +53,12 @@ def pipeline_of(plan: Plan) -> Any:
 def check_environment(plan: Plan, pipe: Any) -> None:
     """Write the environment of a pipeline to the plan, if it is the first one; raise `InputError` if it differs."""
     here = environment_of(plan, pipe)
-    path = plan.folder / NAME
+    path = plan.folder / ENVIRONMENT
     content = json.dumps(here, indent=1, sort_keys=True) + "\n"
     if isinstance(path, BucketPath):
         path.put_new(content.encode())
     elif not path.exists():
-        temporary = path.with_name(f".{NAME}.{process_name()}.tmp")
+        temporary = path.with_name(f".{ENVIRONMENT}.{process_name()}.tmp")
         try:
             temporary.write_text(content, encoding="utf-8")
             sync(temporary)
@@ -81,7 +80,7 @@ def check_environment(plan: Plan, pipe: Any) -> None:
 
 def read_environment(plan: Plan) -> Record | None:
     """Return the environment in a plan; None if there is none yet."""
-    path = plan.folder / NAME
+    path = plan.folder / ENVIRONMENT
     try:
         record: Record = json.loads(path.read_bytes())
         check_entry(record, {name: SCHEMA[name] for name in ("versions", "checkpoint", "machine")}, "", str(path))

@@ -25,6 +25,7 @@ from .settings import Settings, setting_differences
 from .store import FULL, TEMPORARY
 
 FOLDER, NAME, FORMAT = "plan", "plan.json", 1
+ENVIRONMENT = "environment.json"  # beside it, of the first worker
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,11 @@ def same_plan(out: str | Location, wanted: Settings) -> Plan:
     existing = open_plan(out)
     if differing := setting_differences(asdict(existing.settings), asdict(wanted)):
         got = f"another (its value and this command's): {'; '.join(differing)}"
-        raise invalid(InputError, out, "the batch of this command", got, "use another -o FOLDER")
+        is_begun = (existing.folder / ENVIRONMENT).exists()
+        hint = "use another -o FOLDER" + (
+            "" if is_begun else f", or delete {existing.folder}: nothing is made of it yet"
+        )
+        raise invalid(InputError, out, "the batch of this command", got, hint)
     return existing
 
 

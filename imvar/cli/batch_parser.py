@@ -21,7 +21,7 @@ from .argument_types import (
 from .command_parser import CommandParser, add_command, add_model_options
 
 BATCH = "imvar batch"
-PHOTOS_HELP = "folders, patterns, images, .jsonl, .tar, .parquet; s3://..."
+PHOTOS_HELP = "folders, patterns, images, .jsonl, .tar, .parquet, s3:"
 OUT_HELP = "the output folder of imvar batch run"
 STATUSES = (
     "Exit status: 0 done, 1 too many errors or failure, 2 usage error or another environment, 70 workers die, 71 out "
@@ -52,8 +52,7 @@ def add_run_action(actions: Any) -> None:
         "run",
         prog=BATCH,
         help="make variations of many images, or go on with them",
-        description="Make variations of many images. The same command goes on with what was left, and ends with "
-        "manifest.jsonl, a line for each image.",
+        description="Make variations of many images; the same command goes on where it ended.",
         arguments="PHOTOS ... -o OUT [options]",
         example="imvar batch run photos -o variations -j 2",
     )
@@ -78,7 +77,7 @@ def add_run_action(actions: Any) -> None:
     add("--shard", type=int_arg, default=64, metavar="N", help="inputs that are made as one (default: 64)")
     add = add_model_options(command, CHECKPOINT)
     add("--batch", type=int_arg, default=4, metavar="N", help="rows of each call; it changes bytes (default: 4)")
-    threads = f"of each worker; it changes bytes (default: all; 1 with {EMOJI})"
+    threads = "of each worker; it changes bytes (default: all cores)"
     add("--threads", type=int_arg, metavar="N", help=threads)
     add_workers(command, has_plan=True)
 
@@ -180,15 +179,15 @@ def add_workers(command: CommandParser, has_plan: bool = False) -> None:
     add("-j", dest="jobs", type=int_arg, metavar="N", help="processes (default: one, or one for each GPU)")
     add("--gpus", type=gpus_arg, metavar="0,1|all", help="the GPUs that the processes use in turn")
     add("--engine", choices=("local", "ray"), default="local", metavar="E", help="local (default), or ray: a cluster")
-    add("--address", metavar="A", help="of the Ray cluster: auto or HOST:PORT (default: start one here)")
+    add("--address", metavar="A", help="of a Ray cluster: auto or HOST:PORT (default: its own)")
     share = "the share of a GPU of a process on Ray (default: 1)"
-    add("--gpus-per-worker", type=share_arg, default=1.0, metavar="0..1", help=share)
+    add("--gpus-per-worker", type=share_arg, default=1.0, metavar="G", help=share)
     if has_plan:
         plan_only = "write the plan, and leave the work to imvar batch join"
         add("--plan-only", action="store_true", help=plan_only)
     add_part(add)
     add_tries(add)
-    errors = "errors above this share fail the command (default: 0.05)"
+    errors = "share of errors that is a failure (default: 0.05)"
     add("--max-errors", type=fraction_arg, default=0.05, metavar="0..1", help=errors)
     add_printing(add)
 

@@ -119,6 +119,6 @@ def add_model_options(command: CommandParser, default: str) -> Callable[..., Any
         metavar="D",
         help="cpu, cuda, cuda:1, mps (default: auto, the fastest)",
     )
-    dtypes = f"{', '.join(DTYPES)} (default: auto, half precision where it is fast; float32 with {EMOJI})"
+    dtypes = f"{', '.join(DTYPES)} (default: auto, the fastest)"
     add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE", help=dtypes)
     return add
