@@ -192,10 +192,8 @@ def same_plan(out: str | Location, wanted: Settings) -> Plan:
     if differing := setting_differences(asdict(existing.settings), asdict(wanted)):
         got = f"another (its value and this command's): {'; '.join(differing)}"
         is_begun = (existing.folder / ENVIRONMENT).exists()
-        hint = "use another -o FOLDER" + (
-            "" if is_begun else f", or delete {existing.folder}: nothing is made of it yet"
-        )
-        raise invalid(InputError, out, "the batch of this command", got, hint)
+        unused = "" if is_begun else f", or delete {existing.folder}: nothing is made of it yet"
+        raise invalid(InputError, out, "the batch of this command", got, f"use another -o FOLDER{unused}")
     return existing
 
 
