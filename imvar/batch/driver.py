@@ -99,8 +99,6 @@ def drive(
     if engine == "ray":
         from .on_ray import drive_on_ray
 
-        if isinstance(plan.folder, BucketPath):
-            raise invalid(InputError, "engine", "local for a batch in an object store", engine, "see --part")
         drive_on_ray(plan, address, jobs, gpus_per_worker, part_of, tries, progress)
     else:
         Driver(plan, jobs, gpu_list(gpus), part_of, tries, progress).run()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, OutOfMemoryError, first_line, invalid, warn_user
+from .bucket import BucketPath, location
 from .driver import Driver
 from .environment import pipeline_of, read_environment
 from .exits import DONE, FULL_DISK, MISUSED, OUT_OF_MEMORY, TERMINATED
@@ -49,7 +50,13 @@ class WorkingActor:
     def make_shards(self, out: str, part: str, tries: int) -> tuple[int, str]:
         """Work until all shards are done; return an exit status of `imvar batch`, with the reason."""
         try:
-            work(Path(out), part=PartOf.from_text(part), stop=self.end.is_set, tries=tries, load=self.load_pipe)
+            work(
+                location("out", out),
+                part=PartOf.from_text(part),
+                stop=self.end.is_set,
+                tries=tries,
+                load=self.load_pipe,
+            )
         except StoppedError:
             return TERMINATED, "a request to end"
         except OutOfMemoryError as error:
@@ -183,6 +190,7 @@ class RayDriver(Driver):
         options = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}
         self.actor_class = ray.remote(**needs, **options)(WorkingActor)
         self.actors: dict[int, Placed] = {}
+        self.is_in_bucket = isinstance(plan.folder, BucketPath)
         self.is_finished = self.has_had_room = False
         self.warn_at = time.monotonic() + PATIENCE
         super().__init__(plan, jobs or places or 1, [], part, tries, progress)
@@ -197,7 +205,8 @@ class RayDriver(Driver):
         placed = self.actors[slot]
         if not self.ray.wait([placed.future], timeout=0)[0]:
             self.warn_of_no_room()
-            return DONE if self.is_finished and not placed.name else None
+            is_needless = self.is_finished and not placed.name and not self.is_in_bucket
+            return DONE if is_needless else None
         try:
             result = self.ray.get(placed.future)
         except self.ray.exceptions.RayError as error:
@@ -205,10 +214,13 @@ class RayDriver(Driver):
             return DEAD
         if not placed.name:
             placed.name, self.has_had_room = result, True
-            placed.future = placed.actor.make_shards.remote(str(self.store.folder), str(self.part), self.tries)
+            part = str(self.part_of_worker(slot))
+            placed.future = placed.actor.make_shards.remote(str(self.store.folder), part, self.tries)
             return None
         status, placed.reason = result
-        self.is_finished |= status == DONE
+        if status == DONE:
+            self.is_finished = True
+            self.ray.kill(placed.actor)  # its place is free for one that waits
         return status
 
     def after_death(self, slot: int, status: int) -> None:
@@ -227,7 +239,7 @@ class RayDriver(Driver):
 
     def end_workers(self) -> None:
         """Let the actors end, after the calls that they are in; at a second signal at once."""
-        placed = [one for one in self.actors.values() if one.name]
+        placed = [one for one in self.actors.values() if one.name]  # those that have ended too
         try:
             for one in placed:
                 one.actor.request_end.remote()
@@ -240,6 +252,8 @@ class RayDriver(Driver):
 
     def remove_lost(self, *names: str) -> None:
         """Remove the claims and the folders of actors that are lost, which other machines cannot know at once."""
+        if self.is_in_bucket:  # where there are none
+            return
         with suppress(OSError), Worker(Path(self.store.folder)) as remover:
             for name in listed(remover.claims):
                 owner = remover.owner(name) or ""

@@ -21,6 +21,7 @@ from imvar.batch.store import Store
 from imvar.batch.worker import work
 from imvar.cli import main
 from tests.support.batches import make_shards, save_drawings, write_lines
+from tests.support.ray_cluster import ENVIRONMENT, RayCluster
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"n": 2, "steps": 2, "shard": 1}
@@ -114,6 +115,16 @@ def test_run_is_equal_to_one_into_a_folder(s3, photos, expected):
     output = "4/4 shards, 6 images, 1 error: s3://bucket/run/manifest.jsonl, s3://bucket/run/errors.jsonl\n"
     assert end(start(*command)) == (0, output, "")
     assert contents(s3, "run") == expected
+
+
+def test_ray(s3, photos, expected):
+    """Of four workers, each with a part, two at a time have room; the third and the fourth begin when others end."""
+    command = ("run", photos, "-o", "s3://bucket/ray", *OPTIONS, "-j", "4", "--max-errors", 1, "-q", "--engine", "ray")
+    with RayCluster() as cluster:
+        cluster.add_node("head", cpus=2)
+        status, output, messages = end(start(*command, "--address", cluster.address, **ENVIRONMENT))
+    assert (status, output) == (0, ""), messages
+    assert contents(s3, "ray") == expected
 
 
 def test_parts(s3, photos, expected, call):
