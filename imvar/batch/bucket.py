@@ -19,6 +19,7 @@ from ..errors import ImvarError, InputError, first_line, invalid, short_repr
 from .exits import MISUSED, BatchError
 
 URL = re.compile(r"([a-z][a-z0-9+.-]*)://.", re.IGNORECASE)
+CUT_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # not C:/ of Windows
 LOCAL, REFUSED = {"file", "local"}, {"http", "https"}
 WRONG_USE = (FileNotFoundError, PermissionError, NotImplementedError, ValueError, TypeError)
 WRONG_USE_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}  # of boto
@@ -171,6 +172,8 @@ def location(name: str, value: Any) -> Location:
     if isinstance(value, BucketPath):
         return value
     found = URL.match(value) if isinstance(value, str) else None
+    if found is None and isinstance(value, str) and CUT_URL.match(value):  # of an unset variable, say
+        raise invalid(InputError, name, "an address such as s3://bucket/photos", short_repr(value))
     if found is None:
         return as_path(name, value)
     if (protocol := found[1].lower()) in LOCAL:

@@ -264,6 +264,8 @@ def test_refusals(s3, photos, tmp_path, call):
     [
         ("https://example.com/fox.png", "expected a path, or an address of an object store such as s3://bucket/photos"),
         ("other://bucket/photos", "expected a path, or an address of an object store such as s3://bucket/photos"),
+        ("s3://", "expected an address such as s3://bucket/photos, got 's3://'"),
+        ("s3:/bucket/photos", "expected an address such as s3://bucket/photos, got 's3:/bucket/photos'"),
         ("oss://bucket/photos", "expected the package ossfs for 'oss://bucket/photos', got none; pip install ossfs"),
     ],
 )
