@@ -1,7 +1,11 @@
 """Shards: what the pipeline is called with, and images that depend on nothing but their input, seed and settings."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +28,8 @@ from tests.support.batches import (
     save_drawings,
     write_lines,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -349,18 +355,20 @@ def test_out_of_memory_says_what_needs_less(photos, tmp_path):
     assert [row["k"] for row in make_shards(plan, Stub())] == [0, 1, 2, 3]
 
 
-def test_out_of_memory_of_a_worker(photos, checkpoint, tmp_path, capfd):
+def test_out_of_memory_of_a_worker(photos, checkpoint, tmp_path):
     """The host lacks memory for an image of 2 ** 32 pixels."""
     resource = pytest.importorskip("resource")
-    plan = plan_of(photos / "fox.png", tmp_path / "out", checkpoint, height=65528, width=65528)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (5 * 2**29, limits[1]))
-    try:
-        with pytest.raises(batch.BatchError, match="got a lack of memory") as error:
-            batch.drive(plan.folder.parent)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert error.value.status == 71
-    assert "enough for calls of 4 rows, got " in (printed := capfd.readouterr().err)
-    assert "use a smaller --batch, in another output folder" in printed
+    plan_of(photos / "fox.png", tmp_path / "out", checkpoint, height=65528, width=65528)
+    process = subprocess.run(
+        [sys.executable, "-m", "imvar", "batch", "retry", tmp_path / "out"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (5 * 2**29, 5 * 2**29)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 71
+    assert "enough for calls of 4 rows, got " in process.stderr
+    assert "use a smaller --batch, in another output folder" in process.stderr
+    assert "got a lack of memory" in process.stderr
     assert rows_of(tmp_path / "out") == []
