@@ -75,7 +75,7 @@ def add_run_action(actions: Any) -> None:
     add("--save", choices=("png", "webp", "jpeg"), default="png", metavar="F", help="png, webp or jpeg (default: png)")
     add("--no-metadata", action="store_true", help="save no record of how images were made")
     add("--shard", type=int_arg, default=64, metavar="N", help="inputs that are made as one (default: 64)")
-    add = add_model_options(command, CHECKPOINT)
+    add = add_model_options(command, CHECKPOINT, is_brief=True)
     add("--batch", type=int_arg, default=4, metavar="N", help="rows of each call; it changes bytes (default: 4)")
     threads = "of each worker; it changes bytes (default: all cores)"
     add("--threads", type=int_arg, metavar="N", help=threads)

@@ -106,7 +106,7 @@ def add_command(
     return command
 
 
-def add_model_options(command: CommandParser, default: str) -> Callable[..., Any]:
+def add_model_options(command: CommandParser, default: str, is_brief: bool = False) -> Callable[..., Any]:
     """Add the options that select a checkpoint and where it runs; return what adds to the group of them."""
     add = command.add_argument_group("checkpoint and hardware").add_argument
     checkpoint = f"a hub id, folder or file, or {EMOJI} (default: {default})"
@@ -119,6 +119,7 @@ def add_model_options(command: CommandParser, default: str) -> Callable[..., Any
         metavar="D",
         help="cpu, cuda, cuda:1, mps (default: auto, the fastest)",
     )
-    dtypes = f"{', '.join(DTYPES)} (default: auto, the fastest)"
+    auto = "the fastest" if is_brief else f"half precision where it is fast; float32 with {EMOJI}"
+    dtypes = f"{', '.join(DTYPES)} (default: auto, {auto})"
     add("--dtype", choices=("auto", *DTYPES), default="auto", metavar="TYPE", help=dtypes)
     return add

@@ -50,6 +50,7 @@ class StableDiffusionPipelineOutput(Output, Generic[ImagesT]):
     recorded: CallRecords | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.images, list):
             for row, image in enumerate(self.images):
                 if isinstance(image, Image):

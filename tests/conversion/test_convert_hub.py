@@ -72,8 +72,9 @@ def test_there_is_no_such_repository(convert):
 
 
 def test_a_local_checkpoint_has_no_revision(checkpoint, tmp_path, capsys):
-    assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--revision", "v1.0"]) == 2
-    assert f"revision: expected None for the local checkpoint {checkpoint}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", str(checkpoint), str(tmp_path / "out"), "--revision", "v1.0"])
+    assert f"--revision: expected none for the local checkpoint {checkpoint}, got 'v1.0'" in capsys.readouterr().err
 
 
 def test_a_bundled_checkpoint(tmp_path, capsys, monkeypatch):

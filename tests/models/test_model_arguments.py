@@ -465,7 +465,7 @@ PICTURES = {
     "image: expected a file or its bytes, got 'https://example.org/cat.png'; URLs are not fetched": lambda p: (
         imvar.load_image("https://example.org/cat.png")
     ),
-    "b'': expected a JPEG, PNG, ... file, got an unknown or another format": lambda p: imvar.load_image(b""),
+    "b'': expected a JPEG, PNG, ... file, got an empty one": lambda p: imvar.load_image(b""),
     "image: expected a file opened in mode 'rb', got a file opened as text": lambda p: imvar.load_image(
         io.StringIO("x")
     ),

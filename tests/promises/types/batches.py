@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, assert_type
 
 from imvar import batch
+from imvar.batch.bucket import BucketPath
 
 
 def calls(photos: list[str | Path], out: Path, shown: list[batch.Report]) -> None:
     report = batch.run(photos, out, "imvar-emoji", n=2, jobs=2, gpus=[0, 1], part="0/2", progress=shown.append)
     assert_type(report, batch.Report)
-    assert_type((report.made, report.manifest), tuple[int, Path])
+    assert_type((report.made, report.manifest), tuple[int, Path | BucketPath])
     assert_type(batch.run("photos", "out", Path("checkpoint"), shared={"negative": "cake.png"}), batch.Report)
     plan = batch.plan(["photos", Path("more")], "out", batch=4, guidance=3)
     assert_type(plan, batch.Plan)
