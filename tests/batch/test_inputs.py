@@ -343,10 +343,13 @@ def test_memory_does_not_grow_with_archives(kind, tmp_path):
             write_tar(path, dict.fromkeys(names, b""))
         else:
             write_parquet(path, {"key": names, "image": [b""] * members}, row_group_size=1000)
-        tracemalloc.start()
-        batch.plan(path, tmp_path / f"out-{members}", checkpoint="imvar-emoji")
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        of_plans = []
+        for number in range(3):  # the least of three, as once something else of the process allocates too
+            tracemalloc.start()
+            batch.plan(path, tmp_path / f"out-{members}-{number}", checkpoint="imvar-emoji")
+            of_plans.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        peaks.append(min(of_plans))
     assert peaks[2] - peaks[1] < 6000 * 50
 
 
