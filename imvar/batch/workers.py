@@ -167,7 +167,7 @@ class Worker:
 
 
 class LoneWorker:
-    """This process as a worker in an object store, where it sees no other one: its shards are nobody else's."""
+    """This process as a worker in an object store, where workers do not see each other: each has its own shards."""
 
     def __init__(self, folder: BucketPath):
         self.store = Store(folder)

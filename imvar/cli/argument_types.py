@@ -78,7 +78,7 @@ def photo_arg(text: str) -> Path:
 
 
 def address_arg(text: str) -> Path | str:
-    """Parse the path of an input or of a folder, or an address in an object store, which is kept as it is."""
+    """Parse the path of an input or of a folder, or an address in an object store, which is returned unchanged."""
     return text if URL.match(text) else folder_arg(text)
 
 
