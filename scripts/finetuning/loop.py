@@ -1,0 +1,188 @@
+"""The training loop, on one rank or many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from finetuning.encoding import Bank, Encoder, bank_path, write_bank
+from finetuning.examples import Example, Examples, Images, load_examples, micro_batches
+from finetuning.objective import diffusion_losses
+from finetuning.reports import Log, sample_grid
+from finetuning.settings import Settings
+from finetuning.state import Run
+from finetuning.trainable import averaged_weights, choose_parameters, moving_average
+from imvar import DDPMScheduler, StableDiffusionImageVariationPipeline
+
+
+class Trainer:
+    """A fine-tuning run: its models, its data and its place in them."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        settings.out.mkdir(parents=True, exist_ok=True)
+        self.accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            cpu=settings.cpu,
+            log_with="tensorboard",
+            project_dir=settings.out,
+        )
+        self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.pipe: Any = load_pipeline(settings.model, self.accelerator.device)
+        self.encoder = Encoder(self.pipe)
+        self.scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        self.scaling_factor = self.pipe.vae.config.scaling_factor
+        factor = self.pipe.vae_scale_factor
+        self.side = settings.resolution or self.pipe.unet.config.sample_size * factor
+        self.latent_shape = (self.pipe.unet.config.in_channels, self.side // factor, self.side // factor)
+        self.examples = self.find_examples(settings.images, shuffle=True)
+        self.validation = self.find_examples(settings.validate, shuffle=False) if settings.validate else None
+        self.run = self.prepare()
+        self.run.resume(settings.out)
+
+    def find_examples(self, inputs: list[str], shuffle: bool) -> Examples:
+        """Return the examples of images: of a bank of them, which the main rank writes, or of the images themselves."""
+        settings = self.settings
+        images: Any = Images(inputs, settings.out, self.pipe, self.side, settings.preprocess)
+        if settings.bank:
+            path = bank_path(settings.out, images, settings.model)
+            if self.accelerator.is_main_process and not path.exists():
+                write_bank(path, images, self.encoder, settings.batch, settings.workers)
+            self.accelerator.wait_for_everyone()
+            images = Bank(path)
+        timesteps, drop = self.scheduler.config.num_train_timesteps, settings.drop if shuffle else 0.0
+        return Examples(images, self.latent_shape, timesteps, settings.seed, drop, shuffle)
+
+    def prepare(self) -> Run:
+        """Choose the parameters, and distribute the UNet over the ranks."""
+        settings, unet = self.settings, self.pipe.unet
+        torch.manual_seed(settings.seed)  # for the adapters
+        self.pipe.vae.requires_grad_(False)
+        self.pipe.image_encoder.requires_grad_(False)
+        choose_parameters(unet, settings.stage, settings.rank, settings.alpha)
+        if settings.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.train()
+        if settings.shard:
+            for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+                fully_shard(block)
+            self.model = fully_shard(unet)
+        else:
+            self.model = self.accelerator.prepare(unet)
+        parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+        optimizer = torch.optim.AdamW(
+            parameters.values(), settings.rate, weight_decay=settings.weight_decay, fused=True
+        )
+        average = None if settings.ema is None else moving_average(parameters, settings.ema)
+        return Run(unet, parameters, optimizer, average, settings.recipe(self.ranks))
+
+    def train(self) -> None:
+        """Train from the present step to the last one, with reports and saves on the way."""
+        settings, run, is_main = self.settings, self.run, self.accelerator.is_main_process
+        log = Log(settings.out, run.step) if is_main else None
+        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+        numbers = micro_batches(run.step, settings.steps, settings.batch, settings.accumulate, self.rank, self.ranks)
+        batches = load_examples(self.examples, numbers, settings.workers)
+        started, losses = time.monotonic(), []
+        while run.step < settings.steps:
+            losses.append(self.step(batches))
+            run.step += 1
+            is_last = run.step == settings.steps
+            row: dict[str, float] = {}
+            if is_last or run.step % settings.log_every == 0:
+                loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean")
+                row = {
+                    "step": run.step,
+                    "loss": float(loss),
+                    "rate": self.rate(),
+                    "seconds": time.monotonic() - started,
+                }
+                losses = []
+            if is_last or run.step % settings.sample_every == 0:
+                with averaged_weights(run.parameters, run.average):
+                    row |= {"step": run.step} | self.report()
+            if log and row:
+                log.add(row)
+                log.draw()
+            if row:
+                self.accelerator.log({name: value for name, value in row.items() if name != "step"}, run.step)
+            if is_last or run.step % settings.save_every == 0:
+                run.save(settings.out, is_main)
+        self.accelerator.end_training()
+
+    def step(self, batches: Any) -> Tensor:
+        """Make one optimizer step and return the mean loss of this rank."""
+        settings, run = self.settings, self.run
+        for group in run.optimizer.param_groups:
+            group["lr"] = self.rate()
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro_step in range(settings.accumulate):
+            is_last = micro_step == settings.accumulate - 1
+            if settings.shard:
+                self.model.set_requires_gradient_sync(is_last)
+            with self.accelerator.no_sync(self.model) if not is_last and not settings.shard else torch.enable_grad():
+                loss = self.losses(next(batches), settings.min_snr).mean() / settings.accumulate
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if not bool(total.isfinite()):
+            raise SystemExit(f"loss: expected a finite one, got {float(total)} at step {run.step}")
+        nn.utils.clip_grad_norm_(run.parameters.values(), settings.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if run.average is not None:
+            run.average.update_parameters(nn.ParameterList(run.parameters.values()))
+        return total
+
+    def losses(self, example: Example, min_snr: float | None = None) -> Tensor:
+        """Return the losses (b,) of a batch of examples."""
+        example = {name: tensor.to(self.accelerator.device) for name, tensor in example.items()}
+        if "pixels" in example:
+            example |= self.encoder.encode(example)
+        with self.accelerator.autocast():
+            return diffusion_losses(self.model, example, self.scheduler, self.scaling_factor, min_snr)
+
+    def rate(self) -> float:
+        """Return the learning rate of the present step: linear warm-up, then constant."""
+        return self.settings.rate * min(1.0, (self.run.step + 1) / max(1, self.settings.warmup))
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """Write a grid of samples, and return the loss of the validation images at fixed noise and timesteps."""
+        out = {}
+        if self.validation is not None:
+            losses = torch.cat(list(self.over(self.validation, self.losses)))
+            out["validation loss"] = float(losses.mean())
+        shown = [self.examples.images[i] for i in range(min(self.settings.samples, len(self.examples.images)))]
+        example = torch.utils.data.default_collate(shown)
+        if "pixels" in example:
+            example = self.encoder.encode(example)
+        self.run.unet.eval()
+        grid = sample_grid(self.pipe, example)
+        self.run.unet.train()
+        if self.accelerator.is_main_process:
+            path = self.settings.out / "samples" / f"step-{self.run.step:06}.png"
+            path.parent.mkdir(exist_ok=True)
+            grid.save(path)
+        return out
+
+    def over(self, examples: Examples, function: Callable[[Example], Tensor]) -> Any:
+        """Yield what a function returns for each batch of all examples."""
+        count, batch = len(examples.images), self.settings.batch
+        ranges = [range(i, min(i + batch, count)) for i in range(0, count, batch)]
+        yield from map(function, load_examples(examples, ranges, 0))
+
+
+def load_pipeline(model: str, device: torch.device) -> Any:
+    """Return the pipeline of a checkpoint, the UNet in float32, the frozen models in half precision on a GPU."""
+    pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(model)
+    for frozen in (pipe.vae, pipe.image_encoder) if device.type == "cuda" else ():
+        frozen.half()
+    for module in (pipe.unet, pipe.vae, pipe.image_encoder):
+        module.to(device)
+    return pipe
