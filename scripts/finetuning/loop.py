@@ -56,7 +56,7 @@ class Trainer:
                 write_bank(path, images, self.encoder, settings.batch, settings.workers)
             self.accelerator.wait_for_everyone()
             images = Bank(path)
-        timesteps, drop = self.scheduler.config.num_train_timesteps, settings.drop if shuffle else 0.0
+        timesteps, drop = self.scheduler.config.num_train_timesteps, settings.drop_embedding if shuffle else 0.0
         return Examples(images, self.latent_shape, timesteps, settings.seed, drop, shuffle)
 
     def prepare(self) -> Run:
@@ -77,9 +77,9 @@ class Trainer:
             self.model = self.accelerator.prepare(unet)
         parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
         optimizer = torch.optim.AdamW(
-            parameters.values(), settings.rate, weight_decay=settings.weight_decay, fused=True
+            parameters.values(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
-        average = None if settings.ema is None else moving_average(parameters, settings.ema)
+        average = None if settings.ema_decay is None else moving_average(parameters, settings.ema_decay)
         return Run(unet, parameters, optimizer, average, settings.recipe(self.ranks))
 
     def train(self) -> None:
@@ -87,7 +87,9 @@ class Trainer:
         settings, run, is_main = self.settings, self.run, self.accelerator.is_main_process
         log = Log(settings.out, run.step) if is_main else None
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
-        numbers = micro_batches(run.step, settings.steps, settings.batch, settings.accumulate, self.rank, self.ranks)
+        numbers = micro_batches(
+            run.step, settings.steps, settings.batch, settings.gradient_accumulation, self.rank, self.ranks
+        )
         batches = load_examples(self.examples, numbers, settings.workers)
         started, losses = time.monotonic(), []
         while run.step < settings.steps:
@@ -122,12 +124,12 @@ class Trainer:
         for group in run.optimizer.param_groups:
             group["lr"] = self.rate()
         total = torch.zeros((), device=self.accelerator.device)
-        for micro_step in range(settings.accumulate):
-            is_last = micro_step == settings.accumulate - 1
+        for micro_step in range(settings.gradient_accumulation):
+            is_last = micro_step == settings.gradient_accumulation - 1
             if settings.shard:
                 self.model.set_requires_gradient_sync(is_last)
             with self.accelerator.no_sync(self.model) if not is_last and not settings.shard else torch.enable_grad():
-                loss = self.losses(next(batches), settings.min_snr).mean() / settings.accumulate
+                loss = self.losses(next(batches), settings.snr_gamma).mean() / settings.gradient_accumulation
                 self.accelerator.backward(loss)
             total += loss.detach()
         if not bool(total.isfinite()):
@@ -139,17 +141,17 @@ class Trainer:
             run.average.update_parameters(nn.ParameterList(run.parameters.values()))
         return total
 
-    def losses(self, example: Example, min_snr: float | None = None) -> Tensor:
+    def losses(self, example: Example, snr_gamma: float | None = None) -> Tensor:
         """Return the losses (b,) of a batch of examples."""
         example = {name: tensor.to(self.accelerator.device) for name, tensor in example.items()}
         if "pixels" in example:
             example |= self.encoder.encode(example)
         with self.accelerator.autocast():
-            return diffusion_losses(self.model, example, self.scheduler, self.scaling_factor, min_snr)
+            return diffusion_losses(self.model, example, self.scheduler, self.scaling_factor, snr_gamma)
 
     def rate(self) -> float:
         """Return the learning rate of the present step: linear warm-up, then constant."""
-        return self.settings.rate * min(1.0, (self.run.step + 1) / max(1, self.settings.warmup))
+        return self.settings.learning_rate * min(1.0, (self.run.step + 1) / max(1, self.settings.warmup_steps))
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:

@@ -13,11 +13,11 @@ from imvar import DDPMScheduler
 
 
 def diffusion_losses(
-    unet: Any, example: Example, scheduler: DDPMScheduler, scaling_factor: float, min_snr: float | None = None
+    unet: Any, example: Example, scheduler: DDPMScheduler, scaling_factor: float, snr_gamma: float | None = None
 ) -> Tensor:
     """Return the loss (b,) of each example: arXiv:2006.11239, equation 14, or by velocity, arXiv:2202.00512.
 
-    `min_snr`: the gamma of Min-SNR weighting (arXiv:2303.09556, section 3.4), about 5; None: equal weights.
+    `snr_gamma`: the gamma of Min-SNR weighting (arXiv:2303.09556, section 3.4), about 5; None: equal weights.
     """
     timesteps, noise = example["timestep"], example["noise"]
     latents = scaling_factor * (example["mean"] + example["std"] * example["posterior_noise"])
@@ -27,7 +27,7 @@ def diffusion_losses(
     target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
     output = unet(noisy, timesteps, embedding[:, None], return_dict=False)[0]
     losses = F.mse_loss(output.float(), target, reduction="none").flatten(1).mean(1)
-    return losses if min_snr is None else losses * snr_weights(scheduler, timesteps, min_snr)
+    return losses if snr_gamma is None else losses * snr_weights(scheduler, timesteps, snr_gamma)
 
 
 def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:

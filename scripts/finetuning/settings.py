@@ -19,14 +19,14 @@ class Settings:
     stage: str = "lora"
     steps: int = 1000
     batch: int = 8
-    accumulate: int = 1
-    rate: float = 1e-5
-    warmup: int = 0
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    drop: float = 0.1
-    min_snr: float | None = None
-    ema: float | None = 0.999
+    drop_embedding: float = 0.1
+    snr_gamma: float | None = None
+    ema_decay: float | None = 0.999
     rank: int = 16
     alpha: float | None = None
     resolution: int | None = None
@@ -50,11 +50,21 @@ class Settings:
 
         Ranks, micro-batches and accumulation count by their product, the size of a step.
         """
-        names = ("model", "stage", "rate", "warmup", "weight_decay", "max_grad_norm", "drop", "min_snr", "ema")
+        names = (
+            "model",
+            "stage",
+            "learning_rate",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "drop_embedding",
+            "snr_gamma",
+            "ema_decay",
+        )
         names += ("resolution", "preprocess", "seed", "mixed_precision")
         names += ("rank", "alpha") if self.stage == "lora" else ()
         return {name: getattr(self, name) for name in names} | {"step size": self.step_size(ranks)}
 
     def step_size(self, ranks: int) -> int:
         """Return the number of examples of an optimizer step."""
-        return self.batch * self.accumulate * ranks
+        return self.batch * self.gradient_accumulation * ranks
