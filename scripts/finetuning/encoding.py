@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from finetuning.examples import Example, Images
+from finetuning.examples import Example
+from finetuning.images import Images
 from imvar.atomic.file import atomic_write
 
 

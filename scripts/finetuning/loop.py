@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from finetuning.encoding import Bank, Encoder, bank_path, write_bank
-from finetuning.examples import Example, Examples, Images, load_examples, micro_batches
+from finetuning.examples import Example, Examples, load_examples, micro_batches
+from finetuning.images import Images
 from finetuning.objective import diffusion_losses
 from finetuning.reports import Log, sample_grid
 from finetuning.settings import Settings
