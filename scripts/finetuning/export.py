@@ -17,7 +17,7 @@ def export(settings: Settings) -> Path:
     `OUT/pytorch_lora_weights.safetensors`, or `OUT/checkpoint`, the model with the new weights, also with `merge`.
     """
     state = read_state(settings.out)
-    pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(settings.model)
+    pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(settings.checkpoint)
     parameters = choose_parameters(pipe.unet, settings.stage, settings.rank, settings.alpha)
     copy_values(parameters, (state["average"] or state["parameters"]).values())
     folder = settings.out / "checkpoint"

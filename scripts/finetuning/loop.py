@@ -29,13 +29,13 @@ class Trainer:
         self.settings = settings
         settings.out.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
+            mixed_precision=settings.mixed_precision or default_precision(settings.cpu),
             cpu=settings.cpu,
             log_with="tensorboard",
             project_dir=settings.out,
         )
         self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.pipe: Any = load_pipeline(settings.model, self.accelerator.device)
+        self.pipe: Any = load_pipeline(settings.checkpoint, self.accelerator.device)
         self.encoder = Encoder(self.pipe)
         self.scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.scaling_factor = self.pipe.vae.config.scaling_factor
@@ -52,7 +52,7 @@ class Trainer:
         settings = self.settings
         images: Any = Images(inputs, settings.out, self.pipe, self.side, settings.preprocess)
         if settings.bank:
-            path = bank_path(settings.out, images, settings.model)
+            path = bank_path(settings.out, images, settings.checkpoint)
             if self.accelerator.is_main_process and not path.exists():
                 write_bank(path, images, self.encoder, settings.batch, settings.workers)
             self.accelerator.wait_for_everyone()
@@ -189,3 +189,8 @@ def load_pipeline(model: str, device: torch.device) -> Any:
     for module in (pipe.unet, pipe.vae, pipe.image_encoder):
         module.to(device)
     return pipe
+
+
+def default_precision(cpu: bool) -> str:
+    """Return the precision of autocast on this machine, as accelerate names it."""
+    return "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

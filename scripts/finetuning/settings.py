@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STAGES = ("cross-attention", "unet", "lora")
+LEARNING_RATES = {"cross-attention": 1e-5, "unet": 1e-5, "lora": 1e-4}
+STAGES = tuple(LEARNING_RATES)
+
+FREE = {"images", "out", "steps", "batch", "gradient_accumulation", "bank", "workers", "shard", "cpu", "merge"}
+FREE |= {"gradient_checkpointing", "validate", "log_every", "save_every", "sample_every", "samples"}
+"""The settings that may change when a run resumes."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,8 @@ class Settings:
 
     images: list[str]
     out: Path
-    model: str = "imvar-emoji"
+    checkpoint: str = "imvar-emoji"
+    revision: str | None = None
     stage: str = "lora"
     steps: int = 1000
     batch: int = 8
@@ -31,10 +37,11 @@ class Settings:
     alpha: float | None = None
     resolution: int | None = None
     preprocess: str = "training"
+    random_flip: bool = False
     seed: int = 0
     bank: bool = True
     workers: int = 2
-    mixed_precision: str = "no"
+    mixed_precision: str | None = None
     gradient_checkpointing: bool = False
     shard: bool = False
     validate: list[str] | None = None
@@ -48,22 +55,11 @@ class Settings:
     def recipe(self, ranks: int) -> dict[str, Any]:
         """Return what determines the weights after a step, which a run that resumes shares with the first one.
 
-        Ranks, micro-batches and accumulation count by their product, the size of a step.
+        Ranks, batches and their accumulation count by their product, the size of a step.
         """
-        names = (
-            "model",
-            "stage",
-            "learning_rate",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "drop_embedding",
-            "snr_gamma",
-            "ema_decay",
-        )
-        names += ("resolution", "preprocess", "seed", "mixed_precision")
-        names += ("rank", "alpha") if self.stage == "lora" else ()
-        return {name: getattr(self, name) for name in names} | {"step size": self.step_size(ranks)}
+        ignored = FREE if self.stage == "lora" else FREE | {"rank", "alpha"}
+        recipe = {name: value for name, value in vars(self).items() if name not in ignored}
+        return recipe | {"step size": self.step_size(ranks)}
 
     def step_size(self, ranks: int) -> int:
         """Return the number of examples of an optimizer step."""
