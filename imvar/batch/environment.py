@@ -24,11 +24,13 @@ from .conditions import BLANK
 from .inputs import import_pyarrow
 from .planning import ENVIRONMENT, Plan
 from .processes import process_name
+from .settings import Settings
 
 OF_ROW = ("seed", "inputs", "call", "exact", "reasons", "flagged")
 """Entries of a record that are not the same for all images of a batch."""
 UNIMPORTANT = ("checkpoint.name", "checkpoint.revision", "checkpoint.commit")
 """Entries that change nothing where the weights are equal."""
+ANY_MACHINE: Record = {"device": "auto", "dtype": {}, "threads": None}
 
 
 def pipeline_of(plan: Plan) -> Any:
@@ -37,8 +39,14 @@ def pipeline_of(plan: Plan) -> Any:
     Raises `InputError` if images would differ from those of the other workers: another version, device, dtype or
     digest of the weights.
     """
-    settings, recorded = plan.settings, read_environment(plan)
-    machine = recorded["machine"] if recorded else {"device": "auto", "dtype": {}, "threads": None}
+    recorded = read_environment(plan)
+    pipe = load_of_settings(plan.settings, recorded["machine"] if recorded else ANY_MACHINE)
+    check_environment(plan, pipe)
+    return pipe
+
+
+def load_of_settings(settings: Settings, machine: Record = ANY_MACHINE) -> Any:
+    """Return the pipeline of settings, and set the threads; `machine`: that of a record, for what they leave open."""
     if threads := settings.threads or machine["threads"]:
         torch.set_num_threads(threads)
     device = loading.pick_device(machine["device"] if settings.device == "auto" else settings.device)
@@ -46,7 +54,6 @@ def pipeline_of(plan: Plan) -> Any:
     dtype = loading.pick_dtype(auto if settings.dtype == "auto" else settings.dtype, device)
     pipe = loading.load_pipeline(settings.checkpoint, settings.revision, settings.scheduler, dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
-    check_environment(plan, pipe)
     return pipe
 
 

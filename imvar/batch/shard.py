@@ -150,14 +150,9 @@ class ShardRun:
         if not conditions:
             return
         rows = [row if row[0] in conditions else None for row in layout.rows]
-        rows += [None] * (self.settings.batch - len(rows))
         seeds = [0 if row is None else self.row_seed(*row) for row in rows]
         of_rows = [None if row is None else conditions[row[0]] for row in rows]
-        arguments = arguments_of_call(of_rows, seeds, layout.is_of_one)
-        made = self.pipe(**arguments, **self.settings.call_options())
-        records = made.records if self.settings.metadata else [None] * len(rows)
-        if not layout.is_of_one:  # which row it is depends on the other items, and no byte of its file should
-            records = [record and record | {"call": record["call"] | {"row": 0, "image": 0}} for record in records]
+        made, records = call_with_rows(self.pipe, self.settings, of_rows, seeds, layout.is_of_one)
         self.write_images(rows, seeds, made, records)
 
     def row_seed(self, index: int, k: int) -> int:
@@ -198,6 +193,22 @@ class ShardRun:
         self.store.finish_shard(marker, rows, files)
         self.journal.discard()
         return marker
+
+
+def call_with_rows(
+    pipe: Any, settings: Settings, conditions: Sequence[Condition | None], seeds: Sequence[int], is_of_one: bool
+) -> tuple[Any, list[Any]]:
+    """Call a pipeline with a row for each condition, filled up with blank ones to `batch` rows.
+
+    Returns its output and a record for each row, None without `metadata`. `is_of_one`: as `arguments_of_call` has it.
+    """
+    blank = settings.batch - len(conditions)
+    arguments = arguments_of_call([*conditions, *[None] * blank], [*seeds, *[0] * blank], is_of_one)
+    made = pipe(**arguments, **settings.call_options())
+    records = made.records if settings.metadata else [None] * settings.batch
+    if not is_of_one:  # which row it is depends on the other items, and no byte of its file should
+        records = [record and record | {"call": record["call"] | {"row": 0, "image": 0}} for record in records]
+    return made, records
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def test_help():
     names = [
         "benchmark_batch.py",
         "benchmark_convert.py",
+        "benchmark_serve.py",
         "evaluate_approximations.py",
         "evaluate_emoji.py",
         "fit_preview.py",
@@ -45,6 +46,7 @@ def test_help():
         "kill_ray.py",
         "mutation_test.py",
         "sampler_figure.py",
+        "serve.py",
         "train_emoji",
         "verify_reference.py",
     ]
