@@ -58,7 +58,8 @@ def parse_arguments() -> tuple[Settings, str]:
     ema("--no-ema", dest="ema_decay", action="store_const", const=None, help="without one")
     add("--resolution", type=partial(int_arg, low=8), help="of the square images, in pixels (default: the model's)")
     add("--preprocess", choices=PREPROCESS, default="training", help="for the image encoder (default: training)")
-    add("--random-flip", action="store_true", help="mirror half of the images")
+    add("--random-flip", action="store_true", help="learn from the mirrored images as well")
+    add("--skip-broken", action="store_true", help="leave out images that cannot be read")
     add("--seed", type=seed_arg, default=0, help="of all random numbers (default: 0)")
 
     add = parser.add_argument_group("memory and speed").add_argument

@@ -1,21 +1,15 @@
-"""The frozen models: from images to latents and embeddings, for each batch or once, for a bank."""
+"""The frozen models: from images to latents and embeddings."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from finetuning.examples import Example
-from finetuning.images import Images
-from imvar.atomic.file import atomic_write
 
 
 @dataclass
@@ -36,40 +30,25 @@ class Encoder:
             "embedding": image_encoder(pixel_values).image_embeds.float(),
         }
 
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes that the outputs were computed in, which therefore hold them exactly."""
+        vae, image_encoder = self.pipe.vae.dtype, self.pipe.image_encoder.dtype
+        return {"mean": vae, "std": vae, "embedding": image_encoder}
 
-class Bank(Dataset):
-    """The encoded images, in a file that is mapped into memory."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.tensors: dict[str, Tensor] = {}
-
-    def load(self) -> dict[str, Tensor]:
-        if not self.tensors:
-            with safe_open(self.path, "pt") as file:
-                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return self.tensors
-
-    def __len__(self) -> int:
-        return len(self.load()["mean"])
-
-    def __getitem__(self, index: int) -> Example:
-        return {name: tensor[index] for name, tensor in self.load().items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "tensors": {}}  # each worker maps the file itself
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 digest of both models' configs and weights, and of the config of the feature extractor."""
+        digest = hashlib.sha256(settings_of(self.pipe.feature_extractor))
+        for model in (self.pipe.vae, self.pipe.image_encoder):
+            digest.update(settings_of(model))
+            for name, tensor in model.state_dict().items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
-def bank_path(out: Path, images: Images, model: str) -> Path:
-    """Return the path of the bank of these images, encoded by this model."""
-    described = repr((images.items, images.resolution, images.preprocess, model))
-    return out / f"bank-{hashlib.sha256(described.encode()).hexdigest()[:12]}.safetensors"
-
-
-def write_bank(path: Path, images: Images, encoder: Encoder, batch: int, workers: int) -> None:
-    """Encode all images and write them as a bank."""
-    parts: list[Example] = []
-    for example in DataLoader(images, batch_size=batch, num_workers=workers):
-        parts.append({name: tensor.cpu() for name, tensor in encoder.encode(example).items()})
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    atomic_write(path, lambda temporary: save_file(tensors, temporary))
+def settings_of(component: Any) -> bytes:
+    """Return a text of the config fields of a component, without others that its file may have."""
+    config = component.config
+    return repr([(field.name, getattr(config, field.name)) for field in fields(config)]).encode()

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from finetuning.encoding import Bank, Encoder, bank_path, write_bank
+from finetuning.bank import open_bank
+from finetuning.encoding import Encoder
 from finetuning.examples import Example, Examples, load_examples, micro_batches
 from finetuning.images import Images
 from finetuning.objective import diffusion_losses
@@ -48,15 +49,13 @@ class Trainer:
         self.run.resume(settings.out)
 
     def find_examples(self, inputs: list[str], shuffle: bool) -> Examples:
-        """Return the examples of images: of a bank of them, which the main rank writes, or of the images themselves."""
+        """Return the examples of images: of a bank of them, or of the images themselves."""
         settings = self.settings
-        images: Any = Images(inputs, settings.out, self.pipe, self.side, settings.preprocess)
+        flip = settings.random_flip and shuffle
+        images: Any = Images(inputs, settings.out, self.pipe, self.side, settings.preprocess, flip)
         if settings.bank:
-            path = bank_path(settings.out, images, settings.checkpoint)
-            if self.accelerator.is_main_process and not path.exists():
-                write_bank(path, images, self.encoder, settings.batch, settings.workers)
-            self.accelerator.wait_for_everyone()
-            images = Bank(path)
+            folder, skip_broken = settings.out / "bank", settings.skip_broken
+            images = open_bank(folder, images, self.encoder, self.accelerator, settings.workers, skip_broken)
         timesteps, drop = self.scheduler.config.num_train_timesteps, settings.drop_embedding if shuffle else 0.0
         return Examples(images, self.latent_shape, timesteps, settings.seed, drop, shuffle)
 
@@ -91,7 +90,8 @@ class Trainer:
         numbers = micro_batches(
             run.step, settings.steps, settings.batch, settings.gradient_accumulation, self.rank, self.ranks
         )
-        batches = load_examples(self.examples, numbers, settings.workers)
+        workers = 0 if settings.bank else settings.workers  # starting them takes seconds, and a bank is quick
+        batches = load_examples(self.examples, numbers, workers)
         started, losses = time.monotonic(), []
         while run.step < settings.steps:
             losses.append(self.step(batches))

@@ -10,7 +10,7 @@ LEARNING_RATES = {"cross-attention": 1e-5, "unet": 1e-5, "lora": 1e-4}
 STAGES = tuple(LEARNING_RATES)
 
 FREE = {"images", "out", "steps", "batch", "gradient_accumulation", "bank", "workers", "shard", "cpu", "merge"}
-FREE |= {"gradient_checkpointing", "validate", "log_every", "save_every", "sample_every", "samples"}
+FREE |= {"gradient_checkpointing", "validate", "skip_broken", "log_every", "save_every", "sample_every", "samples"}
 """The settings that may change when a run resumes."""
 
 
@@ -38,6 +38,7 @@ class Settings:
     resolution: int | None = None
     preprocess: str = "training"
     random_flip: bool = False
+    skip_broken: bool = False
     seed: int = 0
     bank: bool = True
     workers: int = 2
