@@ -16,11 +16,13 @@ from finetuning.encoding import Encoder
 from finetuning.examples import Example, Examples, load_examples, micro_batches
 from finetuning.images import Images
 from finetuning.objective import diffusion_losses
-from finetuning.reports import Log, sample_grid
+from finetuning.record import start_record
+from finetuning.reports import Log, sample_grid, save_samples
 from finetuning.settings import Settings
 from finetuning.state import Run
 from finetuning.trainable import averaged_weights, choose_parameters, moving_average
-from imvar import DDPMScheduler, StableDiffusionImageVariationPipeline
+from imvar import DDPMScheduler
+from imvar.loading import load_pipeline as load_checkpoint
 
 
 class Trainer:
@@ -36,7 +38,7 @@ class Trainer:
             project_dir=settings.out,
         )
         self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.pipe: Any = load_pipeline(settings.checkpoint, self.accelerator.device)
+        self.pipe: Any = load_pipeline(settings.checkpoint, settings.revision, self.accelerator.device)
         self.encoder = Encoder(self.pipe)
         self.scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.scaling_factor = self.pipe.vae.config.scaling_factor
@@ -86,6 +88,8 @@ class Trainer:
         """Train from the present step to the last one, with reports and saves on the way."""
         settings, run, is_main = self.settings, self.run, self.accelerator.is_main_process
         log = Log(settings.out, run.step) if is_main else None
+        if is_main:
+            start_record(settings, len(self.examples.images))
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
         numbers = micro_batches(
             run.step, settings.steps, settings.batch, settings.gradient_accumulation, self.rank, self.ranks
@@ -112,7 +116,8 @@ class Trainer:
                     row |= {"step": run.step} | self.report()
             if log and row:
                 log.add(row)
-                log.draw()
+                if is_last or run.step % settings.sample_every == 0:
+                    log.draw()
             if row:
                 self.accelerator.log({name: value for name, value in row.items() if name != "step"}, run.step)
             if is_last or run.step % settings.save_every == 0:
@@ -165,13 +170,10 @@ class Trainer:
         example = torch.utils.data.default_collate(shown)
         if "pixels" in example:
             example = self.encoder.encode(example)
-        self.run.unet.eval()
         grid = sample_grid(self.pipe, example)
-        self.run.unet.train()
         if self.accelerator.is_main_process:
-            path = self.settings.out / "samples" / f"step-{self.run.step:06}.png"
-            path.parent.mkdir(exist_ok=True)
-            grid.save(path)
+            tracker = self.accelerator.get_tracker("tensorboard")
+            save_samples(grid, self.settings.out, self.run.step, tracker)
         return out
 
     def over(self, examples: Examples, function: Callable[[Example], Tensor]) -> Any:
@@ -181,9 +183,10 @@ class Trainer:
         yield from map(function, load_examples(examples, ranges, 0))
 
 
-def load_pipeline(model: str, device: torch.device) -> Any:
+def load_pipeline(checkpoint: str, revision: str | None, device: torch.device) -> Any:
     """Return the pipeline of a checkpoint, the UNet in float32, the frozen models in half precision on a GPU."""
-    pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(model)
+    pipe: Any = load_checkpoint(checkpoint, revision, None, torch.float32)
+    pipe.disable_vae_slicing()
     for frozen in (pipe.vae, pipe.image_encoder) if device.type == "cuda" else ():
         frozen.half()
     for module in (pipe.unet, pipe.vae, pipe.image_encoder):
