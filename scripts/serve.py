@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import dataclasses
 import io
+import logging
 import os
 import secrets
 import signal
@@ -152,6 +153,10 @@ class Service:
                 return await upload.form(max_files=1, max_fields=len(self.parsers))
         except TimeoutError as error:
             raise HTTPException(408, f"upload: expected one within {SECONDS_TO_UPLOAD} s, got a slower one") from error
+        except HTTPException as error:
+            if error.status_code != 400:
+                raise
+            raise HTTPException(400, f"form: expected multipart/form-data of one file, got {error.detail!r}") from error
 
     def read_settings(self, form: FormData) -> Settings:
         """Return the settings in a form; a seed that is not given is a new one."""
@@ -274,6 +279,7 @@ def serve(args: argparse.Namespace) -> None:
         server = StoppableServer(config)
         server.queue = queue
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again once it has stopped
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each bad form
         warnings.simplefilter("ignore")  # those about uploads, which Python would remember, each for ever
         print(f"imvar: serving at {address_of(listener)}; Ctrl-C ends it", flush=True)
         server.run([listener])
