@@ -149,12 +149,9 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, packed: PackedWeights | None) -> T
         cudnn = torch.backends.cudnn.enabled
         return torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, cudnn)
     n_parts = next(n for n in range(min(-(-h * w // MAX_PIXELS_PER_SUM), h), h + 1) if h % n == 0)
-    statistics = [
-        torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0))  # mean and variance: (2, c)
-        for image in x.split(1)
-        for part in image.chunk(n_parts, dim=2)
-    ]
-    means, variances = rearrange(torch.stack(statistics), "(b n) s (g c) -> s b g (n c)", b=b, g=norm.num_groups)
+    parts = rearrange(x, "b c (n h) w -> (b n) c h w", n=n_parts).split(1)
+    statistics = [s for part in parts for s in torch.batch_norm_update_stats(part, None, None, 0.0)]  # (c,) each
+    means, variances = rearrange(torch.stack(statistics), "(b n s) (g c) -> s b g (n c)", b=b, s=2, g=norm.num_groups)
     mean = means.mean(dim=2, keepdim=True)
     variance = (variances + (means - mean) ** 2).mean(dim=2, keepdim=True)  # of groups: (b, g, 1)
     scale = norm.weight.view(1, norm.num_groups, -1) * (variance + norm.eps).rsqrt()
