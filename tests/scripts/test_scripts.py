@@ -8,6 +8,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from count_operators import count_reference_step, count_step
 from sampler_figure import SAMPLERS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -38,6 +40,7 @@ def test_help():
         "benchmark_batch.py",
         "benchmark_convert.py",
         "benchmark_serve.py",
+        "count_operators.py",
         "evaluate_approximations.py",
         "evaluate_emoji.py",
         "fit_preview.py",
@@ -72,6 +75,14 @@ def test_the_figure_of_the_samplers(tmp_path):
     distances["DDIM"]["2"] = 12.34
     (tmp_path / "distances.json").write_text(json.dumps(distances))
     assert "12.34" in run(SCRIPTS / "sampler_figure.py", *options)
+
+
+@torch.no_grad()
+def test_a_step_dispatches_fewer_operators_than_in_diffusers():
+    """Of the UNet of full size, with the same convolutions."""
+    own, reference = count_step(), count_reference_step()
+    assert own.others["aten.convolution"] == reference.others["aten.convolution"]
+    assert own.others.total() < 0.7 * reference.others.total()
 
 
 def test_fuzzing_in_child_processes():
