@@ -104,9 +104,14 @@ def load(folder: Path, until: float = math.inf) -> Drawings:
                 raise SystemExit("the budget ended while drawings were rendered; run the same command to resume")
             print(f"rendering {style.package}@{style.version}, {number} of {len(STYLES)}", flush=True)
             save(path, render(style, fetch(style, folder)))
-        with np.load(path) as file:
-            parts.append(Drawings(torch.from_numpy(file["images"]), file["codes"], file["styles"]))
+        parts.append(load_style(path))
     return concat(*parts)
+
+
+def load_style(path: Path) -> Drawings:
+    """Return the drawings that `save` has written."""
+    with np.load(path) as file:
+        return Drawings(torch.from_numpy(file["images"]), file["codes"], file["styles"])
 
 
 def save(path: Path, drawings: list[tuple[str, str, np.ndarray]]) -> None:
@@ -134,13 +139,18 @@ def fetch(style: Style, folder: Path) -> Path:
 
 def render(style: Style, archive: Path) -> list[tuple[str, str, np.ndarray]]:
     """Return code point, style and RGBA (4, 64, 64) of every drawing of a single character, except empty ones."""
-    drawn = []
     with tarfile.open(archive) as files:
         images = vectors(files) if "package/icons.json" in files.getnames() else rasters(files)
-        for character, image in images:
-            small = np.asarray(image.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-            if small[..., 3].mean() > 8:
-                drawn.append((character, style.name, small.transpose(2, 0, 1)))
+        return downsample(style, images)
+
+
+def downsample(style: Style, images: Iterable[tuple[str, Image.Image]]) -> list[tuple[str, str, np.ndarray]]:
+    """Return code point, style and RGBA (4, 64, 64) of each image, except empty ones."""
+    drawn = []
+    for character, image in images:
+        small = np.asarray(image.convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+        if small[..., 3].mean() > 8:
+            drawn.append((character, style.name, small.transpose(2, 0, 1)))
     return drawn
 
 
@@ -174,26 +184,30 @@ def vectors(files: tarfile.TarFile, only: Container[str] | None = None) -> Any:
 
     A set without code points uses those of Noto's names.
     """
+    icons = read(files, "icons.json")
+    points = read(files, "chars.json") or names_of_noto(files)
+    for point, name in sorted(points.items()):
+        name = icons.get("aliases", {}).get(name, {}).get("parent", name)
+        character = point.removesuffix("-fe0f")
+        if name not in icons["icons"] or not single(character) or (only is not None and character not in only):
+            continue
+        yield character, draw(icons, name)
+
+
+def draw(icons: dict[str, Any], name: str) -> Image.Image:
+    """Return the image of an icon of an Iconify set, by its name."""
     try:
         import resvg_py  # only needed to render
     except ImportError as error:
         raise SystemExit("resvg_py, which renders the drawings, is not installed; run pip install .[train]") from error
 
-    icons = read(files, "icons.json")
-    points = read(files, "chars.json") or names_of_noto(files)
-    width, height = icons.get("width", 16), icons.get("height", 16)
-    for point, name in sorted(points.items()):
-        name = icons.get("aliases", {}).get(name, {}).get("parent", name)
-        icon = icons["icons"].get(name)
-        character = point.removesuffix("-fe0f")
-        if icon is None or not single(character) or (only is not None and character not in only):
-            continue
-        svg = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="0 0 {icon.get("width", width)} {icon.get("height", height)}">{icon["body"]}</svg>'
-        )
-        png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED, height=RENDERED)
-        yield character, Image.open(io.BytesIO(bytes(png)))
+    icon, width, height = icons["icons"][name], icons.get("width", 16), icons.get("height", 16)
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {icon.get("width", width)} {icon.get("height", height)}">{icon["body"]}</svg>'
+    )
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED, height=RENDERED)
+    return Image.open(io.BytesIO(bytes(png)))
 
 
 def names_of_noto(files: tarfile.TarFile) -> dict[str, str]:

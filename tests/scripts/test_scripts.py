@@ -43,6 +43,7 @@ def test_help():
         "count_operators.py",
         "evaluate_approximations.py",
         "evaluate_emoji.py",
+        "evaluate_finetune.py",
         "fit_preview.py",
         "gallery.py",
         "kill_batch.py",
