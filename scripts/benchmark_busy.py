@@ -15,24 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from statistics import median
+
+import torch
+from benchmark.busy import busy_process
+from benchmark.machine import machine
+from benchmark.tables import markdown_table, settings_line
 
 SETTINGS = {
     "as imvar sets it": {},
     "as PyTorch sets it": {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": str(os.cpu_count())},
 }
-
-
-@contextmanager
-def busy_process():
-    """Run a process that computes until the end of the block."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def seconds_of(n: int, variables: dict[str, str]) -> float:
@@ -55,11 +49,13 @@ def main() -> None:
         for (name, busy), seconds in times.items():
             with busy_process() if busy else nullcontext():
                 seconds.append(seconds_of(args.n, SETTINGS[name]))
-    print(f"{os.cpu_count()} cores, {args.rounds} rounds\n")
-    print("| threads | idle, s | beside a busy process, s | ratio |\n|---|---:|---:|---:|")
+    rows = []
     for name in SETTINGS:
         idle, beside = median(times[name, False]), median(times[name, True])
-        print(f"| {name} | {idle:.1f} | {beside:.1f} | {beside / idle:.2f} |")
+        rows.append((name, f"{idle:.1f}", f"{beside:.1f}", f"{beside / idle:.2f}"))
+    print(markdown_table(("threads", "idle, s", "beside a busy process, s", "ratio"), rows))
+    settings = machine(torch.device("cpu")) | {"rounds": args.rounds, "variations of each drawing": args.n}
+    print(f"\n{settings_line(settings)}")
 
 
 if __name__ == "__main__":

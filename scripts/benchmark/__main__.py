@@ -1,31 +1,35 @@
 """Benchmark imvar against diffusers in one process, in interleaved rounds, with the same weights and inputs.
 
-    python scripts/benchmark [CASE ...] [--checkpoint FOLDER] [--dtype bf16] [--threads 2] [--rounds 5]
-    python scripts/benchmark profile [--dtype bf16]    # imvar's CPU time per kind of layer
-    python scripts/benchmark regions [--dtype bf16]    # a step with regions against a plain one, both of imvar
+    python scripts/benchmark [CASE ...] [--checkpoint FOLDER] [--dtype fp32,bf16] [--threads 2] [--rounds 5] [--busy]
+    python scripts/benchmark unet vae --rival openvino --dtype fp32,bf16    # diffusers, OpenVINO and imvar, in turn
+    python scripts/benchmark memory --dtype fp32,bf16     # of a process that loads the pipeline and makes one image
+    python scripts/benchmark compilers --dtype fp32,bf16  # torch.compile and AOTInductor beside eager
+    python scripts/benchmark profile [--dtype bf16]       # imvar's CPU time per kind of layer
+    python scripts/benchmark regions [--dtype bf16]       # a step with regions against a plain one, both of imvar
 
 CASE: unet vae clip safety pipeline load import scaling (default: all but scaling). Without --checkpoint, one of full
 size with random weights is written to the work folder, 5.8 GB, and reused; `--tiny` writes a tiny one, to check that
 everything runs. Each case first runs both libraries and compares their outputs, then times them alternately. The table
 has median times, their ratio, the spread of the rounds, the peak memory above the baseline, and the largest difference
-relative to the largest output. `--json` and `--markdown` save it.
+relative to the largest output. `--busy` adds rows of rounds beside one busy process. `--markdown` saves the table,
+`--json` its numbers.
+
+With a rival (pip install "imvar[benchmark]"), the table has the ratio of the medians to imvar's, with the lowest and
+the highest ratio of a round, and the error of each library: the root mean square of the difference from diffusers in
+float32, relative to that of its output. Converted models are kept in the work folder. `--keep-memory` is for all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -34,17 +38,25 @@ import imvar
 sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 
 from benchmark.cases import CASES, DTYPES, Case, Libraries
+from benchmark.compilers import compilers_table
+from benchmark.machine import environment
 from benchmark.memory import peak_memory, private_memory
+from benchmark.one_image import memory_table
+from benchmark.openvino_models import PRECISIONS
 from benchmark.profiling import profile_table
 from benchmark.regions import regions_table
+from benchmark.rivals import CASES_OF_RIVALS, rivals_table
+from benchmark.tables import format_gigabytes, format_seconds, markdown_table, reported, settings_line
+from benchmark.timing import largest_difference, spread, time_call, time_in_turn
 from tests.support.published_checkpoint import write_checkpoint
 
-HEADER = ("case", "diffusers", "imvar", "ratio", "spread", "memory, diffusers", "memory, imvar", "difference")
+HEADER = ("case", "dtype", "diffusers", "imvar", "ratio", "spread", "memory, diffusers", "memory, imvar", "difference")
 
 
 @dataclass(frozen=True)
 class Result:
     case: str
+    dtype: str
     diffusers: list[float]  # seconds per round
     imvar: list[float]
     diffusers_memory: int  # bytes
@@ -56,96 +68,76 @@ class Result:
         return median(self.diffusers) / median(self.imvar)
 
     def cells(self) -> tuple[str, ...]:
-        spread = max((max(times) - min(times)) / median(times) for times in (self.diffusers, self.imvar))
         return (
             self.case,
+            self.dtype,
             format_seconds(median(self.diffusers)),
             format_seconds(median(self.imvar)),
             f"{self.ratio:.2f}",
-            f"{100 * spread:.0f} %",
-            f"{self.diffusers_memory / 1e9:.2f} GB",
-            f"{self.imvar_memory / 1e9:.2f} GB",
+            f"{100 * max(spread(self.diffusers), spread(self.imvar)):.0f} %",
+            format_gigabytes(self.diffusers_memory),
+            format_gigabytes(self.imvar_memory),
             "" if self.difference != self.difference else f"{self.difference:.1e}",
         )
 
 
-def format_seconds(time: float) -> str:
-    return f"{time:.2f} s" if time >= 1 else f"{1000 * time:.1f} ms"
-
-
-def time_call(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of one call: by CUDA events on CUDA, by the wall clock elsewhere."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    start_time = time.perf_counter()
-    run()
-    return time.perf_counter() - start_time
-
-
 @torch.no_grad()
-def measure(case: Case, args: argparse.Namespace) -> Result:
+def measure(case: Case, dtype: str, args: argparse.Namespace) -> Iterator[Result]:
+    """Yield a result, and with `--busy` one beside a busy process."""
     (expected, diffusers_memory), (out, imvar_memory) = (
         private_memory(run) if case.keeps_memory else peak_memory(run, args.device)
         for run in (case.diffusers, case.imvar)
     )
-    difference = float("nan")
-    if isinstance(out, torch.Tensor):
-        difference = float((out.double() - expected.double()).abs().max() / expected.double().abs().max())
+    seconds = case.seconds or partial(time_call, device=args.device)
     for _ in range(args.warm):
         case.diffusers()
         case.imvar()
-    times: list[list[float]] = [[], []]
-    for _ in range(args.rounds):
-        for run, rounds in zip((case.diffusers, case.imvar), times, strict=True):
-            rounds.append(case.seconds(run) if case.seconds else time_call(run, args.device))
-    return Result(case.name, *times, diffusers_memory, imvar_memory, difference)
+    for busy in (False, True) if args.busy else (False,):
+        times = time_in_turn((case.diffusers, case.imvar), args.rounds, seconds, busy)
+        name = f"{case.name}, beside a busy process" if busy else case.name
+        yield Result(name, dtype, *times, diffusers_memory, imvar_memory, largest_difference(out, expected))
 
 
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the machine, versions and options that the results depend on."""
-    import diffusers
-    import transformers
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    model = (
-        [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if Path("/proc/cpuinfo").exists()
-        else [platform.processor()]
-    )
-    cuda = args.device.type == "cuda"
-    freed = "kept" if args.keep_memory else "returned to the system"
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit,
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "machine": torch.cuda.get_device_name() if cuda else model[0],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "freed memory": freed,
-        "diffusers mode": "compiled, max-autotune" if args.reference == "compiled" else "eager",
-        "imvar mode": f"compiled, {args.compile}" if args.compile else "eager",
-    }
+def compare_libraries(folder: Path, args: argparse.Namespace) -> Iterator[Result]:
+    """Yield the results of all cases, one dtype after the other."""
+    for dtype in args.dtype:
+        libraries = Libraries(folder, args, dtype)
+        for name in args.cases:
+            if name == "import" and dtype != args.dtype[0]:
+                continue  # it does not depend on the dtype
+            for case in CASES[name](libraries):
+                for result in measure(case, dtype, args):
+                    reported(result.cells())
+                    yield result
+            libraries.forget()
 
 
-def markdown(results: list[Result], settings: dict[str, Any]) -> str:
-    rows = [HEADER, ("---",) * len(HEADER), *(result.cells() for result in results)]
-    footer = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", footer, ""])
+def tables_by_dtype(table: Callable[[Libraries], str], folder: Path, args: argparse.Namespace) -> str:
+    return "\n\n".join(f"{dtype}:\n\n{table(Libraries(folder, args, dtype))}" for dtype in args.dtype)
+
+
+def profile_tables(folder: Path, args: argparse.Namespace) -> str:
+    return tables_by_dtype(profile_table, folder, args)
+
+
+def regions_tables(folder: Path, args: argparse.Namespace) -> str:
+    return tables_by_dtype(partial(regions_table, seconds=partial(time_call, device=args.device)), folder, args)
+
+
+TABLES: dict[str, Callable[[Path, argparse.Namespace], str]] = {  # in place of cases
+    "memory": memory_table,
+    "compilers": compilers_table,
+    "profile": profile_tables,
+    "regions": regions_tables,
+}
+
+
+def dtype_list(text: str) -> list[str]:
+    """Parse names of dtypes with commas between them."""
+    names = text.split(",")
+    if wrong := [name for name in names if name not in DTYPES]:
+        raise argparse.ArgumentTypeError(f"invalid choice: {wrong[0]!r} (choose from {', '.join(DTYPES)})")
+    return names
 
 
 def arguments() -> argparse.Namespace:
@@ -153,12 +145,16 @@ def arguments() -> argparse.Namespace:
         prog="benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("cases", nargs="*", metavar="CASE", choices=[*CASES, "profile", "regions", []], help=" ".join(CASES))
+    add("cases", nargs="*", metavar="CASE", choices=[*CASES, *TABLES, []], help=" ".join([*CASES, *TABLES]))
     add("--checkpoint", type=Path, help="a folder in the published layout, with safetensors")
     add("--work", type=Path, default=Path("out/benchmark"), help="where a checkpoint is written without --checkpoint")
     add("--tiny", action="store_true", help="a tiny checkpoint, to check that everything runs")
     add("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    add("--dtype", choices=DTYPES, default=None, help="default: fp16 on CUDA, fp32 elsewhere")
+    add(
+        "--dtype",
+        type=dtype_list,
+        help=f"{', '.join(DTYPES)}, or several with commas; default: fp16 on CUDA, else fp32",
+    )
     add("--threads", type=int, help="default: PyTorch's")
     add("--size", type=int, help="of the images in pixels (default: the checkpoint's, 512)")
     add("--batch", type=int, default=1, help="images per call")
@@ -182,12 +178,28 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="call imvar.keep_freed_memory, as `imvar vary` does; affects both libraries",
     )
+    add("--rival", choices=("openvino",), default="", help="a third library, for the cases unet and vae on a CPU")
+    add("--busy", action="store_true", help="add rows of rounds beside one busy process")
     add("--rounds", type=int, default=5)
     add("--warm", type=int, default=0, help="untimed rounds after the first comparison")
     add("--json", type=Path)
     add("--markdown", type=Path)
     args = parser.parse_args()
-    args.dtype = args.dtype or ("fp16" if args.device.type == "cuda" else "fp32")
+    args.dtype = args.dtype or ["fp16" if args.device.type == "cuda" else "fp32"]
+    if args.rival:
+        args.cases = args.cases or list(CASES_OF_RIVALS)
+        if (
+            not set(args.cases) <= set(CASES_OF_RIVALS)
+            or args.device.type != "cpu"
+            or not set(args.dtype) <= {*PRECISIONS}
+        ):
+            parser.error("--rival: expected the cases unet and vae on a CPU in fp32 or bf16")
+        if find_spec("openvino") is None:
+            parser.error('--rival: expected the package openvino; run pip install "imvar[benchmark]"')
+    if args.json and (args.rival or set(args.cases) & {*TABLES}):
+        parser.error("--json: expected cases without a rival")
+    if len(args.cases) > 1 and set(args.cases) & {*TABLES}:
+        parser.error(f"CASE: expected one of {', '.join(TABLES)} alone, got {' '.join(args.cases)}")
     args.cases = args.cases or [case for case in CASES if case != "scaling"]
     return args
 
@@ -202,24 +214,22 @@ def main() -> None:
     if not folder.exists():
         print(f"writing {folder}", file=sys.stderr)
         write_checkpoint(folder, tiny=args.tiny, endings=(".safetensors",))
-    libraries, results, settings = Libraries(folder, args), [], environment(args)
-    if args.cases in (["profile"], ["regions"]):
-        timed = partial(time_call, device=args.device)
-        print(profile_table(libraries) if args.cases == ["profile"] else regions_table(libraries, timed))
-        print(", ".join(f"{name} {value}" for name, value in settings.items()))
-        return
-    for name in args.cases:
-        for case in CASES[name](libraries):
-            results.append(measure(case, args))
-            print("  ".join(f"{cell:>18}" for cell in results[-1].cells()), file=sys.stderr, flush=True)
-        libraries.forget()
-    print(markdown(results, settings))
+    settings, results = environment(args, *([args.rival] if args.rival else [])), []
+    if args.rival:
+        table = rivals_table(folder, args)
+    elif args.cases[0] in TABLES:
+        table = TABLES[args.cases[0]](folder, args)
+    else:
+        results = list(compare_libraries(folder, args))
+        table = markdown_table(HEADER, (result.cells() for result in results))
+    text = f"{table}\n\n{settings_line(settings)}\n"
+    print(text)
     if args.json:
         args.json.write_text(
             json.dumps({"environment": settings, "results": [asdict(result) for result in results]}, indent=2)
         )
     if args.markdown:
-        args.markdown.write_text(markdown(results, settings), encoding="utf-8")
+        args.markdown.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from imvar.runtime.precompute import PrecomputedUNet, Runner
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHOTO = Path(__file__).resolve().parents[2] / "tests" / "photos" / "chelsea.jpg"
 GUIDANCE = 3.0
+STEP = 7  # of those that a step is timed at
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class Case:
 class Libraries:
     """Components of one checkpoint as both libraries load them, cached."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace):
+    def __init__(self, folder: Path, args: argparse.Namespace, dtype: str, rounded: str = ""):
         self.folder, self.args = folder, args
-        self.device, self.dtype = args.device, DTYPES[args.dtype]
+        self.device, self.dtype = args.device, DTYPES[dtype]
+        self.rounded = DTYPES[rounded or dtype]  # the dtype to which the values of inputs are rounded
         config = json.loads((folder / "unet" / "config.json").read_text())
         self.width = config["cross_attention_dim"]
         self.size = args.size or 8 * config["sample_size"]
@@ -71,7 +74,7 @@ class Libraries:
             "safety_checker": imvar.StableDiffusionSafetyChecker,
             "pipeline": imvar.StableDiffusionImageVariationPipeline,
         }[name]
-        silence(diffusers, transformers)
+        silence()
         folder = self.folder if name == "pipeline" else self.folder / name
         both = [cls.from_pretrained(folder, torch_dtype=self.dtype).to(self.device) for cls in (reference, own)]
         is_pipeline = name == "pipeline"
@@ -96,13 +99,22 @@ class Libraries:
         gc.collect()
 
     def noise(self, *shape: int, seed: int = 0) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device, self.dtype)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return noise.to(self.rounded).to(self.device, self.dtype)
 
 
-def silence(*libraries: Any) -> None:
-    for library in libraries:
+def silence() -> None:
+    """Turn off the messages and progress bars of diffusers and transformers."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def pipeline_class(library: str) -> Any:
+    return import_module(library).StableDiffusionImageVariationPipeline
 
 
 def compile_diffusers(model: Any) -> None:
@@ -114,23 +126,33 @@ def compile_diffusers(model: Any) -> None:
     setattr(model, name, torch.compile(getattr(model, name), mode="max-autotune", fullgraph=True))
 
 
+def step_inputs(libraries: Libraries, batch: int, size: int, steps: int = 50) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents (b, 4, h, w), timesteps (steps,), and the context (2 b, 1, c) of both halves of guidance."""
+    side = size // 8
+    x, embeds = libraries.noise(batch, 4, side, side), libraries.noise(batch, 1, libraries.width, seed=1)
+    times = torch.linspace(981, 1, steps, device=libraries.device).long()
+    return x, times, torch.cat([torch.zeros_like(embeds), embeds])
+
+
+def guided(both: Tensor) -> Tensor:
+    uncond, cond = both.chunk(2)
+    return uncond + GUIDANCE * (cond - uncond)
+
+
+def predict_noise(unet: Any, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    """Call the UNet of diffusers."""
+    return unet(x, time, encoder_hidden_states=context, return_dict=False)[0]
+
+
 def guided_step(libraries: Libraries, batch: int, size: int, steps: int = 50) -> Case:
     """One guided denoising step. imvar precomputes before it is timed, as before the loop."""
     reference, unet = libraries.component("unet")
-    side = size // 8
-    x, embeds = libraries.noise(batch, 4, side, side), libraries.noise(batch, 1, libraries.width, seed=1)
-    context = torch.cat([torch.zeros_like(embeds), embeds])
-    times = torch.linspace(981, 1, steps, device=libraries.device).long()
+    x, times, context = step_inputs(libraries, batch, size, steps)
     prepared = PrecomputedUNet(unet, times, context, libraries.runner())
-
-    def guided(both: Tensor) -> Tensor:
-        uncond, cond = both.chunk(2)
-        return uncond + GUIDANCE * (cond - uncond)
-
     return Case(
         f"unet, guided step, {batch} x {size} px",
-        lambda: guided(reference(torch.cat([x, x]), times[7], encoder_hidden_states=context).sample),
-        lambda: guided(prepared(x, 7)),
+        lambda: guided(predict_noise(reference, torch.cat([x, x]), times[STEP], context)),
+        lambda: guided(prepared(x, STEP)),
     )
 
 
@@ -147,13 +169,17 @@ def scaling(libraries: Libraries) -> Iterator[Case]:
         yield pipeline_run(libraries, libraries.args.batch, libraries.size, steps)
 
 
+def latents_to_decode(libraries: Libraries) -> Tensor:
+    return libraries.noise(libraries.args.batch, 4, libraries.size // 8, libraries.size // 8)
+
+
 def vae(libraries: Libraries) -> Iterator[Case]:
     reference, model = libraries.component("vae")
-    z = libraries.noise(libraries.args.batch, 4, libraries.size // 8, libraries.size // 8)
+    z = latents_to_decode(libraries)
     run_decode = libraries.runner()(decode_with, model)
     yield Case(
         f"vae, decode, {libraries.args.batch} x {libraries.size} px",
-        lambda: reference.decode(z).sample,
+        lambda: decode_with(reference, z),
         lambda: run_decode(z),
     )
 
@@ -195,24 +221,24 @@ def safety(libraries: Libraries) -> Iterator[Case]:
     )
 
 
+def run_pipeline(pipe: Any, size: int | None, steps: int, batch: int) -> Tensor:
+    """Return images (b, h, w, 3) of a photo, made with the safety checker."""
+    images = pipe(
+        Image.open(PHOTO).convert("RGB"),
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        num_images_per_prompt=batch,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    return torch.stack([torch.from_numpy(np.array(image)).float() for image in images])
+
+
 def pipeline_run(libraries: Libraries, batch: int, size: int, steps: int) -> Case:
     """A call of the pipeline with a photo, including the safety checker."""
-    photo = Image.open(PHOTO).convert("RGB")
-
-    def run(pipe: Any) -> Tensor:
-        images = pipe(
-            photo,
-            height=size,
-            width=size,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            num_images_per_prompt=batch,
-            generator=torch.Generator().manual_seed(0),
-        ).images
-        return torch.stack([torch.from_numpy(np.array(image)).float() for image in images])
-
-    reference, pipe = (partial(run, pipe) for pipe in libraries.component("pipeline"))
-    return Case(f"pipeline, {batch} x {size} px, {steps} steps", reference, pipe)
+    reference, own = (partial(run_pipeline, pipe, size, steps, batch) for pipe in libraries.component("pipeline"))
+    return Case(f"pipeline, {batch} x {size} px, {steps} steps", reference, own)
 
 
 def pipeline(libraries: Libraries) -> Iterator[Case]:
@@ -240,18 +266,15 @@ def process(*lines: str) -> Callable[[], None]:
 
 def load(libraries: Libraries) -> Iterator[Case]:
     """`from_pretrained` of the pipeline, without imports."""
-    import diffusers
-    import transformers
-
-    silence(diffusers, transformers)
+    silence()
 
     def run(cls: Any) -> Callable[[], None]:
         return lambda: cls.from_pretrained(libraries.folder, torch_dtype=libraries.dtype)
 
     yield Case(
         "load; private memory",
-        run(diffusers.StableDiffusionImageVariationPipeline),
-        run(imvar.StableDiffusionImageVariationPipeline),
+        run(pipeline_class("diffusers")),
+        run(pipeline_class("imvar")),
         keeps_memory=True,
     )
 

@@ -1,16 +1,42 @@
-"""Memory of a call: its peak above the baseline, or the private memory of its result."""
+"""Memory of a call: its peak above the baseline, or private memory, at its peak or of the result."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+SAMPLE_INTERVAL = 0.01  # seconds
+
+
+class PeakOfPrivateMemory:
+    """`peak`: the most private memory of the process in the `with` block, in bytes, by samples (Linux)."""
+
+    def __enter__(self) -> PeakOfPrivateMemory:
+        self.peak, self.ended = status("RssAnon"), threading.Event()
+        self.thread = threading.Thread(target=self.sample, daemon=True)
+        self.thread.start()
+        return self
+
+    def sample(self) -> None:
+        while not self.ended.wait(SAMPLE_INTERVAL):
+            self.peak = max(self.peak, status("RssAnon"))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.peak = max(self.peak, status("RssAnon"))
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmark.cases import Libraries, guided_step, vae
+from benchmark.tables import markdown_table
 from imvar.kernels import cpu_kernels
 from imvar.models import attention, ops
 
@@ -148,12 +149,12 @@ def profile_table(libraries: Libraries) -> str:
 
 def table(name: str, profile: Profile, peak: float) -> str:
     total = sum(profile.seconds.values())
-    rows = [(f"{name}: kind", *HEADER[1:]), ("---",) * len(HEADER)]
+    rows = []
     for kind, seconds in sorted(profile.seconds.items(), key=lambda item: -item[1]):
         share = f"{100 * seconds / total:.0f} %"
         rows.append((kind, f"{seconds:.3f}", share, *flops_cells(profile.flops[kind], seconds, peak)))
     rows.append(("all", f"{total:.3f}", "", *flops_cells(sum(profile.flops.values()), total, peak)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table((f"{name}: kind", *HEADER[1:]), rows)
 
 
 def flops_cells(flops: float, seconds: float, peak: float) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ import torch
 
 import imvar
 from benchmark.cases import Libraries
+from benchmark.tables import markdown_table
 from imvar.models.ops import PackedWeights
 from imvar.models.regions import RegionLayout
 from imvar.runtime.precompute import PrecomputedUNet
@@ -45,4 +46,4 @@ def regions_table(libraries: Libraries, seconds: Callable[[Callable[[], Any]], f
     ratios = sorted(regional / plain for plain, regional in pairs)
     medians = (f"{1000 * median(times):.1f} ms" for times in zip(*pairs, strict=True))
     cells = (f"{batch} x {libraries.size} px", *medians, *(f"{r:.3f}" for r in (median(ratios), ratios[0], ratios[-1])))
-    return "\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ("---",) * len(HEADER), cells))
+    return markdown_table(HEADER, [cells])

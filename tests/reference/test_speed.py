@@ -22,6 +22,11 @@ def benchmark(tmp_path, *options, **environment):
     ).stdout
 
 
+def rows_of(printed):
+    """The cells of a table, with its header and the line below."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+
+
 def test_a_tiny_benchmark(tmp_path):
     cases = ["unet", "vae", "clip", "safety", "pipeline", "scaling", "load"]
     printed = benchmark(
@@ -83,6 +88,7 @@ def test_profile(tmp_path, dtype):
     tables = [
         [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()[2:] if "|" in line]
         for part in printed.split("\n\n")
+        if part.startswith("|")
     ]
     assert len(tables) == 2
     for *parts, whole in tables:
@@ -92,13 +98,40 @@ def test_profile(tmp_path, dtype):
 
 def test_the_cost_of_regions(tmp_path):
     """A ratio for each pair of steps: their median is between the lowest and the highest."""
-    row = benchmark(tmp_path, "regions").splitlines()[2]
-    median, lowest, highest = (float(cell) for cell in row.split("|")[4:7])
+    *_, row = rows_of(benchmark(tmp_path, "regions"))
+    median, lowest, highest = map(float, row[3:])
     assert 0 < lowest <= median <= highest
 
 
-@pytest.mark.parametrize("options", [["nonsense"], ["unet", "--dtype", "int8"]])
-def test_unknown_options_are_refused(options):
+def test_several_dtypes_and_a_busy_process(tmp_path):
+    """A row for each dtype, and another of rounds beside a busy process."""
+    _, _, *rows = rows_of(benchmark(tmp_path, "unet", "--dtype", "fp32,bf16", "--busy"))
+    step = "unet, guided step, 1 x 64 px"
+    both = step, f"{step}, beside a busy process"
+    assert [tuple(row[:2]) for row in rows] == [(name, dtype) for dtype in ("fp32", "bf16") for name in both]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_the_memory_of_one_image(tmp_path):
+    """Processes of both libraries, with a peak that is not below what is loaded."""
+    _, _, *rows = rows_of(benchmark(tmp_path, "memory", "--steps", "1"))
+    assert [row[0].split(",")[0] for row in rows] == ["diffusers", "imvar", "imvar"]
+    for loaded, peak, above, resident in ((float(cell.removesuffix(" GB")) for cell in row[2:]) for row in rows):
+        assert 0.05 < loaded <= peak < resident
+        assert above == pytest.approx(peak - loaded, abs=0.011)  # of rounded figures
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["unet", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["unet", "clip", "--rival", "openvino"], "--rival: expected the cases unet and vae"),
+        (["unet", "memory"], "alone, got unet memory"),
+        (["memory", "--json", "out.json"], "--json: expected cases"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
     result = subprocess.run([sys.executable, BENCHMARK, *options], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "invalid choice" in result.stderr
+    assert message in result.stderr

@@ -1,0 +1,69 @@
+"""The machine, the versions and the settings that the measurements depend on."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CPUINFO = Path("/proc/cpuinfo")
+INSTRUCTION_SETS = re.compile(r"avx2|avx_vnni|avx512\w*|amx_\w+")
+
+
+def cpuinfo(field: str) -> str:
+    """Return a field of the first core, "" where Linux's /proc/cpuinfo does not exist or lacks it."""
+    text = CPUINFO.read_text(encoding="utf-8", errors="replace") if CPUINFO.exists() else ""
+    match = re.search(rf"^{field}\s*: (.*)$", text, re.MULTILINE)
+    return match[1] if match else ""
+
+
+def processor() -> str:
+    return cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instruction_sets() -> str:
+    """Return the vector and matrix instructions of the processor, by Linux's names."""
+    found = [flag for flag in cpuinfo("flags").split() if INSTRUCTION_SETS.fullmatch(flag)]
+    return " ".join(sorted(found)) or "unknown"
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+def machine(device: torch.device, *packages: str) -> dict[str, Any]:
+    """Return the machine, the commit and the versions of Python, torch and `packages`."""
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "instruction sets": instruction_sets(),
+        "cores": os.cpu_count(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def environment(args: argparse.Namespace, *packages: str) -> dict[str, Any]:
+    """Return the machine, the versions and the options of the command line."""
+    return machine(args.device, "diffusers", "transformers", *packages) | {
+        "dtype": " ".join(args.dtype),
+        "rounds": args.rounds,
+        "threads": torch.get_num_threads(),
+        "freed memory": "kept" if args.keep_memory else "returned to the system",
+        "diffusers mode": "compiled, max-autotune" if args.reference == "compiled" else "eager",
+        "imvar mode": f"compiled, {args.compile}" if args.compile else "eager",
+    }
