@@ -75,7 +75,7 @@ def parse_arguments() -> tuple[Settings, str]:
     add("--log-every", type=int_arg, default=10, metavar="STEPS", help="log the loss (default: 10)")
     add("--sample-every", type=int_arg, default=500, metavar="STEPS", help="make samples, and validate (default: 500)")
     add("--save-every", type=int_arg, default=500, metavar="STEPS", help="save the state (default: 500)")
-    add("--samples", type=int_arg, default=4, help="images of which samples are made (default: 4)")
+    add("--samples", type=partial(int_arg, low=0), default=4, help="images of which samples are made (default: 4)")
     options = vars(parser.parse_args())
     only_export, only_plan = options.pop("export_only"), options.pop("plan_memory")
     if options["learning_rate"] is None:

@@ -68,7 +68,9 @@ def micro_batches(first_step: int, steps: int, batch: int, accumulate: int, rank
         yield range(start, start + batch)
 
 
-def load_examples(examples: Examples, batches: Iterator[range] | list[range], workers: int) -> Iterator[Example]:
+def load_examples(
+    examples: Examples, batches: Iterator[range] | list[range], workers: int, pin_memory: bool = False
+) -> Iterator[Example]:
     """Yield the batches of examples with these numbers, read ahead by `workers` processes."""
     spawned: dict[str, Any] = {"multiprocessing_context": "spawn", "prefetch_factor": 2} if workers else {}
-    yield from DataLoader(examples, batch_sampler=batches, num_workers=workers, **spawned)  # type: ignore[arg-type]
+    yield from DataLoader(examples, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, **spawned)  # type: ignore[arg-type]

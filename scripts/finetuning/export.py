@@ -47,7 +47,7 @@ def export(settings: Settings, averaged: bool = True) -> Path:
         if expected != got:
             path = settings.out / NAME
             raise SystemExit(f"{path}: {name}: expected shape {expected} of {settings.checkpoint}, got {got}")
-    copy_values(parameters, [values[name] for name in parameters])
+    copy_values(parameters, values)
     if settings.stage == "lora":
         path = settings.out / ADAPTER
         write_adapter(path, pipe.unet, record)

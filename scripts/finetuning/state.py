@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
-from finetuning.trainable import Parameters, copy_values, whole
+from finetuning.trainable import MovingAverage, Parameters, copy_values, gather
 from imvar.atomic.file import atomic_write
+from imvar.errors import first_line
 
 NAME = "state.pt"
 OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -29,21 +30,22 @@ class Run:
     unet: Any
     parameters: Parameters
     optimizer: Optimizer
-    average: AveragedModel | None
+    average: MovingAverage | None
     recipe: dict[str, Any]
     step: int = 0
 
     def save(self, folder: Path, is_main: bool) -> None:
         """Write the state to a folder, in place of an earlier one. All ranks call it, and the main one writes."""
-        means = () if self.average is None else self.average.module.parameters()
         state = {
             "recipe": self.recipe,
             "step": self.step,
-            "parameters": {name: whole(parameter) for name, parameter in self.parameters.items()},
-            "average": dict(zip(self.parameters, map(whole, means), strict=False)),
+            "parameters": gather(self.parameters, is_main),
+            "average": gather(self.average.means if self.average else {}, is_main),
             "optimizer": get_optimizer_state_dict(self.unet, self.optimizer, options=OPTIONS),
         }
         if is_main:
+            for unfinished in folder.glob(f".{NAME}.*.tmp"):  # of a run that was killed while it saved
+                unfinished.unlink(missing_ok=True)
             atomic_write(folder / NAME, lambda temporary: torch.save(state, temporary))
 
     def resume(self, folder: Path) -> None:
@@ -54,14 +56,21 @@ class Run:
         for name, value in self.recipe.items():
             if (had := state["recipe"].get(name)) != value:
                 raise SystemExit(f"{folder / NAME}: expected {name} {value}, got {had}; pass another --out")
-        copy_values(self.parameters, state["parameters"].values())
+        copy_values(self.parameters, state["parameters"])
         if self.average is not None:
-            copy_values(dict(enumerate(self.average.module.parameters())), state["average"].values())  # type: ignore[arg-type]
-            self.average.n_averaged.fill_(state["step"])
+            copy_values(self.average.means, state["average"])
         set_optimizer_state_dict(self.unet, self.optimizer, state["optimizer"], options=OPTIONS)
         self.step = state["step"]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the state in a folder, on the CPU."""
-    return torch.load(folder / NAME, map_location="cpu", weights_only=True, mmap=True)
+    """Return the state in a folder, on the CPU. Raises `SystemExit` if it is missing or damaged."""
+    path = folder / NAME
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {name: state[name] for name in ("recipe", "step", "parameters", "average", "optimizer")}
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: expected the state of a run, got no file") from None
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, UnpicklingError) as error:
+        hint = "delete it to start from the first step"
+        raise SystemExit(f"{path}: expected the state of a run, got {first_line(error)}; {hint}") from error

@@ -1,0 +1,217 @@
+"""A run of `scripts/finetune.py` that was killed and continued equals one that was not, bit for bit."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from finetune import main
+from finetuning import loop, state
+from finetuning.state import Run, read_state
+from finetuning.trainable import MovingAverage
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.trainings import ROOT, environment, finetune, launch, write_drawings
+
+OPTIONS = ["--checkpoint", "imvar-emoji", "--resolution", "32", "--batch", "2", "--cpu", "--samples", "0"]
+OPTIONS += ["--learning-rate", "1e-3", "--warmup-steps", "4", "--save-every", "2", "--log-every", "1", "--workers", "0"]
+STAGES = {"lora": ["--stage", "lora", "--gradient-accumulation", "2"], "unet": ["--stage", "unet"]}
+EXPORTS = {"lora": "pytorch_lora_weights.safetensors", "unet": "checkpoint/unet/diffusion_pytorch_model.safetensors"}
+
+
+def die(*_args, **_options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner, name, count, action=die):
+    """Replace a function so that its call of this count, from 1, is of `action`."""
+    original, calls = getattr(owner, name), []
+
+    def function(*args, **options):
+        calls.append(name)
+        return (action if len(calls) == count else original)(*args, **options)
+
+    setattr(owner, name, function)
+
+
+def save_half(value, path):
+    """Write half of a file and die."""
+    buffer = io.BytesIO()
+    torch.serialization.save(value, buffer)
+    Path(path).write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+    die()
+
+
+DEATHS = {  # of a process that has replaced this
+    "in the third backward pass": lambda: at_call(torch.Tensor, "backward", 3),
+    "between optimizer and average": lambda: at_call(MovingAverage, "update", 4),
+    "in the second save": lambda: at_call(state.torch, "save", 2, save_half),
+    "between log and save": lambda: at_call(loop.Run, "save", 1),
+}
+
+
+def run(arguments, prepare=lambda: None):
+    """Run `scripts/finetune.py` in a process of its own and return its exit status and what it printed.
+
+    It is a fork of this process, so that it takes no seconds to import torch.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.dup2(write, 1)
+            os.dup2(write, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.argv = ["finetune.py", *map(str, arguments)]
+            prepare()
+            main()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as file:
+        printed = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), printed
+
+
+def assert_same(a, b):
+    """Compare tensors bit for bit, within dictionaries and lists."""
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)  # the betas of AdamW, a tuple, are a list after resuming
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def log(out):
+    """Return the rows of the log, without the times."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def events(out):
+    """Return the scalars that TensorBoard shows, without the times."""
+    accumulator = EventAccumulator(str(out / "tensorboard"))
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags if tag != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with drawings, and a run of eight steps of each stage that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_drawings(folder / "drawings", 5)
+    for stage, options in STAGES.items():
+        status, printed = run([folder / "drawings", "--out", folder / stage, *OPTIONS, *options, "--steps", 8])
+        assert status == 0, printed
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_was_killed_and_continued_equals_one_that_was_not(folder, stage):
+    out = folder / f"killed-{stage}"
+    command = [folder / "drawings", "--out", out, *OPTIONS, *STAGES[stage], "--steps", 8]
+    for death, prepare in DEATHS.items():
+        status, printed = run(command, prepare)
+        assert status == -signal.SIGKILL, (death, printed)
+    status, printed = run(command)
+    assert status == 0, printed
+    assert_same(read_state(folder / stage), read_state(out))
+    assert_same(load_file(folder / stage / EXPORTS[stage]), load_file(out / EXPORTS[stage]))
+    assert log(folder / stage) == log(out)
+    assert events(folder / stage) == events(out)
+    assert [row["step"] for row in log(out)] == [*range(1, 9)]
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_a_run_with_more_steps_equals_one_at_once(folder):
+    out = folder / "more"
+    command = [folder / "drawings", "--out", out, *OPTIONS, *STAGES["lora"], "--steps"]
+    for steps in (4, 8):
+        status, printed = run([*command, steps])
+        assert status == 0, printed
+    assert_same(read_state(folder / "lora"), read_state(out))
+    assert log(folder / "lora") == log(out)
+    assert events(folder / "lora") == events(out)
+
+
+def test_another_division_of_a_step_continues_and_another_recipe_is_refused(folder, tmp_path):
+    def attempt(*changed):
+        out = shutil.copytree(folder / "lora", tmp_path / "out", dirs_exist_ok=True)
+        before = (out / "state.pt").read_bytes()
+        status, printed = run([folder / "drawings", "--out", out, *OPTIONS, *STAGES["lora"], "--steps", 8, *changed])
+        assert (out / "state.pt").read_bytes() == before
+        return status, printed
+
+    assert attempt("--batch", 4, "--gradient-accumulation", 1)[0] == 0
+    for changed, message in {
+        ("--learning-rate", 1e-4): "expected learning_rate 0.0001, got 0.001",
+        ("--batch", 4): "expected step size 8, got 4",
+        ("--rank", 4): "expected rank 4, got 16",
+        ("--steps", 6): "expected a run of up to 6 steps, got 8",
+    }.items():
+        status, printed = attempt(*changed)
+        assert status == 1
+        assert message in printed
+    (folder / "drawings" / "00.png").rename(folder / "drawings" / "moved.png")
+    try:
+        assert "expected images 5 with names of hash" in attempt()[1]
+    finally:
+        (folder / "drawings" / "moved.png").rename(folder / "drawings" / "00.png")
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1000], lambda data: b"no state" * 100])
+def test_a_damaged_state_is_refused_and_kept(folder, tmp_path, damage):
+    damaged = damage((folder / "lora" / "state.pt").read_bytes())
+    (tmp_path / "state.pt").write_bytes(damaged)
+    run = Run(None, {}, None, None, {})
+    with pytest.raises(SystemExit, match=r"state\.pt: expected the state of a run, got .*; delete it"):
+        run.resume(tmp_path)
+    assert (tmp_path / "state.pt").read_bytes() == damaged
+
+
+def test_a_state_of_something_else_is_refused(tmp_path):
+    torch.save({"step": 3}, tmp_path / "state.pt")
+    with pytest.raises(SystemExit, match=r"state\.pt: expected the state of a run"):
+        read_state(tmp_path)
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_continues(folder):
+    options = [*OPTIONS, "--stage", "lora", "--shard", "--gradient-accumulation", "2", "--steps", "20"]
+    finetune([folder / "drawings", "--out", folder / "sharded", *options], 2)
+    out = folder / "killed-rank"
+    command = [*launch(2), str(ROOT / "scripts/finetune.py"), str(folder / "drawings"), "--out", str(out), *options]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (out / "state.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        assert process.wait(60) != 0
+    assert read_state(out)["step"] < 20
+    finetune([folder / "drawings", "--out", out, *options], 2)
+    assert_same(read_state(folder / "sharded"), read_state(out))
+    assert log(folder / "sharded") == log(out)
