@@ -19,19 +19,23 @@ from finetuning.settings import LEARNING_RATES, STAGES, Settings
 
 from imvar.choices import CHECKPOINT
 from imvar.cli.argument_types import float_arg, folder_arg, fraction_arg, int_arg, seed_arg
+from imvar.errors import ImvarError
 from imvar.image.pixel_values import PREPROCESS
 
 positive_arg = partial(float_arg, low=1e-12)
 
 
-def parse_arguments() -> tuple[Settings, str]:
-    """Return the settings, and what to do with them: "train", "export" or "plan"."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments() -> tuple[Settings, bool]:
+    """Return the settings, and whether the weights of a run that was stopped are to be exported, without training."""
+    parser = argparse.ArgumentParser(
+        usage="finetune.py PHOTOS... --out OUT [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add: Any = parser.add_argument
-    add("images", nargs="+", metavar="PHOTOS", help="folders, images, patterns, .tar or .parquet files")
+    add("images", nargs="*", metavar="PHOTOS", help="folders, images, patterns, .tar or .parquet files")
     add("--out", type=folder_arg, required=True, metavar="OUT", help="folder of all results")
     add("--export-only", action="store_true", help="write the weights of a run that was stopped, and end")
-    add("--plan-memory", action="store_true", help="print what fits on cards of 24, 40 and 80 GB, and end")
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--checkpoint", default=CHECKPOINT, help="any that imvar loads (default: %(default)s)")
@@ -77,23 +81,29 @@ def parse_arguments() -> tuple[Settings, str]:
     add("--save-every", type=int_arg, default=500, metavar="STEPS", help="save the state (default: 500)")
     add("--samples", type=partial(int_arg, low=0), default=4, help="images of which samples are made (default: 4)")
     options = vars(parser.parse_args())
-    only_export, only_plan = options.pop("export_only"), options.pop("plan_memory")
+    export_only = options.pop("export_only")
+    if not options["images"] and not export_only:
+        parser.error("PHOTOS: expected at least one, got none")
     if options["learning_rate"] is None:
         options["learning_rate"] = LEARNING_RATES[options["stage"]]
-    return Settings(**options), "export" if only_export else "plan" if only_plan else "train"
+    return Settings(**options), export_only
 
 
 def main() -> None:
-    settings, _action = parse_arguments()
+    settings, export_only = parse_arguments()
     try:
         from finetuning.export import export
         from finetuning.loop import Trainer
     except ImportError as error:
-        raise SystemExit(f"{error.name}: expected this package, for training; pip install '.[train]'") from error
-    trainer = Trainer(settings)
-    trainer.train()
-    if trainer.accelerator.is_main_process:
-        print(export(settings))
+        raise SystemExit(f"{error.name}: expected this package, got none; pip install '.[train]'") from error
+    try:
+        trainer = None if export_only else Trainer(settings)
+        if trainer:
+            trainer.train()
+        if trainer is None or trainer.accelerator.is_main_process:
+            print(export(settings))
+    except ImvarError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":
