@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
-TESTED_ELSEWHERE = ["docs/control.md", "docs/forking.md", "docs/serving.md"]
+TESTED_ELSEWHERE = ["docs/control.md", "docs/forking.md", "docs/serving.md", "docs/training.md"]
 EXCERPTS = ["docs/architecture.md", "CONTRIBUTING.md"]
 WITH_CODE = [
     page
