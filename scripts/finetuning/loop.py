@@ -113,6 +113,7 @@ class Trainer:
         log = Log(settings.out, run.step) if is_main else None
         if is_main:
             start_record(settings, len(self.examples.images))
+            print(self.describe(), flush=True)
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
         numbers = micro_batches(
             run.step, settings.steps, settings.batch, settings.gradient_accumulation, self.rank, self.ranks
@@ -122,6 +123,8 @@ class Trainer:
         batches = load_examples(self.examples, numbers, workers, pin_memory=is_cuda)
         measured: list[Tensor] = []
         started = time.monotonic()
+        if run.step == 0:
+            self.write_row(log, {}, samples=True)  # of the base
         while run.step < settings.steps:
             measured.append(self.step(batches))
             run.step += 1
@@ -129,16 +132,32 @@ class Trainer:
             if samples or saves or self.is_due(settings.log_every):
                 row = self.summary(measured) | {"seconds": time.monotonic() - started}
                 measured.clear()
-                if samples and (is_main or settings.shard):  # all ranks have a part in the layers of a sharded UNet
-                    row |= self.report()
-                self.accelerator.log(row, run.step)
-                if log:
-                    log.add({"step": run.step} | row)
-                    if samples or saves:
-                        log.draw()
+                self.write_row(log, row, samples)
             if saves:
                 run.save(settings.out, is_main)
+        if log:
+            log.draw()
         self.accelerator.end_training()
+
+    def describe(self) -> str:
+        """Return a line that says what is trained, on what."""
+        count = sum(parameter.numel() for parameter in self.run.parameters.values())
+        ranks = f"{self.ranks} processes" if self.ranks > 1 else "1 process"
+        size = self.settings.step_size(self.ranks)
+        return (
+            f"{self.settings.stage}: {count:,} parameters, {len(self.examples.images)} images, "
+            f"{size} a step, {ranks} on {self.accelerator.device.type}, step {self.run.step} of {self.settings.steps}"
+        )
+
+    def write_row(self, log: Log | None, row: dict[str, float], samples: bool) -> None:
+        """Log a row for the present step; with `samples`, make samples and add the loss of the validation images."""
+        if samples and (log or self.settings.shard):  # all ranks have a part in the layers of a sharded UNet
+            row |= self.report()
+        self.accelerator.log(row, self.run.step)
+        if log and row:
+            log.add({"step": self.run.step} | row)
+        if log and samples:
+            log.draw()
 
     def is_due(self, every: int) -> bool:
         """Return whether the present step is the last one or one of every so many."""
@@ -206,7 +225,8 @@ class Trainer:
         )
 
     def write_samples(self) -> None:
-        shown = [self.examples.images[i] for i in range(min(self.settings.samples, len(self.examples.images)))]
+        images = (self.validation or self.examples).images
+        shown = [images[i] for i in range(min(self.settings.samples, len(images)))]
         example = torch.utils.data.default_collate(shown)
         grid = sample_grid(self.pipe, self.encoder.encode(example) if "pixels" in example else example)
         if self.accelerator.is_main_process:

@@ -15,11 +15,12 @@ from imvar.records.weights import checkpoint_of
 from imvar.weights.origin import layers_of
 
 NAME = "training.json"
+PATHS = {"images", "out", "checkpoint", "validate"}  # settings
 
 
 def start_record(settings: Settings, images: int) -> None:
-    """Write the settings of a run and the number of its images."""
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
+    """Write the settings of a run, without paths, as exports have them too, and the number of its images."""
+    values = {name: value for name, value in vars(settings).items() if name not in PATHS}
     libraries = {name: version(name) for name in ("accelerate", "peft")}
     write_record(settings.out, {"settings": values, "images": images, "versions": versions() | libraries})
 

@@ -7,6 +7,7 @@ from finetuning.trainable import choose_parameters
 
 from imvar import StableDiffusionImageVariationPipeline
 from tests.support.trainings import finetune, run_trainings, write_drawings
+from tests.support.wheel import once
 
 STEPS = 20
 TOLERANCE = 0.01  # of the largest movement of any weight
@@ -15,8 +16,6 @@ CASES = {  # name: its settings on two ranks, and the run on one rank that it eq
     "unet": ({"stage": "unet"}, "unet"),
     "lora": ({"stage": "lora"}, "lora"),
     "unet, in shards, validated": ({"stage": "unet", "shard": True, "sample_every": 5}, "unet"),
-    "lora, in shards": ({"stage": "lora", "shard": True}, "lora"),
-    "unet, accumulated": ({"stage": "unet", "batch": 1, "gradient_accumulation": 2}, "unet"),
     "lora, in shards, accumulated": (
         {"stage": "lora", "shard": True, "batch": 1, "gradient_accumulation": 2},
         "lora",
@@ -43,20 +42,26 @@ def training(folder, ranks, name, settings, fault=None):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """A folder with drawings, and the outputs of runs on one rank in `1`."""
-    folder = tmp_path_factory.mktemp("ranks")
-    write_drawings(folder / "drawings")
-    run_trainings({name: training(folder, 1, name, settings) for name, settings in ON_ONE.items()}, folder)
-    return folder
+
+    def make(folder):
+        write_drawings(folder / "drawings")
+        run_trainings({name: training(folder, 1, name, settings) for name, settings in ON_ONE.items()}, folder)
+
+    return once(tmp_path_factory, "one-rank", make)
 
 
 @pytest.fixture(scope="module")
-def folder(one):
+def folder(one, tmp_path_factory):
     """The same folder, with the outputs of runs on two ranks in `2`."""
-    plan = {name: training(one, 2, name, settings) for name, (settings, _) in CASES.items()}
-    plan["unet, in shards, validated"]["settings"]["validate"] = [str(one / "drawings" / "00.png")]
-    plan["same"] = training(one, 2, "same", {"stage": "lora"}, "same batches")
-    plan |= {name: training(one, 2, name, settings, name) for name, settings in FAULTS.items()}
-    run_trainings(plan, one, ranks=2)
+
+    def make(_):
+        plan = {name: training(one, 2, name, settings) for name, (settings, _) in CASES.items()}
+        plan["unet, in shards, validated"]["settings"]["validate"] = [str(one / "drawings" / "00.png")]
+        plan["same"] = training(one, 2, "same", {"stage": "lora"}, "same batches")
+        plan |= {name: training(one, 2, name, settings, name) for name, settings in FAULTS.items()}
+        run_trainings(plan, one, ranks=2)
+
+    once(tmp_path_factory, "two-ranks", make)
     return one
 
 

@@ -37,7 +37,7 @@ def trained(checkpoint, tmp_path):
 
     def run(name, **options):
         values = {"stage": "unet", "steps": 10, "batch": 2, "log_every": 5, "workers": 0, "cpu": True} | options
-        settings = Settings([str(photos)], tmp_path / name, str(checkpoint), learning_rate=1e-3, samples=2, **values)
+        settings = Settings([str(photos)], tmp_path / name, str(checkpoint), learning_rate=1e-3, samples=1, **values)
         Trainer(settings).train()
         return settings.out
 
@@ -118,17 +118,17 @@ def test_samples_have_a_row_for_each_image(pipe):
 
 
 def test_sampling_and_validating_change_no_weight(trained, tmp_path):
-    """A run that samples in every other step has bit for bit the weights of one that samples at its end."""
+    """A run that samples several times has bit for bit the weights of one that samples at its end."""
     validate = [str(tmp_path / "drawings")]
-    often = trained("often", sample_every=2, validate=validate)
+    often = trained("often", sample_every=6, validate=validate)
     seldom = trained("seldom", sample_every=100)
     first, second = read_state(often), read_state(seldom)
     for part in ("parameters", "average"):
         assert all(second[part][name].equal(value) for name, value in first[part].items())
-    names = [f"step-{step:06}.png" for step in (2, 4, 6, 8, 10)]
+    names = [f"step-{step:06}.png" for step in (0, 6, 10)]
     assert sorted(path.name for path in (often / "samples").iterdir()) == names
-    assert [path.name for path in (seldom / "samples").iterdir()] == names[-1:]
-    assert [row["step"] for row in read_log(often) if "validation loss" in row] == [2, 4, 6, 8, 10]
+    assert sorted(path.name for path in (seldom / "samples").iterdir()) == [names[0], names[-1]]
+    assert [row["step"] for row in read_log(often) if "validation loss" in row] == [0, 6, 10]
     record = json.loads((often / "training.json").read_text())
     assert record["images"] == 2
-    assert record["settings"]["sample_every"] == 2
+    assert record["settings"]["sample_every"] == 6
