@@ -12,6 +12,7 @@ stopped. docs/training.md has recipes, those of the published model among them.
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from typing import Any
 
@@ -35,13 +36,13 @@ def parse_arguments() -> tuple[Settings, bool]:
     add: Any = parser.add_argument
     add("images", nargs="*", metavar="PHOTOS", help="folders, images, patterns, .tar or .parquet files")
     add("--out", type=folder_arg, required=True, metavar="OUT", help="folder of all results")
-    add("--export-only", action="store_true", help="write the weights of a run that was stopped, and end")
+    add("--export-only", action="store_true", help="write the weights of a run that was stopped, of its own stage")
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--checkpoint", default=CHECKPOINT, help="any that imvar loads (default: %(default)s)")
     add("--revision", help="of a checkpoint on the hub")
-    add("--stage", choices=STAGES, default="lora", help="an adapter, cross-attention alone, or all (default: lora)")
-    add("--rank", type=int_arg, default=16, help="of the adapter's matrices (default: 16)")
+    add("--stage", choices=STAGES, default="lora", help="cross-attention alone, all, or an adapter (default: lora)")
+    add("--rank", type=partial(int_arg, high=1024), default=16, help="of the adapter's matrices (default: 16)")
     add("--alpha", type=positive_arg, help="of the adapter, whose scale is alpha / rank (default: the rank)")
     add("--merge", action="store_true", help="also write the checkpoint with the adapter in its weights")
 
@@ -78,7 +79,7 @@ def parse_arguments() -> tuple[Settings, bool]:
     add("--validate", nargs="+", metavar="PHOTOS", help="images whose loss is reported at fixed noise")
     add("--log-every", type=int_arg, default=10, metavar="STEPS", help="log the loss (default: 10)")
     add("--sample-every", type=int_arg, default=500, metavar="STEPS", help="make samples, and validate (default: 500)")
-    add("--save-every", type=int_arg, default=500, metavar="STEPS", help="save the state (default: 500)")
+    add("--save-every", type=int_arg, default=100, metavar="STEPS", help="save the state (default: 100)")
     add("--samples", type=partial(int_arg, low=0), default=4, help="images of which samples are made (default: 4)")
     options = vars(parser.parse_args())
     export_only = options.pop("export_only")
@@ -104,6 +105,9 @@ def main() -> None:
             print(export(settings))
     except ImvarError as error:
         raise SystemExit(str(error)) from error
+    except KeyboardInterrupt:
+        print(f"{settings.out}: interrupted; the same command continues from the last save", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

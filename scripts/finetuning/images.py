@@ -63,6 +63,14 @@ class Images(Dataset):
         place = self.places[index % len(self.places)]
         return place if isinstance(place, str) else place["name"]
 
+    def size(self, index: int) -> int:
+        """Return the bytes of an image's file, 0 where that is not known: in parquet files and object stores."""
+        place = self.places[index % len(self.places)]
+        if not isinstance(place, str):
+            return place.get("size", 0)
+        state = file_state(place)
+        return state[0] if state else 0
+
     def states(self) -> list[str]:
         """Return a text for each image that changes with its place, and with size or time of its file."""
         files: dict[str, tuple[int, int] | None] = {}

@@ -22,7 +22,7 @@ from finetuning.ranks import distribute, gradient_exchange, is_equal_on_all_rank
 from finetuning.record import start_record
 from finetuning.reports import Log, evaluating, sample_grid, save_samples
 from finetuning.settings import Settings
-from finetuning.state import Run
+from finetuning.state import Run, lock_folder
 from finetuning.trainable import MovingAverage, choose_parameters, trainable_parameters, whole
 from imvar import DDPMScheduler
 from imvar.loading import load_pipeline as load_checkpoint
@@ -33,19 +33,22 @@ class Trainer:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        settings.out.mkdir(parents=True, exist_ok=True)
         self.accelerator = start_accelerator(
             mixed_precision=settings.mixed_precision or default_precision(settings.cpu),
             cpu=settings.cpu,
             log_with="tensorboard",
             project_dir=settings.out,
         )
+        if self.accelerator.is_main_process:
+            self.lock = lock_folder(settings.out)
         self.ranks, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.pipe: Any = load_pipeline(settings.checkpoint, settings.revision, self.accelerator.device)
         self.encoder = Encoder(self.pipe)
         self.scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
         self.scaling_factor = self.pipe.vae.config.scaling_factor
         factor = self.pipe.vae_scale_factor
+        if settings.resolution and settings.resolution % factor:
+            raise SystemExit(f"resolution: expected a multiple of {factor} pixels, got {settings.resolution}")
         self.side = settings.resolution or self.pipe.unet.config.sample_size * factor
         self.latent_shape = (self.pipe.unet.config.in_channels, self.side // factor, self.side // factor)
         images = self.find_images(settings.images, settings.random_flip)
@@ -90,7 +93,7 @@ class Trainer:
         digest = hashlib.sha256(repr(names_of(images)).encode(errors="surrogateescape")).hexdigest()
         recipe = settings.recipe(self.ranks) | {
             "mixed_precision": self.accelerator.mixed_precision,
-            "images": f"{len(self.examples.images)} with names of hash {digest[:12]}",
+            "images": f"{len(self.examples.images)} with names and sizes of hash {digest[:12]}",
         }
         return Run(unet, parameters, optimizer, average, recipe)
 
@@ -233,9 +236,9 @@ class Trainer:
             save_samples(grid, self.settings.out, self.run.step, self.accelerator.get_tracker("tensorboard"))
 
 
-def names_of(images: Images) -> list[str]:
-    """Return the names of images, which stay when their folder moves."""
-    return [Path(images.name(i)).name for i in range(len(images))]
+def names_of(images: Images) -> list[tuple[str, int]]:
+    """Return the names and sizes of images, which stay when their folder moves."""
+    return [(Path(images.name(i)).name, images.size(i)) for i in range(len(images))]
 
 
 def load_pipeline(checkpoint: str, revision: str | None, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,9 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 TIMEOUT = timedelta(hours=12)  # for a rank that encodes more images than others, or validates alone
 
 
-def start_accelerator(**options: Any) -> Accelerator:
-    """Return accelerate's view of this rank. Raises `SystemExit` if its config asks for another kind of training."""
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)], **options)
+def start_accelerator(cpu: bool, **options: Any) -> Accelerator:
+    """Return accelerate's view of this rank, on the CPU without CUDA.
+
+    Raises `SystemExit` if its config asks for another kind of training, or if the processes do not find each other.
+    """
+    cpu = cpu or not torch.cuda.is_available()  # else accelerate makes no group of the processes
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)], **options)
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise SystemExit(f"WORLD_SIZE: expected {accelerator.num_processes} processes in a group, got {started}")
     others = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
     if accelerator.distributed_type in others:
         got = accelerator.distributed_type.value

@@ -47,7 +47,7 @@ class Settings:
     shard: bool = False
     validate: list[str] | None = None
     log_every: int = 10
-    save_every: int = 500
+    save_every: int = 100
     sample_every: int = 500
     samples: int = 4
     merge: bool = False

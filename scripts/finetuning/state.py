@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -46,7 +48,11 @@ class Run:
         if is_main:
             for unfinished in folder.glob(f".{NAME}.*.tmp"):  # of a run that was killed while it saved
                 unfinished.unlink(missing_ok=True)
-            atomic_write(folder / NAME, lambda temporary: torch.save(state, temporary))
+            try:
+                atomic_write(folder / NAME, lambda temporary: torch.save(state, temporary))
+            except RuntimeError as error:  # as PyTorch says that the disk is full
+                got = f"{shutil.disk_usage(folder).free:,} bytes free ({first_line(error)})"
+                raise SystemExit(f"{folder / NAME}: expected room for the state, got {got}") from error
 
     def resume(self, folder: Path) -> None:
         """Continue from the state in a folder, if there is one. Raises `SystemExit` if it has another recipe."""
@@ -61,6 +67,23 @@ class Run:
             copy_values(self.average.means, state["average"])
         set_optimizer_state_dict(self.unet, self.optimizer, state["optimizer"], options=OPTIONS)
         self.step = state["step"]
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Create a folder, and return the lock of the run in it, held until this process ends.
+
+    Raises `SystemExit` if there is another run in it, or if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"{folder}: expected a folder without a run in progress, got one with; wait for it") from None
+    except OSError as error:
+        got = error.strerror or first_line(error)
+        raise SystemExit(f"{folder}: expected a folder that can be written, got {got}") from error
+    return lock
 
 
 def read_state(folder: Path) -> dict[str, Any]:

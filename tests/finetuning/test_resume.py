@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from finetune import main
 from finetuning import loop, state
 from finetuning.state import Run, read_state
@@ -176,11 +177,31 @@ def test_another_division_of_a_step_continues_and_another_recipe_is_refused(fold
         status, printed = attempt(*changed)
         assert status == 1
         assert message in printed
-    (folder / "drawings" / "00.png").rename(folder / "drawings" / "moved.png")
+    drawing = (folder / "drawings" / "00.png").read_bytes()
     try:
-        assert "expected images 5 with names of hash" in attempt()[1]
+        shutil.copy(folder / "drawings" / "01.png", folder / "drawings" / "00.png")
+        assert "expected images 5 with names and sizes of hash" in attempt()[1]
     finally:
-        (folder / "drawings" / "moved.png").rename(folder / "drawings" / "00.png")
+        (folder / "drawings" / "00.png").write_bytes(drawing)
+
+
+def test_a_second_run_in_a_folder_is_refused(folder):
+    command = [folder / "drawings", "--out", folder / "lora", *OPTIONS, *STAGES["lora"], "--steps", 8]
+    with FileLock(folder / "lora" / ".lock"):
+        status, printed = run(command)
+    assert status == 1
+    assert "expected a folder without a run in progress" in printed
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("drawings/00.png", "expected a folder that can be written"), ("new", "expected a multiple of 4 pixels, got 62")],
+)
+def test_folders_and_sizes_that_cannot_be(folder, out, message):
+    status, printed = run([folder / "drawings", "--out", folder / out, *OPTIONS, "--resolution", 62])
+    assert status == 1
+    assert message in printed
+    assert "Traceback" not in printed.partition("SystemExit")[2]
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1000], lambda data: b"no state" * 100])
@@ -200,8 +221,10 @@ def test_a_state_of_something_else_is_refused(tmp_path):
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_continues(folder):
-    options = [*OPTIONS, "--stage", "lora", "--shard", "--gradient-accumulation", "2", "--steps", "10"]
-    finetune([folder / "drawings", "--out", folder / "sharded", *options], 2)
+    options = [option for option in OPTIONS if option != "--cpu"]  # it is the only device
+    options += ["--stage", "lora", "--shard", "--gradient-accumulation", "2", "--steps", "10"]
+    whole = finetune([folder / "drawings", "--out", folder / "sharded", *options], 2)
+    assert "8 a step, 2 processes on cpu" in whole.stdout
     out = folder / "killed-rank"
     command = [*launch(2), str(ROOT / "scripts/finetune.py"), str(folder / "drawings"), "--out", str(out), *options]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
