@@ -16,7 +16,7 @@ from imvar.batch.finish import bytes_needed
 from imvar.batch.store import Store
 from tests.support.crashes import mount, run_in_child
 
-OF_KEPT = [("worker killed", "tar"), ("full disk", "tar"), ("worker killed", "parquet"), ("picture spoiled", "parquet")]
+OF_KEPT = [("full disk", "tar"), ("worker killed", "parquet")]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,26 @@
 """`scripts/finetune.py` on two ranks equals one rank, and would not if the ranks had the same images."""
 
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from finetuning.state import read_state
 from finetuning.trainable import choose_parameters
 
 from imvar import StableDiffusionImageVariationPipeline
-from tests.support.trainings import finetune, run_trainings, write_drawings
+from tests.support.trainings import (
+    ROOT,
+    assert_same,
+    environment,
+    finetune,
+    launch,
+    run_trainings,
+    write_drawings,
+)
 from tests.support.wheel import once
 
 STEPS = 20
@@ -135,3 +149,23 @@ def test_ranks_with_other_images_end(folder):
     for rank in range(2):
         message = (folder / "2" / "other images" / f"ended-{rank}.txt").read_text()
         assert "expected the same images on all ranks" in message
+
+
+def test_a_killed_rank_ends_the_others_and_the_run_continues(folder):
+    """Without `--cpu`, as it is the only device."""
+    out = folder / "killed"
+    options = ["--stage", "lora", "--checkpoint", "imvar-emoji", "--resolution", 32, "--learning-rate", 1e-3, "--shard"]
+    options += ["--batch", 1, "--gradient-accumulation", 2, "--steps", STEPS, "--samples", 0, "--save-every", 2]
+    arguments = [folder / "drawings", "--out", out, *options]
+    command = [*launch(2), ROOT / "scripts/finetune.py", *arguments]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(list(map(str, command)), env=environment(), **quiet) as process:
+        while not (out / "state.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        assert process.wait(60) != 0
+    assert read_state(out)["step"] < STEPS
+    assert "4 a step, 2 processes on cpu" in finetune(arguments, 2).stdout
+    assert_same(read_state(folder / "2" / "lora, in shards, accumulated"), read_state(out))

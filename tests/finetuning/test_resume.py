@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -21,7 +19,8 @@ from finetuning.trainable import MovingAverage
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.trainings import ROOT, environment, finetune, launch, write_drawings
+from tests.support.trainings import assert_same, write_drawings
+from tests.support.wheel import once
 
 OPTIONS = ["--checkpoint", "imvar-emoji", "--resolution", "32", "--batch", "2", "--cpu", "--samples", "0"]
 OPTIONS += ["--learning-rate", "1e-3", "--warmup-steps", "4", "--save-every", "2", "--log-every", "1", "--workers", "0"]
@@ -89,23 +88,6 @@ def run(arguments, prepare=lambda: None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), printed
 
 
-def assert_same(a, b):
-    """Compare tensors bit for bit, within dictionaries and lists."""
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)  # the betas of AdamW, a tuple, are a list after resuming
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
 def log(out):
     """Return the rows of the log, without the times."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -123,12 +105,14 @@ def events(out):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with drawings, and a run of eight steps of each stage that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("resume")
-    write_drawings(folder / "drawings", 5)
-    for stage, options in STAGES.items():
-        status, printed = run([folder / "drawings", "--out", folder / stage, *OPTIONS, *options, "--steps", 8])
-        assert status == 0, printed
-    return folder
+
+    def make(folder):
+        write_drawings(folder / "drawings", 5)
+        for stage, options in STAGES.items():
+            status, printed = run([folder / "drawings", "--out", folder / stage, *OPTIONS, *options, "--steps", 8])
+            assert status == 0, printed
+
+    return once(tmp_path_factory, "uninterrupted", make)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -218,23 +202,3 @@ def test_a_state_of_something_else_is_refused(tmp_path):
     torch.save({"step": 3}, tmp_path / "state.pt")
     with pytest.raises(SystemExit, match=r"state\.pt: expected the state of a run"):
         read_state(tmp_path)
-
-
-def test_a_killed_rank_ends_the_others_and_the_run_continues(folder):
-    options = [option for option in OPTIONS if option != "--cpu"]  # it is the only device
-    options += ["--stage", "lora", "--shard", "--gradient-accumulation", "2", "--steps", "10"]
-    whole = finetune([folder / "drawings", "--out", folder / "sharded", *options], 2)
-    assert "8 a step, 2 processes on cpu" in whole.stdout
-    out = folder / "killed-rank"
-    command = [*launch(2), str(ROOT / "scripts/finetune.py"), str(folder / "drawings"), "--out", str(out), *options]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (out / "state.pt").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(ranks[-1]), signal.SIGKILL)
-        assert process.wait(60) != 0
-    assert read_state(out)["step"] < 10
-    finetune([folder / "drawings", "--out", out, *options], 2)
-    assert_same(read_state(folder / "sharded"), read_state(out))
-    assert log(folder / "sharded") == log(out)

@@ -64,6 +64,23 @@ def run_trainings(plan, folder, ranks=1):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def assert_same(a, b):
+    """Compare tensors bit for bit, within dictionaries and lists."""
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)  # the betas of AdamW, a tuple, are a list after resuming
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif hasattr(a, "dtype"):
+        assert a.dtype == b.dtype
+        assert a.equal(b)
+    else:
+        assert a == b
+
+
 def main():
     import torch
     from accelerate import Accelerator
