@@ -9,8 +9,8 @@ of each drawing, with its standard error. LoRA and cross-attention have to lower
 errors, otherwise the script fails. The judge's top-5 on variations says whether they show the right thing. OpenMoji is
 the control: the same figures on drawings of a vendor that neither model was trained on.
 
-Writes a table (table.md), metrics.json, and grids of variations to OUT, which takes less than ten minutes on two CPU
-cores. The learning rates were chosen by the loss of validation drawings, which are neither trained on nor held out: of
+Writes a table (table.md), metrics.json, and grids of variations to OUT, which takes about twenty minutes of one CPU
+core. The learning rates were chosen by the loss of validation drawings, which are neither trained on nor held out: of
 LoRA among 1e-3 and 3e-3, of cross-attention among 3e-4, 1e-3 and 3e-3; that of the whole UNet was not. Try others by:
 
     python scripts/evaluate_finetune.py --validation --stages lora --learning-rate 3e-3 --out out/lora-3e-3

@@ -12,7 +12,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def reported(row: Sequence[str]) -> Sequence[str]:
-    """Print a row as soon as it is measured, and return it."""
+    """Print a row once it is measured, and return it."""
     print("  ".join(f"{cell:>18}" for cell in row), file=sys.stderr, flush=True)
     return row
 

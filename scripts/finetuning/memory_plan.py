@@ -1,6 +1,6 @@
 """Plan the memory of fine-tuning: the largest micro-batches for cards of 24, 40 and 80 GB, without a GPU.
 
-    python scripts/finetuning/memory_plan.py [--model published] [--stage lora] [--gradient-accumulation 2] ...
+    python scripts/finetuning/memory_plan.py [--checkpoint published] [--stage lora] [--gradient-accumulation 2] ...
 
 Weights, gradients, optimizer states and averages are counted; activations and temporary tensors are measured on a
 model without data (see memory_trace.py). Neither the CUDA context nor the workspaces of kernels nor what the allocator
@@ -194,13 +194,13 @@ class Plan:
         options = self.options
         words = [f"--stage {options.stage} --batch {batch} --mixed-precision {options.mixed_precision}"]
         words += ["--gradient-checkpointing"] * options.gradient_checkpointing + ["--no-ema"] * (not options.ema)
-        words += [f"--shard on {options.ranks} ranks"] * options.shard
+        words += [f"--shard, on {options.ranks} processes"] * options.shard
         return " ".join(words)
 
 
-def make_plan(model: str, options: Options) -> Plan:
+def make_plan(checkpoint: str, options: Options) -> Plan:
     """Measure a stage of fine-tuning a model."""
-    models = build(model)
+    models = build(checkpoint)
     unet, side = models.unet, models.latent_side(options.resolution)
     dtype = DTYPES[options.mixed_precision]
     with torch.device("meta"), SkipInit():
@@ -287,7 +287,7 @@ def report(plans: Sequence[Plan], batch: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="published", help='a name or folder, or "published" for its sizes')
+    parser.add_argument("--checkpoint", default="published", help='a name or folder, or "published" for its sizes')
     parser.add_argument("--stage", choices=STAGES, action="append", help="default: all")
     parser.add_argument("--resolution", type=int, help="pixels; default: that of the checkpoint")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters of stage lora")
@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = Options(accumulates=args.gradient_accumulation > 1, **{name: getattr(args, name) for name in fields})
     stages = args.stage or STAGES
     plans = [
-        make_plan(args.model, replace(options, stage=stage, gradient_checkpointing=checkpointing))
+        make_plan(args.checkpoint, replace(options, stage=stage, gradient_checkpointing=checkpointing))
         for stage in stages
         for checkpointing in (False, True)
     ]

@@ -152,7 +152,7 @@ def test_ranks_with_other_images_end(folder):
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_continues(folder):
-    """Without `--cpu`, as it is the only device."""
+    """Without `--cpu`: there is no other device."""
     out = folder / "killed"
     options = ["--stage", "lora", "--checkpoint", "imvar-emoji", "--resolution", 32, "--learning-rate", 1e-3, "--shard"]
     options += ["--batch", 1, "--gradient-accumulation", 2, "--steps", STEPS, "--samples", 0, "--save-every", 2]
