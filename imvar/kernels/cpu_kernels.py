@@ -7,6 +7,7 @@ channels_last memory format, run only where a `PackedWeights` is passed: inside 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,7 @@ MIN_MACS = 2**24  # multiplications per call below which calling oneDNN costs mo
 MIN_PIXELS_CHANNELS_LAST = 512  # pixels per batch below which a convolution is bound by reading its weights
 MIN_PIXELS_WINOGRAD = 2048  # pixels per run below which transforming a filter takes longer than it saves
 MIN_CHANNELS_WINOGRAD = 150  # half the harmonic mean of input and output channels below which additions dominate
+MAX_ELEMENTS_CONTIGUOUS = 2**18  # of a batch, up to which group norm is fastest in the contiguous format
 MAX_PIXELS_PER_SUM = 2**13  # pixels per channel that are summed at once in group norm, to keep precision
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -51,7 +53,7 @@ def has_onednn_ops(dtype: torch.dtype) -> bool:
         weight, bias = torch.ones(4, 3, 1, 1, dtype=dtype), torch.ones(4, dtype=dtype)
     try:
         linear_out = onednn_linear(x.flatten(1), weight.flatten(1), bias)
-        conv_out = onednn_conv(x, pack_conv_weight(weight, conv), bias, conv)
+        conv_out = onednn_conv(x, pack_conv_weight(weight, conv, x.shape), bias, conv)
     except (AttributeError, RuntimeError, TypeError):
         return False
     return bool((linear_out == 4).all() and (conv_out == 4).all())
@@ -71,9 +73,9 @@ def onednn_conv(x: Tensor, packed: Tensor, bias: Tensor | None, conv: nn.Conv2d)
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *conv_args(conv), "none", [], "")
 
 
-def pack_conv_weight(weight: Tensor, conv: nn.Conv2d) -> Tensor:
-    padding, stride, dilation, groups = conv_args(conv)
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups)
+def pack_conv_weight(weight: Tensor, conv: nn.Conv2d, shape: Sequence[int]) -> Tensor:
+    """Pack a kernel for inputs of a shape; oneDNN converts it in every call for others, by code that is not fast."""
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *conv_args(conv), list(shape))
 
 
 def conv_args(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
@@ -97,9 +99,10 @@ def conv2d(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> Tensor:
         return conv._conv_forward(x, conv.weight, conv.bias)
     if x.dtype == torch.float32 and winograd_pays(conv, x, packed.calls):
         return call_winograd(winograd.winograd_conv2d, winograd.transform_filter, conv, x, packed)
-    if x.dtype == torch.bfloat16 and onednn_available(x):
-        return onednn_conv(channels_last(x), packed.get(pack_conv_weight, conv.weight, conv), conv.bias, conv)
     few = len(x) * x.shape[2] * x.shape[3] < MIN_PIXELS_CHANNELS_LAST
+    if few and x.dtype == torch.bfloat16 and onednn_available(x):
+        weight = packed.get(pack_conv_weight, conv.weight, conv, x.shape)
+        return onednn_conv(channels_last(x), weight, conv.bias, conv)
     return conv._conv_forward(x.contiguous() if few else channels_last(x), conv.weight, conv.bias)
 
 
@@ -139,15 +142,20 @@ def channels_last(x: Tensor) -> Tensor:
 def group_norm(norm: nn.GroupNorm, x: Tensor, packed: PackedWeights | None) -> Tensor:
     """Compute what `norm` does to x (b, c, h, w).
 
-    PyTorch's own kernel loses digits for a mean far from 0 in the channels_last format; this one takes the statistics
-    of parts of equal size and combines them.
+    PyTorch's own kernel loses digits for a mean far from 0 in the channels_last format.
     """
-    b, c, h, w = x.shape
     float32 = x.dtype == norm.weight.dtype == torch.float32
-    if not (packed and float32 and is_plain_inference(x) and is_channels_last(x)):
-        # F.group_norm refuses groups of one value, which a batch of both halves of guidance would hide from it
-        cudnn = torch.backends.cudnn.enabled
-        return torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, cudnn)
+    if packed and float32 and is_plain_inference(x) and is_channels_last(x):
+        if x.numel() > MAX_ELEMENTS_CONTIGUOUS:
+            return channels_last_group_norm(norm, x)
+        x = x.contiguous()
+    # F.group_norm refuses groups of one value, which a batch of both halves of guidance would hide from it
+    return torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, torch.backends.cudnn.enabled)
+
+
+def channels_last_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Take the statistics of parts of equal size and combine them."""
+    b, c, h, w = x.shape
     n_parts = next(n for n in range(min(-(-h * w // MAX_PIXELS_PER_SUM), h), h + 1) if h % n == 0)
     parts = rearrange(x, "b c (n h) w -> (b n) c h w", n=n_parts).split(1)
     statistics = [s for part in parts for s in torch.batch_norm_update_stats(part, None, None, 0.0)]  # (c,) each
@@ -176,7 +184,7 @@ def upsample_conv(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> T
     out = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
     if not packed or not onednn_available(x):
         return polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(conv.weight), conv.bias, out)
-    kernels = packed.get(pack_phase_kernels, conv.weight, conv)
+    kernels = packed.get(pack_phase_kernels, conv.weight, conv, x.shape)
     return polyphase.upsample_conv_by_phases(
         channels_last(x),
         kernels,
@@ -186,5 +194,5 @@ def upsample_conv(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> T
     )
 
 
-def pack_phase_kernels(weight: Tensor, conv: nn.Conv2d) -> list[list[Tensor]]:
-    return [[pack_conv_weight(kernel, conv) for kernel in row] for row in polyphase.phase_kernels(weight)]
+def pack_phase_kernels(weight: Tensor, conv: nn.Conv2d, shape: Sequence[int]) -> list[list[Tensor]]:
+    return [[pack_conv_weight(kernel, conv, shape) for kernel in row] for row in polyphase.phase_kernels(weight)]
