@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PackedWeights:
-    """A cache of packed weights for a run of `calls` forward passes by one thread.
+    """A cache of packed weights for a run of `calls` forward passes by one thread; a single pass keeps none.
 
     A weight that was replaced, or written to in place where autograd counts it, is packed again.
     """
@@ -19,7 +19,9 @@ class PackedWeights:
         self.cache: dict[Any, tuple[Any, Tensor]] = {}
 
     def get(self, pack: Callable[..., Any], weight: Tensor, *args: Any) -> Any:
-        """Return `pack(weight, *args)`, computed at the first call."""
+        """Return `pack(weight, *args)`; in a run of several passes, computed once."""
+        if self.calls == 1:
+            return pack(weight, *args)
         key = pack, args, id(weight), write_count(weight)
         if key not in self.cache:
             self.cache[key] = pack(weight, *args), weight  # keeps the weight alive, and with it its id

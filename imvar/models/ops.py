@@ -56,10 +56,12 @@ def executing(**changes: Any) -> Iterator[None]:
 def packing(model: nn.Module, calls: int = 1) -> Iterator[None]:
     """Keep packed weights for `calls` forward passes of `model` in the `with` block.
 
-    Nothing is packed inside another run, with gradients, or for a model with hooks or third-party layers.
+    Nothing is kept inside another run of several passes, with gradients, or for a model with hooks or third-party
+    layers.
     """
-    nested = torch.compiler.is_compiling() or packed_weights() is not None
-    if nested or torch.is_grad_enabled() or not is_unmodified(model):
+    outer = packed_weights()
+    kept = outer is not None and (outer.calls > 1 or calls == 1)
+    if kept or torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_unmodified(model):
         yield
     else:
         with executing(packed=PackedWeights(calls)):

@@ -277,12 +277,15 @@ class AutoencoderKL(AttentionMixin, GradientCheckpointingMixin, PretrainedModel,
         return self._tiled_decode(z) if tiles else self._decode_tile(z)
 
     def _tiled_encode(self, x: Tensor) -> Tensor:
-        sizes = self.tile_sample_min_size, self.tile_latent_min_size
-        return tiled(self._encode_tile, x, *sizes, self.tile_overlap_factor)
+        return self._tiled(self._encode_tile, x, self.tile_sample_min_size, self.tile_latent_min_size)
 
     def _tiled_decode(self, z: Tensor) -> Tensor:
-        sizes = self.tile_latent_min_size, self.tile_sample_min_size
-        return tiled(self._decode_tile, z, *sizes, self.tile_overlap_factor)
+        return self._tiled(self._decode_tile, z, self.tile_latent_min_size, self.tile_sample_min_size)
+
+    def _tiled(self, function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: int) -> Tensor:
+        rows, columns = tile_origins(x, size, self.tile_overlap_factor)
+        with packing(self, calls=len(rows) * len(columns)):
+            return tiled(function, x, size, out_size, self.tile_overlap_factor)
 
     def _encode_tile(self, x: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(x))
@@ -316,12 +319,13 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: 
 
     Tiles are `size` wide and become `out_size` wide; neighbours share a fraction `overlap` of their width.
     """
-    stride, fade = int(size * (1 - overlap)), int(out_size * overlap)
+    fade = int(out_size * overlap)
     keep = out_size - fade
+    tops, lefts = tile_origins(x, size, overlap)
     rows: list[list[Tensor]] = []
-    for top in range(0, x.shape[2], stride):
+    for top in tops:
         row: list[Tensor] = []
-        for left in range(0, x.shape[3], stride):
+        for left in lefts:
             tile = function(x[:, :, top : top + size, left : left + size])
             if rows:
                 tile = blend_edge(rows[-1][len(row)], tile, fade, dim=2)
@@ -330,6 +334,12 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, size: int, out_size: 
             row.append(tile)
         rows.append(row)
     return torch.cat([torch.cat([tile[:, :, :keep, :keep] for tile in row], dim=3) for row in rows], dim=2)
+
+
+def tile_origins(x: Tensor, size: int, overlap: float) -> tuple[range, range]:
+    """Return the first row and the first column of each tile of x (b, c, h, w)."""
+    stride = int(size * (1 - overlap))
+    return range(0, x.shape[2], stride), range(0, x.shape[3], stride)
 
 
 def blend_edge(before: Tensor, tile: Tensor, fade: int, dim: int) -> Tensor:
