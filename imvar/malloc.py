@@ -1,11 +1,13 @@
-"""Settings of glibc's malloc."""
+"""Freed memory: whether glibc's malloc keeps it or returns it to the system."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 MAX_INT = 2**31 - 1
+_kept = False
 
 
 def keep_freed_memory() -> bool:
@@ -18,8 +20,22 @@ def keep_freed_memory() -> bool:
     Returns:
         True if glibc's mallopt was available and succeeded; elsewhere nothing happens.
     """
+    global _kept
+    mallopt = find("mallopt")
+    _kept = bool(mallopt and mallopt(M_MMAP_THRESHOLD, MAX_INT) and mallopt(M_TRIM_THRESHOLD, MAX_INT))
+    return _kept
+
+
+def return_freed_memory() -> None:
+    """Return freed blocks to the system, also those between others, unless `keep_freed_memory` was called."""
+    malloc_trim = None if _kept else find("malloc_trim")
+    if malloc_trim:
+        malloc_trim(0)
+
+
+def find(name: str) -> Callable[..., int] | None:
+    """Return a function of the C library; None in another one than glibc, or on another system."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library, or another system
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, MAX_INT) and mallopt(M_TRIM_THRESHOLD, MAX_INT))
+        return getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return None

@@ -20,9 +20,9 @@ from . import polyphase, winograd
 from .packed_weights import PackedWeights
 
 MIN_MACS = 2**24  # multiplications per call below which calling oneDNN costs more than it saves
-MIN_PIXELS_CHANNELS_LAST = 512  # pixels per batch below which a convolution is bound by reading its weights
-MIN_PIXELS_WINOGRAD = 2048  # pixels per run below which transforming a filter takes longer than it saves
-MIN_CHANNELS_WINOGRAD = 150  # half the harmonic mean of input and output channels below which additions dominate
+MIN_PIXELS_CHANNELS_LAST = 2048  # pixels per batch below which a convolution is bound by reading its weights
+MIN_PIXELS_UPSAMPLE = 512  # pixels per batch below which transforming a kernel takes longer than it saves
+MIN_CHANNELS_WINOGRAD = 64  # half the harmonic mean of input and output channels below which additions dominate
 MAX_ELEMENTS_CONTIGUOUS = 2**18  # of a batch, up to which group norm is fastest in the contiguous format
 MAX_PIXELS_PER_SUM = 2**13  # pixels per channel that are summed at once in group norm, to keep precision
 DTYPES = (torch.float32, torch.bfloat16)
@@ -42,44 +42,24 @@ def is_plain_inference(x: Tensor) -> bool:
     )
 
 
-# oneDNN's fused operators, which PyTorch registers for its own compiler
-
-
 @cache
-def has_onednn_ops(dtype: torch.dtype) -> bool:
-    """Return whether these operators exist and compute what they should."""
+def has_onednn_linear(dtype: torch.dtype) -> bool:
+    """Return whether the operator, which PyTorch registers for its own compiler, exists and computes what it should."""
     with torch.device("cpu"):
-        conv, x = nn.Conv2d(3, 4, 1, dtype=dtype), torch.ones(2, 3, 1, 1, dtype=dtype)
-        weight, bias = torch.ones(4, 3, 1, 1, dtype=dtype), torch.ones(4, dtype=dtype)
+        x, weight, bias = (torch.ones(shape, dtype=dtype) for shape in ((2, 3), (4, 3), (4,)))
     try:
-        linear_out = onednn_linear(x.flatten(1), weight.flatten(1), bias)
-        conv_out = onednn_conv(x, pack_conv_weight(weight, conv, x.shape), bias, conv)
+        return bool((onednn_linear(x, weight, bias) == 4).all())
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return bool((linear_out == 4).all() and (conv_out == 4).all())
 
 
 def onednn_available(x: Tensor) -> bool:
-    return torch.backends.mkldnn.enabled and has_onednn_ops(x.dtype)  # type: ignore[attr-defined]
+    return torch.backends.mkldnn.enabled and has_onednn_linear(x.dtype)  # type: ignore[attr-defined]
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply x (..., n) by a weight (m, n); up to 1.5 times as fast as a BLAS not tuned for the processor."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def onednn_conv(x: Tensor, packed: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:
-    """Convolve with a kernel that `pack_conv_weight` brought into oneDNN's layout once, rather than in every call."""
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *conv_args(conv), "none", [], "")
-
-
-def pack_conv_weight(weight: Tensor, conv: nn.Conv2d, shape: Sequence[int]) -> Tensor:
-    """Pack a kernel for inputs of a shape; oneDNN converts it in every call for others, by code that is not fast."""
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, *conv_args(conv), list(shape))
-
-
-def conv_args(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
-    return conv.padding, conv.stride, conv.dilation, conv.groups
 
 
 # Layers
@@ -97,23 +77,24 @@ def conv2d(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> Tensor:
     supported = packed and is_plain_inference(x) and conv.weight.dtype == x.dtype and polyphase.is_zero_padded(conv)
     if not packed or not supported:
         return conv._conv_forward(x, conv.weight, conv.bias)
-    if x.dtype == torch.float32 and winograd_pays(conv, x, packed.calls):
+    if x.dtype == torch.float32 and winograd_pays(conv, x):
         return call_winograd(winograd.winograd_conv2d, winograd.transform_filter, conv, x, packed)
-    few = len(x) * x.shape[2] * x.shape[3] < MIN_PIXELS_CHANNELS_LAST
-    if few and x.dtype == torch.bfloat16 and onednn_available(x):
-        weight = packed.get(pack_conv_weight, conv.weight, conv, x.shape)
-        return onednn_conv(channels_last(x), weight, conv.bias, conv)
-    return conv._conv_forward(x.contiguous() if few else channels_last(x), conv.weight, conv.bias)
+    return conv._conv_forward(x.contiguous(memory_format=fastest_format(x.shape)), conv.weight, conv.bias)
 
 
-def winograd_pays(conv: nn.Conv2d, x: Tensor, calls: int) -> bool:
+def fastest_format(shape: Sequence[int]) -> torch.memory_format:
+    """Return the memory format in which a convolution of an input (b, c, h, w) is the fastest."""
+    n, _, h, w = shape
+    return torch.contiguous_format if n * h * w < MIN_PIXELS_CHANNELS_LAST else torch.channels_last
+
+
+def winograd_pays(conv: nn.Conv2d, x: Tensor) -> bool:
     """Return whether F(2x2, 3x3) applies and is faster. (In half precision its additions would round too much.)"""
     n, c, h, w = x.shape
     return (
         polyphase.is_same_3x3(conv)
         and h % 2 == w % 2 == 0
         and n * h * w >= MIN_PIXELS_CHANNELS_LAST
-        and calls * n * h * w >= MIN_PIXELS_WINOGRAD
         and c * conv.out_channels >= MIN_CHANNELS_WINOGRAD * (c + conv.out_channels)
     )
 
@@ -133,10 +114,6 @@ def pack_filters(weight: Tensor, transform: Any, onednn: bool) -> list[list[Tens
 
 def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, packed: PackedWeights | None) -> Tensor:
@@ -172,7 +149,7 @@ def channels_last_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def fused_upsample_pays(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> bool:
     """Return whether `upsample_conv` applies to a 3x3 convolution that keeps the size, and is faster."""
-    min_pixels = MIN_PIXELS_CHANNELS_LAST / 4 if packed else MIN_PIXELS_CHANNELS_LAST
+    min_pixels = MIN_PIXELS_UPSAMPLE / 4 if packed else MIN_PIXELS_UPSAMPLE
     supported = is_plain_inference(x) and conv.weight.dtype == x.dtype
     return supported and len(x) * x.shape[2] * x.shape[3] >= min_pixels
 
@@ -181,18 +158,10 @@ def upsample_conv(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> T
     """Upsample and convolve with a quarter (float32) or less than half (bfloat16) of the multiplications."""
     if packed and x.dtype == torch.float32:
         return call_winograd(winograd.winograd_upsample_conv, winograd.transform_upsample_filter, conv, x, packed)
-    out = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
-    if not packed or not onednn_available(x):
+    if not packed:
+        out = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
         return polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(conv.weight), conv.bias, out)
-    kernels = packed.get(pack_phase_kernels, conv.weight, conv, x.shape)
-    return polyphase.upsample_conv_by_phases(
-        channels_last(x),
-        kernels,
-        conv.bias,
-        channels_last(out),
-        lambda x, kernel, bias: onednn_conv(x, kernel, bias, conv),
-    )
-
-
-def pack_phase_kernels(weight: Tensor, conv: nn.Conv2d, shape: Sequence[int]) -> list[list[Tensor]]:
-    return [[pack_conv_weight(kernel, conv, shape) for kernel in row] for row in polyphase.phase_kernels(weight)]
+    size = len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3]
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=fastest_format(size))
+    x = x.contiguous(memory_format=fastest_format(x.shape))
+    return polyphase.upsample_conv_by_phases(x, packed.get(polyphase.phase_kernels, conv.weight), conv.bias, out)

@@ -6,16 +6,11 @@ in place of 36, equal up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-PaddedConv = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""x (b, c, h, w), a (packed) kernel (d, c, 2, 2) and a bias (d,) to (b, d, h + 1, w + 1), zero-padded by 1."""
-padded_conv: PaddedConv = partial(F.conv2d, padding=1)
 
 
 def is_zero_padded(conv: nn.Conv2d) -> bool:
@@ -42,16 +37,12 @@ def fold_taps(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return torch.stack([before, center + after], dim), torch.stack([before + center, after], dim)
 
 
-def upsample_conv_by_phases(
-    x: Tensor,
-    kernels: Sequence[Sequence[Tensor]],
-    bias: Tensor | None,
-    out: Tensor,
-    conv: PaddedConv = padded_conv,
-) -> Tensor:
+def upsample_conv_by_phases(x: Tensor, kernels: Sequence[Sequence[Tensor]], bias: Tensor | None, out: Tensor) -> Tensor:
     """Upsample x (b, c, h, w) by 2 and convolve, into `out` (b, d, 2h, 2w)."""
     for row, kernels_of_row in enumerate(kernels):
         for column, kernel in enumerate(kernels_of_row):
-            phase = conv(x, kernel, bias)[:, :, row:, column:]  # padding gives one row and one column too many
+            phase = F.conv2d(x, kernel, bias, padding=1)[
+                :, :, row:, column:
+            ]  # padding gives one row and one column too many
             out[:, :, row::2, column::2] = phase[:, :, : x.shape[2], : x.shape[3]]
     return out

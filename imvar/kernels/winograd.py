@@ -14,7 +14,7 @@ from torch import Tensor
 MatMul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Filters = Sequence[Sequence[Tensor]]
 
-MAX_PIXELS_PER_MATMUL = 2048  # large enough for an efficient product, small enough for the processor's cache
+MAX_PIXELS_PER_MATMUL = 1024  # large enough for an efficient product, small enough for the cache and little memory
 MAX_CHANNELS_PER_TRANSFORM = 64  # likewise
 
 

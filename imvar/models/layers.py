@@ -73,7 +73,8 @@ class ResnetBlock(UnreadAttributes, nn.Module):
         if self.time_emb_proj is not None and temb is not None:
             shift = temb.value if isinstance(temb, Precomputed) else self.project(temb)
             h = h + (shift if shift.shape[0] == 1 else repeat_to_batch(shift, h))
-        h = self.conv2(self.dropout(norm_act(self.norm2, self.nonlinearity, h)))
+        h = norm_act(self.norm2, self.nonlinearity, h)  # frees that of the first half before the convolution allocates
+        h = self.conv2(self.dropout(h))
         return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + h
 
 

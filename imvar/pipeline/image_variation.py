@@ -19,6 +19,7 @@ from ..embeddings import cast_embeds
 from ..errors import ImvarError, InputError, InputTypeError, describe, invalid, warn_user
 from ..image import CLIPImageProcessor, VaeImageProcessor, to_uint8
 from ..image.pixel_values import PREPROCESS, pixel_format, to_pixel_values
+from ..malloc import return_freed_memory
 from ..models import (
     AutoencoderKL,
     CLIPVisionModelWithProjection,
@@ -293,6 +294,8 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                     recorded.add_reason("the call was interrupted")
             dtype = denoiser.context.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
+            if call.device.type == "cpu":
+                return_freed_memory()
 
             judging = call.output_type, call.device, dtype, call.on_flagged, call.seeds
             images, flags = self.decode_and_judge(x, *judging, **kept_pixels(call))

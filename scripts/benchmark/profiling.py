@@ -91,10 +91,10 @@ def recording(profile: Profile) -> Iterator[None]:
 
     def upsample_conv(*args: Any, function: Callable[..., Tensor] = cpu_kernels.upsample_conv) -> Tensor:
         matmul = profile.record(UPSAMPLING, cpu_kernels.onednn_linear, linear_flops)
-        conv = profile.record(UPSAMPLING, cpu_kernels.onednn_conv, kernel_flops)
+        conv = profile.record(UPSAMPLING, F.conv2d, kernel_flops)
         with (
             mock.patch.object(cpu_kernels, "onednn_linear", matmul),
-            mock.patch.object(cpu_kernels, "onednn_conv", conv),
+            mock.patch.object(F, "conv2d", conv),
         ):
             return profile.record(UPSAMPLING, function)(*args)
 

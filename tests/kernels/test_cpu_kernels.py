@@ -28,7 +28,7 @@ def called(monkeypatch):
     """The names of the faster kernels that were called."""
     names = []
     for dtype in TOLERANCE:
-        cpu.has_onednn_ops(dtype)
+        cpu.has_onednn_linear(dtype)
     for kernel in cpu.onednn_linear, cpu.upsample_conv:
 
         def watching(*args, kernel=kernel):
@@ -46,7 +46,7 @@ def called(monkeypatch):
 def test_linear(called, dtype, bias, shape):
     layer, x = Linear(320, 256, bias=bias).to(dtype), torch.randn(shape).to(dtype)
     assert near(layer(x), F.linear(x, layer.weight, layer.bias))
-    assert called == (["onednn_linear"] if cpu.has_onednn_ops(dtype) else [])
+    assert called == (["onednn_linear"] if cpu.has_onednn_linear(dtype) else [])
 
 
 @torch.no_grad()
@@ -105,12 +105,12 @@ def test_without_onednn(called, monkeypatch):
         layer(x)
     assert not called
     monkeypatch.setattr(cpu, "onednn_linear", lambda *_: torch.ops.mkldnn.gone())
-    cpu.has_onednn_ops.cache_clear()
+    cpu.has_onednn_linear.cache_clear()
     try:
-        assert not cpu.has_onednn_ops(torch.float32)
+        assert not cpu.has_onednn_linear(torch.float32)
         assert near(layer(x), F.linear(x, layer.weight, layer.bias))
     finally:
-        cpu.has_onednn_ops.cache_clear()
+        cpu.has_onednn_linear.cache_clear()
 
 
 # Runs
@@ -119,7 +119,7 @@ def test_without_onednn(called, monkeypatch):
 @pytest.fixture
 def any_size(monkeypatch):
     """Use the kernels for large layers in layers of any size."""
-    for limit in "MIN_MACS", "MIN_PIXELS_CHANNELS_LAST", "MIN_PIXELS_WINOGRAD", "MIN_CHANNELS_WINOGRAD":
+    for limit in "MIN_MACS", "MIN_PIXELS_CHANNELS_LAST", "MIN_PIXELS_UPSAMPLE", "MIN_CHANNELS_WINOGRAD":
         monkeypatch.setattr(cpu, limit, 0)
     monkeypatch.setattr(cpu, "MAX_PIXELS_PER_SUM", 12)
     monkeypatch.setattr(winograd, "MAX_PIXELS_PER_MATMUL", 8)
@@ -131,15 +131,15 @@ def fast_convs(monkeypatch):
     """The names of the faster convolutions that were called."""
     names = []
     for dtype in TOLERANCE:
-        cpu.has_onednn_ops(dtype)
-    for module, name in (winograd, "winograd_conv2d"), (winograd, "winograd_upsample_conv"), (cpu, "onednn_conv"):
-        real = getattr(module, name)
+        cpu.has_onednn_linear(dtype)
+    for name in "winograd_conv2d", "winograd_upsample_conv":
+        real = getattr(winograd, name)
 
         def watching(*args, name=name, real=real):
             names.append(name)
             return real(*args)
 
-        monkeypatch.setattr(module, name, watching)
+        monkeypatch.setattr(winograd, name, watching)
     return names
 
 
@@ -217,22 +217,6 @@ def test_convolutions_in_a_run(any_size, fast_convs, dtype, options, size):
     assert fast_convs == (2 * ["winograd_conv2d"] if applies else [])
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"groups": 2}, {"bias": False}, {"kernel_size": 1}], ids=str)
-@torch.no_grad()
-def test_convolutions_of_few_pixels_in_a_run(fast_convs, options):
-    layer = Conv2d(8, 6, **({"kernel_size": 3} | options)).to(torch.bfloat16)
-    x, packed = torch.randn(2, 8, 7, 6).to(torch.bfloat16), PackedWeights(2)
-    expected = layer(x)
-    with executing(packed=packed):
-        for given in x, x.to(memory_format=torch.channels_last):
-            assert near(layer(given), expected)
-        few = x[:, :, :4]
-        assert near(layer(few), layer._conv_forward(few, layer.weight, layer.bias))
-    supported = cpu.has_onednn_ops(torch.bfloat16)  # on AVX2 processors it is not
-    assert fast_convs == (3 * ["onednn_conv"] if supported else [])
-    assert len(packed.cache) == (2 if supported else 0)  # one per size of the input
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @torch.no_grad()
 def test_upsampling_in_a_run(any_size, fast_convs, dtype):
@@ -240,8 +224,19 @@ def test_upsampling_in_a_run(any_size, fast_convs, dtype):
     expected = grow.conv(F.interpolate(x, scale_factor=2.0))
     with executing(packed=PackedWeights()):
         assert near(grow(x), expected)
-    phases = 4 * ["onednn_conv"] if cpu.has_onednn_ops(dtype) else []  # not on AVX2 processors
-    assert fast_convs == (["winograd_upsample_conv"] if dtype == torch.float32 else phases)
+    assert fast_convs == (["winograd_upsample_conv"] if dtype == torch.float32 else [])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("side", [8, 64])
+@torch.no_grad()
+def test_memory_format_of_convolutions_in_a_run(dtype, side):
+    layer, x = Conv2d(4, 4, 3, padding=1).to(dtype), torch.randn(1, 4, side, side).to(dtype)
+    with executing(packed=PackedWeights()):
+        for given in x, x.to(memory_format=torch.channels_last):
+            output = layer(given)
+            assert near(output, F.conv2d(x, layer.weight, layer.bias, padding=1))
+            assert cpu.is_channels_last(output) == (side == 64)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
