@@ -202,7 +202,7 @@ MODELS = {
             ).sample
         ),
     ),
-    "vae": (lambda: imvar.AutoencoderKL(**autoencoder.SETTINGS), lambda m, x: m(x).sample),
+    "vae": (lambda: imvar.AutoencoderKL(**autoencoder.SETTINGS), lambda m, x: m(x[..., ::4, ::4]).sample),
     "encoder": (lambda: imvar.CLIPVisionModelWithProjection(**encoder.SETTINGS), lambda m, x: m(x).image_embeds),
     "checker": (lambda: imvar.StableDiffusionSafetyChecker(**safety.SETTINGS), safety.embed),
 }

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from count_operators import count_reference_step, count_step
+from count_operators import count_reference_step, count_run, count_step
 from sampler_figure import SAMPLERS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -84,6 +84,8 @@ def test_a_step_dispatches_fewer_operators_than_in_diffusers():
     own, reference = count_step(), count_reference_step()
     assert own.others["aten.convolution"] == reference.others["aten.convolution"]
     assert own.others.total() < 0.7 * reference.others.total()
+    run = count_run(images=4, steps=20)
+    assert (run.views + run.others).total() < 15_000  # about half of what it was when they were first counted
 
 
 def test_fuzzing_in_child_processes():
