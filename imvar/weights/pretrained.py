@@ -369,9 +369,9 @@ def load(
     other copies them. Raises `CheckpointError` for missing, unknown or misshapen tensors and for values that `dtype`
     cannot hold, before anything is loaded.
     """
-    expected = model.state_dict()
+    expected, keymap = model.state_dict(), model.keymap
     try:
-        values = model.keymap.from_file(tensors, expected, naming, path)
+        values = keymap.from_file(tensors, expected, naming, path)
     except CheckpointError as error:
         from .single_file import detect_part  # imported here to keep `import imvar` fast
 
@@ -380,7 +380,7 @@ def load(
             raise
         got = f"those of the {other[0]} ({error.reason})"
         raise invalid(CheckpointError, path, f"weights of the {model.part}", got, key=error.key) from None
-    keys = {name: source.name for name in values if (source := model.keymap.find_source(name, naming, tensors))}
+    keys = {name: source.name for name in values if (source := keymap.find_source(name, naming, tensors))}
     for name, tensor in values.items():
         key, shape = keys[name], tuple(expected[name].shape)
         if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:  # which has two values in a byte
