@@ -84,6 +84,7 @@ from .start_image import (
 )
 from .steps import take_step
 
+MIN_LATENTS_TO_TRIM = 2**10  # of an image, from which freed memory is returned to the system: those of 256 x 256 pixels
 MAX_DECODE_PIXELS = 2**18  # pixels that are decoded at a time: those of 512 x 512
 
 
@@ -294,7 +295,7 @@ class StableDiffusionImageVariationPipeline(PipelineBase):
                     recorded.add_reason("the call was interrupted")
             dtype = denoiser.context.dtype
             del denoiser  # frees the packed weights before the autoencoder allocates
-            if call.device.type == "cpu":
+            if call.device.type == "cpu" and x[0, 0].numel() >= MIN_LATENTS_TO_TRIM:
                 return_freed_memory()
 
             judging = call.output_type, call.device, dtype, call.on_flagged, call.seeds

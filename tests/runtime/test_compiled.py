@@ -462,7 +462,7 @@ def test_a_backend_takes_the_dtypes_that_it_is_made_for(backend):
 @torch.no_grad()
 def test_every_way_gives_the_same_answer_when_compiled(pipe, table, photo, monkeypatch):
     plain = run(pipe, photo)
-    monkeypatch.setattr(cpu, "MIN_PIXELS_CHANNELS_LAST", 10**9)  # or the CPU would have ways of its own
+    monkeypatch.setattr(cpu, "MIN_PIXELS_UPSAMPLE", 10**9)  # else the CPU kernel is called
     with executing(autotune=True):
         run(pipe, photo)
     assert {key[0] for key in table} == {"attention", "upsample_conv"}

@@ -94,7 +94,7 @@ def test_fuzzing_in_child_processes():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_the_benchmark_of_batches():
-    sizes = {"rounds": 1, "inputs": 1, "workers": 1, "calls": 1, "sleep": 0, "files": 3, "markers": 3}
+    sizes = {"rounds": 1, "inputs": 1, "workers": 1, "calls": 1, "sleep": 0, "files": 3, "markers": 3, "items": 1000}
     table = run(SCRIPTS / "benchmark_batch.py", *(f"--{name}={value}" for name, value in sizes.items()))
     names = ["more in a batch, 64 px", "1 worker", "plan of 3 files", "all checked", "run again until done"]
     assert all(f"| {name}" in table for name in names)
