@@ -41,8 +41,7 @@ def upsample_conv_by_phases(x: Tensor, kernels: Sequence[Sequence[Tensor]], bias
     """Upsample x (b, c, h, w) by 2 and convolve, into `out` (b, d, 2h, 2w)."""
     for row, kernels_of_row in enumerate(kernels):
         for column, kernel in enumerate(kernels_of_row):
-            phase = F.conv2d(x, kernel, bias, padding=1)[
-                :, :, row:, column:
-            ]  # padding gives one row and one column too many
+            phase = F.conv2d(x, kernel, bias, padding=1)  # one row and one column too many
+            phase = phase[:, :, row:, column:]
             out[:, :, row::2, column::2] = phase[:, :, : x.shape[2], : x.shape[3]]
     return out

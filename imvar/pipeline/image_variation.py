@@ -84,7 +84,7 @@ from .start_image import (
 )
 from .steps import take_step
 
-MIN_LATENTS_TO_TRIM = 2**10  # of an image, from which freed memory is returned to the system: those of 256 x 256 pixels
+MIN_LATENTS_TO_TRIM = 2**10  # of an image, from which freed memory is returned to the system before it is decoded
 MAX_DECODE_PIXELS = 2**18  # pixels that are decoded at a time: those of 512 x 512
 
 
