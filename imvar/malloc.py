@@ -21,19 +21,19 @@ def keep_freed_memory() -> bool:
         True if glibc's mallopt was available and succeeded; elsewhere nothing happens.
     """
     global _kept
-    mallopt = find("mallopt")
+    mallopt = libc_function("mallopt")
     _kept = bool(mallopt and mallopt(M_MMAP_THRESHOLD, MAX_INT) and mallopt(M_TRIM_THRESHOLD, MAX_INT))
     return _kept
 
 
 def return_freed_memory() -> None:
     """Return freed blocks to the system, also those between others, unless `keep_freed_memory` was called."""
-    malloc_trim = None if _kept else find("malloc_trim")
+    malloc_trim = None if _kept else libc_function("malloc_trim")
     if malloc_trim:
         malloc_trim(0)
 
 
-def find(name: str) -> Callable[..., int] | None:
+def libc_function(name: str) -> Callable[..., int] | None:
     """Return a function of the C library; None in another one than glibc, or on another system."""
     try:
         return getattr(ctypes.CDLL(None), name)

@@ -158,10 +158,10 @@ def upsample_conv(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> T
     """Upsample and convolve with a quarter (float32) or less than half (bfloat16) of the multiplications."""
     if packed and x.dtype == torch.float32:
         return call_winograd(winograd.winograd_upsample_conv, winograd.transform_upsample_filter, conv, x, packed)
-    if not packed:
-        out = x.new_empty(len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3])
-        return polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(conv.weight), conv.bias, out)
     size = len(x), conv.out_channels, 2 * x.shape[2], 2 * x.shape[3]
+    if not packed:
+        out = x.new_empty(size)
+        return polyphase.upsample_conv_by_phases(x, polyphase.phase_kernels(conv.weight), conv.bias, out)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=fastest_format(size))
     x = x.contiguous(memory_format=fastest_format(x.shape))
     return polyphase.upsample_conv_by_phases(x, packed.get(polyphase.phase_kernels, conv.weight), conv.bias, out)
