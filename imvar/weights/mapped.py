@@ -1,14 +1,19 @@
-"""Copies of memory-mapped tensors, made so that a file that is cut short meanwhile is an error.
+"""Tensors that are memory-mapped from a file: copies of them, and the return of their pages to the system.
 
-A process that reads mapped memory beyond the end of the file is killed (SIGBUS). A system call that reads it fails with
-EFAULT instead, so the kernel makes the copy, through a pipe. To read the files without mapping them would need the
-position of each tensor, which `torch.load` does not return, or the memory of a whole file.
+Copies are made so that a file that is cut short meanwhile is an error: a process that reads mapped memory beyond the
+end of the file is killed (SIGBUS). A system call that reads it fails with EFAULT instead, so the kernel makes the copy,
+through a pipe. To read the files without mapping them would need the position of each tensor, which `torch.load` does
+not return, or the memory of a whole file.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
+from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,10 @@ from torch import Tensor
 
 from ..atomic.folder import UNCHANGED
 from ..errors import CheckpointError, invalid
+from ..malloc import libc_function
 
 PIPE_CHUNK = 2**16  # bytes, the usual capacity of a pipe
+MAPS = Path("/proc/self/maps")
 
 
 def mapped_bytes(tensor: Tensor) -> Tensor:
@@ -59,3 +66,25 @@ def copy_through_pipe(source: Any, target: Any) -> None:
     finally:
         os.close(reader)
         os.close(writer)
+
+
+class MappedFiles:
+    """Where this process has `files` memory-mapped (Linux; elsewhere no place is known).
+
+    Pages of a mapped file that were read count as memory of the process until they are returned to the system.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        names, lines = {os.path.realpath(file) for file in files}, MAPS.read_text().splitlines() if MAPS.exists() else ()
+        fields = [line.split(maxsplit=5) for line in lines]
+        mapped = [each[0].split("-") for each in fields if len(each) == 6 and each[5] in names]
+        self.ranges = sorted((int(start, 16), int(end, 16)) for start, end in mapped)
+        self.madvise = libc_function("madvise") if self.ranges else None
+
+    def return_pages(self, tensor: Tensor) -> None:
+        """Return the pages of a tensor that was not written to; a later use reads them from the file again."""
+        start, size = tensor.data_ptr(), mapped_bytes(tensor).numel()
+        i = bisect_right(self.ranges, (start, start)) - 1
+        if self.madvise and i >= 0 and start + size <= self.ranges[i][1]:
+            page = start - start % mmap.PAGESIZE
+            self.madvise(ctypes.c_void_p(page), ctypes.c_size_t(start + size - page), mmap.MADV_DONTNEED)

@@ -20,6 +20,7 @@ from .filenames import DIFFUSERS, TRANSFORMERS, WeightsName
 from .hub import locate, names_in
 from .json_files import safe_join
 from .keymap import PUBLISHED, Keymap, Naming
+from .mapped import MappedFiles
 from .options import (
     READ_OPTIONS,
     SAVE_OPTIONS,
@@ -390,8 +391,12 @@ def load(
     if dtype == "auto":
         dtype = widest_dtype({tensor.dtype for tensor in values.values()})
     if dtype is not None:
+        mapped = MappedFiles(weights_files(path) if path else ())
         with explain_read_error(path):
-            values = {name: cast(tensor, dtype, path, keys[name]) for name, tensor in values.items()}
+            for name, tensor in values.items():
+                values[name] = cast(tensor, dtype, path, keys[name])
+                if values[name] is not tensor:
+                    mapped.return_pages(tensor)
     model.load_state_dict(values, strict=True, assign=any(tensor.is_meta for tensor in expected.values()))
     if unfilled := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         hint = "compute it in forward, or make it persistent"
