@@ -21,6 +21,7 @@ from .packed_weights import PackedWeights
 
 MIN_MACS = 2**24  # multiplications per call below which calling oneDNN costs more than it saves
 MIN_PIXELS_CHANNELS_LAST = 2048  # pixels per batch below which a convolution is bound by reading its weights
+MAX_PIXELS_IM2COL = {torch.float32: 512, torch.bfloat16: 128}  # of the output, per batch; the input is copied 9 times
 MIN_PIXELS_UPSAMPLE = 512  # pixels per batch below which transforming a kernel takes longer than it saves
 MIN_CHANNELS_WINOGRAD = 64  # half the harmonic mean of input and output channels below which additions dominate
 MAX_ELEMENTS_CONTIGUOUS = 2**18  # of a batch, up to which group norm is fastest in the contiguous format
@@ -79,6 +80,8 @@ def conv2d(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> Tensor:
         return conv._conv_forward(x, conv.weight, conv.bias)
     if x.dtype == torch.float32 and winograd_pays(conv, x):
         return call_winograd(winograd.winograd_conv2d, winograd.transform_filter, conv, x, packed)
+    if im2col_pays(conv, x):
+        return im2col_conv2d(conv, x)
     return conv._conv_forward(x.contiguous(memory_format=fastest_format(x.shape)), conv.weight, conv.bias)
 
 
@@ -97,6 +100,39 @@ def winograd_pays(conv: nn.Conv2d, x: Tensor) -> bool:
         and n * h * w >= MIN_PIXELS_CHANNELS_LAST
         and c * conv.out_channels >= MIN_CHANNELS_WINOGRAD * (c + conv.out_channels)
     )
+
+
+def im2col_pays(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Return whether `im2col_conv2d` applies, and is faster because reading the weights takes most of the time."""
+    n, c, h, w = x.shape
+    pixels = n * (h // conv.stride[0]) * (w // conv.stride[1])
+    return (
+        conv.groups == 1
+        and conv.dilation == (1, 1)
+        and pixels <= MAX_PIXELS_IM2COL[x.dtype]
+        and c * conv.out_channels * pixels >= MIN_MACS
+        and onednn_available(x)
+        and conv.weight.is_contiguous()
+    )
+
+
+def im2col_conv2d(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Multiply the weights, as they are stored, by the pixels below each position of the kernel (im2col).
+
+    oneDNN's convolutions first bring the weights into a layout of their own.
+    """
+    (rows, columns), (down, right), (pad_h, pad_w) = conv.kernel_size, conv.stride, conv.padding
+    x = F.pad(x, (pad_w, pad_w, pad_h, pad_h))
+    windows = x.unfold(2, rows, down).unfold(3, columns, right)
+    n, _, h, w = windows.shape[:4]
+    pixels = rearrange(windows, "b c h w rows columns -> (c rows columns) (b h w)")
+    weight, bias = conv.weight.flatten(1), conv.bias
+    if bias is not None and x.dtype == torch.bfloat16:
+        out = torch.addmm(bias[:, None], weight, pixels)  # rounds once
+    else:
+        out = onednn_linear(weight, pixels.T, None)
+        out = out if bias is None else out.add_(bias[:, None])
+    return rearrange(out, "d (b h w) -> b d h w", b=n, h=h, w=w).contiguous()
 
 
 def call_winograd(function: Any, transform: Any, conv: nn.Conv2d, x: Tensor, packed: PackedWeights) -> Tensor:

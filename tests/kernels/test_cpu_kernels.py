@@ -132,14 +132,14 @@ def fast_convs(monkeypatch):
     names = []
     for dtype in TOLERANCE:
         cpu.has_onednn_linear(dtype)
-    for name in "winograd_conv2d", "winograd_upsample_conv":
-        real = getattr(winograd, name)
+    for module, name in (winograd, "winograd_conv2d"), (winograd, "winograd_upsample_conv"), (cpu, "im2col_conv2d"):
+        real = getattr(module, name)
 
         def watching(*args, name=name, real=real):
             names.append(name)
             return real(*args)
 
-        monkeypatch.setattr(winograd, name, watching)
+        monkeypatch.setattr(module, name, watching)
     return names
 
 
@@ -213,8 +213,24 @@ def test_convolutions_in_a_run(any_size, fast_convs, dtype, options, size):
     with executing(packed=PackedWeights()):
         for given in x, x.to(memory_format=torch.channels_last):
             assert near(layer(given), expected)
-    applies = dtype == torch.float32 and not options.keys() - {"bias"} and size == (8, 6)
-    assert fast_convs == (2 * ["winograd_conv2d"] if applies else [])
+    if dtype == torch.float32 and not options.keys() - {"bias"} and size == (8, 6):
+        assert fast_convs == 2 * ["winograd_conv2d"]
+    else:
+        applies = cpu.has_onednn_linear(dtype) and not options.keys() & {"dilation", "groups"}
+        assert fast_convs == (2 * ["im2col_conv2d"] if applies else [])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@torch.no_grad()
+def test_im2col_is_for_large_layers_on_few_pixels(fast_convs, dtype):
+    if not cpu.has_onednn_linear(dtype):
+        pytest.skip("this processor has no instructions for it, and convolves 512 channels in half a minute")
+    with executing(packed=PackedWeights()):
+        for channels, side, fast in (512, 8, True), (16, 8, False), (512, 32, False):
+            layer, x = Conv2d(channels, channels, 3, padding=1).to(dtype), torch.randn(1, channels, side, side).to(dtype)
+            assert near(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
+            assert fast_convs == (["im2col_conv2d"] if fast else [])
+            fast_convs.clear()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
