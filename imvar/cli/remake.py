@@ -40,6 +40,7 @@ SETTINGS = {
 }
 """Arguments of a call that a record's settings may set."""
 COMPILE_OPTIONS = {"mode": (str,), "dynamic": (bool,), "fullgraph": (bool,)}
+EAGER_GRAPHS = {"backend": "cudagraphs"}  # no other backend is set again: it may be code of its own
 ROUNDING = ("versions.", "machine.", "call.", *(f"pipeline.{name}" for name in ("attention_", "vae_slicing")))
 ROUNDING += ("pipeline.channels_last", "pipeline.offload", "pipeline.compiled")
 """What differences between records begin with that change no more than rounding."""
@@ -132,7 +133,8 @@ def set_switches(pipe: Any, switches: Mapping[str, Any], device: torch.device) -
     if switches.get("fp8"):
         pipe.enable_fp8()
     if isinstance(options := switches.get("compiled"), dict):
-        pipe.compile(**{k: v for k, v in options.items() if isinstance(v, COMPILE_OPTIONS.get(k, ()))})
+        allowed = {k: v for k, v in options.items() if isinstance(v, COMPILE_OPTIONS.get(k, ()))}
+        pipe.compile(**(EAGER_GRAPHS if options.get("backend") == "cudagraphs" else allowed))
     if switches.get("offload") == device.type != "cpu":
         pipe.enable_model_cpu_offload(device=device)
 

@@ -30,7 +30,7 @@ class Execution:
     """How operations run in the current context.
 
     `packed`: the packed weights of the run that is under way. `autotune`: time all candidates of an operation.
-    `static_shapes`: compile for these shapes alone, with the candidate that autotuning found for them.
+    `static_shapes`: compile or record for these shapes alone, with the candidate that autotuning found for them.
     """
 
     packed: PackedWeights | None = None
@@ -74,7 +74,7 @@ def packed_weights() -> PackedWeights | None:
 
 
 def static_shapes() -> bool:
-    """Return whether compilation is for static shapes (runtime/compiled.py makes this a constant of the graph)."""
+    """Return whether the call is for static shapes (runtime/compiled.py makes this a constant of the graph)."""
     return _execution.get().static_shapes
 
 
@@ -83,13 +83,11 @@ static_shapes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fastest(name: str, candidates: tuple[Callable[..., Tensor], ...], *inputs: Tensor) -> Tensor:
-    """Call the first candidate; when compiling for static shapes, the one that autotuning found the fastest."""
-    if torch.compiler.is_compiling():
-        index = autotune.winner(autotune.key_of(name, inputs)) if static_shapes() else 0
-        return candidates[index](*inputs)
-    if _execution.get().autotune:
+    """Call the first candidate; for static shapes, the one that autotuning found the fastest."""
+    if not torch.compiler.is_compiling() and _execution.get().autotune:
         autotune.tune(name, candidates, inputs)
-    return candidates[0](*inputs)
+    index = autotune.winner(autotune.key_of(name, inputs)) if static_shapes() else 0
+    return candidates[index](*inputs)
 
 
 LINEAR, CONV2D, CONV_FORWARD, GROUP_NORM = (

@@ -381,6 +381,9 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
         size, batch or dtype, but not for other seeds, images, guidance, schedulers or numbers of steps, nor for
         weights changed in place; replaced weights are recorded again. A model that cannot be compiled runs eagerly,
         with a warning. So do, without one, models with hooks or custom layers and models that are offloaded.
+
+        `backend="cudagraphs"` skips `torch.compile`: on CUDA it records eager calls as CUDA graphs, which needs no
+        compiling; on other devices it changes nothing. It takes no other option.
         """
         from ..runtime.compiled import Compiler  # with its imports, which nothing else needs
 

@@ -22,7 +22,7 @@ from .components import PROTOCOLS
 MAX_REASONS = 3  # of one model
 TILES = ("tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
 TABLES = ("betas", "alphas", "alphas_cumprod", "final_alpha_cumprod")  # of schedulers
-REPRODUCIBLE_BACKENDS = (None, "inductor", "eager", "aot_eager")
+REPRODUCIBLE_BACKENDS = (None, "inductor", "eager", "aot_eager", "cudagraphs")
 
 
 Models = Mapping[str, Sequence[nn.Module]]

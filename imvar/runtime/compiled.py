@@ -1,4 +1,7 @@
-"""Compiled execution: `torch.compile`, and on CUDA one recorded graph per set of shapes, replayed without Python."""
+"""Compiled execution: `torch.compile`, and on CUDA one recorded graph per set of shapes, replayed without Python.
+
+With the backend `CUDA_GRAPHS` the graph is one of the eager kernels.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ MODE_WITHOUT_GRAPHS = {  # CUDA graphs are recorded here
     "max-autotune": "max-autotune-no-cudagraphs",
     "reduce-overhead": "default",
 }
+CUDA_GRAPHS = "cudagraphs"
 MAX_GRAPHS = 8
 
 torch.compiler.assume_constant_result(autotune.winner)  # a constant of the graph; importing dynamo takes a second
@@ -39,17 +43,13 @@ class Compiler:
     recorded as a CUDA graph, once per set, and again after weights or settings of the model were replaced. Where a
     function cannot be compiled or recorded, a warning says why, once, and it runs eagerly. A custom merge, which may
     count its calls, is recorded only if it has an attribute `precomputable = True`. Threads may share a compiler.
-    `options` are those of `torch.compile`.
+    `options` are those of `torch.compile`. With `backend="cudagraphs"`, which takes no others, eager calls are
+    recorded, and where nothing can be recorded, as on a CPU, they stay eager.
     """
 
     def __init__(self, **options: Any):
-        self.options: dict[str, Any] = {"fullgraph": True, "dynamic": False} | options
-        self.options["mode"] = MODE_WITHOUT_GRAPHS.get(options.get("mode", ""), options.get("mode"))
-        try:
-            torch.compile(warn_fallback, **self.options)  # validates the options; compiles only when it is called
-        except Exception as error:
-            got = f"{short_repr(options)}: {first_line(error)}"
-            raise invalid(InputError, "compile", "options of torch.compile", got) from error
+        self.options = checked_options(options)
+        self.is_eager = self.options.get("backend") == CUDA_GRAPHS
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.graphs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self.shared: tuple[Any, Any] | None = None  # memory pool and event of all graphs: one is replayed at a time
@@ -64,14 +64,17 @@ class Compiler:
                 if isinstance(layer, Fp8Linear):
                     layer.quantize_weight()  # which compiled code does not
             if not any(p.is_cuda for p in model.parameters()) or not is_recordable(model):
-                return partial(self.run, function, model)
+                return partial(function, model) if self.is_eager else partial(self.run, function, model)
             if not all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4):
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # for tensor cores
                 torch.cuda.current_stream().synchronize()  # for threads with streams of their own
             return partial(self.replay, function, model, graph_key(model))
 
     def run(self, function: Callable[..., Any], model: nn.Module, *inputs: Any) -> Any:
-        """Call the compiled function."""
+        """Call the compiled function, or the eager one with the kernels that autotuning found."""
+        if self.is_eager:
+            with executing(static_shapes=True, packed=None):  # packed weights are freed before the next replay
+                return function(model, *inputs)
         if function not in self.compiled:
             self.compiled[function] = torch.compile(function, **self.options)
         try:
@@ -155,6 +158,23 @@ class CUDAGraphCall:
             targets, sources = [self.inputs[i] for i in changed], [inputs[i] for i in changed]
             torch._foreach_copy_(targets, sources)  # type: ignore[attr-defined]
         self.copied = [(weakref.ref(t), None if t.is_inference() else write_count(t)) for t in inputs]
+
+
+def checked_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a compiler with their defaults. Raises `InputError`."""
+    if options.get("backend") == CUDA_GRAPHS:  # PyTorch has one of that name, which torch.compile traces for
+        if len(options) > 1:
+            others = {name: value for name, value in options.items() if name != "backend"}
+            raise invalid(InputError, "compile", f"no other option with backend={CUDA_GRAPHS!r}", short_repr(others))
+        return options
+    mode = MODE_WITHOUT_GRAPHS.get(options.get("mode", ""), options.get("mode"))
+    checked: dict[str, Any] = {"fullgraph": True, "dynamic": False} | options | {"mode": mode}
+    try:
+        torch.compile(warn_fallback, **checked)  # validates the options; compiles only when it is called
+    except Exception as error:
+        got = f"{short_repr(options)}: {first_line(error)}"
+        raise invalid(InputError, "compile", "options of torch.compile", got) from error
+    return checked
 
 
 def is_same_tensor(tensor: Tensor, last: Callable[[], Tensor | None], count: int | None) -> bool:

@@ -177,6 +177,7 @@ SWITCHES = {
     "channels_last": lambda pipe: pipe.to(memory_format=torch.channels_last),
     "fp8": lambda pipe: pipe.enable_fp8(),
     "compile": lambda pipe: pipe.compile(backend="eager"),
+    "CUDA graphs": lambda pipe: pipe.compile(backend="cudagraphs"),
     "offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu:0"),
     "dtype": lambda pipe: pipe.to(torch.bfloat16),
     "a hook": lambda pipe: pipe.unet.conv_out.register_forward_hook(lambda *_: None),

@@ -16,11 +16,13 @@ from torch.nn.attention import SDPBackend
 
 import imvar
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
+from imvar.cli.remake import set_switches
+from imvar.errors import InputError
 from imvar.kernels import autotune, polyphase
 from imvar.kernels import cpu_kernels as cpu
 from imvar.kernels.sdpa_backends import CANDIDATES, SDPAKernel, sdpa
 from imvar.models.attention import SelfAttention
-from imvar.models.ops import Conv2d, executing, fastest
+from imvar.models.ops import Conv2d, PackedWeights, executing, fastest, packed_weights
 from imvar.runtime import compiled
 from imvar.runtime.compiled import Compiler, CUDAGraphCall, graph_key, is_recordable, is_same_tensor
 from imvar.runtime.precompute import Fingerprint
@@ -217,6 +219,35 @@ def test_copies_compile_for_themselves(pipe, photo):
         assert copied._compiler.options["mode"] == "max-autotune-no-cudagraphs"  # imvar records its own
 
 
+def test_cuda_graphs_compile_nothing_and_change_nothing_on_a_cpu(pipe, photo, monkeypatch):
+    plain = run(pipe, photo)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    pipe.compile(backend="cudagraphs")
+    for same in pipe, copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)):
+        assert same._compiler.options == {"backend": "cudagraphs"}
+        assert torch.equal(run(same, photo), plain)
+    record = pipe.records(photo, seed=0)[0]
+    assert not [reason for reason in record["reasons"] if reason.startswith("compile")]
+    assert record["pipeline"]["compiled"] == {"backend": "cudagraphs"}
+
+
+def test_a_record_sets_cuda_graphs_again(pipe, monkeypatch):
+    for recorded, options in (
+        ({"backend": "cudagraphs", "mode": "max-autotune"}, {"backend": "cudagraphs"}),
+        ({"backend": "custom", "dynamic": True}, {"fullgraph": True, "dynamic": True, "mode": None}),
+    ):
+        set_switches(pipe, {"compiled": recorded}, torch.device("cpu"))
+        assert pipe._compiler.options == options
+
+
+@pytest.mark.parametrize("option", [{"mode": "max-autotune"}, {"dynamic": False}, {"fullgraph": True}])
+def test_cuda_graphs_take_no_other_option(pipe, option):
+    with pytest.raises(
+        InputError, match="compile: expected no other option with backend='cudagraphs', got .*" + next(iter(option))
+    ):
+        pipe.compile(backend="cudagraphs", **option)
+
+
 def test_a_recording_holds_for_the_same_weights_and_settings(pipe):
     """The key that a recorded call is found again by; `tests/cuda` records."""
     before = graph_key(pipe.unet)
@@ -294,6 +325,28 @@ def test_calls_are_recorded_once_for_each_size_and_state(pipe, recorder):
     for size in range(8, 8 * (compiled.MAX_GRAPHS + 2), 8):
         recorder.replay(conv_in, other, graph_key(other), torch.randn(1, 4, size, 8), told)
     assert len(recorder.graphs) == compiled.MAX_GRAPHS
+
+
+@torch.no_grad()
+def test_cuda_graphs_record_eager_calls_with_the_fastest_kernels(recorder, table, monkeypatch):
+    def slow(x):
+        return [x.sin() for _ in range(300)][-1]
+
+    def quick(x):
+        return 1.001 * x.sin()
+
+    def answer(model, x):
+        called_with.append(packed_weights())
+        return fastest("test", (slow, quick), x)
+
+    called_with = []
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    x, model, compiler = torch.ones(1000), torch.nn.Identity(), Compiler(backend="cudagraphs")
+    with executing(packed=PackedWeights(2)):
+        for _ in range(2):
+            assert torch.equal(compiler.replay(answer, model, (), x), 1.001 * x.sin())
+    assert len(compiler.graphs) == 1
+    assert called_with[1:] == [None, None]  # after autotuning: weights packed for a run end with it
 
 
 @torch.no_grad()
