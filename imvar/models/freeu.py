@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -48,6 +49,6 @@ def scale_lowest(x: Tensor, factor: float) -> Tensor:
     """Multiply the frequencies -1 and 0 of both axes of x (b, c, h, w) by `factor`."""
     spectrum = torch.fft.fftn(x if x.dtype == torch.float64 else x.float(), dim=(-2, -1))  # which supports no half
     mask = torch.ones(spectrum.shape[-2:], device=x.device)
-    rows, columns = (torch.tensor([0, -1], device=x.device).remainder(n) for n in mask.shape)
-    mask[rows[:, None], columns] = factor
+    for rows, columns in product((slice(0, 1), slice(-1, None)), repeat=2):  # a CUDA graph copies no indices to the GPU
+        mask[rows, columns] = factor
     return torch.fft.ifftn(spectrum * mask, dim=(-2, -1)).real.to(x.dtype)

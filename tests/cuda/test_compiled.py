@@ -8,11 +8,12 @@ import torch
 
 import imvar
 from imvar.image import clip_tensor
-from imvar.kernels import autotune as trial
+from imvar.kernels import autotune
 from imvar.runtime import compiled
 from tests.support.random_checkpoint import tiny_pipeline
 
 DTYPES = [torch.float32, torch.float16]
+BACKENDS = ["eager", "cudagraphs"]  # traced, and not traced; neither is compiled
 
 
 @pytest.fixture
@@ -42,9 +43,10 @@ def near(found, eager, exact):
     return (found - exact).abs().max() <= 3 * (eager - exact).abs().max() + 1e-5
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"])
-def test_recorded_runs_give_the_same_pictures(pipe, photo, dtype, scheduler):
+def test_recorded_runs_give_the_same_pictures(pipe, photo, dtype, scheduler, backend):
     pipe.to(dtype)
     pipe.scheduler = getattr(imvar, scheduler).from_config(pipe.scheduler.config)
     calls = [
@@ -60,37 +62,49 @@ def test_recorded_runs_give_the_same_pictures(pipe, photo, dtype, scheduler):
     ]
     calls = [{"photo": photo} | call for call in calls]
     expected = [(run(pipe, **call), exact(pipe, **call)) for call in calls]
-    pipe.compile(backend="eager")
+    pipe.compile(backend=backend)
     for _ in range(2):
         for call, pictures in zip(calls, expected, strict=True):
             assert near(run(pipe, **call), *pictures), call
-    assert all(isinstance(one, compiled.CUDAGraphCall) for one in pipe._compiler.recordings.values())
+    assert all(isinstance(one, compiled.CUDAGraphCall) for one in pipe._compiler.graphs.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_runs_give_the_same_pictures(pipe, photo, dtype):
     expected = run(pipe.to(dtype), photo), exact(pipe, photo)
-    trial._winners.clear()
+    autotune._winners.clear()
     pipe.compile()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a fallback would be one
         warnings.filterwarnings("ignore", "TensorFloat32")
         assert near(run(pipe, photo), *expected)
-    assert {key[0] for key in trial._winners} == {"attend", "enlarge"}
-    assert all(isinstance(one, compiled.CUDAGraphCall) for one in pipe._compiler.recordings.values())
+    assert {key[0] for key in autotune._winners} == {"attention", "upsample_conv"}
+    assert all(isinstance(one, compiled.CUDAGraphCall) for one in pipe._compiler.graphs.values())
 
 
-def test_a_run_records_once_for_any_values(pipe, photo):
-    pipe.compile(backend="eager")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_records_once_for_any_values(pipe, photo, backend):
+    pipe.compile(backend=backend)
     run(pipe, photo)
-    recorded = list(pipe._compiler.recordings)
+    recorded = list(pipe._compiler.graphs)
     run(pipe, photo, seed=7, num_inference_steps=9, guidance_scale=2.0)
-    assert list(pipe._compiler.recordings) == recorded
+    assert list(pipe._compiler.graphs) == recorded
     assert len(recorded) == 2  # the UNet's step and the decoder
 
 
-def test_what_callers_get_is_theirs(pipe, photo):
-    pipe.compile(backend="eager")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_freeu_is_recorded(pipe, photo, backend):
+    pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    eager = run(pipe, photo)
+    pipe.compile(backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a fallback would be one
+        assert (run(pipe, photo) - eager).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_callers_get_is_theirs(pipe, photo, backend):
+    pipe.compile(backend=backend)
     seen = []
     first = run(pipe, photo, callback=lambda i, t, x: seen.append((x, x.clone())))
     kept = first.clone()
@@ -99,8 +113,9 @@ def test_what_callers_get_is_theirs(pipe, photo):
     assert all(torch.equal(x, copy) for x, copy in seen)
 
 
-def test_weights_written_to_and_weights_replaced_count(pipe, photo):
-    pipe.compile(backend="eager")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_written_to_and_weights_replaced_count(pipe, photo, backend):
+    pipe.compile(backend=backend)
     run(pipe, photo)
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(0.5)
@@ -112,7 +127,8 @@ def test_weights_written_to_and_weights_replaced_count(pipe, photo):
         pipe.unet.conv_in.weight = torch.nn.Parameter(pipe.unet.conv_in.weight * 1.5)
 
 
-def test_no_step_waits_for_the_device(pipe, photo):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_step_waits_for_the_device(pipe, photo, backend):
     """Nothing in the loop asks the host, compiled or not."""
     for _ in range(2):
         run(pipe, photo, output_type="latent")
@@ -127,12 +143,13 @@ def test_no_step_waits_for_the_device(pipe, photo):
                 x = scheduler.step(predict(x, i).chunk(2)[1], t, x).prev_sample
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        pipe.compile(backend="eager")
+        pipe.compile(backend=backend)
 
 
-def test_threads_share_recordings(pipe, photo):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_share_recordings(pipe, photo, backend):
     expected = [(run(pipe, photo, seed=seed), exact(pipe, photo, seed=seed)) for seed in range(4)]
-    pipe.compile(backend="eager")
+    pipe.compile(backend=backend)
     made = {}
 
     def work(seed):
