@@ -10,6 +10,12 @@ The stages: teacher, encoder (which must classify half of the held-out drawings 
 safety, judge. On a CPU the default minutes suit two cores; `--minutes unet=120` changes them. A stage that was
 trained for fewer minutes than planned is continued, and stages that build on it are restarted, or continued with
 --keep.
+
+On a GPU machine without a network: render the drawings elsewhere by `--only drawings`, and copy WORK/drawings-*.npz and
+WORK/iconify-json-noto-1*.tgz there. A run may end two minutes after its --budget: compiling, the bank of latents and
+the last evaluation of a stage are not interrupted. The next run needs these files and WORK/*.pt, without bank-*.pt;
+`--strip STAGE` makes the file of a stage that is complete a quarter of its size. Only the last step, which writes the
+checkpoint folder, needs resvg_py and the archives of noto-v1 and fluent-emoji-flat too.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ from train_emoji import (
     samples,
 )
 from train_emoji.catalogue import REDUCED, SAFETY_CONCEPTS, Split, codes
-from train_emoji.loop import Job, train
+from train_emoji.loop import Job, strip, train
 from train_emoji.networks import Classifier
 
 MINUTES = {
@@ -67,11 +73,11 @@ class Run:
         self.until = time.monotonic() + 60 * args.budget
         self.prediction, self.keep = args.prediction, args.keep
         self.options = {"seed": args.seed, "scope": args.scope}
-        self.all = drawings.load(self.work, self.until)
-        self.split: Split = REDUCED if args.scope == "reduced" else drawings.everything(self.all, self.work)
-        self.learnable = drawings.learnable(self.all, self.split)
+        self.drawings = drawings.load(self.work, self.until)
+        self.split: Split = REDUCED if args.scope == "reduced" else drawings.everything(self.drawings, self.work)
+        self.learnable = drawings.learnable(self.drawings, self.split)
         self.concept_drawings = self.learnable.of(self.split.concepts)
-        self.held_out = drawings.held_out(self.all, self.split)
+        self.held_out = drawings.held_out(self.drawings, self.split)
         self.figures: dict[str, dict[str, float]] = {}
 
     def train_job(self, job: Job, seed: int, after: tuple[str, ...] = (), **options: str) -> Any:
@@ -103,7 +109,7 @@ class Run:
     @cached_property
     def judge(self) -> Classifier:
         """The judge, with the model's concepts and the unseen ones as classes."""
-        unseen = self.all.of(self.split.unseen, styles=set(self.learnable.styles.tolist()))
+        unseen = self.drawings.of(self.split.unseen, styles=set(self.learnable.styles.tolist()))
         return self.classifier(
             "judge",
             drawings.concat(self.concept_drawings, unseen),
@@ -144,7 +150,7 @@ class Run:
     @cached_property
     def vae(self) -> AutoencoderKL:
         torch.manual_seed(self.seed + 1)
-        unseen = self.all.of(self.split.unseen, styles=set(self.learnable.styles.tolist()))
+        unseen = self.drawings.of(self.split.unseen, styles=set(self.learnable.styles.tolist()))
         model = self.train_job(
             autoencoder.job(self.concept_drawings, self.learnable, unseen, self.work, self.device, self.batch["vae"]), 1
         )
@@ -188,7 +194,7 @@ class Run:
     def safety(self) -> StableDiffusionSafetyChecker:
         torch.manual_seed(self.seed + 5)
         concepts = list(SAFETY_CONCEPTS.values())
-        check = self.all.of(concepts, styles=["openmoji"])
+        check = self.drawings.of(concepts, styles=["openmoji"])
         model = self.distil("safety", StableDiffusionSafetyChecker(**safety.SETTINGS), safety.embed, concepts, check, 5)
         self.figures["safety"] |= safety.calibrate(model.cpu(), self.learnable, self.seed)
         return model
@@ -199,7 +205,7 @@ class Run:
         target, unet = self.work / "imvar-emoji", self.unet
         pipe = folder.pipeline(self.vae, self.encoder, unet, self.safety, self.prediction)
         judging.write(self.judge, self.work / "test-assets" / "judge.safetensors")
-        examples.write_fixture(self.work / "test-assets", self.all)
+        examples.write_fixture(self.work / "test-assets", self.drawings)
         examples.write_examples(target / "examples", self.work)
         folder.write(
             target,
@@ -251,8 +257,18 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction", help="what the UNet predicts")
     add("--keep", action="store_true", help="continue a stage even if one that it builds on has changed")
-    add("--only", choices=STAGES, metavar="STAGE", help="stop after this stage; other stages may run in parallel")
+    add(
+        "--only",
+        choices=("drawings", *STAGES),
+        metavar="STAGE",
+        help="stop after this stage, or after rendering the drawings; other stages may run in parallel",
+    )
+    add("--strip", choices=STAGES, action="append", metavar="STAGE", help="only make the file of this stage smaller")
     args = parser.parse_args()
+    if args.strip:
+        for name in args.strip:
+            strip(args.work / f"{name}.pt")
+        return
     args.scope = args.scope or ("reduced" if args.device == "cpu" else "full")
     print(json.dumps({name: str(value) for name, value in vars(args).items()}))
     output = getattr(Run(args), args.only or "folder")

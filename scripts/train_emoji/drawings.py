@@ -14,6 +14,7 @@ import math
 import subprocess
 import tarfile
 import time
+import zipfile
 from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,11 @@ def load_style(path: Path) -> Drawings:
 
 def save(path: Path, drawings: list[tuple[str, str, np.ndarray]]) -> None:
     codes, styles, images = zip(*drawings, strict=True)
-    part = path.with_suffix(".part.npz")
-    np.savez_compressed(part, images=np.stack(images), codes=np.array(codes), styles=np.array(styles))
+    part, arrays = path.with_suffix(".part.npz"), {"images": np.stack(images), "codes": codes, "styles": styles}
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_LZMA) as file:  # a quarter smaller than by np.savez_compressed
+        for name, values in arrays.items():
+            with file.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.array(values))
     part.replace(path)
 
 

@@ -100,11 +100,14 @@ def train(
                 f"{path}: expected {listing(dependencies)}, got {listing(saved['dependencies'])}; delete it to restart "
                 "this stage, pass --keep to resume it, or pass the same options and --minutes as before"
             )
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
         average.module.load_state_dict(saved["average"])
         progress = Progress(**saved["progress"])
         average.n_averaged.fill_(progress.steps)
+        if "optimizer" in saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        elif progress.seconds < minutes * 60:
+            raise SystemExit(f"{path}: it was stripped, so it cannot be continued; delete it to restart this stage")
     if device.type == "cuda":
         for module in job.compiled:
             module.compile()
@@ -178,6 +181,13 @@ def save(
         },
         partial,
     )
+    partial.replace(path)
+
+
+def strip(path: Path) -> None:
+    """Remove from a saved state what only further training needs, three quarters of it."""
+    saved, partial = torch.load(path, map_location="cpu", weights_only=True), path.with_suffix(".part")
+    torch.save({name: value for name, value in saved.items() if name not in ("model", "optimizer")}, partial)
     partial.replace(path)
 
 

@@ -145,6 +145,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     assert same == figures
 
 
+def test_a_stripped_state_has_the_trained_weights_and_is_not_continued(clock, tmp_path):
+    trained, figures = loop.train(job(), tmp_path, 1, 0, CPU)
+    loop.strip(tmp_path / "line.pt")
+    assert torch.load(tmp_path / "line.pt", weights_only=True).keys() == {"average", "progress", "dependencies"}
+    loaded, same = loop.train(job(), tmp_path, 1, 0, CPU)
+    assert torch.equal(loaded.weight, trained.weight)
+    assert same == figures
+    with pytest.raises(SystemExit, match=r"line\.pt: it was stripped, so it cannot be continued"):
+        loop.train(job(), tmp_path, 2, 0, CPU)
+
+
 def test_a_stage_whose_dependencies_changed(clock, tmp_path):
     loop.train(job(), tmp_path, 1, 0, CPU, dependencies={"seed": 0, "vae": 3})
     with pytest.raises(SystemExit, match=r"line\.pt: expected seed 0, vae 4, got seed 0, vae 3"):
