@@ -4,7 +4,9 @@
     python scripts/benchmark unet vae --rival openvino --dtype fp32,bf16    # diffusers, OpenVINO and imvar, in turn
     python scripts/benchmark memory --dtype fp32,bf16     # of a process that loads the pipeline and makes one image
     python scripts/benchmark compilers --dtype fp32,bf16  # torch.compile and AOTInductor beside eager
-    python scripts/benchmark profile [--dtype bf16]       # imvar's CPU time per kind of layer
+    python scripts/benchmark profile [--dtype bf16]       # imvar's time per kind of layer, or of kernel on CUDA
+    python scripts/benchmark kernels [--dtype fp16]       # candidates for the layers of the published model, in turn
+    python scripts/benchmark precision                    # imvar's error and speed by dtype and level of compilation
     python scripts/benchmark regions [--dtype bf16]       # a step with regions against a plain one, both of imvar
 
 CASE: unet vae clip safety pipeline load import scaling (default: all but scaling). Without --checkpoint, one of full
@@ -30,6 +32,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -37,12 +40,15 @@ import imvar
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 
-from benchmark.cases import CASES, DTYPES, Case, Libraries
+from benchmark.cases import CASES, DTYPES, EAGER, LEVELS, Case, Libraries
 from benchmark.compilers import compilers_table
+from benchmark.gpu_kernels import kernels_table
+from benchmark.gpu_profile import gpu_profile_table
 from benchmark.machine import environment
 from benchmark.memory import peak_memory, private_memory
 from benchmark.one_image import memory_table
 from benchmark.openvino_models import PRECISIONS
+from benchmark.precision import precision_table
 from benchmark.profiling import profile_table
 from benchmark.regions import regions_table
 from benchmark.rivals import CASES_OF_RIVALS, rivals_table
@@ -88,6 +94,7 @@ def measure(case: Case, dtype: str, args: argparse.Namespace) -> Iterator[Result
         private_memory(run) if case.keeps_memory else peak_memory(run, args.device)
         for run in (case.diffusers, case.imvar)
     )
+    difference = largest_difference(out, expected)  # before a compiled function writes over its outputs
     seconds = case.seconds or partial(time_call, device=args.device)
     for _ in range(args.warm):
         case.diffusers()
@@ -95,7 +102,7 @@ def measure(case: Case, dtype: str, args: argparse.Namespace) -> Iterator[Result
     for busy in (False, True) if args.busy else (False,):
         times = time_in_turn((case.diffusers, case.imvar), args.rounds, seconds, busy)
         name = f"{case.name}, beside a busy process" if busy else case.name
-        yield Result(name, dtype, *times, diffusers_memory, imvar_memory, largest_difference(out, expected))
+        yield Result(name, dtype, *times, diffusers_memory, imvar_memory, difference)
 
 
 def compare_libraries(folder: Path, args: argparse.Namespace) -> Iterator[Result]:
@@ -117,17 +124,23 @@ def tables_by_dtype(table: Callable[[Libraries], str], folder: Path, args: argpa
 
 
 def profile_tables(folder: Path, args: argparse.Namespace) -> str:
-    return tables_by_dtype(profile_table, folder, args)
+    return tables_by_dtype(gpu_profile_table if args.device.type == "cuda" else profile_table, folder, args)
 
 
 def regions_tables(folder: Path, args: argparse.Namespace) -> str:
     return tables_by_dtype(partial(regions_table, seconds=partial(time_call, device=args.device)), folder, args)
 
 
+def kernels_tables(_: Path, args: argparse.Namespace) -> str:
+    return "\n\n".join(f"{dtype}:\n\n{kernels_table(DTYPES[dtype], args)}" for dtype in args.dtype)
+
+
 TABLES: dict[str, Callable[[Path, argparse.Namespace], str]] = {  # in place of cases
     "memory": memory_table,
     "compilers": compilers_table,
     "profile": profile_tables,
+    "kernels": kernels_tables,
+    "precision": precision_table,
     "regions": regions_tables,
 }
 
@@ -160,18 +173,12 @@ def arguments() -> argparse.Namespace:
     add("--batch", type=int, default=1, help="images per call")
     add("--steps", type=int, default=50, help="of the pipeline")
     add("--largest", type=int, default=4, help="batch of `scaling` (default: 4)")
-    add(
-        "--compile",
-        nargs="?",
-        const="max-autotune",
-        metavar="MODE",
-        help="compile imvar by pipe.compile(mode=MODE) (default: max-autotune)",
-    )
+    add("--compile", choices=(EAGER, *LEVELS), default=EAGER, help="how imvar is run (default: eager)")
     add(
         "--reference",
-        choices=("eager", "compiled"),
-        default="eager",
-        help="diffusers eager, or compiled with fused QKV, channels_last and max-autotune",
+        choices=(EAGER, "default", "reduce-overhead", "max-autotune"),
+        default=EAGER,
+        help="how diffusers is run: by default eager, or with fused QKV, in channels_last, compiled in this mode",
     )
     add(
         "--keep-memory",
@@ -204,6 +211,17 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def save(args: argparse.Namespace, settings: dict[str, Any], table: str, results: list[Result]) -> str:
+    """Return the table with the settings, after writing it and the results to the files that were asked for."""
+    text = f"{table}\n\n{settings_line(settings)}\n"
+    if args.json:
+        numbers = {"environment": settings, "results": [asdict(result) for result in results]}
+        args.json.write_text(json.dumps(numbers, indent=2))
+    if args.markdown:
+        args.markdown.write_text(text, encoding="utf-8")
+    return text
+
+
 def main() -> None:
     args = arguments()
     if args.threads:
@@ -213,23 +231,21 @@ def main() -> None:
     folder = args.checkpoint or args.work / ("tiny" if args.tiny else "full")
     if not folder.exists():
         print(f"writing {folder}", file=sys.stderr)
-        write_checkpoint(folder, tiny=args.tiny, endings=(".safetensors",))
-    settings, results = environment(args, *([args.rival] if args.rival else [])), []
+        unfinished = folder.with_suffix(".part")
+        write_checkpoint(unfinished, tiny=args.tiny, endings=(".safetensors",), device=args.device)
+        unfinished.rename(folder)
+    settings, table = environment(args, *([args.rival] if args.rival else [])), markdown_table(HEADER, [])
+    results: list[Result] = []
     if args.rival:
         table = rivals_table(folder, args)
     elif args.cases[0] in TABLES:
         table = TABLES[args.cases[0]](folder, args)
     else:
-        results = list(compare_libraries(folder, args))
-        table = markdown_table(HEADER, (result.cells() for result in results))
-    text = f"{table}\n\n{settings_line(settings)}\n"
-    print(text)
-    if args.json:
-        args.json.write_text(
-            json.dumps({"environment": settings, "results": [asdict(result) for result in results]}, indent=2)
-        )
-    if args.markdown:
-        args.markdown.write_text(text, encoding="utf-8")
+        for result in compare_libraries(folder, args):  # saved one by one, in case that a later one takes too long
+            results.append(result)
+            table = markdown_table(HEADER, (result.cells() for result in results))
+            save(args, settings, table, results)
+    print(save(args, settings, table, results))
 
 
 if __name__ == "__main__":

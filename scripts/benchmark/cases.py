@@ -25,7 +25,13 @@ from imvar.pipeline.image_variation import decode_with
 from imvar.runtime.compiled import Compiler
 from imvar.runtime.precompute import PrecomputedUNet, Runner
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+LEVELS: dict[str, dict[str, str]] = {  # of speed on a GPU: options of pipe.compile, the quickest to compile first
+    "cudagraphs": {"backend": "cudagraphs"},
+    "default": {},
+    "max-autotune": {"mode": "max-autotune"},
+}
+EAGER = "eager"
 PHOTO = Path(__file__).resolve().parents[2] / "tests" / "photos" / "chelsea.jpg"
 GUIDANCE = 3.0
 STEP = 7  # of those that a step is timed at
@@ -83,16 +89,17 @@ class Libraries:
                 pipe.set_progress_bar_config(disable=True)
                 for thresholds in "concept_embeds_weights", "special_care_embeds_weights":  # flag nothing
                     getattr(pipe.safety_checker, thresholds).data.fill_(2.0)
-        if self.args.reference == "compiled":
+        if self.args.reference != EAGER:
             for model in [both[0].unet, both[0].vae] if is_pipeline else [both[0]]:
-                compile_diffusers(model)
-        if self.args.compile and is_pipeline:
-            both[1].compile(mode=self.args.compile)
+                compile_diffusers(model, self.args.reference)
+        if self.args.compile != EAGER and is_pipeline:
+            both[1].compile(**LEVELS[self.args.compile])
         return both[0], both[1]
 
-    def runner(self) -> Runner:
-        """Return how imvar's models are run: eager or compiled."""
-        return Compiler(mode=self.args.compile) if self.args.compile else partial
+    def runner(self, level: str = "") -> Runner:
+        """Return how imvar's models are run, by default at the level of --compile."""
+        level = level or self.args.compile
+        return partial if level == EAGER else Compiler(**LEVELS[level])
 
     def forget(self) -> None:
         self.component = cache(self.load)
@@ -117,13 +124,13 @@ def pipeline_class(library: str) -> Any:
     return import_module(library).StableDiffusionImageVariationPipeline
 
 
-def compile_diffusers(model: Any) -> None:
-    """Apply what the diffusers documentation recommends: channels_last, fused projections, `max-autotune`."""
+def compile_diffusers(model: Any, mode: str) -> None:
+    """Apply what the diffusers documentation recommends: channels_last, fused projections, torch.compile."""
     model.to(memory_format=torch.channels_last)
     if hasattr(model, "fuse_qkv_projections"):
         model.fuse_qkv_projections()
     name = "decode" if hasattr(model, "decode") else "forward"
-    setattr(model, name, torch.compile(getattr(model, name), mode="max-autotune", fullgraph=True))
+    setattr(model, name, torch.compile(getattr(model, name), mode=mode, fullgraph=True))
 
 
 def step_inputs(libraries: Libraries, batch: int, size: int, steps: int = 50) -> tuple[Tensor, Tensor, Tensor]:

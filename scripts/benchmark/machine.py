@@ -8,6 +8,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -59,11 +61,38 @@ def machine(device: torch.device, *packages: str) -> dict[str, Any]:
 
 def environment(args: argparse.Namespace, *packages: str) -> dict[str, Any]:
     """Return the machine, the versions and the options of the command line."""
-    return machine(args.device, "diffusers", "transformers", *packages) | {
-        "dtype": " ".join(args.dtype),
-        "rounds": args.rounds,
-        "threads": torch.get_num_threads(),
-        "freed memory": "kept" if args.keep_memory else "returned to the system",
-        "diffusers mode": "compiled, max-autotune" if args.reference == "compiled" else "eager",
-        "imvar mode": f"compiled, {args.compile}" if args.compile else "eager",
+    return (
+        machine(args.device, "diffusers", "transformers", *packages)
+        | {
+            "dtype": " ".join(args.dtype),
+            "rounds": args.rounds,
+            "threads": torch.get_num_threads(),
+            "freed memory": "kept" if args.keep_memory else "returned to the system",
+            "diffusers mode": args.reference,
+            "imvar mode": args.compile,
+        }
+        | (cuda_settings() if args.device.type == "cuda" else {})
+    )
+
+
+@contextmanager
+def setting(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a setting of PyTorch another value inside the `with` block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def cuda_settings() -> dict[str, Any]:
+    """Return the settings of PyTorch that change the kernels on CUDA."""
+    return {
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+        "TF32 in matrix products": torch.backends.cuda.matmul.allow_tf32,
+        "TF32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
     }

@@ -42,16 +42,20 @@ class PeakOfPrivateMemory:
 def peak_memory(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
     """Return the output of `run` and its peak in bytes: of PyTorch's allocator on CUDA, else of the process (Linux).
 
-    The second call is measured, because the first one also reads memory-mapped weights.
+    The second call is measured, because the first one also reads memory-mapped weights, or compiles. On CUDA it is the
+    memory reserved, the pools of CUDA graphs included, above that before the first call.
     """
-    run()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        run()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         output = run()
         torch.cuda.synchronize()
-        return output, torch.cuda.max_memory_allocated() - before
+        return output, torch.cuda.max_memory_reserved() - before
+    run()
     if not CLEAR.exists():
         return run(), 0
     trim_heap()

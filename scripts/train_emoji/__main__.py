@@ -12,10 +12,10 @@ trained for fewer minutes than planned is continued, and stages that build on it
 --keep.
 
 On a GPU machine without a network: render the drawings elsewhere by `--only drawings`, and copy WORK/drawings-*.npz and
-WORK/iconify-json-noto-1*.tgz there. A run may end two minutes after its --budget: compiling, the bank of latents and
-the last evaluation of a stage are not interrupted. The next run needs these files and WORK/*.pt, without bank-*.pt;
-`--strip STAGE` makes the file of a stage that is complete a quarter of its size. Only the last step, which writes the
-checkpoint folder, needs resvg_py and the archives of noto-v1 and fluent-emoji-flat too.
+WORK/iconify-json-noto-1*.tgz there, 29 MB. A run may end later than its --budget, since compiling, the bank of latents
+and the evaluation of a stage are not interrupted. The next run needs these files and WORK/*.pt, without bank-*.pt: 136
+MB after all stages. `--strip STAGE` makes the file of a stage that is complete a quarter of its size. Only the last
+step, which writes the checkpoint folder, needs resvg_py and the archives of noto-v1 and fluent-emoji-flat too.
 """
 
 from __future__ import annotations

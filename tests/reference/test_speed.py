@@ -1,12 +1,21 @@
 """The benchmark runs, and the outputs that it compares are equal; speed is not tested."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from benchmark.__main__ import arguments
+from benchmark.gpu_kernels import Candidate, cells_of, kernels_table
+from benchmark.gpu_profile import Kernel, kernels_in, profile_rows
+from benchmark.precision import precision_table
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval
 
 BENCHMARK = Path(__file__).parents[2] / "scripts" / "benchmark"
 
@@ -70,15 +79,16 @@ def test_both_libraries_compiled(tmp_path):
         "vae",
         "pipeline",
         "--compile",
+        "max-autotune",
         "--reference",
-        "compiled",
+        "max-autotune",
         "--json",
         tmp_path / "out.json",
         TORCHDYNAMO_DISABLE="1",
     )
     report = json.loads((tmp_path / "out.json").read_text())
     assert all(result["difference"] <= 1e-4 for result in report["results"][:2])
-    assert report["environment"]["imvar mode"] == report["environment"]["diffusers mode"] == "compiled, max-autotune"
+    assert report["environment"]["imvar mode"] == report["environment"]["diffusers mode"] == "max-autotune"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -111,6 +121,113 @@ def test_several_dtypes_and_a_busy_process(tmp_path):
     assert [tuple(row[:2]) for row in rows] == [(name, dtype) for dtype in ("fp32", "bf16") for name in both]
 
 
+def options():
+    return argparse.Namespace(
+        device=torch.device("cpu"), tiny=True, rounds=1, batch=1, size=64, compile="eager", reference="eager"
+    )
+
+
+def test_candidates_for_layers():
+    """Those that exist on a CPU, in both dtypes, with an error of rounding."""
+    for dtype, least, most in (torch.float32, 0, 1e-6), (torch.bfloat16, 1e-4, 2e-2):
+        _, _, *rows = rows_of(kernels_table(dtype, options()))
+        assert [(row[0], row[2]) for row in rows] == [
+            ("attention", "default SDPA"),
+            ("attention", "default SDPA, padded to 64"),
+            ("group norm, SiLU", "eager, contiguous"),
+            ("group norm, SiLU", "eager, channels_last"),
+            ("3x3 convolution", "eager, contiguous"),
+            ("3x3 convolution", "eager, channels_last"),
+            ("group norm, SiLU, 3x3 convolution", "eager, contiguous"),
+            ("group norm, SiLU, 3x3 convolution", "eager, channels_last"),
+        ]
+        assert all(least < float(row[5]) <= most for row in rows)
+        assert all(float(row[3]) > 0 < float(row[4]) for row in rows)
+
+
+def test_a_candidate_that_fails_is_a_row():
+    def fails(x):
+        raise RuntimeError("not for this layer")
+
+    cells = cells_of(Candidate("of another layer", fails), [torch.ones(1)], torch.ones(1), options())
+    assert cells == (None, "RuntimeError: not for this layer")
+
+
+def test_the_error_of_each_level(published):
+    """Smaller in a wider dtype; CUDA graphs change nothing on a CPU."""
+    _, _, *rows = rows_of(precision_table(published, options()))
+    assert {row[0].split(",")[0] for row in rows} == {"unet", "vae"}
+    steps = {tuple(row[1:4]): (float(row[7]), row[8]) for row in rows if row[0].startswith("unet")}
+    for library in "diffusers", "imvar":
+        wide, half, brain = (steps[library, dtype, "eager"][0] for dtype in ("fp32", "fp16", "bf16"))
+        assert 1e-8 < wide < 1e-5 < half < brain < 0.1
+    assert steps["imvar", "fp32", "cudagraphs"] == steps["imvar", "fp32", "eager"]
+    assert steps["imvar", "fp32", "eager"][1] == "yes"
+
+
+def test_kinds_of_kernels_and_idle_time():
+    """Two kernels beside each other, a pause, and a third, in two runs: of their 10 microseconds 4 are idle."""
+    names = "flash_fwd_kernel", "sm90_xmma_fprop_implicit_gemm_f16", "vectorized_elementwise_kernel"
+    spans = (0, 4), (3, 5), (9, 10)
+    events = [
+        SimpleNamespace(name=name, time_range=Interval(*span), device_type=device, is_user_annotation=name == "step")
+        for name, span, device in (
+            *zip(names, spans, [DeviceType.CUDA] * 3, strict=True),
+            ("step", (0, 10), DeviceType.CUDA),
+            ("aten::conv2d", (0, 10), DeviceType.CPU),
+        )
+    ]
+    assert profile_rows(kernels_in(events), 2, 5e-6) == [
+        ("attention", "0.002", "40.0 %", "0.5"),
+        ("convolution", "0.001", "20.0 %", "0.5"),
+        ("elementwise", "0.001", "10.0 %", "0.5"),
+        ("idle", "0.002", "40.0 %", "0"),
+        ("all", "0.005", "100.0 %", "1.5"),
+    ]
+    assert Kernel("nchwToNhwcKernel", 0, 1).kind == "layout of convolutions"
+    assert Kernel("triton_red_fused_native_group_norm_silu_0", 0, 1).kind == "norms"
+
+
+def gpu_parts(tmp_path, *parts, python, **environment):
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{python}\n")
+    path.chmod(0o755)
+    environment |= {"PYTHON": str(path), "OUT": str(tmp_path), "DEVICE": "cpu"}
+    script = [BENCHMARK.with_name("benchmark_gpu"), *parts]
+    return subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def test_every_part_of_the_benchmark_on_a_gpu_is_a_valid_command(tmp_path, monkeypatch):
+    gpu_parts(tmp_path, "all", python='echo "$@"')
+    commands = [log.read_text().split() for log in sorted(tmp_path.glob("*.log"))]
+    benchmarks = [command[1:] for command in commands if command[0] == "scripts/benchmark"]
+    assert len(commands) == len(benchmarks) + 1 == 24
+    for command in benchmarks:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *command])
+        args = arguments()
+        assert args.markdown.parent == tmp_path
+        assert args.device == torch.device("cpu")
+
+
+def test_a_part_that_takes_too_long_is_stopped_and_the_next_one_runs(tmp_path):
+    sleep = 'case "$*" in *cudagraphs*) sleep 20;; esac'
+    gpu_parts(tmp_path, "graphs", "eager", "graphs", "eager", python=sleep, SECONDS_EACH="1", SECONDS_ALL="2")
+    lines = (tmp_path / "progress.txt").read_text().splitlines()
+    ended = [line.split(" ", 1)[1].split(",")[0] for line in lines]
+    assert ended == ["graphs status 124", "eager status 0", "graphs status 124", "no time left"]
+
+
+def test_parts_are_listed_and_others_refused(tmp_path):
+    listed = gpu_parts(tmp_path, python="exit 1").stdout
+    refused = gpu_parts(tmp_path, "eager", "nonsense", python="exit 1")
+    assert refused.returncode == 2
+    assert "got nonsense" in refused.stderr
+    assert refused.stderr.split("expected one of ")[1].split(", got")[0].split(", ") == [
+        line.split()[0] for line in listed.splitlines() if line
+    ]
+    assert not (tmp_path / "progress.txt").exists()
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_the_memory_of_one_image(tmp_path):
     """Processes of both libraries, with a peak that is not below what is loaded."""
@@ -126,6 +243,7 @@ REFUSALS = {
     ("unet", "--dtype", "int8"): "invalid choice: 'int8'",
     ("unet", "clip", "--rival", "openvino"): "--rival: expected the cases unet and vae",
     ("unet", "memory"): "alone, got unet memory",
+    ("unet", "--compile", "quick"): "--compile: invalid choice: 'quick'",
     ("memory", "--json", "out.json"): "--json: expected cases",
 }
 ATTEMPTS = """

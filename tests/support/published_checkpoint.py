@@ -82,10 +82,13 @@ def key_list(name: str, tiny: bool = False) -> dict[str, tuple[list[int], torch.
 
 
 def draw(name: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Draw values that preserve the variance of activations: N(0, 1/fan_in), small biases, scales around 1."""
+    """Draw values that preserve the variance of activations: N(0, 1/fan_in), small biases, scales around 1.
+
+    They are drawn on the device of the generator; a seed's values are not the same on every device.
+    """
     if not dtype.is_floating_point:
         return torch.arange(shape[-1], dtype=dtype).expand(shape).contiguous()  # position_ids
-    noise = torch.randn(shape, generator=generator, dtype=dtype)
+    noise = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
     if len(shape) > 1:
         return noise.mul_(noise[0].numel() ** -0.5)
     if name.endswith("_embeds_weights"):  # the cosines of random embeddings in 768 dimensions are N(0, 0.036)
@@ -100,15 +103,21 @@ def tiny_folder(folder: Path) -> None:
     shrink_configs(folder)
 
 
-def write_checkpoint(folder: Path, seed: int = 0, tiny: bool = False, endings: Sequence[str] = ENDINGS) -> None:
+def write_checkpoint(
+    folder: Path,
+    seed: int = 0,
+    tiny: bool = False,
+    endings: Sequence[str] = ENDINGS,
+    device: torch.device | str = "cpu",
+) -> None:
     """Write the v2.0 configs and random weights into `folder`, which is created if needed."""
     if tiny:
         tiny_folder(folder)
     else:
         shutil.copytree(PUBLISHED / "v2.0", folder, dirs_exist_ok=True)
     for i, (part, (keys, pickled, safe)) in enumerate(FILES.items()):
-        generator = torch.Generator().manual_seed(seed + i)
-        tensors = {name: draw(name, *facts, generator) for name, facts in key_list(keys, tiny).items()}
+        generator = torch.Generator(device).manual_seed(seed + i)
+        tensors = {name: draw(name, *facts, generator).cpu() for name, facts in key_list(keys, tiny).items()}
         if ".bin" in endings:
             torch.save(tensors, folder / part / pickled)
         if ".safetensors" in endings:
