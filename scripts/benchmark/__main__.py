@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -223,6 +224,7 @@ def save(args: argparse.Namespace, settings: dict[str, Any], table: str, results
 
 
 def main() -> None:
+    warnings.filterwarnings("error", "compile: cannot")  # imvar's, of a model that would be measured uncompiled
     args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)

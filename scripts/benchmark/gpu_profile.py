@@ -22,13 +22,15 @@ from benchmark.timing import time_call
 
 HEADER = ("milliseconds", "share", "kernels")
 KINDS = {  # by the first pattern that is in a kernel's name
+    "fused elementwise": r"triton_poi",  # Inductor's, named after all that they fuse
+    "fused norms": r"triton_(red|per)",
     "attention": r"flash|fmha|attention|sdpa|softmax",
     "layout of convolutions": r"nchwtonhwc|nhwctonchw|tensortransform",
     "convolution": r"conv|fprop|implicit|winograd|wgrad|dgrad",
     "matrix products": r"gemm|nvjet|cutlass|cublas|splitk|triton_\w*mm",
     "norms": r"norm|moments|welford|fusedparams",
     "copies": r"copy|memcpy|memset|catarray|_cat",
-    "elementwise": r"elementwise|vectorized|silu|gelu|triton_poi",
+    "elementwise": r"elementwise|vectorized|silu|gelu",
 }
 N_NAMES = 12  # kernels listed by name
 

@@ -123,7 +123,7 @@ def test_several_dtypes_and_a_busy_process(tmp_path):
 
 def options():
     return argparse.Namespace(
-        device=torch.device("cpu"), tiny=True, rounds=1, batch=1, size=64, compile="eager", reference="eager"
+        device=torch.device("cpu"), tiny=True, rounds=1, batch=1, size=32, compile="eager", reference="eager"
     )
 
 
@@ -159,8 +159,8 @@ def test_the_error_of_each_level(published):
     assert {row[0].split(",")[0] for row in rows} == {"unet", "vae"}
     steps = {tuple(row[1:4]): (float(row[7]), row[8]) for row in rows if row[0].startswith("unet")}
     for library in "diffusers", "imvar":
-        wide, half, brain = (steps[library, dtype, "eager"][0] for dtype in ("fp32", "fp16", "bf16"))
-        assert 1e-8 < wide < 1e-5 < half < brain < 0.1
+        wide, narrow = (steps[library, dtype, "eager"][0] for dtype in ("fp32", "bf16"))
+        assert 1e-8 < wide < 1e-5 < 1e-3 < narrow < 0.1
     assert steps["imvar", "fp32", "cudagraphs"] == steps["imvar", "fp32", "eager"]
     assert steps["imvar", "fp32", "eager"][1] == "yes"
 
@@ -185,7 +185,8 @@ def test_kinds_of_kernels_and_idle_time():
         ("all", "0.005", "100.0 %", "1.5"),
     ]
     assert Kernel("nchwToNhwcKernel", 0, 1).kind == "layout of convolutions"
-    assert Kernel("triton_red_fused_native_group_norm_silu_0", 0, 1).kind == "norms"
+    assert Kernel("triton_red_fused_native_group_norm_silu_0", 0, 1).kind == "fused norms"
+    assert Kernel("triton_poi_fused_convolution_silu_1", 0, 1).kind == "fused elementwise"
 
 
 def gpu_parts(tmp_path, *parts, python, **environment):
