@@ -21,7 +21,7 @@ from .packed_weights import PackedWeights
 
 MIN_MACS = 2**24  # multiplications per call below which calling oneDNN costs more than it saves
 MIN_PIXELS_CHANNELS_LAST = 2048  # pixels per batch below which a convolution is bound by reading its weights
-MAX_PIXELS_IM2COL = {torch.float32: 512, torch.bfloat16: 128}  # of the output, per batch; the input is copied 9 times
+MAX_PIXELS_IM2COL = 128  # of the output per batch, above which copying each input pixel 9 times costs more
 MIN_PIXELS_UPSAMPLE = 512  # pixels per batch below which transforming a kernel takes longer than it saves
 MIN_CHANNELS_WINOGRAD = 64  # half the harmonic mean of input and output channels below which additions dominate
 MAX_ELEMENTS_CONTIGUOUS = 2**18  # of a batch, up to which group norm is fastest in the contiguous format
@@ -109,7 +109,7 @@ def im2col_pays(conv: nn.Conv2d, x: Tensor) -> bool:
     return (
         conv.groups == 1
         and conv.dilation == (1, 1)
-        and pixels <= MAX_PIXELS_IM2COL[x.dtype]
+        and pixels <= MAX_PIXELS_IM2COL
         and c * conv.out_channels * pixels >= MIN_MACS
         and onednn_available(x)
         and conv.weight.is_contiguous()
@@ -121,7 +121,7 @@ def im2col_conv2d(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
     oneDNN's convolutions first bring the weights into a layout of their own.
     """
-    (rows, columns), (down, right), (pad_h, pad_w) = conv.kernel_size, conv.stride, conv.padding
+    (rows, columns), (down, right), (pad_h, pad_w) = conv.kernel_size, conv.stride, map(int, conv.padding)
     x = F.pad(x, (pad_w, pad_w, pad_h, pad_h))
     windows = x.unfold(2, rows, down).unfold(3, columns, right)
     n, _, h, w = windows.shape[:4]

@@ -75,8 +75,8 @@ class MappedFiles:
     """
 
     def __init__(self, files: Iterable[Path]):
-        names, lines = {os.path.realpath(file) for file in files}, MAPS.read_text().splitlines() if MAPS.exists() else ()
-        fields = [line.split(maxsplit=5) for line in lines]
+        names = {os.path.realpath(file) for file in files}
+        fields = [line.split(maxsplit=5) for line in (MAPS.read_text().splitlines() if MAPS.exists() else ())]
         mapped = [each[0].split("-") for each in fields if len(each) == 6 and each[5] in names]
         self.ranges = sorted((int(start, 16), int(end, 16)) for start, end in mapped)
         self.madvise = libc_function("madvise") if self.ranges else None

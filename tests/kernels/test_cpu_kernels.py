@@ -227,7 +227,8 @@ def test_im2col_is_for_large_layers_on_few_pixels(fast_convs, dtype):
         pytest.skip("this processor has no instructions for it, and convolves 512 channels in half a minute")
     with executing(packed=PackedWeights()):
         for channels, side, fast in (512, 8, True), (16, 8, False), (512, 32, False):
-            layer, x = Conv2d(channels, channels, 3, padding=1).to(dtype), torch.randn(1, channels, side, side).to(dtype)
+            layer = Conv2d(channels, channels, 3, padding=1).to(dtype)
+            x = torch.randn(1, channels, side, side).to(dtype)
             assert near(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1))
             assert fast_convs == (["im2col_conv2d"] if fast else [])
             fast_convs.clear()
