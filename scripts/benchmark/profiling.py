@@ -78,15 +78,13 @@ def recording(profile: Profile) -> Iterator[None]:
         def call_winograd(*args: Any) -> Tensor:
             nonlocal used_winograd
             used_winograd = True
-            return winograd(*args)
+            with mock.patch.object(cpu_kernels, "onednn_linear", winograd_matmul):
+                return winograd(*args)
 
         def flops(*args: Any) -> float:
             return 0.0 if used_winograd else conv_flops(*args)
 
-        with (
-            mock.patch.object(cpu_kernels, "call_winograd", call_winograd),
-            mock.patch.object(cpu_kernels, "onednn_linear", winograd_matmul),
-        ):
+        with mock.patch.object(cpu_kernels, "call_winograd", call_winograd):
             return profile.record("convolution", function, flops)(conv, *args)
 
     def upsample_conv(*args: Any, function: Callable[..., Tensor] = cpu_kernels.upsample_conv) -> Tensor:
