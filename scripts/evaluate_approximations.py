@@ -1,6 +1,6 @@
 """Measure quality and speed of imvar's approximate accelerations on imvar-emoji.
 
-    python scripts/evaluate_approximations.py [-n 300] [--out out/approximations]
+    python scripts/evaluate_approximations.py [-n 300] [--only int8] [--out out/approximations]
 
 Generates variations of held-out drawings with the same seeds for each option, and measures the accuracy of an
 independently trained judge and the PSNR against the exact output. Prints a Markdown table and saves an image grid for
@@ -50,6 +50,11 @@ def with_fp8(pipe: Any) -> Any:
     return pipe
 
 
+def with_int8(pipe: Any) -> Any:
+    pipe.enable_int8()
+    return pipe
+
+
 def with_tiling(pipe: Any) -> Any:
     pipe.enable_vae_tiling()
     pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 32, 32 // pipe.vae_scale_factor
@@ -65,6 +70,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "`cache_interval=3`": lambda pipe: WithOptions(pipe, cache_interval=3),
     "`cache_interval=5`": lambda pipe: WithOptions(pipe, cache_interval=5),
     "`enable_fp8()`": with_fp8,
+    "`enable_int8()`": with_int8,
     "`enable_vae_tiling()`, tiles of half the image's side": with_tiling,
 }
 
@@ -78,6 +84,7 @@ def held_out() -> tuple[torch.Tensor, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=300, help="variations per option (default: 300)")
+    parser.add_argument("--only", metavar="TEXT", default="", help="options with this in their name, and the exact one")
     parser.add_argument("--out", type=Path, default=Path("out/approximations"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -86,6 +93,8 @@ def main() -> None:
     for row in HEADER, ("---",) * len(HEADER):
         print(f"| {' | '.join(row)} |")
     for k, (name, change) in enumerate(OPTIONS.items()):
+        if name != "exact" and args.only not in name:
+            continue
         pipe: Any = StableDiffusionImageVariationPipeline.from_pretrained(
             "imvar-emoji", safety_checker=None, requires_safety_checker=False
         )

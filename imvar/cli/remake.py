@@ -132,6 +132,8 @@ def set_switches(pipe: Any, switches: Mapping[str, Any], device: torch.device) -
             pipe.modules[name].to(memory_format=torch.channels_last)
     if switches.get("fp8"):
         pipe.enable_fp8()
+    if switches.get("int8"):
+        pipe.enable_int8()
     if isinstance(options := switches.get("compiled"), dict):
         allowed = {k: v for k, v in options.items() if isinstance(v, COMPILE_OPTIONS.get(k, ()))}
         pipe.compile(**(EAGER_GRAPHS if options.get("backend") == "cudagraphs" else allowed))

@@ -27,7 +27,7 @@ from ..image import numpy_to_pil
 from ..models.attention import Attend, memory_efficient
 from ..models.stock import is_unmodified, top_package
 from ..oom import explain_out_of_memory
-from ..runtime import fp8
+from ..runtime import fp8, int8
 from ..runtime.precompute import Runner
 from ..weights.configured import ConfigFile, ConfiguredComponent, configured_from_single
 from ..weights.hub import locate
@@ -392,12 +392,27 @@ class PipelineBase(LoraPipelineMixin, ConfigFile):
     def enable_fp8(self) -> None:
         """Approximate: run the UNet's linear layers in FP8 with a scale per row (arXiv:2209.05433).
 
-        For NVIDIA Ada, Hopper and later; slower elsewhere. Raises `InputError` on a GPU without FP8.
+        For NVIDIA Ada, Hopper and later; slower elsewhere. It replaces int8. Raises `InputError` on a GPU without FP8.
         """
         fp8.enable(self.components["unet"])
 
     def disable_fp8(self) -> None:
         fp8.disable(self.components["unet"])
+
+    def enable_int8(self) -> None:
+        """Approximate: run the UNet's linear layers and convolutions in int8 on a CPU (arXiv:1712.05877).
+
+        These are the linear layers of self-attention and feed-forward layers, and the 3x3 convolutions
+        of resnet blocks and downsampling. Weights have a scale per output channel, inputs one per sample, from their
+        extremes in each call. `state_dict()` and what is saved stay in full precision, and their int8 copies take
+        memory beside them. Gradients, autocast and other devices are computed in full precision; `compile` has no
+        effect on the UNet. It replaces FP8. Raises `InputError` for a UNet that is not on a CPU, or not in float32 or
+        bfloat16, and on a processor without VNNI or AMX instructions.
+        """
+        int8.enable(self.components["unet"])
+
+    def disable_int8(self) -> None:
+        int8.disable(self.components["unet"])
 
     @property
     def runner(self) -> Runner:

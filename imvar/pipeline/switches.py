@@ -16,6 +16,7 @@ from ..models.attention import Attention
 from ..models.stock import IMVAR, OWN, method_names, reasons_for_plain, top_package
 from ..records.values import as_json
 from ..runtime.fp8 import Fp8Linear
+from ..runtime.int8 import Int8Layer
 from ..weights.origin import layers_of
 from .components import PROTOCOLS
 
@@ -58,6 +59,7 @@ def switches_of(pipe: Any, models: Models) -> dict[str, Any]:
         "attention_backend": by_model(models, lambda layer: layer.backend and kernel_name(layer.backend)),
         "channels_last": [name for name, layers in models.items() if has_channels_last(layers)],
         "fp8": any(isinstance(layer, Fp8Linear) for layer in models.get("unet", ())),
+        "int8": any(isinstance(layer, Int8Layer) for layer in models.get("unet", ())),
         "compiled": compiler and {name: value for name, value in compiler.options.items() if value is not None},
         "offload": pipe._offload and pipe._offload.device.type,
         "lora": adapters and (adapters.fused or {name: adapters.scales[name] for name in adapters.active}),

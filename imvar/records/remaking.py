@@ -20,6 +20,7 @@ SWITCHES = {
     "components",
     "fp8",
     "freeu",
+    "int8",
     "offload",
     "vae_slicing",
     "vae_tiling",

@@ -23,7 +23,7 @@ from ..models.attention import attention_layers
 from ..models.ops import executing, write_count
 from ..models.stock import IMVAR, top_package
 from ..oom import is_out_of_memory
-from .fp8 import Fp8Linear
+from .quantized import quantized_layers
 
 MODE_WITHOUT_GRAPHS = {  # CUDA graphs are recorded here
     "max-autotune": "max-autotune-no-cudagraphs",
@@ -60,9 +60,10 @@ class Compiler:
 
     def __call__(self, function: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
         with self.lock:
-            for layer in model.modules():
-                if isinstance(layer, Fp8Linear):
-                    layer.quantize_weight()  # which compiled code does not
+            for layer in quantized_layers(model):
+                if not layer.compilable:
+                    return partial(function, model)
+                layer.quantize_weight()  # which compiled code does not
             if not any(p.is_cuda for p in model.parameters()) or not is_recordable(model):
                 return partial(function, model) if self.is_eager else partial(self.run, function, model)
             if not all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4):
@@ -195,7 +196,7 @@ def is_recordable(model: nn.Module) -> bool:
 
 def graph_key(model: nn.Module) -> tuple[Any, ...]:
     """Return what a graph was recorded for: where the weights are, and the settings that change what is computed."""
-    quantized = (layer.weight_fp8.data_ptr() for layer in model.modules() if isinstance(layer, Fp8Linear))
+    quantized = (layer.quantized[0].data_ptr() for layer in quantized_layers(model))
     kernels = [(layer.attend, layer.backend, layer.slice_size) for layer in attention_layers(model)]
     merges = getattr(model, "merge", None), getattr(model, "freeu", None)
     return *merges, *(p.data_ptr() for p in model.parameters()), *quantized, *kernels

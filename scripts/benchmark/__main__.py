@@ -2,6 +2,7 @@
 
     python scripts/benchmark [CASE ...] [--checkpoint FOLDER] [--dtype fp32,bf16] [--threads 2] [--rounds 5] [--busy]
     python scripts/benchmark unet vae --rival openvino --dtype fp32,bf16    # diffusers, OpenVINO and imvar, in turn
+    python scripts/benchmark unet --rival openvino --dtype int8             # quantized, beside diffusers in bfloat16
     python scripts/benchmark memory --dtype fp32,bf16     # of a process that loads the pipeline and makes one image
     python scripts/benchmark compilers --dtype fp32,bf16  # torch.compile and AOTInductor beside eager
     python scripts/benchmark profile [--dtype bf16]       # imvar's time per kind of layer, or of kernel on CUDA
@@ -52,7 +53,7 @@ from benchmark.openvino_models import PRECISIONS
 from benchmark.precision import precision_table
 from benchmark.profiling import profile_table
 from benchmark.regions import regions_table
-from benchmark.rivals import CASES_OF_RIVALS, rivals_table
+from benchmark.rivals import CASES_OF_RIVALS, INT8, rivals_table
 from benchmark.tables import format_gigabytes, format_seconds, markdown_table, reported, settings_line
 from benchmark.timing import largest_difference, spread, time_call, time_in_turn
 from tests.support.published_checkpoint import write_checkpoint
@@ -149,8 +150,9 @@ TABLES: dict[str, Callable[[Path, argparse.Namespace], str]] = {  # in place of 
 def dtype_list(text: str) -> list[str]:
     """Parse names of dtypes with commas between them."""
     names = text.split(",")
-    if wrong := [name for name in names if name not in DTYPES]:
-        raise argparse.ArgumentTypeError(f"invalid choice: {wrong[0]!r} (choose from {', '.join(DTYPES)})")
+    known = *DTYPES, INT8
+    if wrong := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"invalid choice: {wrong[0]!r} (choose from {', '.join(known)})")
     return names
 
 
@@ -167,7 +169,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--dtype",
         type=dtype_list,
-        help=f"{', '.join(DTYPES)}, or several with commas; default: fp16 on CUDA, else fp32",
+        help=f"{', '.join(DTYPES)}, int8 with a rival, or several with commas; default: fp16 on CUDA, else fp32",
     )
     add("--threads", type=int, help="default: PyTorch's")
     add("--size", type=int, help="of the images in pixels (default: the checkpoint's, 512)")
@@ -201,9 +203,11 @@ def arguments() -> argparse.Namespace:
             or args.device.type != "cpu"
             or not set(args.dtype) <= {*PRECISIONS}
         ):
-            parser.error("--rival: expected the cases unet and vae on a CPU in fp32 or bf16")
-        if find_spec("openvino") is None:
-            parser.error('--rival: expected the package openvino; run pip install "imvar[benchmark]"')
+            parser.error("--rival: expected the cases unet and vae on a CPU in fp32, bf16 or int8")
+        if missing := [name for name in ("openvino", "nncf") if find_spec(name) is None]:
+            parser.error(f'--rival: expected the package {missing[0]}; run pip install "imvar[benchmark]"')
+    if INT8 in args.dtype and (not args.rival or args.cases != ["unet"]):
+        parser.error("--dtype int8: expected the case unet with --rival openvino")
     if args.json and (args.rival or set(args.cases) & {*TABLES}):
         parser.error("--json: expected cases without a rival")
     if len(args.cases) > 1 and set(args.cases) & {*TABLES}:
@@ -236,7 +240,7 @@ def main() -> None:
         unfinished = folder.with_suffix(".part")
         write_checkpoint(unfinished, tiny=args.tiny, endings=(".safetensors",), device=args.device)
         unfinished.rename(folder)
-    settings, table = environment(args, *([args.rival] if args.rival else [])), markdown_table(HEADER, [])
+    settings, table = environment(args, *([args.rival, "nncf"] if args.rival else [])), markdown_table(HEADER, [])
     results: list[Result] = []
     if args.rival:
         table = rivals_table(folder, args)

@@ -12,12 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from imvar.records.digests import file_digest
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8: of the operations that are not quantized
 MODEL = "model.xml"
 
 
@@ -72,6 +73,34 @@ def converted(
             whole = Path(unfinished) / "whole"
             openvino.save_model(graph, whole / MODEL, compress_to_fp16=False)
             (whole / "identity.json").write_text(json.dumps(identity, indent=2))
+            whole.rename(target)
+    return target / MODEL
+
+
+def quantized(file: Path, samples: Sequence[Sequence[Tensor]]) -> Path:
+    """Return the file of a converted model quantized to int8 by nncf; quantize it unless it is beside the other.
+
+    Scales are those of the inputs in `samples`, with SmoothQuant (arXiv:2211.10438), the preset for transformers.
+    """
+    values = hashlib.sha256(b"".join(t.numpy().tobytes() for sample in samples for t in sample)).hexdigest()[:16]
+    target = file.parent / f"int8-{version('nncf')}-{values}"
+    if not target.exists():
+        print(f"quantizing {file.parent.name} with nncf", file=sys.stderr, flush=True)
+        openvino = import_openvino()
+        import nncf
+
+        def arrays(sample: Sequence[Tensor]) -> list[np.ndarray]:
+            return [t.numpy() for t in sample]
+
+        with tempfile.TemporaryDirectory(dir=file.parent) as unfinished:
+            model = nncf.quantize(
+                openvino.Core().read_model(file),
+                nncf.Dataset(samples, arrays),
+                subset_size=len(samples),
+                model_type=nncf.ModelType.TRANSFORMER,
+            )
+            whole = Path(unfinished) / "whole"
+            openvino.save_model(model, whole / MODEL, compress_to_fp16=False)
             whole.rename(target)
     return target / MODEL
 

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from benchmark.cases import CASES, STEP, Libraries, guided, latents_to_decode, predict_noise, step_inputs
 from benchmark.children import in_child
-from benchmark.openvino_models import OpenVINOModel, converted
+from benchmark.openvino_models import OpenVINOModel, converted, quantized
 from benchmark.tables import format_seconds, markdown_table, reported
 from benchmark.timing import ratio_with_range, rms_error, spread, time_call, time_in_turn
 from imvar.pipeline.image_variation import decode_with
+from imvar.runtime import int8
 
 CASES_OF_RIVALS = "unet", "vae"
+INT8 = "int8"  # as a dtype: diffusers and what is not quantized are in bfloat16
+CALIBRATION_STEPS = range(0, 50, 7)  # whose inputs OpenVINO's model is quantized for, with other latents in each
 HEADER = (
     *("case", "dtype", "diffusers", "OpenVINO", "imvar", "diffusers / imvar", "OpenVINO / imvar", "spread"),
     *("rms error, diffusers", "OpenVINO", "imvar", "OpenVINO computes in"),
@@ -48,6 +51,16 @@ def converted_file(folder: Path, args: argparse.Namespace, name: str) -> Path:
     return converted(args.work / "openvino", FUNCTIONS[name], load, folder / name, inputs_of(exact, name))
 
 
+@torch.no_grad()
+def quantized_file(folder: Path, args: argparse.Namespace) -> Path:
+    """Return the file of diffusers' UNet, converted to OpenVINO and quantized."""
+    exact = Libraries(folder, args, "fp32")
+    latents, times, context = step_inputs(exact, args.batch, exact.size)
+    noise = [exact.noise(*latents.shape, seed=2 + step) for step in CALIBRATION_STEPS]
+    samples = [(torch.cat([x, x]), times[step], context) for x, step in zip(noise, CALIBRATION_STEPS, strict=True)]
+    return quantized(in_child(converted_file, folder, args, "unet"), samples)
+
+
 def openvino_case(model: OpenVINOModel, exact: Libraries, name: str) -> Callable[[], Tensor]:
     """Return the job of the case `name`, run by OpenVINO on float32 inputs."""
     if name == "vae":
@@ -62,14 +75,19 @@ def rivals_rows(folder: Path, args: argparse.Namespace, name: str, dtype: str) -
     """Yield a row of the case `name`, and with `--busy` one beside a busy process.
 
     The errors are those beside diffusers in float32, from the same inputs, whose values are those of `dtype`. The model
-    is converted in a process of its own, for its memory.
+    is converted and quantized in processes of their own, for its memory.
     """
-    exact = Libraries(folder, args, "fp32", rounded=dtype)
+    dtype_of_weights = "bf16" if dtype == INT8 else dtype
+    exact = Libraries(folder, args, "fp32", rounded=dtype_of_weights)
     expected = next(CASES[name](exact)).diffusers()
-    model = OpenVINOModel(in_child(converted_file, folder, args, name), dtype, torch.get_num_threads())
+    file = in_child(quantized_file, folder, args) if dtype == INT8 else in_child(converted_file, folder, args, name)
+    model = OpenVINOModel(file, dtype, torch.get_num_threads())
     run_openvino = openvino_case(model, exact, name)
     exact.forget()
-    case = next(CASES[name](Libraries(folder, args, dtype)))
+    libraries = Libraries(folder, args, dtype_of_weights)
+    if dtype == INT8:
+        int8.enable(libraries.component(name)[1])
+    case = next(CASES[name](libraries))
     runs = case.diffusers, run_openvino, case.imvar
     errors = [f"{rms_error(run(), expected):.1e}" for run in runs]
     for _ in range(args.warm):
@@ -85,7 +103,7 @@ def rivals_rows(folder: Path, args: argparse.Namespace, name: str, dtype: str) -
             *(ratio_with_range(taken, own) for taken in rivals),
             f"{100 * max(map(spread, times)):.0f} %",
             *errors,
-            model.precision,
+            f"{INT8}, {model.precision}" if dtype == INT8 else model.precision,
         )
 
 

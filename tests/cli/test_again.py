@@ -12,6 +12,7 @@ from PIL import Image
 
 import imvar
 from imvar import cli
+from imvar.kernels.int8_kernels import has_int8_kernels
 from imvar.records.files import read_record, save_image
 
 EXAMPLES = imvar.bundled_examples()
@@ -140,6 +141,16 @@ def test_of_a_list_in_python(again):
     made = pipe(photos, num_inference_steps=4, num_images_per_prompt=2, seed=[5, 6, 7, 8, 9, 10], **options)
     paths = made.save("made")
     assert_equal_again(again, paths[3], "--photo", DOG)
+
+
+@pytest.mark.skipif(not has_int8_kernels(), reason="needs VNNI or AMX instructions")
+def test_in_int8(again):
+    """Each sample has scales of its own, so that the other photos change nothing."""
+    pipe = imvar.StableDiffusionImageVariationPipeline.from_pretrained("imvar-emoji")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.enable_int8()
+    paths = pipe([imvar.load_image(path) for path in (FOX, DOG)], num_inference_steps=2, seed=[5, 6]).save("made")
+    assert_equal_again(again, paths[1], "--photo", DOG)
 
 
 def test_of_a_guidance_function_in_python(again):

@@ -15,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 
 from imvar import InputError, StableDiffusionImageVariationPipeline
+from imvar.kernels.int8_kernels import has_int8_kernels
 from tests.support.lora import random_lora
 from tests.support.random_checkpoint import TINY_UNET, tiny_pipeline
 
@@ -34,6 +35,7 @@ METHODS = [
 
 
 WAYS = ["plain", "cached", "fp8", "offload", "compiled", "compiled UNet", "compiled block", "shared components", "half"]
+WAYS += ["int8"] if has_int8_kernels() else []
 
 
 @pytest.fixture
@@ -156,6 +158,8 @@ def test_images_with_an_adapter_change_and_return(pipe, photo, way):
     owner = pipe
     if way == "fp8":
         pipe.enable_fp8()
+    if way == "int8":
+        pipe.enable_int8()
     if way == "offload":
         pipe.enable_model_cpu_offload(device="cpu:0")
     if way == "compiled":
@@ -181,15 +185,17 @@ def test_images_with_an_adapter_change_and_return(pipe, photo, way):
     assert np.array_equal(images_of(pipe, photo, **options), before)
 
 
-def test_fp8_after_loading_an_adapter(pipe, photo):
+@pytest.mark.parametrize("kind", ["fp8", "int8"] if has_int8_kernels() else ["fp8"])
+def test_eight_bits_after_loading_an_adapter(pipe, photo, kind):
+    enable, disable = (getattr(pipe, f"{verb}_{kind}") for verb in ("enable", "disable"))
     lora = random_lora(pipe.unet)
     pipe.load_lora_weights(lora)
-    pipe.enable_fp8()
+    enable()
     images = images_of(pipe, photo)
     pipe.unload_lora_weights()
-    pipe.disable_fp8()
+    disable()
     assert np.array_equal(images_of(pipe, photo), images_of(tiny_pipeline(), photo))
-    pipe.enable_fp8()
+    enable()
     pipe.load_lora_weights(lora)
     assert np.array_equal(images_of(pipe, photo), images)
 

@@ -25,6 +25,7 @@ from imvar import (
     set_attend,
     slerp,
 )
+from imvar.kernels.int8_kernels import has_int8_kernels
 from imvar.records.files import read_record
 from imvar.records.record import differences
 from imvar.records.schema import check_record
@@ -196,6 +197,8 @@ SWITCHES = {
     "initial noise": lambda pipe: setattr(pipe.scheduler, "init_noise_sigma", 2.0),
     "matmul precision": lambda _: torch.set_float32_matmul_precision("medium"),
 }
+if has_int8_kernels():
+    SWITCHES["int8"] = lambda pipe: pipe.enable_int8()
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import imvar
 from imvar import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler, StableDiffusionImageVariationPipeline
+from imvar.kernels.int8_kernels import has_int8_kernels
 from tests.support.random_checkpoint import tiny_pipeline
 
 
@@ -98,6 +99,7 @@ def test_changes_between_calls(photo):
         (pipe.enable_xformers_memory_efficient_attention, pipe.disable_xformers_memory_efficient_attention),
         (lambda: pipe.to(torch.float64), lambda: pipe.to(torch.float32)),
         (pipe.enable_fp8, pipe.disable_fp8),
+        *([(pipe.enable_int8, pipe.disable_int8)] if has_int8_kernels() else []),
         (lambda: pipe.enable_model_cpu_offload(device="cpu:0"), pipe.remove_all_hooks),
         (
             lambda: setattr(pipe, "scheduler", LMSDiscreteScheduler.from_config(scheduler.config)),

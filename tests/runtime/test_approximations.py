@@ -167,9 +167,9 @@ def test_weights_that_are_moved_or_loaded_are_rounded_anew():
         assert torch.equal(eight(x), other(x))
         for layer in (eight, other):
             layer.weight.mul_(3)  # as an optimizer does, or what fuses LoRA
-        assert torch.equal(eight(x), Fp8Linear.from_layer(eight.to_linear())(x))
-    assert eight.to(torch.bfloat16).weight_fp8.dtype == torch.float8_e4m3fn
-    assert eight.to_linear().weight is eight.weight
+        assert torch.equal(eight(x), Fp8Linear.from_layer(eight.to_layer())(x))
+    assert eight.to(torch.bfloat16).quantized[0].dtype == torch.float8_e4m3fn
+    assert eight.to_layer().weight is eight.weight
     assert eight(torch.randn(3, 32, dtype=torch.bfloat16, requires_grad=True)).requires_grad
 
 
