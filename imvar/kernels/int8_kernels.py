@@ -53,7 +53,7 @@ def quantize_sample(x: Tensor) -> tuple[Tensor, float, int]:
     """
     low, high = (float(bound) for bound in torch.aminmax(x))
     scale = max((max(high, 0.0) - min(low, 0.0)) / MAX_UINT8, MIN_SCALE)  # NaN stays NaN
-    out = torch.empty(x.shape, dtype=torch.uint8)
+    out = x.new_empty(x.shape, dtype=torch.uint8)
     if not scale < math.inf:
         return out.zero_(), math.nan, 0
     zero_point = round(-min(low, 0.0) / scale)

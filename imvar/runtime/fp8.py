@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,13 @@ CHANNEL_MULTIPLE = 16  # which the scaled product requires
 MIN_COMPUTE_CAPABILITY = (8, 9)  # Ada; then Hopper and later
 
 
+class Fp8Rows(NamedTuple):
+    """Rows (n, c) in E4M3, and the scale of each (n, 1), float32, by which to multiply them back."""
+
+    values: Tensor
+    scale: Tensor
+
+
 class Fp8Linear(QuantizedLayer, Linear):
     """A linear layer whose input and weight are quantized to E4M3 row by row, each row with its own scale.
 
@@ -29,7 +38,7 @@ class Fp8Linear(QuantizedLayer, Linear):
     def fits(cls, layer: Linear) -> bool:
         return not layer.in_features % CHANNEL_MULTIPLE and not layer.out_features % CHANNEL_MULTIPLE
 
-    def quantize(self) -> tuple[Tensor, Tensor]:
+    def quantize(self) -> Fp8Rows:
         return quantize_rows(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -44,10 +53,10 @@ class Fp8Linear(QuantizedLayer, Linear):
         return out if self.bias is None else out + self.bias
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows (n, c) as E4M3, and the scale of each (n, 1), float32, by which to multiply them back."""
+def quantize_rows(x: Tensor) -> Fp8Rows:
+    """Quantize rows (n, c)."""
     scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / MAX_E4M3
-    return (x / scale).clamp(-MAX_E4M3, MAX_E4M3).to(E4M3), scale
+    return Fp8Rows((x / scale).clamp(-MAX_E4M3, MAX_E4M3).to(E4M3), scale)
 
 
 def enable(model: nn.Module) -> None:

@@ -204,7 +204,8 @@ def arguments() -> argparse.Namespace:
             or not set(args.dtype) <= {*PRECISIONS}
         ):
             parser.error("--rival: expected the cases unet and vae on a CPU in fp32, bf16 or int8")
-        if missing := [name for name in ("openvino", "nncf") if find_spec(name) is None]:
+        args.packages = ["openvino", "nncf"] if INT8 in args.dtype else ["openvino"]
+        if missing := [name for name in args.packages if find_spec(name) is None]:
             parser.error(f'--rival: expected the package {missing[0]}; run pip install "imvar[benchmark]"')
     if INT8 in args.dtype and (not args.rival or args.cases != ["unet"]):
         parser.error("--dtype int8: expected the case unet with --rival openvino")
@@ -240,7 +241,7 @@ def main() -> None:
         unfinished = folder.with_suffix(".part")
         write_checkpoint(unfinished, tiny=args.tiny, endings=(".safetensors",), device=args.device)
         unfinished.rename(folder)
-    settings, table = environment(args, *([args.rival, "nncf"] if args.rival else [])), markdown_table(HEADER, [])
+    settings, table = environment(args, *(args.packages if args.rival else [])), markdown_table(HEADER, [])
     results: list[Result] = []
     if args.rival:
         table = rivals_table(folder, args)

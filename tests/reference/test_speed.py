@@ -241,7 +241,8 @@ def test_the_memory_of_one_image(tmp_path):
 
 REFUSALS = {
     ("nonsense",): "invalid choice: 'nonsense'",
-    ("unet", "--dtype", "int8"): "invalid choice: 'int8'",
+    ("unet", "--dtype", "int4"): "invalid choice: 'int4'",
+    ("unet", "--dtype", "int8"): "--dtype int8: expected the case unet with --rival openvino",
     ("unet", "clip", "--rival", "openvino"): "--rival: expected the cases unet and vae",
     ("unet", "memory"): "alone, got unet memory",
     ("unet", "--compile", "quick"): "--compile: invalid choice: 'quick'",

@@ -80,7 +80,7 @@ def test_a_layer_in_int8_is_near_the_exact_one(name, dtype):
     assert (made.dtype, made.shape) == (dtype, expected.shape)
     for sample, exact in zip(made.float(), expected.float(), strict=True):
         difference, exact = ((t if t.ndim == 3 else t.T).flatten(1) for t in (sample - exact, exact))  # by channel
-        assert (difference.norm(dim=1) / exact.norm(dim=1)).max() <= 0.03
+        assert (difference.norm(dim=1) / exact.norm(dim=1)).max() <= 0.08
     alone = torch.cat([eight(sample) for sample in x.split(1)])
     assert torch.equal(alone, made)  # no sample depends on the others
 
