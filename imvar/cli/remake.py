@@ -136,7 +136,7 @@ def set_switches(pipe: Any, switches: Mapping[str, Any], device: torch.device) -
         pipe.enable_int8()
     if isinstance(options := switches.get("compiled"), dict):
         allowed = {k: v for k, v in options.items() if isinstance(v, COMPILE_OPTIONS.get(k, ()))}
-        pipe.compile(**(EAGER_GRAPHS if options.get("backend") == "cudagraphs" else allowed))
+        pipe.compile(**(EAGER_GRAPHS if EAGER_GRAPHS.items() <= options.items() else allowed))
     if switches.get("offload") == device.type != "cpu":
         pipe.enable_model_cpu_offload(device=device)
 

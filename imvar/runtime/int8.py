@@ -22,7 +22,7 @@ from ..models.layers import Downsample, FeedForward, ResnetBlock, replace_layers
 from ..models.ops import Conv2d, Linear
 from .quantized import QuantizedLayer, restore_layers
 
-KERNEL_SIZE = (3, 3)  # 1x1 shortcuts take little time in full precision, and in int8 double the error
+KERNEL_SIZE = (3, 3)  # 1x1 shortcuts take little time in full precision
 
 
 class Int8Layer(QuantizedLayer):

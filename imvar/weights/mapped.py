@@ -14,6 +14,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,10 @@ class MappedFiles:
     """
 
     def __init__(self, files: Iterable[Path]):
-        names = {os.path.realpath(file) for file in files}
-        fields = [line.split(maxsplit=5) for line in (MAPS.read_text().splitlines() if MAPS.exists() else ())]
+        names, maps = {os.path.realpath(file) for file in files}, b""
+        with suppress(OSError):  # another system, or a sandbox
+            maps = MAPS.read_bytes()
+        fields = [line.split(maxsplit=5) for line in os.fsdecode(maps).split("\n")]
         mapped = [each[0].split("-") for each in fields if len(each) == 6 and each[5] in names]
         self.ranges = sorted((int(start, 16), int(end, 16)) for start, end in mapped)
         self.madvise = libc_function("madvise") if self.ranges else None

@@ -2,11 +2,14 @@
 
 import copy
 import json
+import mmap
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import imvar
 from imvar import CheckpointError, StableDiffusionImageVariationPipeline
+from imvar.weights.mapped import MappedFiles
 from tests.support.random_checkpoint import TINY_ENCODER, TINY_UNET, tiny_pipeline
 
 PARTS = ["vae", "unet", "image_encoder", "safety_checker"]
@@ -463,6 +467,17 @@ torch.save({name: p.double().sum() for name, p in encoder.named_parameters()}, s
     assert grown < 0.8 * size  # half are the weights in bfloat16, a quarter the largest layer of the file
     sums = torch.load(tmp_path / "sums.pt")
     assert sums == {name: p.bfloat16().double().sum() for name, p in encoder.named_parameters()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mapped_files_are_found_beside_names_that_are_not_utf8(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    file = folder / "weights"
+    file.write_bytes(bytes(5000))
+    assert not MappedFiles([file]).ranges
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ):
+        assert MappedFiles([file]).ranges
 
 
 @pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2", "both", "with float16", "with float32"])
