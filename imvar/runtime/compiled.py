@@ -52,7 +52,8 @@ class Compiler:
         self.is_eager = self.options.get("backend") == CUDA_GRAPHS
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self.graphs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
-        self.shared: tuple[Any, Any] | None = None  # memory pool and event of all graphs: one is replayed at a time
+        self.pool: Any = None  # the memory of the graphs, shared, since one is replayed at a time
+        self.done: Any = None  # the event after the last replay
         self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,10 +98,12 @@ class Compiler:
         key = function, model, model_key, spec, tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
         with self.lock, torch.cuda.device(tensors[0].device):
             if key not in self.graphs:
-                if self.shared:
-                    self.shared[1].synchronize()  # graphs that are dropped now are no longer running
+                if self.done:
+                    self.done.synchronize()  # graphs that are dropped now are no longer running
                 for old in [old for old in self.graphs if old[0] is function and old[1] is not model]:
                     del self.graphs[old]  # of a model that this one replaced
+                if not self.graphs:
+                    self.pool = None  # PyTorch records into no pool whose graphs are all gone
                 self.graphs[key] = self.record(function, model, tensors, spec)
                 while len(self.graphs) > MAX_GRAPHS:
                     self.graphs.popitem(last=False)
@@ -114,9 +117,10 @@ class Compiler:
         try:
             with executing(autotune=True):  # so that the fastest candidates are known before they are compiled in
                 function(model, *tree_unflatten(tensors, spec))
-            self.shared = self.shared or (torch.cuda.graph_pool_handle(), torch.cuda.Event())
-            return CUDAGraphCall(call, tensors, *self.shared)
+            self.pool, self.done = self.pool or torch.cuda.graph_pool_handle(), self.done or torch.cuda.Event()
+            return CUDAGraphCall(call, tensors, self.pool, self.done)
         except Exception as error:
+            self.pool = None  # nor into one in which a recording failed
             if is_out_of_memory(error):
                 raise
             warn_fallback("record", error)
@@ -130,16 +134,16 @@ class CUDAGraphCall:
     """
 
     def __init__(self, call: Callable[..., Any], inputs: list[Tensor], pool: Any, done: Any):
-        self.inputs = [t.clone() for t in inputs]
+        with torch.inference_mode(False), torch.no_grad():  # outside of inference mode, inputs can be written to later
+            self.inputs = [t.clone() for t in inputs]
         self.copied: list[Any] = [(lambda: None, None) for _ in inputs]
-        warmup, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        warmup.wait_stream(current)
-        with torch.cuda.stream(warmup):
-            for _ in range(3):  # kernels are compiled, chosen and loaded before the recording
-                call(*self.inputs)
-        current.wait_stream(warmup)
+        for _ in range(3):  # kernels are compiled, chosen and loaded before the recording
+            call(*self.inputs)  # on this stream, since cuBLAS keeps a workspace for each, of 32 MiB on Hopper
         self.graph, self.done = torch.cuda.CUDAGraph(), done
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # restored also after a recording that fails
+            torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             self.outputs = call(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -168,9 +172,9 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
             others = {name: value for name, value in options.items() if name != "backend"}
             raise invalid(InputError, "compile", f"no other option with backend={CUDA_GRAPHS!r}", short_repr(others))
         return options
-    mode = MODE_WITHOUT_GRAPHS.get(options.get("mode", ""), options.get("mode"))
-    checked: dict[str, Any] = {"fullgraph": True, "dynamic": False} | options | {"mode": mode}
     try:
+        mode = MODE_WITHOUT_GRAPHS.get(options.get("mode", ""), options.get("mode"))
+        checked: dict[str, Any] = {"fullgraph": True, "dynamic": False} | options | {"mode": mode}
         torch.compile(warn_fallback, **checked)  # validates the options; compiles only when it is called
     except Exception as error:
         got = f"{short_repr(options)}: {first_line(error)}"

@@ -1,5 +1,6 @@
 """On CUDA: compiled, recorded and replayed, with the pictures of eager calls."""
 
+import copy
 import threading
 import warnings
 
@@ -90,6 +91,26 @@ def test_a_run_records_once_for_any_values(pipe, photo, backend):
     run(pipe, photo, seed=7, num_inference_steps=9, guidance_scale=2.0)
     assert list(pipe._compiler.graphs) == recorded
     assert len(recorded) == 2  # the UNet's step and the decoder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recorded_in_inference_mode_and_replayed_outside(pipe, photo, backend):
+    pipe.compile(backend=backend)
+    with torch.inference_mode():
+        first = run(pipe, photo)
+    recorded = list(pipe._compiler.graphs)
+    assert (run(pipe, photo) - first).abs().max() < 1e-3
+    assert list(pipe._compiler.graphs) == recorded
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_unet_is_recorded_in_place_of_the_first(pipe, photo, backend):
+    pipe.compile(backend=backend)
+    for _ in range(2):
+        run(pipe, photo, output_type="latent")  # the UNet alone, whose graph is the only one
+        (recording,) = pipe._compiler.graphs.values()
+        assert isinstance(recording, compiled.CUDAGraphCall)
+        pipe.unet = copy.deepcopy(pipe.unet)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

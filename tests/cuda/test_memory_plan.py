@@ -1,6 +1,7 @@
 """The plan of the memory of fine-tuning, beside what a training step takes on the GPU."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,9 @@ print(json.dumps(items))
 @pytest.mark.parametrize(("model", "batch"), [("imvar-emoji", 64), ("published", 1)])
 def test_a_step_takes_what_was_planned(model, batch):
     command = [sys.executable, "-c", CODE, model, str(batch)]
-    environment = {"PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}", "CUDA_VISIBLE_DEVICES": ""}
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     items = json.loads(printed)
     published = model == "published"
     config = PUBLISHED_CONFIGS["unet"] if published else UNet2DConditionModel.load_config(model, subfolder="unet")

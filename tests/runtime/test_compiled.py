@@ -297,7 +297,7 @@ class Done:
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Event", Done)
     monkeypatch.setattr(compiled, "CUDAGraphCall", Replayed)
     return Compiler(backend="eager")
@@ -318,10 +318,12 @@ def test_calls_are_recorded_once_for_each_size_and_state(pipe, recorder):
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     recorder.replay(conv_in, unet, graph_key(unet), x, told)
     assert len(recorder.graphs) == 3
-    assert len({one.shared for one in recorder.graphs.values()}) == 1
+    (shared,) = {one.shared for one in recorder.graphs.values()}
     other = copy.deepcopy(unet)
     recorder.replay(conv_in, other, graph_key(other), x, told)
-    assert len(recorder.graphs) == 1  # those of the model that it replaces are gone
+    (recording,) = recorder.graphs.values()  # those of the model that it replaces are gone, and with them their pool
+    assert recording.shared[0] is not shared[0]
+    assert recording.shared[1] is shared[1]
     for size in range(8, 8 * (compiled.MAX_GRAPHS + 2), 8):
         recorder.replay(conv_in, other, graph_key(other), torch.randn(1, 4, size, 8), told)
     assert len(recorder.graphs) == compiled.MAX_GRAPHS
@@ -358,6 +360,7 @@ def test_what_cannot_be_recorded_is_called(pipe, recorder, monkeypatch):
     x, told = torch.randn(1, 4, 8, 8), [torch.ones(())]
     with pytest.warns(UserWarning, match="cannot record this model on this machine.*out of graphs"):
         made = recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, told)
+    assert recorder.pool is None  # the next recording takes another
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, told), made)
