@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -38,10 +39,9 @@ from typing import Any
 
 import torch
 
-import imvar
-
 sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 
+import imvar
 from benchmark.cases import CASES, DTYPES, EAGER, LEVELS, Case, Libraries
 from benchmark.compilers import compilers_table
 from benchmark.gpu_kernels import kernels_table
@@ -108,17 +108,24 @@ def measure(case: Case, dtype: str, args: argparse.Namespace) -> Iterator[Result
 
 
 def compare_libraries(folder: Path, args: argparse.Namespace) -> Iterator[Result]:
-    """Yield the results of all cases, one dtype after the other."""
+    """Yield the results of all cases, one dtype after the other. Raises SystemExit at the end if any failed."""
+    failed = []
     for dtype in args.dtype:
         libraries = Libraries(folder, args, dtype)
         for name in args.cases:
             if name == "import" and dtype != args.dtype[0]:
                 continue  # it does not depend on the dtype
-            for case in CASES[name](libraries):
-                for result in measure(case, dtype, args):
-                    reported(result.cells())
-                    yield result
+            try:
+                for case in CASES[name](libraries):
+                    for result in measure(case, dtype, args):
+                        reported(result.cells())
+                        yield result
+            except Exception:  # the other cases are still measured
+                traceback.print_exc()
+                failed.append(f"{name} in {dtype}")
             libraries.forget()
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def tables_by_dtype(table: Callable[[Libraries], str], folder: Path, args: argparse.Namespace) -> str:

@@ -1,7 +1,7 @@
 """Candidates for the layers of the published UNet and decoder, in turn, each with its error beside float64.
 
 A layer's inputs are of its shape in a guided step, or a decoded image, of 512 x 512 pixels. On CUDA a candidate is
-recorded as a CUDA graph of `CALLS` calls, so that launches are not in its time; its inputs may stay in the cache.
+recorded as a CUDA graph of `CALLS` calls, so that launches are hardly in its time; its inputs may stay in the cache.
 Candidates that are compiled, or of CUDA alone, are left out elsewhere.
 """
 
@@ -26,7 +26,7 @@ from imvar.errors import first_line
 from imvar.kernels.sdpa_backends import SDPAKernel, sdpa
 
 HEADER = ("layer", "shape", "candidate", "microseconds", "first / this", "rms error")
-CALLS = 10
+CALLS = 50
 GROUPS, EPS = 32, 1e-5
 WIDTHS = 64, 128, 256, 512  # that heads are padded to
 BACKENDS = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
@@ -137,11 +137,12 @@ def layers(args: argparse.Namespace) -> Iterator[tuple[str, list[Tensor], list[C
 
 
 def seconds_of_call(run: Callable[[], Tensor], args: argparse.Namespace) -> float:
-    """Return the median time of a call, on CUDA without its launches."""
+    """Return the median time of a call, on CUDA with a share of the launch of a graph of `CALLS` calls."""
     if args.device.type != "cuda":
         return median(time_call(run, args.device) for _ in range(args.rounds))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    stream = torch.cuda.current_stream()
+    with torch.cuda.stream(stream), torch.cuda.graph(graph):  # a recording that fails does not restore the stream
         for _ in range(CALLS):
             run()
     graph.replay()

@@ -33,6 +33,7 @@ KINDS = {  # by the first pattern that is in a kernel's name
     "elementwise": r"elementwise|vectorized|silu|gelu",
 }
 N_NAMES = 12  # kernels listed by name
+SYNCHRONIZATIONS = "Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event"  # events in which nothing runs
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,11 @@ def kernels_of(run: Callable[[], Any], runs: int) -> list[Kernel]:
 
 
 def kernels_in(events: Iterable[Any]) -> list[Kernel]:
-    """Return the events on the GPU, without annotations, which span kernels."""
+    """Return the events on the GPU, without annotations, which span kernels, and without synchronizations."""
     return [
         Kernel(event.name, event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation and event.name not in SYNCHRONIZATIONS
     ]
 
 
@@ -129,5 +130,6 @@ def gpu_profile_table(libraries: Libraries) -> str:
             kernels = kernels_of(run, runs)
             rows = profile_rows(kernels, runs, whole)
             tables.append(markdown_table((f"{case.name}, {library}: kind", *HEADER), map(reported, rows)))
-            tables.append(markdown_table((f"{case.name}, {library}: kernel", *HEADER), longest_rows(kernels, runs)))
+            rows = longest_rows(kernels, runs)
+            tables.append(markdown_table((f"{case.name}, {library}: kernel", *HEADER), map(reported, rows)))
     return "\n\n".join(tables)

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +39,12 @@ def instruction_sets() -> str:
 
 
 def commit() -> str:
+    """Return the commit of the checkout, "unknown" without git or in a copy of the files alone."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    if shutil.which("git") is None:
+        return "unknown"
+    described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "unknown"
 
 
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:

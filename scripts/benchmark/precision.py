@@ -21,6 +21,7 @@ from benchmark.cases import EAGER, LEVELS, Libraries, guided_step, vae
 from benchmark.machine import setting
 from benchmark.tables import format_seconds, markdown_table, reported
 from benchmark.timing import rms_error, time_call
+from imvar.errors import first_line
 
 HEADER = (
     *("case", "library", "dtype", "level", "TF32 in matrix products", "in convolutions", "cudnn.benchmark"),
@@ -98,5 +99,11 @@ def precision_table(folder: Path, args: argparse.Namespace) -> str:
     plain = argparse.Namespace(**vars(args) | {"compile": EAGER, "reference": EAGER})
     exact = outputs_of(Libraries(folder, plain, "fp64", rounded="bf16"))
     gc.collect()
-    rows = [reported(row) for chosen in settings(args) for row in rows_of(chosen, folder, args, exact)]
+    rows: list[Sequence[str]] = []
+    for chosen in settings(args):
+        try:
+            rows.extend(map(reported, rows_of(chosen, folder, args, exact)))
+        except Exception as error:  # a setting that fails is a result
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            rows.append(reported(("", *chosen.cells(), reason, "", "")))
     return markdown_table(HEADER, rows)

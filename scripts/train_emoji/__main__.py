@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 
 from imvar import AutoencoderKL, CLIPVisionModelWithProjection, StableDiffusionSafetyChecker
 from train_emoji import (

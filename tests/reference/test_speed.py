@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmark.__main__ import arguments
+from benchmark import precision
+from benchmark.__main__ import arguments, compare_libraries
+from benchmark.cases import CASES
 from benchmark.gpu_kernels import Candidate, cells_of, kernels_table
 from benchmark.gpu_profile import Kernel, kernels_in, profile_rows
 from benchmark.precision import precision_table
@@ -153,6 +155,30 @@ def test_a_candidate_that_fails_is_a_row():
     assert cells == (None, "RuntimeError: not for this layer")
 
 
+def broken(_):
+    raise RuntimeError("no such kernel")
+    yield
+
+
+def test_a_case_that_fails_loses_no_other(published, monkeypatch, capsys):
+    monkeypatch.setitem(CASES, "unet", broken)
+    args = argparse.Namespace(**vars(options()), dtype=["fp32"], cases=["unet", "vae"], warm=0, busy=False)
+    results = compare_libraries(published, args)
+    assert next(results).case.startswith("vae")
+    with pytest.raises(SystemExit, match="failed: unet in fp32"):
+        next(results)
+    assert "no such kernel" in capsys.readouterr().err
+
+
+def test_a_setting_that_fails_is_a_row(published, monkeypatch):
+    monkeypatch.setattr(precision, "vae", broken)
+    exact = [torch.zeros(1)]
+    monkeypatch.setattr(precision, "outputs_of", lambda _: exact)
+    _, _, *rows = rows_of(precision_table(published, options()))
+    assert len(rows) == 5
+    assert all(row[7] == "RuntimeError: no such kernel" for row in rows)
+
+
 def test_the_error_of_each_level(published):
     """Smaller in a wider dtype; CUDA graphs change nothing on a CPU."""
     _, _, *rows = rows_of(precision_table(published, options()))
@@ -174,6 +200,7 @@ def test_kinds_of_kernels_and_idle_time():
         for name, span, device in (
             *zip(names, spans, [DeviceType.CUDA] * 3, strict=True),
             ("step", (0, 10), DeviceType.CUDA),
+            ("Context Sync", (0, 10), DeviceType.CUDA),
             ("aten::conv2d", (0, 10), DeviceType.CPU),
         )
     ]
