@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-MAX_UINT8 = 255  # of inputs
+UINT8_RANGE = 254.999  # of inputs; with 255 the largest value could round to 256, which wraps to 0
 MAX_INT8 = 127  # of weights
 MIN_SCALE = 1e-30  # whose inverse float32 represents
 ELEMENTS_PER_PASS = 2**18  # of an input, which fit into the cache as float32
@@ -41,7 +41,7 @@ class Geometry(NamedTuple):
 
 def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a weight (m, ...) as int8, and the scale of each output channel (m,), float32."""
-    rows = weight.flatten(1).float()
+    rows = weight.flatten(1).float().contiguous()  # oneDNN takes no strides
     scales = rows.abs().amax(dim=1).clamp(min=1e-12) / MAX_INT8
     return (rows / scales[:, None]).round_().to(torch.int8).view(weight.shape), scales
 
@@ -52,7 +52,7 @@ def quantize_sample(x: Tensor) -> tuple[Tensor, float, int]:
     For an x that is not finite the scale is NaN, and so is the output of a layer.
     """
     low, high = (float(bound) for bound in torch.aminmax(x))
-    scale = max((max(high, 0.0) - min(low, 0.0)) / MAX_UINT8, MIN_SCALE)  # NaN stays NaN
+    scale = max((max(high, 0.0) - min(low, 0.0)) / UINT8_RANGE, MIN_SCALE)  # NaN stays NaN
     out = x.new_empty(x.shape, dtype=torch.uint8)
     if not scale < math.inf:
         return out.zero_(), math.nan, 0
@@ -113,7 +113,7 @@ def has_int8_kernels() -> bool:
     """
     geometry = Geometry((1, 1), (0, 0), (1, 1), 1)
     with torch.device("cpu"), torch.no_grad():
-        x, weight = torch.ones(1, 64, 3, 3), torch.ones(16, 64, 3, 3)
+        x, weight = (torch.ones(n, 64, 3, 3, dtype=torch.float32) for n in (1, 16))
         try:
             conv = int8_conv2d(x, pack_conv(weight, geometry), None, geometry)
             linear = int8_linear(x[..., 0, 0], pack_linear(weight[..., 0, 0]), None)

@@ -11,7 +11,7 @@ from ..errors import InputError, invalid
 from ..models.attention import SelfAttention
 from ..models.layers import FeedForward, replace_layers
 from ..models.ops import Linear
-from .quantized import QuantizedLayer, restore_layers
+from .quantized import QuantizedLayer, first_parameter, restore_layers, warn_of_none
 
 E4M3 = torch.float8_e4m3fn  # four bits of exponent, three of mantissa
 MAX_E4M3 = torch.finfo(E4M3).max
@@ -61,7 +61,7 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
 
 def enable(model: nn.Module) -> None:
     """Replace the linear layers of self-attention and feed-forward layers by `Fp8Linear`."""
-    device = next(model.parameters()).device
+    device = first_parameter(model, "enable_fp8").device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_COMPUTE_CAPABILITY:
         expected = f"a GPU of compute capability {'.'.join(map(str, MIN_COMPUTE_CAPABILITY))} or higher"
         raise invalid(InputError, "enable_fp8", expected, torch.cuda.get_device_name(device))
@@ -69,6 +69,7 @@ def enable(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (SelfAttention, FeedForward)):
             replace_layers(module, Linear, Fp8Linear.from_layer)
+    warn_of_none(model, "enable_fp8")
 
 
 def disable(model: nn.Module) -> None:

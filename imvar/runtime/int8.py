@@ -19,8 +19,8 @@ from ..kernels.int8_kernels import (
 from ..kernels.polyphase import is_zero_padded
 from ..models.attention import SelfAttention
 from ..models.layers import Downsample, FeedForward, ResnetBlock, replace_layers
-from ..models.ops import Conv2d, Linear
-from .quantized import QuantizedLayer, restore_layers
+from ..models.ops import CONV2D, LINEAR, Conv2d, Linear
+from .quantized import QuantizedLayer, first_parameter, restore_layers, warn_of_none
 
 KERNEL_SIZE = (3, 3)  # 1x1 shortcuts take little time in full precision
 
@@ -36,6 +36,9 @@ class Int8Layer(QuantizedLayer):
     def applies_to(self, x: Tensor) -> bool:
         """Return whether int8 kernels compute this input, and quantize the weight if it has changed."""
         if not is_plain_inference(x) or self.weight.dtype != x.dtype or not self.weight.is_cpu:
+            return False
+        replaced = nn.Linear.forward is not LINEAR or nn.Conv2d.forward is not CONV2D
+        if replaced or not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
             return False
         self.quantize_weight()
         return True
@@ -83,7 +86,7 @@ class Int8Conv2d(Int8Layer, Conv2d):
 
 def enable(model: nn.Module) -> None:
     """Replace the large layers of the UNet: the linear ones of self-attention and feed-forward layers, convolutions."""
-    weight = next(model.parameters())
+    weight = first_parameter(model, "enable_int8")
     if not weight.is_cpu:
         raise invalid(InputError, "enable_int8", "a UNet on a CPU", f"one on {weight.device}")
     if weight.dtype not in DTYPES:
@@ -97,6 +100,7 @@ def enable(model: nn.Module) -> None:
             replace_layers(module, Linear, Int8Linear.from_layer)
         elif isinstance(module, (ResnetBlock, Downsample)):
             replace_layers(module, Conv2d, Int8Conv2d.from_layer)
+    warn_of_none(model, "enable_int8")
 
 
 def disable(model: nn.Module) -> None:

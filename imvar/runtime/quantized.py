@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError, describe, invalid, warn_user
 from ..models.layers import replace_layers
 from ..models.ops import write_count
 from ..models.stock import is_stock
@@ -51,9 +53,10 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def quantize_weight(self) -> None:
         """Quantize the weight, if it has changed since the last time."""
-        if self._quantized_version != weight_version(self.weight):
+        weight, last = self.weight, self._quantized_version
+        if last is None or last[0]() is not weight or last[1] != weight_version(weight):
             self.quantized = self.quantize()
-            self._quantized_version = weight_version(self.weight)
+            self._quantized_version = weakref.ref(weight), weight_version(weight)
 
     def _apply(self, *args: Any, **options: Any) -> Self:
         super()._apply(*args, **options)
@@ -74,12 +77,26 @@ def in_class(kind: type[Any], layer: nn.Module) -> Any:
 
 
 def weight_version(weight: Tensor) -> tuple[int, int]:
-    """Return a value that changes with the weight."""
+    """Return a value that changes with the weight, but that another weight, in the same memory later, may have."""
     return weight.data_ptr(), write_count(weight)
 
 
 def quantized_layers(model: nn.Module) -> list[QuantizedLayer]:
     return [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)]
+
+
+def first_parameter(model: Any, name: str) -> Tensor:
+    """Return the first parameter of the UNet. Raises `InputError`, about `name`, if there is none."""
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if weight is None:
+        raise invalid(InputError, name, "a UNet that is a torch module with parameters", describe(model))
+    return weight
+
+
+def warn_of_none(model: nn.Module, name: str) -> None:
+    """Warn, about `name`, that no layer was replaced."""
+    if not quantized_layers(model):
+        warn_user(f"{name}: no layer is quantized; the kernels are for imvar's own layers, without hooks")
 
 
 def restore_layers(model: nn.Module, kind: type[QuantizedLayer] = QuantizedLayer) -> None:

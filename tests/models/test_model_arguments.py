@@ -262,6 +262,9 @@ SETTINGS = {
     "compile: expected options of torch.compile, got {'mode': 'foo'}: Unrecognized mode=foo": lambda p: p.compile(
         mode="foo"
     ),
+    "compile: expected options of torch.compile, got {'mode': []}: unhashable type: 'list'": lambda p: p.compile(
+        mode=[]
+    ),
     "compile: expected options of torch.compile, got {'foo': 3}: ... unexpected keyword argument 'foo'": lambda p: (
         p.compile(foo=3)
     ),

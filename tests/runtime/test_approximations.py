@@ -179,7 +179,8 @@ def test_layers_of_odd_sizes_stay_exact():
 
 
 def test_a_gpu_that_cannot_is_named(pipe, monkeypatch):
-    monkeypatch.setattr(fp8, "next", lambda _: type("P", (), {"device": torch.device("cuda")}), raising=False)
+    on_cuda = type("P", (), {"device": torch.device("cuda")})
+    monkeypatch.setattr(fp8, "first_parameter", lambda *_: on_cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(InputError, match=r"expected a GPU of compute capability 8\.9 or higher, got NVIDIA A100"):

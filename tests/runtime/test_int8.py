@@ -3,14 +3,15 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils import prune
 
 from imvar import InputError
-from imvar.kernels.int8_kernels import has_int8_kernels
+from imvar.kernels.int8_kernels import has_int8_kernels, quantize_sample
 from imvar.models.ops import Conv2d, Linear
-from imvar.runtime import int8
+from imvar.runtime import fp8, int8
 from imvar.runtime.fp8 import Fp8Linear
 from imvar.runtime.int8 import Int8Conv2d, Int8Layer, Int8Linear
 from tests.support.random_checkpoint import tiny_pipeline
@@ -88,6 +89,32 @@ def test_a_layer_in_int8_is_near_the_exact_one(name, dtype):
     assert torch.equal(alone, made)  # no sample depends on the others
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_input_is_off_by_more_than_half_a_step(dtype):
+    for factor in 1.0, 0.37, 1e6:
+        for low in torch.arange(0, 255.5, 0.5).tolist():  # a half rounds to an even zero point, up or down
+            x = (factor * torch.tensor([[-low, 255 - low, 0.0, 1.0]])).to(dtype)
+            quantized, scale, zero_point = quantize_sample(x)
+            error = (quantized.double() - zero_point) * scale - x.double()
+            assert error.abs().max() <= 0.51 * scale
+
+
+@needs_kernels
+@torch.no_grad()
+def test_weights_with_strides():
+    """As a pickle stores those that were transposed."""
+    for make, x in (lambda: Linear(48, 24), tokens()), (lambda: Conv2d(48, 24, 3), feature_map()):
+        layer = make()
+        expected = int8_of(layer)(x)
+        layer.weight = torch.nn.Parameter(layer.weight.transpose(0, 1).contiguous().transpose(0, 1))
+        assert not layer.weight.is_contiguous()
+        assert torch.equal(int8_of(layer)(x), expected)
+
+
+def int8_of(layer):
+    return (Int8Linear if isinstance(layer, Linear) else Int8Conv2d).from_layer(layer)
+
+
 @needs_kernels
 @torch.no_grad()
 def test_inputs_of_zeros_infinities_and_nan():
@@ -117,6 +144,27 @@ def test_weights_that_are_moved_or_changed_are_quantized_again():
         half = copy.deepcopy(eight).to(torch.bfloat16)
         assert torch.equal(half(x.bfloat16()), Int8Conv2d.from_layer(half.to_layer())(x.bfloat16()))
         assert eight.to("meta").quantized is None
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_new_weight_in_the_memory_of_the_last_is_quantized():
+    eight, x, memory = Int8Linear.from_layer(Linear(32, 16)), torch.randn(2, 4, 32), np.ones((16, 32), np.float32)
+    for value in 1, -1:
+        memory[:] = value  # which autograd does not count
+        eight.weight = torch.nn.Parameter(torch.from_numpy(memory))
+        assert torch.equal(eight(x), Int8Linear.from_layer(eight.to_layer())(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert has_int8_kernels.__wrapped__()
+    finally:
+        torch.set_default_dtype(before)
 
 
 @needs_kernels
@@ -210,6 +258,35 @@ def test_layers_of_others_stay_and_copies_are_equal(pipe, photo, tmp_path):
     assert not int8_layers(loaded)
     loaded.enable_int8()
     assert torch.equal(run(loaded, photo), expected)
+
+
+@pytest.mark.parametrize("module", [fp8, int8])
+def test_a_unet_without_parameters_is_named(module):
+    name = f"enable_{module.__name__.rpartition('.')[2]}"
+    for unet in (lambda *_: None), torch.nn.Identity():
+        with pytest.raises(InputError, match=f"{name}: expected a UNet that is a torch module with parameters, got "):
+            module.enable(unet)
+
+
+@pytest.mark.parametrize("module", [fp8, int8])
+def test_a_unet_none_of_whose_layers_is_quantized_is_warned_about(pipe, module):
+    if module is int8 and not has_int8_kernels():
+        pytest.skip("needs VNNI or AMX instructions")
+    for layer in pipe.unet.modules():
+        layer.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=f"enable_{module.__name__.rpartition('.')[2]}: no layer is quantized"):
+        module.enable(pipe.unet)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_full_precision_where_other_code_or_a_setting_asks_for_it(monkeypatch):
+    layer = Linear(32, 16)
+    eight, x = Int8Linear.from_layer(layer), torch.randn(2, 4, 32)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(eight(x), layer(x))
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, input: 2 * input)
+    assert torch.equal(eight(x), 2 * x)
 
 
 def test_what_cannot_run_int8_is_named(pipe, monkeypatch):
