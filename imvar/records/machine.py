@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import PIL
 import torch
 
+from ..runtime.torch_flags import flags_of
 from ..version import VERSION
 from .values import as_json
 
@@ -34,7 +35,7 @@ def machine_of(device: torch.device, dtypes: Mapping[str, Iterable[torch.dtype]]
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "dtype": {name: "+".join(sorted(map(as_json, of_model))) for name, of_model in dtypes.items()},
         "threads": torch.get_num_threads(),
-        "flags": flags_of(device),
+        "flags": as_json(flags_of(device)),
     }
 
 
@@ -46,44 +47,3 @@ def processor_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-FLAGS: dict[str, Callable[[], Any]] = {
-    "deterministic": torch.are_deterministic_algorithms_enabled,
-    "float32_matmul_precision": torch.get_float32_matmul_precision,
-    "default_dtype": torch.get_default_dtype,
-    "mkldnn": lambda: torch.backends.mkldnn.enabled,
-    "sdp": lambda: [
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-        torch.backends.cuda.cudnn_sdp_enabled(),
-    ],
-}
-CUDA_FLAGS: dict[str, Callable[[], Any]] = {
-    "matmul_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
-    "matmul_reduced_precision": lambda: [
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-    ],
-    "cudnn": lambda: torch.backends.cudnn.enabled,
-    "cudnn_tf32": lambda: torch.backends.cudnn.allow_tf32,
-    "cudnn_benchmark": lambda: torch.backends.cudnn.benchmark,
-    "cudnn_deterministic": lambda: torch.backends.cudnn.deterministic,
-}
-
-
-def flags_of(device: torch.device) -> dict[str, Any]:
-    """Return the settings of PyTorch for the process that change how results are rounded on a device."""
-    flags = {name: flag_value(flag) for name, flag in (FLAGS | (CUDA_FLAGS if device.type == "cuda" else {})).items()}
-    if torch.is_autocast_enabled(device.type):
-        flags["autocast"] = as_json(torch.get_autocast_dtype(device.type))
-    return flags
-
-
-def flag_value(flag: Callable[[], Any]) -> Any:
-    """Return a setting; text where this PyTorch refuses to, as after a mixture of its older and newer settings."""
-    try:
-        return as_json(flag())
-    except (AttributeError, RuntimeError) as error:
-        return f"unknown ({type(error).__name__})"

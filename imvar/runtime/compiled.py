@@ -24,6 +24,7 @@ from ..models.ops import executing, write_count
 from ..models.stock import IMVAR, top_package
 from ..oom import is_out_of_memory
 from .quantized import quantized_layers
+from .torch_flags import flags_of
 
 MODE_WITHOUT_GRAPHS = {  # CUDA graphs are recorded here
     "max-autotune": "max-autotune-no-cudagraphs",
@@ -40,11 +41,11 @@ class Compiler:
 
     `inputs` are tensors, also nested in lists and tuples; outputs are the caller's own. The function is compiled for
     each set of shapes, dtypes and devices at first use, and stays compiled for any values. On CUDA a call is then
-    recorded as a CUDA graph, once per set, and again after weights or settings of the model were replaced. Where a
-    function cannot be compiled or recorded, a warning says why, once, and it runs eagerly. A custom merge, which may
-    count its calls, is recorded only if it has an attribute `precomputable = True`. Threads may share a compiler.
-    `options` are those of `torch.compile`. With `backend="cudagraphs"`, which takes no others, eager calls are
-    recorded, and where nothing can be recorded, as on a CPU, they stay eager.
+    recorded as a CUDA graph, once per set, and again after weights, or settings of the model or of PyTorch, were
+    replaced. Where a function cannot be compiled or recorded, a warning says why, once, and it runs eagerly. A custom
+    merge, which may count its calls, is recorded only if it has an attribute `precomputable = True`. Threads may share
+    a compiler. `options` are those of `torch.compile`. With `backend="cudagraphs"`, which takes no others, eager calls
+    are recorded, and where nothing can be recorded, as on a CPU, they stay eager.
     """
 
     def __init__(self, **options: Any):
@@ -199,8 +200,10 @@ def is_recordable(model: nn.Module) -> bool:
 
 
 def graph_key(model: nn.Module) -> tuple[Any, ...]:
-    """Return what a graph was recorded for: where the weights are, and the settings that change what is computed."""
+    """Return what a graph was recorded for: where the weights are, and the settings of the model and of PyTorch."""
     quantized = (layer.quantized[0].data_ptr() for layer in quantized_layers(model))
     kernels = [(layer.attend, layer.backend, layer.slice_size) for layer in attention_layers(model)]
     merges = getattr(model, "merge", None), getattr(model, "freeu", None)
-    return *merges, *(p.data_ptr() for p in model.parameters()), *quantized, *kernels
+    weights = list(model.parameters())
+    flags = flags_of(weights[0].device).items()
+    return *merges, *(p.data_ptr() for p in weights), *quantized, *kernels, *flags

@@ -490,8 +490,8 @@ CASES = MODELS | META | ARGUMENTS | SETTINGS | PARTS | SCHEDULERS | PICTURES
 def test_refused_by_name(pipe, words):
     with pytest.raises(InputError) as caught:
         CASES[words](pipe)
-    told = words.partition(": ")[2] if words.partition(": ")[0] in [kind.__name__ for kind in KINDS] else words
-    for piece in told.split(" ... "):
+    message = words.partition(": ")[2] if words.partition(": ")[0] in [kind.__name__ for kind in KINDS] else words
+    for piece in message.split(" ... "):
         assert piece in str(caught.value)
     assert len(str(caught.value)) < 1000
 

@@ -149,9 +149,9 @@ def test_what_cannot_be_compiled_runs_with_one_line_of_warning_per_function(pipe
             images = pipe(
                 photo, num_inference_steps=4, output_type="pt", generator=torch.Generator().manual_seed(0)
             ).images
-        told = [str(w.message) for w in found if "compile" in str(w.message)]
-        assert len(told) == expected
-        assert all("no compiler is here" in line and "\n" not in line for line in told)
+        bias = [str(w.message) for w in found if "compile" in str(w.message)]
+        assert len(bias) == expected
+        assert all("no compiler is here" in line and "\n" not in line for line in bias)
         assert torch.equal(images, plain)
 
 
@@ -303,30 +303,46 @@ def recorder(monkeypatch):
     return Compiler(backend="eager")
 
 
-def conv_in(unet, x, told):
-    return unet.conv_in(x) + told[0]
+def conv_in(unet, x, bias):
+    return unet.conv_in(x) + bias[0]
 
 
 @torch.no_grad()
 def test_calls_are_recorded_once_for_each_size_and_state(pipe, recorder):
-    unet, told = pipe.unet, [torch.ones(())]
+    unet, bias = pipe.unet, [torch.ones(())]
     for size, number in (8, 1), (8, 1), (16, 2), (8, 2):
         x = torch.randn(1, 4, size, size)
-        made = recorder.replay(conv_in, unet, graph_key(unet), x, told)
-        assert torch.allclose(made, conv_in(unet, x, told))
+        made = recorder.replay(conv_in, unet, graph_key(unet), x, bias)
+        assert torch.allclose(made, conv_in(unet, x, bias))
         assert len(recorder.graphs) == number
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
-    recorder.replay(conv_in, unet, graph_key(unet), x, told)
+    recorder.replay(conv_in, unet, graph_key(unet), x, bias)
     assert len(recorder.graphs) == 3
     (shared,) = {one.shared for one in recorder.graphs.values()}
     other = copy.deepcopy(unet)
-    recorder.replay(conv_in, other, graph_key(other), x, told)
+    recorder.replay(conv_in, other, graph_key(other), x, bias)
     (recording,) = recorder.graphs.values()  # those of the model that it replaces are gone, and with them their pool
     assert recording.shared[0] is not shared[0]
     assert recording.shared[1] is shared[1]
     for size in range(8, 8 * (compiled.MAX_GRAPHS + 2), 8):
-        recorder.replay(conv_in, other, graph_key(other), torch.randn(1, 4, size, 8), told)
+        recorder.replay(conv_in, other, graph_key(other), torch.randn(1, 4, size, 8), bias)
     assert len(recorder.graphs) == compiled.MAX_GRAPHS
+
+
+@torch.no_grad()
+def test_a_setting_of_pytorch_needs_a_recording_of_its_own(pipe, recorder):
+    x, bias = torch.randn(1, 4, 8, 8), [torch.ones(())]
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, number in ("highest", 1), ("high", 2), ("highest", 2):
+            torch.set_float32_matmul_precision(precision)
+            recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, bias)
+            assert len(recorder.graphs) == number
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with torch.autocast("cpu", torch.bfloat16):
+        recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, bias)
+    assert len(recorder.graphs) == 3
 
 
 @torch.no_grad()
@@ -357,13 +373,13 @@ def test_what_cannot_be_recorded_is_called(pipe, recorder, monkeypatch):
         raise RuntimeError("out of graphs")
 
     monkeypatch.setattr(compiled, "CUDAGraphCall", broken)
-    x, told = torch.randn(1, 4, 8, 8), [torch.ones(())]
+    x, bias = torch.randn(1, 4, 8, 8), [torch.ones(())]
     with pytest.warns(UserWarning, match="cannot record this model on this machine.*out of graphs"):
-        made = recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, told)
+        made = recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, bias)
     assert recorder.pool is None  # the next recording takes another
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, told), made)
+        assert torch.equal(recorder.replay(conv_in, pipe.unet, graph_key(pipe.unet), x, bias), made)
 
 
 @torch.no_grad()
@@ -437,7 +453,7 @@ def test_the_quickest_way_is_found_and_compiled_in(table, monkeypatch):
         return [x.sin() for _ in range(300)][-1]
 
     def quick(x):
-        return 1.001 * x.sin()  # to be told from the other
+        return 1.001 * x.sin()  # to be bias from the other
 
     def wrong(x):
         return x.cos()

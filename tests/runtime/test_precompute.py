@@ -23,7 +23,7 @@ def near(a, b):
     return (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-def told(n, tokens=1, each=2):
+def random_context(n, tokens=1, each=2):
     torch.manual_seed(0)
     return torch.cat([torch.zeros(n, tokens, 24), *torch.randn(each - 1, n, tokens, 24)])
 
@@ -33,7 +33,7 @@ def told(n, tokens=1, each=2):
 @pytest.mark.parametrize(("n", "h", "w"), SHAPES)
 @torch.no_grad()
 def test_equals_the_plain_call(pipe, n, h, w, each, tokens):
-    x, context = torch.randn(n, 4, h, w), told(n, tokens, each)
+    x, context = torch.randn(n, 4, h, w), random_context(n, tokens, each)
     prepared = PrecomputedUNet(pipe.unet, TIMES, context)
     for step, t in enumerate(TIMES):
         plain = pipe.unet(x.repeat(each, 1, 1, 1), t, context).sample
@@ -42,7 +42,7 @@ def test_equals_the_plain_call(pipe, n, h, w, each, tokens):
 
 @torch.no_grad()
 def test_equals_the_plain_call_under_freeu_and_slicing(pipe):
-    x, context = torch.randn(2, 4, 8, 8), told(2)
+    x, context = torch.randn(2, 4, 8, 8), random_context(2)
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     pipe.enable_attention_slicing("max")
     assert near(
@@ -52,7 +52,7 @@ def test_equals_the_plain_call_under_freeu_and_slicing(pipe):
 
 @torch.no_grad()
 def test_a_step_works_out_nothing_that_the_run_knows(pipe, monkeypatch):
-    prepared, seen = PrecomputedUNet(pipe.unet, TIMES, told(3)), []
+    prepared, seen = PrecomputedUNet(pipe.unet, TIMES, random_context(3)), []
     names = {module: name for name, module in pipe.unet.named_modules()}
     for kind in Linear, nn.Linear, Conv2d:
 
@@ -71,7 +71,7 @@ def test_a_step_works_out_nothing_that_the_run_knows(pipe, monkeypatch):
 
 
 def test_who_watches_layers_sees_every_call_as_it_was(photo):
-    """A hook, an override, a kernel or a layer of one's own: each sees both halves and what it was always told."""
+    """A hook, an override, a kernel or a layer of one's own: each sees both halves and what it is otherwise given."""
 
     def hooked(unet, see):
         unet.down_blocks[0].resnets[0].register_forward_hook(
@@ -119,7 +119,7 @@ def test_offloading_is_no_watching(pipe):
 
 
 def test_gradients_are_those_of_the_plain_call(pipe):
-    x, context = torch.randn(2, 4, 8, 8), told(2)
+    x, context = torch.randn(2, 4, 8, 8), random_context(2)
     found = []
     for predict in (
         lambda: pipe.unet(x.repeat(2, 1, 1, 1), 500, context).sample,

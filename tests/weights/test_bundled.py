@@ -268,6 +268,6 @@ def test_a_revision_of_it(capsys):
 def test_help_tells_of_it(capsys):
     with pytest.raises(SystemExit):
         cli.main(["vary", "--help"])
-    told = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     for words in ("20 with imvar-emoji", "float32 with imvar-emoji", "not on photographs", "Without a PHOTO"):
-        assert words in told
+        assert words in printed
