@@ -85,6 +85,43 @@ def conv2d(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> Tensor:
     return conv._conv_forward(x.contiguous(memory_format=fastest_format(x.shape)), conv.weight, conv.bias)
 
 
+def add_conv_pays(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> bool:
+    """Return whether `add_conv` applies, and is faster and rounds less than a convolution and an addition."""
+    return bool(
+        packed
+        and x.dtype == conv.weight.dtype == torch.bfloat16
+        and is_plain_inference(x)
+        and polyphase.is_same_3x3(conv)
+        and fastest_format(x.shape) == torch.channels_last
+        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and has_onednn_add_conv()
+    )
+
+
+def add_conv(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+    """Compute residual + conv(x), rounded once: oneDNN adds before it rounds the sums of a convolution."""
+    x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
+    geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+    no_activation = None, [], ""
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, residual, conv.weight, conv.bias, *geometry, "add", 1.0, *no_activation
+    )
+
+
+@cache
+def has_onednn_add_conv() -> bool:
+    """Return whether oneDNN convolves in bfloat16, and PyTorch has the operator, which is for its own compiler."""
+    with torch.device("cpu"), torch.no_grad():
+        conv = nn.Conv2d(2, 2, 3, padding=1, dtype=torch.bfloat16)
+        nn.init.ones_(conv.weight)
+        nn.init.ones_(conv.bias)  # type: ignore[arg-type]  # there is one
+        x = torch.ones(1, 2, 1, 1, dtype=torch.bfloat16)
+        try:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported() and bool((add_conv(conv, x, x) == 4).all())
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+
+
 def fastest_format(shape: Sequence[int]) -> torch.memory_format:
     """Return the memory format in which a convolution of an input (b, c, h, w) is the fastest."""
     n, _, h, w = shape

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import FLOAT_DTYPES, check_type
 from ..errors import InputError, InputTypeError, invalid, short_repr
 from .conditioning import Precomputed, repeat_to_batch
-from .ops import Conv2d, GroupNorm, Linear, gelu_gate, norm_act, upsample_conv
+from .ops import Conv2d, GroupNorm, Linear, add_conv, gelu_gate, norm_act, upsample_conv
 from .stock import IMVAR, top_package
 
 Old = TypeVar("Old", bound=nn.Module)
@@ -74,8 +74,10 @@ class ResnetBlock(UnreadAttributes, nn.Module):
             shift = temb.value if isinstance(temb, Precomputed) else self.project(temb)
             h = h + (shift if shift.shape[0] == 1 else repeat_to_batch(shift, h))
         h = norm_act(self.norm2, self.nonlinearity, h)  # frees that of the first half before the convolution allocates
-        h = self.conv2(self.dropout(h))
-        return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + h
+        return add_conv(self.conv2, self.dropout(h), lambda: self.shortcut(input_tensor))
+
+    def shortcut(self, input_tensor: Tensor) -> Tensor:
+        return input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
 
 
 class GEGLU(nn.Module):

@@ -144,6 +144,17 @@ def norm_act(norm: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
     return act(h) if not in_place or any(hooks) else F.silu(h, inplace=True)
 
 
+def add_conv(conv: nn.Module, x: Tensor, compute_residual: Callable[[], Tensor]) -> Tensor:
+    """Compute compute_residual() + conv(x). The residual is computed last, for memory, unless one kernel adds both."""
+    replaced = nn.Conv2d.forward is not CONV2D or nn.Conv2d._conv_forward is not CONV_FORWARD
+    if replaced or type(conv) is not Conv2d or not cpu_kernels.add_conv_pays(conv, x, packed_weights()):
+        out = conv(x)
+        return compute_residual() + out
+    residual = compute_residual()
+    fits = residual.dtype == x.dtype and residual.shape == (len(x), conv.out_channels, *x.shape[2:])
+    return cpu_kernels.add_conv(conv, x, residual) if fits else residual + conv(x)
+
+
 def gelu_gate(x: Tensor, gate: Tensor) -> Tensor:
     """Compute x * GELU(gate), in the memory of GELU(gate) where autograd does not need it."""
     gate = F.gelu(gate)

@@ -23,7 +23,7 @@ from tests.support.trainings import (
 )
 from tests.support.wheel import once
 
-STEPS = 20
+STEPS = 12
 TOLERANCE = 0.01  # of the largest movement of any weight
 CASES = {  # name: its settings on two ranks, and the run on one rank that it equals
     "cross-attention": ({"stage": "cross-attention"}, "cross-attention"),

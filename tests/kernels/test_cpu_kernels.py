@@ -1,6 +1,7 @@
 """The faster CPU kernels equal PyTorch's, and are called only where they apply."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from imvar.kernels import cpu_kernels as cpu
 from imvar.kernels import winograd
 from imvar.kernels.packed_weights import PackedWeights
 from imvar.models.layers import Upsample
-from imvar.models.ops import Conv2d, GroupNorm, Linear, executing, packing
+from imvar.models.ops import Conv2d, GroupNorm, Linear, add_conv, executing, packing
 from imvar.models.ops import packed_weights as active
 from imvar.runtime.precompute import PrecomputedUNet
 
@@ -218,6 +219,50 @@ def test_convolutions_in_a_run(any_size, fast_convs, dtype, options, size):
     else:
         applies = cpu.has_onednn_linear(dtype) and not options.keys() & {"dilation", "groups"}
         assert fast_convs == (2 * ["im2col_conv2d"] if applies else [])
+
+
+needs_bfloat16 = pytest.mark.skipif(not cpu.has_onednn_add_conv(), reason="needs AVX-512")
+
+
+@needs_bfloat16
+@torch.no_grad()
+def test_a_convolution_and_its_residual_are_rounded_once():
+    torch.manual_seed(0)
+    conv = Conv2d(32, 32, 3, padding=1).to(torch.bfloat16)
+    x, residual = torch.randn(2, 2, 32, 48, 32).to(torch.bfloat16)
+    exact = residual.double() + F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    with executing(packed=PackedWeights(2)):
+        found = add_conv(conv, x, lambda: residual)
+    assert torch.equal(found, exact.to(torch.bfloat16)) or rms(found - exact) < 1.001 * rms(exact.bfloat16() - exact)
+    plain = add_conv(conv, x, lambda: residual)
+    assert rms(plain - exact) > 1.1 * rms(found - exact)
+    assert near(found, plain)
+
+
+@needs_bfloat16
+@torch.no_grad()
+def test_residuals_that_are_added_by_themselves(monkeypatch):
+    """In float32, of few pixels, of another shape or dtype, after custom convolutions, and without a run."""
+    monkeypatch.setattr(cpu, "add_conv", lambda *_: pytest.fail("added while convolving"))
+    conv = Conv2d(8, 8, 3, padding=1).to(torch.bfloat16)
+    x = torch.randn(1, 8, 64, 64).to(torch.bfloat16)
+    assert torch.equal(add_conv(conv, x, lambda: x), x + conv(x))
+    with executing(packed=PackedWeights(2)):
+        for layer, image, residual in [
+            (Conv2d(8, 8, 3, padding=1), x.float(), x.float()),
+            (conv, x[..., :4], x[..., :4]),
+            (conv, x, x[:, :1]),
+            (conv, x, x.float()),
+            (Conv2d(8, 8, 3, padding=1, padding_mode="circular").to(torch.bfloat16), x, x),
+            (nn.Conv2d(8, 8, 3, padding=1).to(torch.bfloat16), x, x),
+        ]:
+            assert torch.equal(add_conv(layer, image, partial(torch.Tensor.clone, residual)), residual + layer(image))
+        with torch.backends.mkldnn.flags(enabled=False):
+            add_conv(conv, x, lambda: x)
+
+
+def rms(x):
+    return float(x.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -76,6 +76,7 @@ SHARED = {
     "to_json_string": "the text of a config or its file",
     "unfuse_qkv_projections": "undo `fuse_qkv_projections`",
     "unfuse_lora": "undo `fuse_lora`",
+    "add_conv": "add a convolution to its residual, and the kernel that computes it on a CPU",
     "upsample_conv": "upsample by 2 and convolve, and the kernel that computes it on a CPU",
     "weights_to_save": "the tensors that `save_pretrained` writes",
     "write": "write as a file object does",

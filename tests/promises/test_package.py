@@ -106,7 +106,7 @@ def test_variations_from_the_wheel(installed_python, tmp_path):
 
 
 def test_tests_run_from_the_sdist(installed_python, sdist, tmp_path):
-    shutil.unpack_archive(sdist, tmp_path, filter="data")
+    shutil.unpack_archive(sdist, tmp_path)
     (folder,) = tmp_path.iterdir()
     test = "tests/image/test_pixel_values.py"
     assert " passed" in run(installed_python, "-m", "pytest", "-p", "no:cacheprovider", test, cwd=folder)
