@@ -86,7 +86,7 @@ def conv2d(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> Tensor:
 
 
 def add_conv_pays(conv: nn.Conv2d, x: Tensor, packed: PackedWeights | None) -> bool:
-    """Return whether `add_conv` applies, and is faster and rounds less than a convolution and an addition."""
+    """Return whether `add_conv` applies, and rounds less than a convolution and an addition, in the same time."""
     return bool(
         packed
         and x.dtype == conv.weight.dtype == torch.bfloat16
