@@ -74,10 +74,8 @@ class ResnetBlock(UnreadAttributes, nn.Module):
             shift = temb.value if isinstance(temb, Precomputed) else self.project(temb)
             h = h + (shift if shift.shape[0] == 1 else repeat_to_batch(shift, h))
         h = norm_act(self.norm2, self.nonlinearity, h)  # frees that of the first half before the convolution allocates
-        return add_conv(self.conv2, self.dropout(h), lambda: self.shortcut(input_tensor))
-
-    def shortcut(self, input_tensor: Tensor) -> Tensor:
-        return input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        shortcut, x = self.conv_shortcut, input_tensor
+        return add_conv(self.conv2, self.dropout(h), lambda: x if shortcut is None else shortcut(x))
 
 
 class GEGLU(nn.Module):

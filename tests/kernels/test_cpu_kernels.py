@@ -1,7 +1,6 @@
 """The faster CPU kernels equal PyTorch's, and are called only where they apply."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -233,7 +232,7 @@ def test_a_convolution_and_its_residual_are_rounded_once():
     exact = residual.double() + F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
     with executing(packed=PackedWeights(2)):
         found = add_conv(conv, x, lambda: residual)
-    assert torch.equal(found, exact.to(torch.bfloat16)) or rms(found - exact) < 1.001 * rms(exact.bfloat16() - exact)
+    assert rms(found - exact) < 1.001 * rms(exact.bfloat16() - exact)  # that of a single rounding
     plain = add_conv(conv, x, lambda: residual)
     assert rms(plain - exact) > 1.1 * rms(found - exact)
     assert near(found, plain)
@@ -256,7 +255,7 @@ def test_residuals_that_are_added_by_themselves(monkeypatch):
             (Conv2d(8, 8, 3, padding=1, padding_mode="circular").to(torch.bfloat16), x, x),
             (nn.Conv2d(8, 8, 3, padding=1).to(torch.bfloat16), x, x),
         ]:
-            assert torch.equal(add_conv(layer, image, partial(torch.Tensor.clone, residual)), residual + layer(image))
+            assert torch.equal(add_conv(layer, image, lambda residual=residual: residual), residual + layer(image))
         with torch.backends.mkldnn.flags(enabled=False):
             add_conv(conv, x, lambda: x)
 
